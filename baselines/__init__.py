@@ -1,0 +1,1 @@
+"""Reference schedulers, one file per family; each module lists its own in ``SCHEDULERS``."""

@@ -1,0 +1,124 @@
+"""Schedulers from first principles: earliest deadline first, capped shortest-remaining-first, feasible first, random."""
+
+import numpy as np
+
+from llmsched_gym.engine.batch import (
+    add_chunk,
+    add_decode,
+    can_admit,
+    chunk_room,
+    decode_fits,
+    is_prefill,
+    open_batch,
+)
+from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.pack import EDF, FEASIBLE, SRPT, admission_filters, next_waiting
+from llmsched_gym.engine.step import LATEST_LST
+from llmsched_gym.engine.view import Batch, View
+from llmsched_gym.scheduler import Compiled
+
+BLOCK_SIZE = 16
+
+
+@kernel()
+def deadline_s(request):
+    """When the next token is due: the first by the TTFT SLO, later ones by the TBT SLO."""
+    if is_prefill(request) and request.num_output_tokens == 0:
+        return request.arrival_s + request.ttft_slo_s
+    return request.last_token_s + request.tbt_slo_s
+
+
+def edf(lane):
+    """Earliest deadline first over prompts and decodes alike (Liu and Layland, JACM 1973), 512 tokens."""
+    open_batch(lane)
+    batch, requests, scratch = lane.batch, lane.requests, lane.scratch
+    for i in range(lane.sim.num_running):
+        r = lane.running[i]
+        due_s = deadline_s(requests[r])
+        j = i - 1
+        while j >= 0:
+            other_s = deadline_s(requests[scratch[j]])
+            if other_s < due_s or (other_s == due_s and scratch[j] < r):
+                break
+            scratch[j + 1] = scratch[j]
+            j -= 1
+        scratch[j + 1] = r
+    hold, limit = admission_filters(lane)
+    waiting = next_waiting(lane, EDF, hold, limit)
+    i = 0
+    for _ in range(lane.sim.num_running + lane.sim.max_num_seqs):
+        if batch.token_room <= 0 or (i >= lane.sim.num_running and waiting < 0):
+            break
+        running_first = waiting < 0
+        if i < lane.sim.num_running and not running_first:
+            running_first = deadline_s(requests[scratch[i]]) <= deadline_s(requests[waiting])
+        if running_first:
+            r = scratch[i]
+            i += 1
+            if not is_prefill(requests[r]):
+                if decode_fits(lane, r) or batch.num_items == 0:
+                    add_decode(lane, r)
+            elif chunk_room(lane, r) > 0:
+                add_chunk(lane, r, chunk_room(lane, r))
+            continue
+        n = chunk_room(lane, waiting)
+        if n > 0 and can_admit(lane, waiting, n):
+            add_chunk(lane, waiting, n)
+            waiting = next_waiting(lane, EDF, hold, limit)
+        else:
+            waiting = -1
+
+
+CAPPED = {"cap": 0.95, "margin": 2.0, "victim": LATEST_LST}
+
+
+class RandomScheduler:
+    """A random legal batch: each runnable request takes part with probability 1/2, prompts get a random chunk."""
+
+    what = "a random legal batch, from the seed's own generator"
+
+    def __init__(self, budget: str = "512") -> None:
+        self.budget = int(budget)
+        self.rng = np.random.default_rng(0)
+
+    def reset(self, seed: int) -> None:
+        self.rng = np.random.default_rng([seed, 7])
+
+    def schedule(self, view: View) -> Batch:
+        """Visit running and waiting requests in random order while tokens, sequences and blocks last."""
+        tokens: dict[int, int] = {}
+        room = min(self.budget, view.max_num_batched_tokens)
+        slots = view.max_num_seqs - len(view.running)
+        free = view.free_blocks - view.watermark_blocks
+        candidates = [(r, False) for r in view.running] + [(r, True) for r in view.waiting]
+        for i in self.rng.permutation(len(candidates)):
+            request, is_waiting = candidates[i]
+            if room <= 0 or self.rng.random() < 0.5:
+                continue
+            left = int(request.prefill_tokens - request.num_computed_tokens)
+            n = int(self.rng.integers(1, min(left, room) + 1)) if left > 0 else 1
+            if is_waiting:
+                blocks = -(-int(request.prefill_tokens) // BLOCK_SIZE)
+                if slots <= 0 or blocks > free:
+                    continue
+                slots -= 1
+                free -= blocks
+            elif left <= 0 and request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE:
+                free -= 1
+            tokens[int(request.index)] = n
+            room -= n
+        return Batch(tokens)
+
+
+SCHEDULERS = {
+    "edf": Compiled("earliest deadline first over prompts and decodes, 512 tokens", edf, {"order": EDF}),
+    "srpt-capped": Compiled(
+        "shortest remaining prompt first, deferred decodes, predicted batch time capped at 0.95 of the tightest TBT SLO",
+        settings={"order": SRPT, "token_budget": 8192, **CAPPED},
+    ),
+    "feasible-first": Compiled(
+        "srpt-capped, prompts that can still make their TTFT SLO before those that cannot",
+        settings={"order": FEASIBLE, "token_budget": 8192, **CAPPED},
+    ),
+    "random": RandomScheduler,
+}

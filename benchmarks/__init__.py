@@ -1,0 +1,1 @@
+"""Measurements and conformance checks; run as `python -m benchmarks.NAME`."""

@@ -1,0 +1,140 @@
+"""Compare a scheduler's decisions with a decision log, iteration by iteration, under the log's own batch durations.
+
+    python -m benchmarks.conformance --log FILE.jsonl.gz --requests FILE.csv --policy NAME [--kv-blocks 14733]
+
+prints one JSON line: ``{"iterations": n, "mismatches": m, "first_mismatch": i or null}``. A log line holds the start
+`t` and duration `dur` of a non-empty iteration, both in seconds, and its `batch` as [request, "prefill" | "decode",
+tokens]. In the logged engine a prefill emits no token, so a request of D decode tokens is replayed with D + 1 output
+tokens. After a mismatch the replay goes on with its own state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.engine import Engine, Execution, ScheduledBatch
+from llmsched_gym.scheduler import PolicyError, install, make_scheduler
+from llmsched_gym.workload import RequestTable
+
+COLUMNS = ("arrival", "prompt_tokens", "decode_tokens", "tbt_deadline")
+
+
+class Recording:
+    """A backend that takes the duration of each batch from a log."""
+
+    def __init__(self, durations_s: list[float]) -> None:
+        self.durations_s = durations_s
+        self.position = 0
+
+    def execute(self, batch: ScheduledBatch) -> Execution:
+        duration_s = self.durations_s[min(self.position, len(self.durations_s) - 1)]
+        self.position += 1
+        return Execution(duration_s)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The log's lines; raises ValueError naming file and line."""
+    lines = []
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt") as file:
+        for number, text in enumerate(file, start=1):
+            try:
+                line = json.loads(text)
+                lines.append({"dur": float(line["dur"]), "batch": {(int(r), k, int(n)) for r, k, n in line["batch"]}})
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: line {number}: expected an iteration with dur and batch: {error}") from None
+    if not lines:
+        raise ValueError(f"{path}: expected at least one iteration")
+    return lines
+
+
+def read_requests(path: Path) -> RequestTable:
+    """The requests a log was made with, one more output token each."""
+    frame = pd.read_csv(path)
+    missing = [c for c in COLUMNS if c not in frame]
+    if missing:
+        raise ValueError(f"{path}: line 1: missing column {missing[0]!r}, expected {', '.join(COLUMNS)}")
+    n = len(frame)
+    strict = frame["strict"] if "strict" in frame else frame["tbt_deadline"] <= 0.1
+    return RequestTable(
+        arrival_s=frame["arrival"].to_numpy(np.float64),
+        prompt_tokens=frame["prompt_tokens"].to_numpy(np.int32),
+        output_tokens=frame["decode_tokens"].to_numpy(np.int32) + 1,
+        slo_class=np.where(strict, 0, 1).astype(np.int8),
+        ttft_slo_s=np.full(n, math.inf),
+        tbt_slo_s=frame["tbt_deadline"].to_numpy(np.float64),
+        length_hint=np.full(n, math.nan),
+        session_id=np.full(n, -1, np.int64),
+        cohort_start=0,
+        cohort_stop=n,
+        qps=math.nan,
+        cost_scale=1.0,
+        seed=0,
+    )
+
+
+def compare(log: Path, requests: Path, policy: str, kv_blocks: int = 14733) -> dict[str, int | None]:
+    """Replay `policy` under the log's durations; the number of iterations whose batch differs, and the first one."""
+    lines, table = read_log(log), read_requests(requests)
+    scheduler = make_scheduler(policy)
+    world = scenario(
+        "paper",
+        num_requests=len(table),
+        num_kv_blocks=kv_blocks,
+        max_model_len=8192 + 1,  # the replay's extra token
+        admission=getattr(scheduler, "admission", "prompt"),
+    )
+    engine = Engine(world, len(table), backend=Recording([line["dur"] for line in lines]))
+    engine.reset(table)
+    install(scheduler, engine.state)
+    mismatches, first = 0, None
+    for i, line in enumerate(lines):
+        batch = _next_batch(engine, scheduler)
+        if batch != line["batch"]:
+            mismatches += 1
+            first = i if first is None else first
+    return {"iterations": len(lines), "mismatches": mismatches, "first_mismatch": first}
+
+
+def _next_batch(engine: Engine, scheduler: Any) -> set[tuple[int, str, int]]:
+    """Step up to and over the next non-empty batch; the set of (request, kind, tokens), empty at the end."""
+    while not engine.is_over():
+        engine.decide(scheduler)
+        requests, items = engine.state.requests[0], engine.state.items[0, : engine.state.batches[0].num_items]
+        batch = set()
+        for r, n in zip(items["request"].tolist(), items["tokens"].tolist(), strict=True):
+            prefill = requests[r].num_computed_tokens < requests[r].prefill_tokens
+            batch.add((r, "prefill" if prefill else "decode", n))
+        engine.execute()
+        if batch:
+            return batch
+    return set()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conformance", description=__doc__.split("\n")[0])
+    parser.add_argument("--log", type=Path, required=True, help="decision log, JSON lines, may be gzipped")
+    parser.add_argument("--requests", type=Path, required=True, help="the requests it was made with, CSV")
+    parser.add_argument("--policy", required=True, help="a name of `llmsched policies`")
+    parser.add_argument("--kv-blocks", type=int, default=14733, help="KV blocks of 16 tokens (default 14733)")
+    args = parser.parse_args(argv)
+    try:
+        print(json.dumps(compare(args.log, args.requests, args.policy, args.kv_blocks)))
+    except (OSError, ValueError, ConfigError, PolicyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""llmsched-gym: a Gymnasium environment for LLM inference scheduling."""

@@ -1,0 +1,280 @@
+"""Frozen, validated descriptions of a scenario: model, device, engine limits, SLOs, workload, suite.
+
+A :class:`Scenario` is everything that fixes the world a scheduler lives in; with a seed it fixes the requests.
+:data:`SUITES` holds the named ones. Times are seconds, lengths are tokens, rates are requests per second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+BLOCK_SIZE = 16
+"""Tokens in one KV block (vLLM's default)."""
+
+SLO_CLASSES = ("strict", "relaxed")
+ARRIVALS = ("poisson", "gamma", "mmpp", "switching", "replay")
+ADMISSIONS = ("prompt", "chunk")
+TBT_RULES = ("every-gap", "deadline")  # and "fraction:X"
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line that names the field and what was expected."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shapes of a decoder-only transformer with grouped-query attention."""
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    bytes_per_value: int = 2  # bf16
+
+    @property
+    def layer_params(self) -> int:
+        """Weights of the linear layers of all transformer blocks."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
+    def head_params(self) -> int:
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, input embedding and output head included."""
+        return (self.layer_params + 2 * self.head_params) * self.bytes_per_value
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_value
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One accelerator: what a roofline needs to know."""
+
+    name: str
+    memory_bytes: float
+    bandwidth_bytes_s: float
+    flops_s: float  # dense bf16
+    bandwidth_efficiency: float = 0.8
+    flops_efficiency: float = 0.7
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The world of one episode. Every field explains itself on its line; all are validated when made."""
+
+    suite: str = "default"  # the suite this scenario was derived from
+    profile: str = "rtx6000ada-mistral-7b"  # cost profile that executes batches: a name or a JSON file
+    scheduler_profile: str | None = None  # profile behind the scheduler's predictions; None: the executing one
+    # workload
+    workload: str = "sharegpt"  # fitted length distribution (see `llmsched workloads`)
+    trace: str | None = None  # trace file; replaces `workload`
+    trace_arrivals: str | None = None  # with a trace: keep its times, or poisson / gamma; None: as `arrivals` says
+    arrivals: str = "poisson"  # poisson, gamma, mmpp, switching
+    burstiness: float = 1.0  # gamma shape of the gaps; below 1 is burstier than Poisson
+    qps: float | None = None  # mean arrival rate, 1/s; None: drawn from qps_range
+    qps_range: tuple[float, float] = (1.0, 2.2)  # drawn once an episode; mmpp and switching move inside it
+    switch_every_s: tuple[float, float] = (60.0, 120.0)  # time between rate changes, mmpp and switching
+    # service-level objectives
+    strict_share: float | tuple[float, float] = 0.05  # share of strict users; a range is drawn from per episode
+    strict_tbt_slo_s: float = 0.1
+    relaxed_tbt_slo_s: float = 0.5
+    ttft_slo_s: float = 0.5  # TTFT SLO of an empty prompt
+    ttft_slo_per_token_s: float = 0.0005  # added per prompt token
+    ttft_class_scales: tuple[float, ...] = (1.0,)  # each request's TTFT SLO is scaled by one of these, uniformly
+    patience_s: float = 60.0  # lateness at which a client leaves
+    tbt_rule: str = "every-gap"  # every-gap, fraction:X, deadline
+    # machine
+    cost_scale: float | tuple[float, float] = 1.0  # hidden factor on every batch time; a range is drawn from
+    jitter: float = 0.05  # sigma of the log-normal factor on batch times
+    straggler_share: float = 0.0  # share of batches that take straggler_factor times longer
+    straggler_factor: float = 3.0
+    # episode
+    num_requests: int | None = None  # finite run over so many measured arrivals; None: continuing
+    warmup_s: float = 120.0  # finite runs: arrivals before this are not measured
+    drain_s: float = 600.0  # finite runs: cut off so long after the last measured arrival
+    arrivals_continue: bool = True  # finite runs: traffic goes on behind the measured requests
+    horizon_s: float = 300.0  # continuing runs: truncated here
+    max_backlog: int = 64  # continuing runs: up to so many requests wait at time 0
+    # engine
+    num_kv_blocks: int | None = None  # None: the profile's
+    watermark: float = 0.01  # share of blocks that admission leaves free
+    max_model_len: int = 8192
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 8192
+    admission: str = "prompt"  # blocks taken at admission: the whole prompt's, or the first chunk's
+    idle_step_s: float = 0.01  # how far an empty batch moves the clock while work is pending
+    allow_refusal: bool = False
+    length_hint: str = "none"  # none, noisy:SIGMA, oracle
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    def replace(self, **fields: Any) -> Scenario:
+        """A copy with some fields changed; unknown names raise :class:`ConfigError`."""
+        check_names(type(self), fields)
+        return dataclasses.replace(self, **fields)
+
+    @property
+    def hint_sigma(self) -> float | None:
+        """Log-normal error of the length hint: None without a hint, 0 for an oracle."""
+        if self.length_hint == "none":
+            return None
+        return 0.0 if self.length_hint == "oracle" else float(self.length_hint.split(":")[1])
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def check_names(cls: type, fields: dict[str, Any]) -> None:
+    """Raise one clear error for a field that `cls` does not have."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"unknown field {name!r}{hint}")
+
+
+def _validate(s: Scenario) -> None:
+    def number(name: str, low: float, high: float = math.inf, *, open_low: bool = False, none: bool = False) -> None:
+        value = getattr(s, name)
+        if none and value is None:
+            return
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if not ok or (open_low and value == low):
+            bound = f"a number {'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+            raise ConfigError(f"{name}: expected {bound}, got {value!r}")
+
+    def integer(name: str, low: int, *, none: bool = False) -> None:
+        value = getattr(s, name)
+        if none and value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
+
+    def interval(name: str, low: float, high: float = math.inf, *, scalar: bool = False) -> None:
+        value = getattr(s, name)
+        if scalar and isinstance(value, int | float) and not isinstance(value, bool):
+            value = (value, value)
+        ok = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+        if not ok or not low <= value[0] <= value[1] <= high or math.isinf(value[1]):
+            what = "a number or a pair" if scalar else "a pair"
+            raise ConfigError(
+                f"{name}: expected {what} (low, high) within [{low:g}, {high:g}], got {getattr(s, name)!r}"
+            )
+
+    def one_of(name: str, options: tuple[str, ...]) -> None:
+        if getattr(s, name) not in options:
+            raise ConfigError(f"{name}: expected one of {', '.join(options)}, got {getattr(s, name)!r}")
+
+    def with_number(name: str, prefix: str, low: float, high: float, options: tuple[str, ...]) -> None:
+        value = getattr(s, name)
+        if value in options:
+            return
+        try:
+            ok = isinstance(value, str) and value.startswith(prefix + ":") and low <= float(value.split(":")[1]) <= high
+        except ValueError:
+            ok = False
+        if not ok:
+            raise ConfigError(f"{name}: expected one of {', '.join(options)}, {prefix}:NUMBER, got {value!r}")
+
+    for name in ("suite", "profile", "workload"):
+        if not isinstance(getattr(s, name), str):
+            raise ConfigError(f"{name}: expected a name, got {getattr(s, name)!r}")
+    if s.trace_arrivals is not None:
+        one_of("trace_arrivals", ("keep", "poisson", "gamma"))
+    one_of("arrivals", ARRIVALS)
+    one_of("admission", ADMISSIONS)
+    with_number("tbt_rule", "fraction", 0.0, 1.0, TBT_RULES)
+    with_number("length_hint", "noisy", 0.0, 10.0, ("none", "oracle"))
+    number("burstiness", 0.0, open_low=True)
+    number("qps", 0.0, 1e6, open_low=True, none=True)
+    interval("qps_range", 1e-6, 1e6)
+    interval("switch_every_s", 1e-3)
+    interval("strict_share", 0.0, 1.0, scalar=True)
+    interval("cost_scale", 1e-3, 1e3, scalar=True)
+    for name in ("strict_tbt_slo_s", "relaxed_tbt_slo_s", "patience_s", "idle_step_s", "horizon_s", "drain_s"):
+        number(name, 0.0, open_low=True)
+    for name in ("ttft_slo_s", "ttft_slo_per_token_s", "warmup_s"):
+        number(name, 0.0, 1e9)
+    if not s.ttft_class_scales or not all(isinstance(x, int | float) and x > 0 for x in s.ttft_class_scales):
+        raise ConfigError(f"ttft_class_scales: expected positive numbers, got {s.ttft_class_scales!r}")
+    number("jitter", 0.0, 10.0)
+    number("straggler_share", 0.0, 1.0)
+    number("straggler_factor", 0.0, 1e3, open_low=True)
+    number("watermark", 0.0, 1.0)
+    integer("num_requests", 1, none=True)
+    integer("max_backlog", 0)
+    integer("num_kv_blocks", 1, none=True)
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        integer(name, 1)
+    if s.num_requests is None and math.isinf(s.horizon_s):
+        raise ConfigError("horizon_s: expected a finite time when num_requests is None, got inf")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named scenario and the rates that reports show it at."""
+
+    scenario: Scenario
+    what: str
+    env_id: str
+    report_qps: tuple[float, ...] = field(default=())
+
+
+SUITES: dict[str, Suite] = {
+    "paper": Suite(
+        Scenario(
+            suite="paper",
+            jitter=0.0,
+            patience_s=math.inf,
+            num_requests=2000,
+            warmup_s=0.0,
+            drain_s=math.inf,
+            arrivals_continue=False,
+        ),
+        "the experiment of arXiv 2508.01002: Poisson, finite run drained, no jitter, no patience, no warm-up cut",
+        "LLMSched-Paper-v0",
+        (1.0, 1.2, 1.4, 1.6, 1.8, 2.0),
+    ),
+    "default": Suite(
+        Scenario(),
+        "sharegpt, rate drawn from 1.0-2.2 per episode, jitter 0.05, patience 60 s",
+        "LLMSched-v0",
+    ),
+    "drift": Suite(
+        Scenario(suite="drift", arrivals="switching", cost_scale=(0.8, 1.25)),
+        "rate switches between 1.0 and 2.2 every 60-120 s, hidden cost scale from 0.8-1.25, jitter 0.05",
+        "LLMSched-Drift-v0",
+    ),
+    "burst": Suite(
+        Scenario(suite="burst", arrivals="gamma", burstiness=0.25),
+        "Gamma arrivals of shape 0.25 (bursty), otherwise the default suite",
+        "LLMSched-Burst-v0",
+    ),
+    "tenants": Suite(
+        Scenario(suite="tenants", strict_share=(0.0, 0.5), ttft_class_scales=(0.5, 1.0, 3.0)),
+        "share of strict users drawn from 0-50 %, three TTFT classes (0.5x, 1x, 3x)",
+        "LLMSched-Tenants-v0",
+    ),
+}
+
+
+def scenario(suite: str = "default", **fields: Any) -> Scenario:
+    """The scenario of a named suite with some fields replaced."""
+    if suite not in SUITES:
+        raise ConfigError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
+    return SUITES[suite].scenario.replace(**fields)

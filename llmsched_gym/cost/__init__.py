@@ -1,0 +1,27 @@
+"""Cost profiles: what a batch takes on a device. Shipped ones, rooflines, and fits to measurements."""
+
+from llmsched_gym.cost.fit import fit as fit_profile
+from llmsched_gym.cost.profile import (
+    PROFILES,
+    Profile,
+    ProfileError,
+    SmoothLinear,
+    TableLinear,
+    list_profiles,
+    load_profile,
+)
+from llmsched_gym.cost.roofline import DEVICES, MODELS, roofline
+
+__all__ = [
+    "DEVICES",
+    "MODELS",
+    "PROFILES",
+    "Profile",
+    "ProfileError",
+    "SmoothLinear",
+    "TableLinear",
+    "fit_profile",
+    "list_profiles",
+    "load_profile",
+    "roofline",
+]

@@ -1,0 +1,232 @@
+"""Fit a profile to measured batches: a robust non-negative least-squares problem, its error told on held-out rows.
+
+Measurements are a CSV or a DataFrame with one row per batch: `prefill`, items "computed:n" joined by ";" (or empty);
+`decode`, context lengths in tokens joined by ";" (or empty); `ms`, the measured time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmsched_gym.config import DeviceSpec, ModelSpec
+from llmsched_gym.cost.profile import Profile, ProfileError, TableLinear
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("prefill", "decode", "ms")
+MIN_ROWS = 20
+HELD_OUT_SHARE = 0.2
+ROWS_PER_KNOT = 3
+HUBER_SIGMAS = 1.345  # residuals beyond so many sigmas count linearly, not squared
+ROUNDS = 20  # of reweighting
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One measured batch."""
+
+    chunks: tuple[tuple[int, int], ...]  # (computed, n) tokens of each prefill chunk
+    decode_contexts: tuple[int, ...]  # tokens
+    ms: float
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(n for _, n in self.chunks) + len(self.decode_contexts)
+
+
+def fit(
+    measurements: str | Path | pd.DataFrame,
+    *,
+    name: str,
+    model: ModelSpec,
+    device: DeviceSpec,
+    num_kv_blocks: int,
+    tile_tokens: int,
+    overhead_ms: float = 0.0,
+    knots: Sequence[int] | None = None,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+) -> Profile:
+    """A profile whose coefficients come from measured batches; relative errors are what is made small.
+
+    20 % of the rows, chosen by `seed`, are held out; `profile.fit` has the errors on them: `mape`, `p95_ape` and
+    `max_ape` as shares, `rms_ms`. The time of the linear layers never falls with the batch's tokens; its `knots`
+    default to a grid that the data can carry. Times of whole batches cannot tell the per-batch overhead from the floor
+    of the linear layers: `overhead_ms` is taken as given and the rest goes to the table. A few disturbed rows do not
+    move the fit (Huber weights). Raises :class:`ProfileError` naming line and column.
+    """
+    batches = read_batches(measurements)
+    if len(batches) < MIN_ROWS:
+        raise ProfileError(f"{len(batches)} measured batches; a fit needs at least {MIN_ROWS}")
+    order = np.random.default_rng(seed).permutation(len(batches))
+    num_held_out = int(HELD_OUT_SHARE * len(batches))
+    held_out, training = ([batches[i] for i in part] for part in np.split(order, [num_held_out]))
+
+    num_tokens = np.array([batch.num_tokens for batch in training])
+    at = np.unique(np.asarray(knots, int)) if knots is not None else _knots(num_tokens)
+    if len(at) < 2 or at[0] < 1:
+        raise ProfileError("knots: expected at least two different token counts >= 1 in the measurements")
+    ms = np.array([batch.ms for batch in training]) - overhead_ms
+    if not (ms > 0.0).all():
+        raise ProfileError(f"overhead_ms: {overhead_ms:g} is more than the fastest measured batch takes")
+    attention = np.array([_attention(batch) for batch in training])
+    if not attention.any(axis=0).all():
+        raise ProfileError("prefill: no batch has a prefill chunk; the cost of its attention cannot be fitted")
+    solution = _robust_nnls(np.column_stack([_increments(num_tokens, at), attention]), ms)
+    linear_ms = np.maximum(np.cumsum(solution[: len(at)]), 1e-9)
+    profile = Profile(
+        name=name,
+        model=model,
+        device=device,
+        tile_tokens=tile_tokens,
+        linear=TableLinear(tuple(at.tolist()), tuple(linear_ms.tolist())),
+        overhead_ms=overhead_ms,
+        pair_ms=float(solution[-2]),
+        kv_ms=float(solution[-1]),
+        num_kv_blocks=num_kv_blocks,
+        notes=(*notes, f"Fitted to {len(training)} measured batches."),
+    )
+    counts = {"rows": len(training), "held_out_rows": num_held_out, "seed": seed}
+    return dataclasses.replace(profile, fit={**counts, **errors(profile, held_out)})
+
+
+def errors(profile: Profile, batches: Sequence[Batch]) -> dict[str, float]:
+    """How far a profile's predictions are from measured batches."""
+    predicted = np.array([1e3 * profile.predict_s(batch.chunks, batch.decode_contexts) for batch in batches])
+    measured = np.array([batch.ms for batch in batches])
+    relative = np.abs(predicted / measured - 1.0)
+    return {
+        "mape": float(relative.mean()),
+        "p95_ape": float(np.percentile(relative, 95)),
+        "max_ape": float(relative.max()),
+        "rms_ms": float(np.sqrt(np.mean((predicted - measured) ** 2))),
+    }
+
+
+def batch_row(chunks: Sequence[tuple[int, int]], decode_contexts: Sequence[int], ms: float) -> dict[str, Any]:
+    """A measured batch as a row of the measurements' format."""
+    return {
+        "prefill": ";".join(f"{computed}:{n}" for computed, n in chunks),
+        "decode": ";".join(str(context) for context in decode_contexts),
+        "ms": ms,
+    }
+
+
+def read_batches(measurements: str | Path | pd.DataFrame) -> list[Batch]:
+    """Batches from a CSV file or a DataFrame; raises :class:`ProfileError` naming line (or row) and column."""
+    import pandas as pd
+
+    if isinstance(measurements, pd.DataFrame):
+        table, where, unit, first = measurements, "measurements", "row", 0
+    else:
+        where, unit, first = str(measurements), "line", 2
+        try:
+            table = pd.read_csv(measurements, dtype=str, keep_default_na=False, skip_blank_lines=False)
+        except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
+            text = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise ProfileError(f"{where}: cannot read: {text}") from None
+    for column in COLUMNS:
+        if column not in table.columns:
+            raise ProfileError(f"{where}: no column {column!r}; expected {', '.join(COLUMNS)}")
+    batches = []
+    for i, (prefill, decode, ms) in enumerate(zip(*(table[column] for column in COLUMNS), strict=True)):
+        at = f"{where}: {unit} {first + i}"
+        batch = Batch(_parse_chunks(prefill, at), _parse_contexts(decode, at), _parse_ms(ms, at))
+        if batch.num_tokens == 0:
+            raise ProfileError(f"{at}: an empty batch; prefill and decode are both empty")
+        batches.append(batch)
+    return batches
+
+
+def _parse_chunks(text: Any, at: str) -> tuple[tuple[int, int], ...]:
+    try:
+        chunks = tuple((int(computed), int(n)) for computed, n in (item.split(":") for item in _items(text)))
+    except ValueError:
+        chunks = ((-1, 0),)
+    if any(computed < 0 or n < 1 for computed, n in chunks):
+        raise ProfileError(f"{at}, column 'prefill': expected items computed:n joined by ';', got {text!r}")
+    return chunks
+
+
+def _parse_contexts(text: Any, at: str) -> tuple[int, ...]:
+    try:
+        contexts = tuple(int(item) for item in _items(text))
+    except ValueError:
+        contexts = (0,)
+    if any(context < 1 for context in contexts):
+        raise ProfileError(f"{at}, column 'decode': expected context lengths joined by ';', got {text!r}")
+    return contexts
+
+
+def _parse_ms(text: Any, at: str) -> float:
+    try:
+        ms = float(text)
+    except (TypeError, ValueError):
+        ms = np.nan
+    if not (0.0 < ms < np.inf):
+        raise ProfileError(f"{at}, column 'ms': expected a time > 0, got {text!r}")
+    return ms
+
+
+def _items(text: Any) -> list[str]:
+    """The parts of a cell; a DataFrame may hold a lone context as a number and an empty cell as NaN."""
+    if text is None or text != text:
+        return []
+    if isinstance(text, float) and text.is_integer():
+        text = int(text)
+    return [item for item in str(text).strip().split(";") if item]
+
+
+def _attention(batch: Batch) -> tuple[float, float]:
+    """Query-key pairs of the prefill chunks, and KV tokens read."""
+    pairs = sum(n * (computed + (n + 1) / 2) for computed, n in batch.chunks)
+    return pairs, sum(batch.decode_contexts) + sum(computed + n for computed, n in batch.chunks)
+
+
+def _increments(num_tokens: np.ndarray, knots: np.ndarray) -> np.ndarray:
+    """Shape (rows, knots): 1 for the first knot's time, then how far each row has climbed every later segment."""
+    shares = (num_tokens[:, None] - knots[None, :-1]) / np.diff(knots)[None, :]
+    shares[:, :-1] = np.minimum(shares[:, :-1], 1.0)  # the last segment goes on past its end
+    return np.column_stack([np.ones(len(num_tokens)), np.maximum(shares, 0.0)])
+
+
+def _knots(num_tokens: np.ndarray) -> np.ndarray:
+    """Every token count of a sweep that has few; else a grid, finer at small batches, as far as the data carry it."""
+    seen = np.unique(num_tokens)
+    if len(seen) * ROWS_PER_KNOT <= len(num_tokens) and len(seen) <= 64:
+        return seen
+    grid = [1, 2, 4, 8, 16, 32, 48, 64, 96, *range(128, 512, 64), *range(512, 2048, 128), *range(2048, 65537, 512)]
+    knots = [int(seen[0])]
+    for knot in [n for n in grid if seen[0] < n < seen[-1]]:
+        below = np.count_nonzero((num_tokens > knots[-1]) & (num_tokens <= knot))
+        if below >= ROWS_PER_KNOT and np.count_nonzero(num_tokens > knot) >= ROWS_PER_KNOT:
+            knots.append(knot)
+    return np.array([*knots, int(seen[-1])])
+
+
+def _robust_nnls(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Non-negative coefficients with small relative residuals; Huber weights, reweighted until they settle."""
+    from scipy.optimize import nnls
+
+    relative = matrix / target[:, None]
+    scale = np.linalg.norm(relative, axis=0)
+    scale[scale == 0.0] = 1.0
+    relative = relative / scale
+    weight = np.ones(len(target))
+    for _ in range(ROUNDS):
+        root = np.sqrt(weight)
+        solution, _ = nnls(relative * root[:, None], root)
+        residual = np.abs(relative @ solution - 1.0)
+        limit = HUBER_SIGMAS * 1.4826 * np.median(residual)
+        new = np.minimum(1.0, limit / np.maximum(residual, 1e-12)) if limit > 0.0 else weight
+        if np.allclose(new, weight, rtol=0.0, atol=1e-3):
+            break
+        weight = new
+    return np.asarray(solution / scale)

@@ -1,0 +1,286 @@
+"""Cost profiles: how long a hybrid batch takes on one device, as a few coefficients and a table, in a JSON file.
+
+A batch of N tokens takes
+
+    overhead + linear(N) + pair * sum_prefill n * (c + (n + 1) / 2) + kv * (sum_decode len + sum_prefill (c + n))
+
+where a prefill chunk computes n tokens behind c computed ones, and a decode reads a context of len tokens. (In the
+published runs that the default profile is fitted to, len counts the KV tokens present before the decode.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec
+
+DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "profiles"
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message is one line that names the file (or profile) and the field."""
+
+
+@dataclass(frozen=True)
+class TableLinear:
+    """Time of the linear layers against batch tokens, as knots joined by straight lines.
+
+    Constant below the first knot; past the last one the last segment goes on.
+    """
+
+    tokens: tuple[int, ...]  # (num_knots,) increasing, >= 1
+    ms: tuple[float, ...]  # (num_knots,)
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < 2 or len(self.tokens) != len(self.ms):
+            raise ProfileError("linear.tokens: expected at least two knots, as many as linear.ms")
+        if not all(_is_whole(n) and n >= 1 for n in self.tokens):
+            raise ProfileError("linear.tokens: expected whole numbers >= 1")
+        if any(b <= a for a, b in zip(self.tokens, self.tokens[1:], strict=False)):
+            raise ProfileError("linear.tokens: expected increasing numbers")
+        for ms in self.ms:
+            _check_number("linear.ms", ms, open_low=True)
+
+    def at(self, n: int) -> float:
+        """Milliseconds for n >= 1 tokens."""
+        if n <= self.tokens[0]:
+            return self.ms[0]
+        i = min(bisect_right(self.tokens, n), len(self.tokens) - 1)
+        share = (n - self.tokens[i - 1]) / (self.tokens[i] - self.tokens[i - 1])
+        return self.ms[i - 1] + share * (self.ms[i] - self.ms[i - 1])
+
+    def table(self, max_tokens: int) -> np.ndarray:
+        """Milliseconds for 1..max_tokens tokens, shape (max_tokens,)."""
+        n = np.arange(1, max_tokens + 1)
+        ms = np.interp(n, self.tokens, self.ms)
+        slope = (self.ms[-1] - self.ms[-2]) / (self.tokens[-1] - self.tokens[-2])
+        return np.where(n > self.tokens[-1], self.ms[-1] + slope * (n - self.tokens[-1]), ms)
+
+
+@dataclass(frozen=True)
+class SmoothLinear:
+    """Reading the weights against computing: (weight_ms^power + (token_ms * n)^power)^(1 / power)."""
+
+    weight_ms: float  # reading all weights once
+    token_ms: float  # computing one token
+    power: float  # sharpness of the change from the one to the other
+
+    def __post_init__(self) -> None:
+        for name in ("weight_ms", "token_ms", "power"):
+            _check_number(f"linear.{name}", getattr(self, name), open_low=True)
+
+    def at(self, n: int) -> float:
+        """Milliseconds for n >= 1 tokens."""
+        return float((self.weight_ms**self.power + (self.token_ms * n) ** self.power) ** (1.0 / self.power))
+
+    def table(self, max_tokens: int) -> np.ndarray:
+        """Milliseconds for 1..max_tokens tokens, shape (max_tokens,)."""
+        n = np.arange(1, max_tokens + 1, dtype=np.float64)
+        return np.asarray((self.weight_ms**self.power + (self.token_ms * n) ** self.power) ** (1.0 / self.power))
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What batches of one model cost on one device."""
+
+    name: str
+    model: ModelSpec
+    device: DeviceSpec
+    tile_tokens: int  # batch sizes that are multiples of it waste least
+    linear: TableLinear | SmoothLinear  # time of the linear layers against batch tokens
+    overhead_ms: float  # per batch
+    pair_ms: float  # per pair of a prefill's query token and a key token it attends to
+    kv_ms: float  # per KV token read
+    num_kv_blocks: int  # of BLOCK_SIZE tokens
+    notes: tuple[str, ...] = ()  # where each figure comes from
+    fit: dict[str, Any] | None = field(default=None, hash=False)  # errors against measurements, if there were any
+
+    def __post_init__(self) -> None:
+        for name in ("tile_tokens", "num_kv_blocks"):
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
+                raise ProfileError(f"{name}: expected a whole number >= 1, got {getattr(self, name)!r}")
+        for name in ("overhead_ms", "pair_ms", "kv_ms"):
+            _check_number(name, getattr(self, name))
+
+    @property
+    def pair_s(self) -> float:
+        return self.pair_ms / 1e3
+
+    @property
+    def kv_s(self) -> float:
+        return self.kv_ms / 1e3
+
+    def linear_table_s(self, max_tokens: int) -> np.ndarray:
+        """Overhead plus linear layers of 0..max_tokens tokens, seconds; read-only, (max_tokens + 1,), and [0] is 0."""
+        return _linear_table_s(self.linear, self.overhead_ms, max_tokens)
+
+    def predict_s(self, chunks: Sequence[tuple[int, int]], decode_contexts: Sequence[int]) -> float:
+        """Seconds that a batch takes: prefill chunks as (computed, n) tokens, decodes as context lengths in tokens.
+
+        This is the readable reference of what the engine's kernels compute. An empty batch takes no time.
+        """
+        num_tokens = sum(n for _, n in chunks) + len(decode_contexts)
+        if num_tokens == 0:
+            return 0.0
+        pairs = sum(n * (computed + (n + 1) / 2) for computed, n in chunks)
+        kv_tokens = sum(decode_contexts) + sum(computed + n for computed, n in chunks)
+        ms = self.overhead_ms + self.linear.at(num_tokens) + self.pair_ms * pairs + self.kv_ms * kv_tokens
+        return ms / 1e3
+
+    def to_json(self, path: str | Path) -> None:
+        """Write the profile; a reader never sees half a file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(_dumps(self.to_dict()), encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Profile:
+        """Read a profile; raises :class:`ProfileError` naming file and field."""
+        path = Path(path)
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ProfileError(f"{path}: cannot read: {error.strerror}") from None
+        except ValueError as error:
+            raise ProfileError(f"{path}: not a JSON file: {error}") from None
+        try:
+            return cls.from_dict(data)
+        except ProfileError as error:
+            raise ProfileError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        data["linear"] = {"kind": "table" if isinstance(self.linear, TableLinear) else "smooth", **data["linear"]}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Profile:
+        """A profile from its JSON form; raises :class:`ProfileError` naming the field."""
+        data = _section(data, "profile", required=_names(cls, required=True), known=_names(cls))
+        fit = data.get("fit")
+        notes = data.get("notes", [])
+        if not isinstance(data["name"], str):
+            raise ProfileError(f"name: expected a name, got {data['name']!r}")
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+            raise ProfileError("notes: expected a list of sentences")
+        if fit is not None and not isinstance(fit, dict):
+            raise ProfileError("fit: expected an object or null")
+        model, device = _spec(ModelSpec, data["model"], "model"), _spec(DeviceSpec, data["device"], "device")
+        parsed = {"model": model, "device": device, "linear": _linear(data["linear"]), "notes": tuple(notes)}
+        return cls(**{**data, **parsed})
+
+
+PROFILES = tuple(sorted(path.stem for path in DATA_DIR.glob("*.json")))
+"""Names of the shipped profiles."""
+
+
+def list_profiles() -> list[Profile]:
+    """The shipped profiles, by name."""
+    return [load_profile(name) for name in PROFILES]
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """A shipped profile by name, or a JSON file by path (ending in .json); cached until the file changes."""
+    name = str(name_or_path)
+    if name not in PROFILES and not name.endswith(".json"):
+        raise ProfileError(f"profile: expected one of {', '.join(PROFILES)}, or a .json file, got {name!r}")
+    path = DATA_DIR / f"{name}.json" if name in PROFILES else Path(name)
+    try:
+        return _load(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def kv_blocks(model: ModelSpec, device: DeviceSpec) -> int:
+    """KV blocks that fit beside the weights in 90 % of the memory."""
+    free = 0.9 * device.memory_bytes - model.weight_bytes
+    blocks = int(free // (model.kv_bytes_per_token * BLOCK_SIZE))
+    if blocks < 1:
+        raise ProfileError(f"num_kv_blocks: the weights of {model.name} leave no memory on {device.name}")
+    return blocks
+
+
+@functools.lru_cache(maxsize=32)
+def _load(path: Path, mtime_ns: int) -> Profile:
+    return Profile.from_json(path)
+
+
+@functools.lru_cache(maxsize=32)
+def _linear_table_s(linear: TableLinear | SmoothLinear, overhead_ms: float, max_tokens: int) -> np.ndarray:
+    table = np.zeros(max_tokens + 1)
+    table[1:] = (overhead_ms + linear.table(max_tokens)) / 1e3
+    table.setflags(write=False)
+    return table
+
+
+def _dumps(data: dict[str, Any]) -> str:
+    """Indented JSON, with every list of numbers on one line."""
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    return re.sub(r'\[([^][{}"]*)\]', lambda match: "[" + " ".join(match[1].split()) + "]", text)
+
+
+def _linear(data: Any) -> TableLinear | SmoothLinear:
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind == "smooth":
+        return SmoothLinear(**_section(data, "linear", _names(SmoothLinear), [*_names(SmoothLinear), "kind"]))
+    if kind == "table":
+        knots = _section(data, "linear", _names(TableLinear), [*_names(TableLinear), "kind"])
+        for name, values in knots.items():
+            if not isinstance(values, list):
+                raise ProfileError(f"linear.{name}: expected a list of numbers")
+        return TableLinear(tuple(knots["tokens"]), tuple(knots["ms"]))
+    raise ProfileError("linear.kind: expected table or smooth")
+
+
+def _spec(cls: type[Any], data: Any, where: str) -> Any:
+    """A ModelSpec or DeviceSpec: a name, and positive numbers."""
+    values = _section(data, where, _names(cls, required=True), _names(cls))
+    for name, value in values.items():
+        if name != "name":
+            _check_number(f"{where}.{name}", value, open_low=True)
+    return cls(**values)
+
+
+def _section(data: Any, where: str, required: list[str], known: list[str]) -> dict[str, Any]:
+    """The object `data` without its kind, checked for missing and unknown fields."""
+    if not isinstance(data, dict):
+        raise ProfileError(f"{where}: expected a JSON object, got {type(data).__name__}")
+    prefix = "" if where == "profile" else where + "."
+    for name in required:
+        if name not in data:
+            raise ProfileError(f"{prefix}{name}: missing")
+    for name in data:
+        if name not in known:
+            raise ProfileError(f"{prefix}{name}: unknown field")
+    return {name: value for name, value in data.items() if name != "kind"}
+
+
+def _names(cls: type[Any], required: bool = False) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if not required or f.default is dataclasses.MISSING]
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: Any, open_low: bool = False) -> None:
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not ok or value < 0 or (open_low and value == 0):
+        raise ProfileError(f"{name}: expected a finite number {'>' if open_low else '>='} 0, got {value!r}")

@@ -1,0 +1,221 @@
+"""Forming a batch: what fits, what it is predicted to cost, and the two ways to add to it.
+
+All functions are kernels on a :class:`~llmsched_gym.engine.state.Lane`; schedulers are written with them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.engine.jit import entry, kernel
+from llmsched_gym.engine.state import RUNNING, WAITING, lane_of
+
+
+@kernel()
+def batch_s(linear_s, coef_s, num_tokens, pairs, kv_tokens):
+    """Seconds of a batch: linear layers and overhead by token count, attention by pairs and KV read."""
+    return linear_s[num_tokens] + coef_s[0] * pairs + coef_s[1] * kv_tokens
+
+
+@kernel()
+def is_prefill(request):
+    return request.num_computed_tokens < request.prefill_tokens
+
+
+@kernel()
+def remaining_prefill(request):
+    return request.prefill_tokens - request.num_computed_tokens
+
+
+@kernel()
+def blocks_to_hold(sim, request, num_tokens):
+    """KV blocks of the request after computing `num_tokens` more (rule 4)."""
+    held = request.num_computed_tokens + num_tokens
+    if not sim.admission_chunk:
+        held = max(held, request.prefill_tokens)
+    return (held + BLOCK_SIZE - 1) // BLOCK_SIZE
+
+
+@kernel()
+def open_batch(lane):
+    """Start an empty batch under the knobs' token budget and time cap."""
+    sim, batch = lane.sim, lane.batch
+    batch.num_items = 0
+    batch.num_tokens = 0
+    batch.num_decodes = 0
+    batch.num_admitted = 0
+    batch.num_preempt = 0
+    batch.num_refuse = 0
+    batch.token_room = min(lane.knobs.token_budget, sim.max_num_batched_tokens)
+    batch.free_blocks = sim.free_blocks
+    batch.pairs = 0.0
+    batch.kv_tokens = 0.0
+    batch.cap_s = math.inf
+    if lane.knobs.cap < math.inf:
+        batch.cap_s = lane.knobs.cap * smallest_tbt_slo_s(lane)
+
+
+@kernel()
+def smallest_tbt_slo_s(lane):
+    """Smallest TBT SLO among running decodes; the strict class's when none runs."""
+    smallest = math.inf
+    for i in range(lane.sim.num_running):
+        request = lane.requests[lane.running[i]]
+        if not is_prefill(request):
+            smallest = min(smallest, request.tbt_slo_s)
+    return smallest if smallest < math.inf else lane.sim.strict_tbt_slo_s
+
+
+@kernel()
+def predicted_s(lane):
+    """What the scheduler's own profile says of the batch as it stands."""
+    batch = lane.batch
+    return batch_s(lane.linear_s, lane.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
+
+
+@kernel()
+def _predicted_with_s(lane, computed, n):
+    batch = lane.batch
+    return batch_s(
+        lane.linear_s,
+        lane.coef_s,
+        batch.num_tokens + n,
+        batch.pairs + n * (computed + (n + 1) * 0.5),
+        batch.kv_tokens + computed + n,
+    )
+
+
+@kernel()
+def chunk_room(lane, r):
+    """Prompt tokens of `r` that still fit: at most its remaining prompt, the token budget and the time cap."""
+    batch, request = lane.batch, lane.requests[r]
+    n = min(remaining_prefill(request), batch.token_room)
+    if n <= 0 or batch.cap_s == math.inf:
+        return max(n, 0)
+    computed = request.num_computed_tokens
+    if _predicted_with_s(lane, computed, n) <= batch.cap_s:
+        return n
+    low, high = 0, n  # low fits (nothing always does), high does not
+    for _ in range(32):
+        if high - low <= 1:
+            break
+        middle = (low + high) // 2
+        if _predicted_with_s(lane, computed, middle) <= batch.cap_s:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@kernel()
+def decode_fits(lane, r):
+    """Whether one more decode keeps the batch within its token budget and time cap."""
+    batch = lane.batch
+    if batch.token_room <= 0:
+        return False
+    if batch.cap_s == math.inf:
+        return True
+    kv_tokens = batch.kv_tokens + lane.requests[r].num_computed_tokens + 1
+    return batch_s(lane.linear_s, lane.coef_s, batch.num_tokens + 1, batch.pairs, kv_tokens) <= batch.cap_s
+
+
+@kernel()
+def can_admit(lane, r, num_tokens):
+    """Whether waiting request `r` finds a sequence slot and, watermark left, its blocks."""
+    sim, batch = lane.sim, lane.batch
+    if sim.num_running + batch.num_admitted >= sim.max_num_seqs:
+        return False
+    need = blocks_to_hold(sim, lane.requests[r], num_tokens)
+    spare = 0 if sim.admission_chunk else sim.watermark_blocks
+    return batch.free_blocks - need >= spare
+
+
+@kernel()
+def _add(lane, r, n):
+    sim, batch, request = lane.sim, lane.batch, lane.requests[r]
+    lane.items[batch.num_items].request = r
+    lane.items[batch.num_items].tokens = n
+    batch.num_items += 1
+    batch.num_tokens += n
+    batch.token_room -= n
+    batch.kv_tokens += request.num_computed_tokens + n
+    batch.free_blocks -= blocks_to_hold(sim, request, n) - request.num_blocks
+    request.num_scheduled_tokens = n
+
+
+@kernel()
+def add_decode(lane, r):
+    """Let a running request with a complete prompt decode one token."""
+    _add(lane, r, 1)
+    lane.batch.num_decodes += 1
+
+
+@kernel()
+def add_chunk(lane, r, n):
+    """Give request `r`, running or waiting, `n` tokens of its prompt; a waiting one is admitted."""
+    request = lane.requests[r]
+    lane.batch.pairs += n * (request.num_computed_tokens + (n + 1) * 0.5)
+    if request.phase == WAITING:
+        lane.batch.num_admitted += 1
+    _add(lane, r, n)
+
+
+@kernel()
+def preempt(lane, r):
+    """Name running request `r` as preempted before this batch; it must not be in the batch."""
+    batch = lane.batch
+    lane.preempt[batch.num_preempt] = r
+    batch.num_preempt += 1
+    batch.free_blocks += lane.requests[r].num_blocks
+    lane.requests[r].num_scheduled_tokens = -1  # not available to this batch
+
+
+@kernel()
+def refuse(lane, r):
+    """Refuse waiting request `r`, which has no token yet; needs ``allow_refusal``."""
+    batch = lane.batch
+    lane.refuse[batch.num_refuse] = r
+    batch.num_refuse += 1
+    lane.requests[r].num_scheduled_tokens = -1
+
+
+@kernel()
+def is_free(lane, r):
+    """Whether `r` is not yet part of this batch."""
+    return lane.requests[r].num_scheduled_tokens == 0
+
+
+@kernel()
+def is_decoding(lane, r):
+    """Whether running request `r` has its whole prompt computed."""
+    request = lane.requests[r]
+    return request.phase == RUNNING and not is_prefill(request)
+
+
+@kernel()
+def can_make_ttft(lane, r):
+    """Whether `r`, served alone from now on, would have its first token in time; true once it has one.
+
+    The estimate leaves out all other work, so what it calls hopeless is hopeless.
+    """
+    request = lane.requests[r]
+    if request.num_output_tokens > 0:
+        return True
+    left = request.ttft_slo_s - (lane.sim.clock_s - request.arrival_s)
+    if left <= 0.0:
+        return False
+    n = remaining_prefill(request)
+    chunk = min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens)
+    whole, rest = n // chunk, n % chunk
+    computed = request.num_computed_tokens
+    seconds = whole * lane.linear_s[chunk] + (lane.linear_s[rest] if rest > 0 else 0.0)
+    seconds += lane.coef_s[0] * n * (computed + (n + 1) * 0.5)
+    # the KV read by chunk i ends at computed + (i + 1) * chunk
+    kv_tokens = whole * computed + chunk * whole * (whole + 1) * 0.5 + (computed + n if rest > 0 else 0)
+    return seconds + lane.coef_s[1] * kv_tokens <= left
+
+
+@entry()
+def can_make_ttft_env(s, env, r):
+    return can_make_ttft(lane_of(s, env), r)

@@ -1,0 +1,187 @@
+"""The engine's Python face: hold the state, load requests, step or run a scheduler, execute on any backend."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from llmsched_gym.config import Scenario
+from llmsched_gym.cost import Profile, load_profile
+from llmsched_gym.engine import step as kernels
+from llmsched_gym.engine.state import State, allocate, load_table, make_handle
+from llmsched_gym.engine.view import Batch, View, submit
+from llmsched_gym.workload import NOISE_BLOCK, RequestTable, noise_block
+
+RUN_CHUNK = 1 << 14  # steps between two looks at the clock of a caller who wants to interrupt
+MAX_IDLE_STEPS = 1_000_000
+
+
+class StalledScheduler(RuntimeError):
+    """A scheduler returns empty batches for ever while work is pending and nobody else will arrive."""
+
+
+class Execution(NamedTuple):
+    """What a backend reports of one batch: its measured duration, and the tokens it produced if it is a real one."""
+
+    duration_s: float
+    tokens: dict[int, int] | None = None
+
+
+class ScheduledBatch(NamedTuple):
+    """The applied batch as a backend gets it; arrays of shape (num_items,), by order of scheduling."""
+
+    request: np.ndarray  # int32, request index
+    num_tokens: np.ndarray  # int32, tokens to compute
+    num_computed: np.ndarray  # int32, tokens whose KV is held already
+    emits: np.ndarray  # bool, whether the pass produces a token
+    preempted: np.ndarray  # int32, requests whose KV was freed before this batch
+
+
+class Backend(Protocol):
+    """Executes batches: the simulated device, a GPU, or a recording."""
+
+    def execute(self, batch: ScheduledBatch) -> Execution: ...
+
+
+class Engine:
+    """One or more environments on one compiled engine.
+
+    Args:
+        scenario: limits, SLOs, profiles, noise.
+        num_envs: environments side by side.
+        capacity: requests an environment can hold.
+        backend: executes batches; None is the simulated device, whose steps stay in compiled code.
+        profile, own_profile: executing and scheduler-side cost profile, instead of the scenario's.
+        num_gaps, num_steps: room for recorded token gaps and for the log of batches, per environment.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        capacity: int,
+        *,
+        num_envs: int = 1,
+        backend: Backend | None = None,
+        profile: Profile | None = None,
+        own_profile: Profile | None = None,
+        num_gaps: int = 0,
+        num_steps: int = 0,
+    ) -> None:
+        self.scenario = scenario
+        self.profile = profile or load_profile(scenario.profile)
+        if own_profile is None:
+            own_profile = load_profile(scenario.scheduler_profile) if scenario.scheduler_profile else self.profile
+        self.num_kv_blocks = scenario.num_kv_blocks or self.profile.num_kv_blocks
+        self.backend = backend
+        self._noisy = scenario.jitter > 0 or (scenario.straggler_share > 0 and scenario.straggler_factor != 1)
+        self.state: State = allocate(
+            num_envs,
+            capacity,
+            scenario,
+            self.profile,
+            own_profile,
+            noise_size=2 * NOISE_BLOCK if self._noisy else 1,
+            num_gaps=num_gaps,
+            num_steps=num_steps,
+        )
+        self.handle = make_handle(self.state)
+        self._record_gaps = num_gaps > 0
+        self._seeds = np.zeros(num_envs, np.int64)
+
+    def reset(self, table: RequestTable, env: int = 0) -> None:
+        """Put environment `env` at time 0 before `table`."""
+        load_table(self.state, env, table, self.scenario, self.num_kv_blocks, record_gaps=self._record_gaps)
+        self._seeds[env] = table.seed
+        if self._noisy:
+            for block in (0, 1):
+                self._fill_noise(env, block)
+        kernels.start(self.handle, env)
+
+    def _fill_noise(self, env: int, block: int) -> None:
+        start = (block % 2) * NOISE_BLOCK
+        self.state.noise[env, start : start + NOISE_BLOCK] = noise_block(self.scenario, int(self._seeds[env]), block)
+
+    def refill_noise(self, env: int = 0) -> None:
+        """Draw the noise block after the one in use; call it whenever a block has been used up."""
+        block = int(self.state.sims[env].num_batches) // NOISE_BLOCK
+        if block >= 1:
+            self._fill_noise(env, block + 1)
+
+    def is_over(self, env: int = 0) -> bool:
+        """Whether the run has ended: its cohort is resolved, or its time is up."""
+        return bool(kernels.is_over_env(self.handle, env))
+
+    def has_work(self, env: int = 0) -> bool:
+        sim = self.state.sims[env]
+        return bool(sim.num_waiting + sim.num_running)
+
+    def view(self, env: int = 0) -> View:
+        """What a plain-Python scheduler may see now."""
+        return View(self.state, self.handle, env)
+
+    def submit(self, batch: Batch, env: int = 0) -> None:
+        """Take a batch formed outside; an illegal one raises :class:`IllegalBatch`."""
+        submit(self.state, batch, env)
+
+    def decide(self, scheduler: Any, env: int = 0) -> None:
+        """Let the scheduler, compiled or plain Python, form the next batch."""
+        compiled = getattr(scheduler, "kernel", None)
+        if compiled is not None:
+            kernels.schedule_env(self.handle, env, compiled)
+        else:
+            kernels.clear_batch_env(self.handle, env)
+            if self.has_work(env):
+                self.submit(scheduler.schedule(self.view(env)), env)
+
+    def execute(self, env: int = 0) -> Execution:
+        """Apply the decided batch, run it on the backend and commit it; an empty one idles."""
+        handle = self.handle
+        preempted_before = self._preemptions(env)
+        execution = Execution(0.0)
+        if kernels.apply_env(handle, env):
+            if self.backend is None:
+                execution = Execution(float(kernels.execute_env(handle, env)))
+            else:
+                execution = self.backend.execute(self.scheduled(env, preempted_before))
+        if kernels.commit_env(handle, env, execution.duration_s) and kernels.noise_due(handle, env):
+            self.refill_noise(env)
+        return execution
+
+    def step(self, scheduler: Any, env: int = 0) -> Execution:
+        """One step: decide, execute, commit."""
+        self.decide(scheduler, env)
+        return self.execute(env)
+
+    def run(self, scheduler: Any, env: int = 0, max_steps: int | None = None) -> bool:
+        """Step until the run is over or `max_steps` are done; returns whether it is over."""
+        compiled = getattr(scheduler, "kernel", None)
+        left = max_steps if max_steps is not None else 1 << 62
+        while left > 0 and not self.is_over(env):
+            if compiled is not None and self.backend is None:
+                left -= kernels.run(self.handle, env, compiled, min(RUN_CHUNK, left), MAX_IDLE_STEPS)
+                if kernels.noise_due(self.handle, env):
+                    self.refill_noise(env)
+            else:
+                self.step(scheduler, env)
+                left -= 1
+            if self.state.sims[env].num_idle_steps > MAX_IDLE_STEPS:
+                raise StalledScheduler(f"no batch in {MAX_IDLE_STEPS} steps although work is pending")
+        return self.is_over(env)
+
+    def scheduled(self, env: int = 0, preempted_before: np.ndarray | None = None) -> ScheduledBatch:
+        """The applied batch, evicted requests left out."""
+        requests = self.state.requests[env]
+        items = self.state.items[env, : self.state.batches[env].num_items]
+        r = items["request"][requests["num_scheduled_tokens"][items["request"]] > 0]
+        n = requests["num_scheduled_tokens"][r]
+        computed = requests["num_computed_tokens"][r]
+        emits = computed + n >= requests["prefill_tokens"][r]
+        preempted = np.zeros(0, np.int32)
+        if preempted_before is not None:
+            now = self._preemptions(env)
+            preempted = np.flatnonzero(now > preempted_before).astype(np.int32)
+        return ScheduledBatch(r.copy(), n.copy(), computed.copy(), emits, preempted)
+
+    def _preemptions(self, env: int) -> np.ndarray:
+        return self.state.requests[env]["num_preemptions"].copy()

@@ -1,0 +1,85 @@
+"""The one checker of the engine's rules (design rules 1, 4, 5, 11): call it after any step, on any backend."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.engine.state import (
+    ABANDONED,
+    FINISHED,
+    PENDING,
+    REFUSED,
+    REJECTED,
+    RUNNING,
+    WAITING,
+    State,
+)
+
+
+class InvariantError(AssertionError):
+    """A rule of the engine does not hold; the message names it."""
+
+
+def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> float:
+    """Raise :class:`InvariantError` unless every invariant of environment `env` holds; returns its clock.
+
+    Pass the returned clock to the next call to have its monotony checked too.
+    """
+    sim, world = state.sims[env], state.worlds[env]
+    requests = state.requests[env][: world.num_requests]
+    outputs = state.output_tokens[env][: world.num_requests]
+    phase = requests["phase"]
+
+    def require(condition: object, rule: str) -> None:
+        if not np.all(condition):
+            raise InvariantError(f"env {env} at {sim.clock_s:.6f} s: {rule}")
+
+    require(sim.clock_s >= previous_clock_s, f"the clock went back from {previous_clock_s:.6f} s")
+
+    counts = {p: int(np.sum(phase == p)) for p in range(7)}
+    require(counts[WAITING] == sim.num_waiting, "waiting count differs from the phases")
+    require(counts[RUNNING] == sim.num_running, "running count differs from the phases")
+    require(counts[FINISHED] == sim.num_finished, "finished count differs from the phases")
+    require(counts[REJECTED] == sim.num_rejected, "rejected count differs from the phases")
+    require(counts[REFUSED] == sim.num_refused, "refused count differs from the phases")
+    require(counts[ABANDONED] == sim.num_abandoned, "abandoned count differs from the phases")
+    require(sim.num_arrived == len(phase) - counts[PENDING], "arrived != waiting + running + resolved")
+    require(phase[: sim.num_arrived] != PENDING, "an arrived request is pending")
+    require(requests["arrival_s"][: sim.num_arrived] <= sim.clock_s, "a request came before its arrival")
+    require(requests["arrival_s"][sim.num_arrived :] > sim.clock_s, "an arrival was overlooked")
+
+    waiting = state.waiting[env][: sim.num_waiting]
+    running = state.running[env][: sim.num_running]
+    require(len(np.unique(waiting)) == len(waiting) and phase[waiting] == WAITING, "waiting list and phases differ")
+    require(requests["prefill_tokens"][waiting].sum() == sim.waiting_tokens, "waiting tokens != sum over waiting")
+    require(len(np.unique(running)) == len(running) and phase[running] == RUNNING, "running list and phases differ")
+    require(sim.num_running <= sim.max_num_seqs, "more sequences run than max_num_seqs")
+
+    blocks = requests["num_blocks"]
+    require(blocks >= 0, "a request holds a negative number of blocks")
+    require(blocks[phase != RUNNING] == 0, "a request that does not run holds blocks")
+    require(blocks.sum() + sim.free_blocks == sim.total_blocks, "blocks used + free != total")
+    require(0 <= sim.free_blocks <= sim.total_blocks, "free blocks out of range")
+    computed, prefill = requests["num_computed_tokens"], requests["prefill_tokens"]
+    held = computed if sim.admission_chunk else np.maximum(computed, prefill)
+    require(blocks[running] == -(-held[running] // BLOCK_SIZE), "blocks held != ceil(tokens held / block size)")
+
+    emitted = requests["num_output_tokens"]
+    require(emitted.sum() == sim.tokens_emitted, "tokens emitted != sum over requests")
+    require((emitted >= 0) & (emitted <= outputs), "a request emitted more than its output")
+    require(emitted[phase == FINISHED] == outputs[phase == FINISHED], "a finished request lacks tokens")
+    require(emitted[phase == RUNNING] < outputs[phase == RUNNING], "a complete request still runs")
+    require(emitted[np.isin(phase, (PENDING, REJECTED, REFUSED))] == 0, "a request out of service emitted tokens")
+    require(computed[phase == WAITING] == 0, "a waiting request holds KV")
+    decoding = running[computed[running] >= prefill[running]]
+    total = requests["prompt_tokens"][decoding] + emitted[decoding] - 1
+    require(computed[decoding] == total, "a decode's KV is not its prompt and emitted tokens but the last")
+    require(requests["num_scheduled_tokens"] == 0, "a request is marked as scheduled between steps")
+
+    require(requests["lateness_s"] <= sim.patience_s, "a lateness exceeds the patience")
+    resolved = np.isin(phase, (FINISHED, REJECTED, REFUSED, ABANDONED))
+    require(np.isnan(requests["resolved_s"]) == ~resolved, "resolved_s and phase disagree")
+    cohort = slice(world.cohort_start, world.cohort_stop)
+    require(np.sum(~resolved[cohort]) == world.num_unresolved, "unresolved count differs from the phases")
+    return float(sim.clock_s)

@@ -1,0 +1,396 @@
+"""The engine's state: structured arrays over the request table, one row of arrays per environment.
+
+Columns are read as ``state.requests["num_computed_tokens"]`` (shape (num_envs, capacity)); kernels read one record at
+a time as ``lane.requests[r].num_computed_tokens``. Storing a request's fields side by side keeps a batch of 30
+scattered requests in 30 places of memory instead of 600.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import types
+from numba.experimental import structref
+from numba.np.numpy_support import from_dtype
+
+from llmsched_gym.config import Scenario
+from llmsched_gym.cost import Profile
+from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
+from llmsched_gym.workload import RequestTable
+
+# Phases of a request. The first is of those that have not arrived; the last four are resolved.
+PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
+PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
+
+
+def _record(fields: list[tuple[str, str]]) -> np.dtype:
+    # np.record, so that the same attribute access works with and without compilation
+    return np.dtype((np.record, np.dtype(fields, align=True)))
+
+
+REQUEST = _record(
+    [
+        ("arrival_s", "f8"),
+        ("ttft_slo_s", "f8"),
+        ("tbt_slo_s", "f8"),
+        ("length_hint", "f8"),  # predicted output tokens; nan without a hint
+        ("first_scheduled_s", "f8"),  # nan until scheduled
+        ("first_token_s", "f8"),  # nan until emitted
+        ("last_token_s", "f8"),  # nan until emitted
+        ("resolved_s", "f8"),  # nan until finished, rejected, refused or abandoned
+        ("lst_s", "f8"),  # SLAI's last schedulable time; nan until keyed
+        ("lateness_s", "f8"),  # late seconds of all closed waits, at most the patience
+        ("max_gap_s", "f8"),
+        ("deadline_miss_s", "f8"),  # largest lateness of a token against TTFT SLO + k * TBT; -inf before the first
+        ("utility", "f8"),  # utility already paid out as reward
+        ("session_id", "i8"),
+        ("gap_start", "i8"),  # where this request's gaps are recorded; -1: nowhere
+        ("prompt_tokens", "i4"),
+        ("prefill_tokens", "i4"),  # prompt to compute: the prompt, after a preemption with the emitted tokens
+        ("num_computed_tokens", "i4"),  # tokens whose KV is held
+        ("num_cached_tokens", "i4"),  # of these, found in the prefix cache
+        ("num_output_tokens", "i4"),  # emitted so far
+        ("num_blocks", "i4"),  # KV blocks held
+        ("num_scheduled_tokens", "i4"),  # tokens in the batch being formed
+        ("num_preemptions", "i4"),
+        ("num_late_gaps", "i4"),
+        ("slo_class", "i1"),
+        ("phase", "i1"),
+        ("ttft_missed", "i1"),
+    ]
+)
+
+SIM = _record(
+    [
+        ("clock_s", "f8"),
+        ("mean_batch_s", "f8"),  # running mean of the duration of all non-empty batches
+        ("last_batch_s", "f8"),
+        ("last_predicted_s", "f8"),  # what the scheduler's own profile said of the last batch
+        ("kv_cache_usage", "f8"),  # of the last non-empty batch: after scheduling, before its frees; 0 to 1
+        ("kv_cache_usage_max", "f8"),
+        ("busy_s", "f8"),
+        ("output_length_sum", "f8"),  # of finished requests
+        ("next_departure_s", "f8"),  # no client's patience ends before this
+        ("patience_s", "f8"),
+        ("idle_step_s", "f8"),
+        ("decision_s", "f8"),  # what one decision of this policy costs
+        ("strict_tbt_slo_s", "f8"),
+        ("num_batches", "i8"),  # non-empty ones
+        ("num_idle_steps", "i8"),  # empty batches in a row
+        ("batch_tokens_sum", "i8"),
+        ("tokens_emitted", "i8"),
+        ("waiting_tokens", "i8"),  # prompt tokens to compute of all waiting requests
+        ("last_batch_tokens", "i4"),
+        ("last_batch_decodes", "i4"),
+        ("free_blocks", "i4"),
+        ("total_blocks", "i4"),
+        ("watermark_blocks", "i4"),
+        ("max_model_len", "i4"),
+        ("max_num_seqs", "i4"),
+        ("max_num_batched_tokens", "i4"),
+        ("num_waiting", "i4"),
+        ("num_running", "i4"),
+        ("num_arrived", "i4"),
+        ("num_finished", "i4"),
+        ("num_rejected", "i4"),
+        ("num_refused", "i4"),
+        ("num_abandoned", "i4"),
+        ("num_preemptions", "i4"),
+        ("admission_chunk", "i1"),
+        ("allow_refusal", "i1"),
+    ]
+)
+
+# What a scheduler must not see.
+WORLD = _record(
+    [
+        ("cost_scale", "f8"),
+        ("stop_s", "f8"),  # the run ends when the clock reaches this
+        ("num_requests", "i4"),
+        ("cohort_start", "i4"),
+        ("cohort_stop", "i4"),
+        ("num_unresolved", "i4"),  # of the cohort
+        ("drain_all", "i1"),  # whether a resolved cohort ends the run
+    ]
+)
+
+# Settings of the packing kernel, and what every other scheduler honours of them.
+KNOBS = _record(
+    [
+        ("token_budget", "i4"),
+        ("order", "i4"),  # of prompts, see pack.ORDERS
+        ("victim", "i4"),  # who is evicted when blocks run out, see step.VICTIMS
+        ("limit", "i4"),  # largest prompt admitted while other work waits
+        ("hold", "i1"),  # hopeless prompts wait while feasible work exists
+        ("refuse", "i1"),  # hopeless waiting prompts are refused (needs allow_refusal)
+        ("cap", "f8"),  # of predicted batch time, as a share of the smallest TBT SLO among running decodes
+        ("offset", "f8"),  # SLAI's, in mean batches; inf: no decode is ever deferred
+        ("offset_full", "f8"),  # the offset when KV use is at least usage_switch
+        ("usage_switch", "f8"),
+        ("margin", "f8"),  # in capped batches: a decode is critical so long before its deadline; nan: use the LST
+    ]
+)
+
+# The batch being formed.
+BATCH = _record(
+    [
+        ("num_items", "i4"),
+        ("num_tokens", "i4"),
+        ("num_decodes", "i4"),
+        ("num_admitted", "i4"),
+        ("num_preempt", "i4"),
+        ("num_refuse", "i4"),
+        ("token_room", "i4"),  # tokens that may still be added
+        ("free_blocks", "i4"),  # blocks left after what was added; below 0 the engine evicts
+        ("pairs", "f8"),  # query-key pairs of the prefill chunks
+        ("kv_tokens", "f8"),  # KV tokens read
+        ("cap_s", "f8"),  # limit on the predicted time
+    ]
+)
+
+ITEM = _record([("request", "i4"), ("tokens", "i4")])
+
+# One line of the log of batches.
+STEP = _record(
+    [
+        ("start_s", "f8"),
+        ("duration_s", "f8"),
+        ("predicted_s", "f8"),
+        ("kv_cache_usage", "f8"),
+        ("decode_tokens", "i4"),
+        ("prefill_tokens", "i4"),
+        ("num_running", "i4"),
+        ("num_waiting", "i4"),
+    ]
+)
+
+MEMORY_SIZE = 8
+
+
+class State(NamedTuple):
+    """All arrays of a batch of environments (leading axis) on one engine."""
+
+    sims: Any  # (num_envs,) SIM
+    worlds: Any  # (num_envs,) WORLD
+    requests: Any  # (num_envs, capacity) REQUEST
+    output_tokens: Any  # (num_envs, capacity) int32, hidden
+    waiting: Any  # (num_envs, capacity) int32; by arrival, preempted ones at the head
+    running: Any  # (num_envs, max_num_seqs) int32; by admission
+    knobs: Any  # (num_envs,) KNOBS
+    memory: Any  # (num_envs, MEMORY_SIZE) float64, a scheduler's own
+    batches: Any  # (num_envs,) BATCH
+    items: Any  # (num_envs, max_num_seqs) ITEM
+    preempt: Any  # (num_envs, max_num_seqs) int32
+    refuse: Any  # (num_envs, capacity) int32
+    scratch: Any  # (num_envs, max_num_seqs) int32
+    noise: Any  # (num_envs, 1 or NOISE_BLOCK) float64, factors on batch times
+    linear_s: Any  # (max_num_batched_tokens + 1,) float64, the executing profile
+    coef_s: Any  # (3,) float64: seconds per query-key pair, seconds per KV token read, tile_tokens
+    own_linear_s: Any  # the scheduler's profile
+    own_coef_s: Any
+    gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
+    steps: Any  # (num_envs, log_size) STEP
+
+
+class Lane(NamedTuple):
+    """One environment's slice of the state, as schedulers get it: nothing in it is hidden from them by rule 6."""
+
+    sim: Any
+    requests: Any
+    waiting: Any
+    running: Any
+    knobs: Any
+    memory: Any
+    batch: Any
+    items: Any
+    preempt: Any
+    refuse: Any
+    scratch: Any
+    linear_s: Any
+    coef_s: Any
+
+
+_F8, _I4 = types.float64, types.int32
+_STATE_FIELDS = {
+    "sims": (SIM, 1),
+    "worlds": (WORLD, 1),
+    "requests": (REQUEST, 2),
+    "output_tokens": (_I4, 2),
+    "waiting": (_I4, 2),
+    "running": (_I4, 2),
+    "knobs": (KNOBS, 1),
+    "memory": (_F8, 2),
+    "batches": (BATCH, 1),
+    "items": (ITEM, 2),
+    "preempt": (_I4, 2),
+    "refuse": (_I4, 2),
+    "scratch": (_I4, 2),
+    "noise": (_F8, 2),
+    "linear_s": (_F8, 1),
+    "coef_s": (_F8, 1),
+    "own_linear_s": (_F8, 1),
+    "own_coef_s": (_F8, 1),
+    "gaps": (types.float32, 2),
+    "steps": (STEP, 2),
+}
+
+
+def _numba_type(dtype: Any) -> Any:
+    return from_dtype(dtype) if isinstance(dtype, np.dtype) else dtype
+
+
+def _array_type(field: str, drop: int = 0) -> Any:
+    dtype, ndim = _STATE_FIELDS[field]
+    return types.Array(_numba_type(dtype), ndim - drop, "C") if ndim > drop else _numba_type(dtype)
+
+
+STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
+_LANE_SOURCES = "sims requests waiting running knobs memory batches items preempt refuse scratch".split()
+LANE_TYPE = types.NamedTuple(
+    [_array_type(name, drop=1) for name in _LANE_SOURCES] + [_array_type("own_linear_s"), _array_type("own_coef_s")], Lane
+)
+SCHEDULE_SIGNATURE = types.void(LANE_TYPE)
+"""Signature of a compiled scheduler: it reads the lane and fills ``lane.batch``, ``lane.items`` and ``lane.preempt``."""
+SCHEDULE_TYPE = types.FunctionType(SCHEDULE_SIGNATURE)
+
+
+@structref.register
+class HandleType(types.StructRef):
+    """A compiled reference to the arrays of a :class:`State`."""
+
+
+class Handle(structref.StructRefProxy):
+    """The state as compiled kernels take it: passing it costs a pointer, where a tuple of 20 arrays costs 50 us."""
+
+
+structref.define_boxing(HandleType, Handle)
+HANDLE_TYPE = HandleType([(name, _array_type(name)) for name in State._fields])
+
+
+@entry(HANDLE_TYPE(STATE_TYPE))
+def _make_handle(state):
+    s = structref.new(HANDLE_TYPE)
+    s.sims, s.worlds, s.requests, s.output_tokens = state.sims, state.worlds, state.requests, state.output_tokens
+    s.waiting, s.running, s.knobs, s.memory = state.waiting, state.running, state.knobs, state.memory
+    s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
+    s.scratch, s.noise, s.gaps, s.steps = state.scratch, state.noise, state.gaps, state.steps
+    s.linear_s, s.coef_s, s.own_linear_s, s.own_coef_s = (
+        state.linear_s,
+        state.coef_s,
+        state.own_linear_s,
+        state.own_coef_s,
+    )
+    return s
+
+
+def make_handle(state: State) -> Any:
+    """What kernels take for `state`; without compilation the state itself."""
+    return _make_handle(state) if JIT_ENABLED else state
+
+
+@kernel(inline="always")  # a compiled function cannot return records
+def lane_of(s, env):
+    """The slice of one environment, without what schedulers must not see."""
+    return Lane(
+        s.sims[env],
+        s.requests[env],
+        s.waiting[env],
+        s.running[env],
+        s.knobs[env],
+        s.memory[env],
+        s.batches[env],
+        s.items[env],
+        s.preempt[env],
+        s.refuse[env],
+        s.scratch[env],
+        s.own_linear_s,
+        s.own_coef_s,
+    )
+
+
+def allocate(
+    num_envs: int,
+    capacity: int,
+    scenario: Scenario,
+    profile: Profile,
+    own_profile: Profile | None = None,
+    *,
+    noise_size: int = 1,
+    num_gaps: int = 0,
+    num_steps: int = 0,
+) -> State:
+    """Zeroed arrays for `num_envs` environments of up to `capacity` requests each."""
+    n, seqs = num_envs, scenario.max_num_seqs
+    own = own_profile or profile
+    limit = scenario.max_num_batched_tokens
+    return State(
+        sims=np.zeros(n, SIM),
+        worlds=np.zeros(n, WORLD),
+        requests=np.zeros((n, capacity), REQUEST),
+        output_tokens=np.zeros((n, capacity), np.int32),
+        waiting=np.zeros((n, capacity), np.int32),
+        running=np.zeros((n, seqs), np.int32),
+        knobs=np.zeros(n, KNOBS),
+        memory=np.zeros((n, MEMORY_SIZE)),
+        batches=np.zeros(n, BATCH),
+        items=np.zeros((n, seqs), ITEM),
+        preempt=np.zeros((n, seqs), np.int32),
+        refuse=np.zeros((n, capacity), np.int32),
+        scratch=np.zeros((n, seqs), np.int32),
+        noise=np.ones((n, noise_size)),
+        linear_s=np.array(profile.linear_table_s(limit)),  # a copy: kernels take writeable arrays only
+        coef_s=np.array([profile.pair_s, profile.kv_s, profile.tile_tokens]),
+        own_linear_s=np.array(own.linear_table_s(limit)),
+        own_coef_s=np.array([own.pair_s, own.kv_s, own.tile_tokens]),
+        gaps=np.zeros((n, max(num_gaps, 1)), np.float32),
+        steps=np.zeros((n, num_steps), STEP),
+    )
+
+
+def load_table(
+    state: State, env: int, table: RequestTable, scenario: Scenario, num_kv_blocks: int, *, record_gaps: bool = False
+) -> None:
+    """Put environment `env` at time 0 before the requests of `table`; a table larger than the arrays is an error."""
+    n = len(table)
+    if n > state.requests.shape[1]:
+        raise ValueError(f"table: expected at most {state.requests.shape[1]} requests, got {n}")
+    requests = state.requests[env]
+    requests[:n] = np.zeros((), REQUEST)
+    for name in ("arrival_s", "ttft_slo_s", "tbt_slo_s", "length_hint", "session_id", "prompt_tokens", "slo_class"):
+        requests[name][:n] = getattr(table, name)
+    requests["prefill_tokens"][:n] = table.prompt_tokens
+    for name in ("first_scheduled_s", "first_token_s", "last_token_s", "resolved_s", "lst_s"):
+        requests[name][:n] = np.nan
+    requests["deadline_miss_s"][:n] = -np.inf
+    requests["gap_start"][:n] = -1
+    if record_gaps:
+        ends = np.cumsum(table.output_tokens.astype(np.int64) - 1)
+        requests["gap_start"][:n] = ends - (table.output_tokens - 1)
+    state.output_tokens[env, :n] = table.output_tokens
+
+    sim = state.sims[env]
+    state.sims[env] = np.zeros((), SIM)
+    sim.total_blocks = sim.free_blocks = num_kv_blocks
+    sim.watermark_blocks = int(scenario.watermark * num_kv_blocks)
+    sim.max_model_len = scenario.max_model_len
+    sim.max_num_seqs = scenario.max_num_seqs
+    sim.max_num_batched_tokens = scenario.max_num_batched_tokens
+    sim.admission_chunk = scenario.admission == "chunk"
+    sim.allow_refusal = scenario.allow_refusal
+    sim.patience_s = scenario.patience_s
+    sim.idle_step_s = scenario.idle_step_s
+    sim.strict_tbt_slo_s = scenario.strict_tbt_slo_s
+    sim.next_departure_s = math.inf
+    world = state.worlds[env]
+    world.cost_scale = table.cost_scale
+    world.num_requests = n
+    world.cohort_start, world.cohort_stop = table.cohort_start, table.cohort_stop
+    world.num_unresolved = table.cohort_stop - table.cohort_start
+    world.drain_all = scenario.num_requests is not None
+    if scenario.num_requests is None:
+        world.stop_s = scenario.horizon_s
+    else:
+        world.stop_s = table.arrival_s[table.cohort_stop - 1] + scenario.drain_s
+    state.memory[env] = 0.0

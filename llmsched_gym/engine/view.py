@@ -1,0 +1,162 @@
+"""What a plain-Python scheduler sees, and the batch it answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
+from llmsched_gym.engine.state import REQUEST, RUNNING, WAITING, State
+
+_HIDDEN_FIELDS = {"gap_start", "utility", "phase", "num_scheduled_tokens", "resolved_s"}
+_SEEN = [name for name in REQUEST.names or () if name not in _HIDDEN_FIELDS]
+VISIBLE = np.dtype((np.record, [("index", "i4")] + [(name, REQUEST[name].str) for name in _SEEN]))
+
+
+class IllegalBatch(ValueError):
+    """A scheduler asked for what the engine's rules forbid; the message names the rule."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A scheduler's decision: tokens by request index (1 for a decode), and whom to preempt or refuse first."""
+
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    preempt: Iterable[int] = ()
+    refuse: Iterable[int] = ()
+
+
+class View:
+    """The engine as a scheduler may see it: arrived requests, measured times, free memory (rule 6).
+
+    Attributes:
+        now_s: the clock, seconds.
+        running: record array of admitted requests, by admission; fields of :data:`VISIBLE`.
+        waiting: record array of waiting requests, by arrival, preempted ones first.
+        free_blocks, total_blocks, watermark_blocks: KV blocks of 16 tokens.
+        kv_cache_usage: of the last batch, after scheduling and before its frees; 0 to 1.
+        mean_batch_s, last_batch_s: measured batch durations, seconds.
+        max_num_seqs, max_num_batched_tokens: limits of a batch.
+    """
+
+    def __init__(self, state: State, handle: Any, env: int = 0) -> None:
+        self._state, self._handle, self._env = state, handle, env
+        sim = state.sims[env]
+        self.now_s = float(sim.clock_s)
+        self.running = self._records(state.running[env, : sim.num_running])
+        self.waiting = self._records(state.waiting[env, : sim.num_waiting])
+        self.free_blocks = int(sim.free_blocks)
+        self.total_blocks = int(sim.total_blocks)
+        self.watermark_blocks = int(sim.watermark_blocks)
+        self.kv_cache_usage = float(sim.kv_cache_usage)
+        self.mean_batch_s = float(sim.mean_batch_s)
+        self.last_batch_s = float(sim.last_batch_s)
+        self.max_num_seqs = int(sim.max_num_seqs)
+        self.max_num_batched_tokens = int(sim.max_num_batched_tokens)
+        self.allow_refusal = bool(sim.allow_refusal)
+
+    def _records(self, indices: np.ndarray) -> np.recarray:
+        rows = self._state.requests[self._env]
+        seen = np.zeros(len(indices), VISIBLE)
+        seen["index"] = indices
+        for name in _SEEN:
+            seen[name] = rows[name][indices]
+        return seen.view(np.recarray)
+
+    @property
+    def decodes(self) -> np.recarray:
+        """Running requests whose prompt is complete."""
+        return self.running[self.running.num_computed_tokens >= self.running.prefill_tokens]
+
+    @property
+    def prefills(self) -> np.recarray:
+        """Running requests with prompt tokens left to compute."""
+        return self.running[self.running.num_computed_tokens < self.running.prefill_tokens]
+
+    def predict_s(self, tokens: Mapping[int, int]) -> float:
+        """Seconds that the scheduler's own cost profile predicts for a batch."""
+        rows = self._state.requests[self._env]
+        total, pairs, kv_tokens = 0, 0.0, 0.0
+        for r, n in tokens.items():
+            computed = int(rows[r].num_computed_tokens)
+            total += n
+            kv_tokens += computed + n
+            if computed < rows[r].prefill_tokens:
+                pairs += n * (computed + (n + 1) / 2)
+        return float(batch_s(self._state.own_linear_s, self._state.own_coef_s, total, pairs, kv_tokens))
+
+    def can_make_ttft(self, r: int) -> bool:
+        """Whether request `r`, served alone from now on, would still have its first token in time."""
+        return bool(can_make_ttft_env(self._handle, self._env, int(r)))
+
+
+def submit(state: State, batch: Batch, env: int = 0) -> None:
+    """Write a Python scheduler's batch into the engine, after checking every rule it could break (rule 9)."""
+    sim, requests, lane = state.sims[env], state.requests[env], state.batches[env]
+
+    def phase_of(r: int) -> int:
+        if not 0 <= r < sim.num_arrived:
+            raise IllegalBatch(f"rule 6: request {r} has not arrived")
+        return int(requests[r].phase)
+
+    if not isinstance(batch, Batch):
+        raise IllegalBatch(f"schedule() must return a Batch, got {type(batch).__name__}")
+    preempted, refused = [int(r) for r in batch.preempt], [int(r) for r in batch.refuse]
+    free, seqs = int(sim.free_blocks), int(sim.num_running)
+    for r in preempted:
+        if phase_of(r) != RUNNING or preempted.count(r) > 1:
+            raise IllegalBatch(f"rule 1: request {r} is preempted, but does not run")
+        free += int(requests[r].num_blocks)
+        seqs -= 1
+    for r in refused:
+        if not sim.allow_refusal:
+            raise IllegalBatch("rule 12: refusing requests needs allow_refusal=True")
+        if phase_of(r) != WAITING or requests[r].num_output_tokens > 0 or refused.count(r) > 1:
+            raise IllegalBatch(f"rule 12: request {r} is refused, but does not wait for its first token")
+    gone = {*preempted, *refused}
+    items, total, pairs, kv_tokens, decodes = [], 0, 0.0, 0.0, 0
+    spare = 0 if sim.admission_chunk else int(sim.watermark_blocks)
+    for r, n in batch.tokens.items():
+        r, phase = int(r), phase_of(int(r))
+        if n != int(n) or n < 1:
+            raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, expected a whole number >= 1")
+        n = int(n)
+        if phase not in (WAITING, RUNNING) or r in gone:
+            raise IllegalBatch(f"rule 1: request {r} gets tokens, but neither waits nor runs")
+        request = requests[r]
+        computed, prefill = int(request.num_computed_tokens), int(request.prefill_tokens)
+        is_chunk = computed < prefill
+        if n > (prefill - computed if is_chunk else 1):
+            what = f"{prefill - computed} of its prompt remain" if is_chunk else "a decode is exactly 1"
+            raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, but {what}")
+        held = computed + n if sim.admission_chunk else max(computed + n, prefill)
+        need = -(-held // BLOCK_SIZE) - int(request.num_blocks)
+        if phase == WAITING:
+            seqs += 1
+            if free - need < spare:
+                raise IllegalBatch(f"rule 4: request {r} needs {need} blocks, {free} are free and {spare} held back")
+        elif is_chunk and free < need:
+            raise IllegalBatch(f"rule 4: the next chunk of request {r} needs {need} blocks, {free} are free")
+        free -= need
+        total += n
+        kv_tokens += computed + n
+        pairs += n * (computed + (n + 1) / 2) if is_chunk else 0.0
+        decodes += not is_chunk
+        items.append((r, n))
+    if total > sim.max_num_batched_tokens:
+        raise IllegalBatch(f"rule 1: {total} tokens, max_num_batched_tokens is {sim.max_num_batched_tokens}")
+    if seqs > sim.max_num_seqs:
+        raise IllegalBatch(f"rule 1: {seqs} sequences would run, max_num_seqs is {sim.max_num_seqs}")
+
+    for i, (r, n) in enumerate(items):
+        state.items[env, i] = (r, n)
+        requests[r].num_scheduled_tokens = n
+    state.preempt[env, : len(preempted)] = preempted
+    state.refuse[env, : len(refused)] = refused
+    lane.num_items, lane.num_tokens, lane.num_decodes = len(items), total, decodes
+    lane.num_preempt, lane.num_refuse = len(preempted), len(refused)
+    lane.pairs, lane.kv_tokens = pairs, kv_tokens

@@ -1,0 +1,90 @@
+"""Run one scheduler on one seed's requests and keep what metrics need."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.config import Scenario
+from llmsched_gym.cost import Profile
+from llmsched_gym.engine import Backend, Engine
+from llmsched_gym.scheduler import install, make_scheduler
+from llmsched_gym.workload import RequestTable, make_table
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """A finished run: the engine's records as they stood at the end."""
+
+    scenario: Scenario
+    policy: str
+    seed: int
+    table: RequestTable
+    requests: np.ndarray  # (num_requests,) engine.state.REQUEST; all arrivals, warm-up and tail included
+    gaps: np.ndarray  # (sum of output_tokens - 1,) float32, seconds; request r's from requests.gap_start[r]
+    steps: np.ndarray  # (num_steps,) engine.state.STEP: the first batches
+    sim: np.record  # engine.state.SIM: clock and counters
+    wall_time_s: float
+
+    @property
+    def cohort(self) -> slice:
+        """The measured requests."""
+        return slice(self.table.cohort_start, self.table.cohort_stop)
+
+
+def scenario_for(scenario: Scenario, scheduler: Any) -> Scenario:
+    """The scenario with what the scheduler asks of the engine: its admission rule."""
+    admission = getattr(scheduler, "admission", None)
+    return scenario.replace(admission=admission) if admission else scenario
+
+
+def simulate(
+    scenario: Scenario,
+    policy: str | Any,
+    seed: int,
+    *,
+    num_steps: int = 0,
+    backend: Backend | None = None,
+    profile: Profile | None = None,
+    own_profile: Profile | None = None,
+) -> Episode:
+    """Run `policy` (a name or a scheduler) on the requests of `seed` to the end; the first `num_steps` are logged.
+
+    Clairvoyant schedulers need a scenario with ``length_hint``; they get an oracle's if it has none.
+    """
+    scheduler = make_scheduler(policy) if isinstance(policy, str) else policy
+    name = policy if isinstance(policy, str) else type(policy).__name__
+    scenario = scenario_for(scenario, scheduler)
+    if getattr(scheduler, "clairvoyant", False) and scenario.length_hint == "none":
+        scenario = scenario.replace(length_hint="oracle")
+    table = make_table(scenario, seed)
+    num_gaps = int(np.sum(table.output_tokens, dtype=np.int64) - len(table))
+    engine = Engine(
+        scenario,
+        max(len(table), 1),
+        backend=backend,
+        profile=profile,
+        own_profile=own_profile,
+        num_gaps=num_gaps,
+        num_steps=num_steps,
+    )
+    engine.reset(table)
+    install(scheduler, engine.state, seed=seed)
+    start = time.perf_counter()
+    engine.run(scheduler)
+    wall_time_s = time.perf_counter() - start
+    state = engine.state
+    return Episode(
+        scenario=scenario,
+        policy=name,
+        seed=seed,
+        table=table,
+        requests=state.requests[0, : len(table)],
+        gaps=state.gaps[0],
+        steps=state.steps[0, : min(num_steps, int(state.sims[0].num_batches))],
+        sim=state.sims[0],
+        wall_time_s=wall_time_s,
+    )

@@ -1,0 +1,236 @@
+"""Schedulers: the protocol, the registry by name, parameters in brackets, user classes and policy folders.
+
+A scheduler is compiled (:class:`Compiled`: a kernel and its settings) or any object with ``schedule(view) -> Batch``.
+Names are resolved when asked for: ``slai``, ``slai[hold=true,limit=6500]``, ``module:Class``, ``./policy_folder``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import pkgutil
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from llmsched_gym.config import ADMISSIONS
+from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.pack import ORDERS, pack
+from llmsched_gym.engine.state import KNOBS, SCHEDULE_SIGNATURE, State
+from llmsched_gym.engine.step import VICTIMS
+from llmsched_gym.engine.view import Batch, View
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be made; the message is one line that names it and what was expected."""
+
+
+@runtime_checkable
+class Scheduler(Protocol):
+    """Anything that turns a view into a batch.
+
+    Optional attributes: ``admission`` ("prompt" or "chunk"), ``clairvoyant`` (needs ``length_hint``), ``decision_s``
+    (seconds one decision costs, added to every step), ``reset(seed)`` (called before each run).
+    """
+
+    def schedule(self, view: View) -> Batch: ...
+
+
+def default_knobs() -> np.ndarray:
+    """Settings that pack like Sarathi-Serve with a token budget of 512; shape ()."""
+    knobs = np.zeros((), KNOBS)
+    knobs["token_budget"] = 512
+    knobs["limit"] = np.iinfo(np.int32).max
+    knobs["cap"] = knobs["offset"] = knobs["offset_full"] = math.inf
+    knobs["usage_switch"] = math.inf
+    knobs["margin"] = math.nan
+    return knobs
+
+
+def pack_with_knobs(lane: Any) -> None:
+    pack(lane)
+
+
+@cache
+def _compile(function: Callable) -> Any:
+    return kernel(SCHEDULE_SIGNATURE)(function)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled scheduler: a function on a lane, its settings and what it asks of the engine."""
+
+    what: str  # one line for `llmsched policies`, with the source
+    function: Callable = pack_with_knobs
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    admission: str = "prompt"
+    clairvoyant: bool = False
+    decision_s: float = 0.0
+    name: str = ""
+
+    @cached_property
+    def kernel(self) -> Any:
+        """The function, compiled for numba's cache to find in the next process."""
+        return _compile(self.function)
+
+    @cached_property
+    def knobs(self) -> np.ndarray:
+        """Settings as one KNOBS record; shape ()."""
+        knobs = default_knobs()
+        for name, value in self.settings.items():
+            knobs[name] = value
+        if "offset" in self.settings and "offset_full" not in self.settings:
+            knobs["offset_full"] = knobs["offset"]
+        return knobs
+
+    def install(self, state: State, env: int) -> None:
+        """Write the settings into the engine; call it after the engine's reset."""
+        state.knobs[env] = self.knobs
+
+
+def install(scheduler: Any, state: State, env: int = 0, seed: int = 0) -> None:
+    """Make environment `env` ready for `scheduler`: settings, decision time, its own reset."""
+    if isinstance(scheduler, Compiled):
+        scheduler.install(state, env)
+    else:
+        state.knobs[env] = default_knobs()
+    if hasattr(scheduler, "reset"):
+        scheduler.reset(seed)
+    state.sims[env].decision_s = getattr(scheduler, "decision_s", 0.0)
+
+
+def _boolean(text: str) -> int:
+    values = {"true": 1, "yes": 1, "1": 1, "false": 0, "no": 0, "0": 0}
+    return values[text.lower()]
+
+
+def _positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if math.isnan(value) or value <= 0:
+        raise ValueError
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if math.isnan(value) or value < 0:
+        raise ValueError
+    return value
+
+
+# bracket parameter: (knob, reader, what is expected)
+OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "budget": ("token_budget", _positive_int, "whole number of tokens >= 1"),
+    "hold": ("hold", _boolean, "true or false"),
+    "limit": ("limit", _positive_int, "whole number of tokens >= 1"),
+    "cap": ("cap", _positive, "share of the smallest TBT SLO, > 0"),
+    "refuse": ("refuse", _boolean, "true or false"),
+    "order": ("order", lambda text: ORDERS.index(text), f"one of {', '.join(ORDERS)}"),
+    "offset": ("offset", _not_negative, "mean batches >= 0, inf for no deferral"),
+    "offset_full": ("offset_full", _not_negative, "mean batches >= 0"),
+    "usage_switch": ("usage_switch", _not_negative, "KV use from which offset_full applies"),
+    "margin": ("margin", _not_negative, "capped batches >= 0"),
+    "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
+}
+
+
+@cache
+def registry() -> dict[str, Any]:
+    """All registered schedulers by name: what the modules of ``baselines`` list in ``SCHEDULERS``.
+
+    A value is a :class:`Compiled` or a class whose instances are schedulers.
+    """
+    found: dict[str, Any] = {}
+    package = importlib.import_module("baselines")
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        entries = getattr(importlib.import_module(f"baselines.{module}"), "SCHEDULERS", {})
+        for name, entry in entries.items():
+            found[name] = replace(entry, name=name) if isinstance(entry, Compiled) else entry
+    return found
+
+
+def make_scheduler(spec: str) -> Any:
+    """The scheduler that `spec` names: a registered name, ``module:Class`` or a policy folder, with ``[parameters]``.
+
+    Raises :class:`PolicyError` with one line for an unknown name or a bad parameter.
+    """
+    match = re.fullmatch(r"([^\[\]]+)(?:\[([^\[\]]*)\])?", spec.strip())
+    if not match:
+        raise PolicyError(f"policy {spec!r}: expected NAME or NAME[key=value,...]")
+    name, options = match[1].strip(), _parse_options(spec, match[2] or "")
+    entry = registry().get(name)
+    if isinstance(entry, Compiled):
+        return _with_options(spec, entry, options)
+    if entry is not None:
+        return _instantiate(spec, entry, options)
+    if Path(name).is_dir() or name.endswith((".zip", "/")):
+        folder = importlib.import_module("llmsched_gym.policies")
+        return folder.load_policy(name, **options)
+    if ":" in name:
+        return _instantiate(spec, _import_class(spec, name), options)
+    close = difflib.get_close_matches(name, registry(), 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise PolicyError(
+        f"policy {name!r} is unknown{hint}: expected a name of `llmsched policies`, module:Class or a policy folder"
+    )
+
+
+def _parse_options(spec: str, text: str) -> dict[str, str]:
+    options = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise PolicyError(f"policy {spec!r}: expected key=value in brackets, got {part!r}")
+        options[key.strip()] = value.strip()
+    return options
+
+
+def _with_options(spec: str, entry: Compiled, options: dict[str, str]) -> Compiled:
+    settings, admission, decision_s = dict(entry.settings), entry.admission, entry.decision_s
+    for key, text in options.items():
+        if key == "admission":
+            if text not in ADMISSIONS:
+                raise PolicyError(f"policy {spec!r}: admission: expected one of {', '.join(ADMISSIONS)}, got {text!r}")
+            admission = text
+            continue
+        if key not in OPTIONS:
+            raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(OPTIONS)}")
+        knob, read, expected = OPTIONS[key]
+        try:
+            settings[knob] = read(text)
+        except (ValueError, KeyError):
+            raise PolicyError(f"policy {spec!r}: {key}: expected {expected}, got {text!r}") from None
+    return replace(entry, name=spec, settings=settings, admission=admission, decision_s=decision_s)
+
+
+def _import_class(spec: str, name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise PolicyError(f"policy {spec!r}: cannot import {module!r}: {error}") from None
+    except AttributeError:
+        raise PolicyError(f"policy {spec!r}: {module!r} has no {attribute!r}") from None
+
+
+def _instantiate(spec: str, entry: Any, options: dict[str, str]) -> Any:
+    try:
+        scheduler = entry(**options)
+    except (TypeError, ValueError) as error:
+        raise PolicyError(f"policy {spec!r}: {error}") from None
+    if not isinstance(scheduler, Scheduler):
+        raise PolicyError(f"policy {spec!r}: expected an object with schedule(view), got {type(scheduler).__name__}")
+    return scheduler

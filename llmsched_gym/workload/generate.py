@@ -1,0 +1,159 @@
+"""The request table of an episode, and its execution noise, from (scenario, seed).
+
+Every purpose has a random stream of its own (`SeedSequence(seed, spawn_key=...)`) and every request uses a fixed number
+of draws, so request k is the same at every load, in every suite and in a run of any length.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import cast
+
+import numpy as np
+
+from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.workload.arrivals import (
+    Arrivals,
+    ReplayArrivals,
+    arrivals_until,
+    measured_arrivals,
+    random_arrivals,
+)
+from llmsched_gym.workload.lengths import load_lengths
+from llmsched_gym.workload.table import RequestTable
+from llmsched_gym.workload.traces import Trace, cached_trace
+
+NOISE_BLOCK = 4096
+"""Steps that one block of execution noise covers."""
+
+EPISODE_STREAM, GAP_STREAM, REQUEST_STREAM, HINT_STREAM, HOLD_STREAM, NOISE_STREAM = range(6)
+QPS, START_SIDE, STRICT_SHARE, COST_SCALE, BACKLOG, FIRST_ROW = range(6)
+"""Draws of the episode stream, by position; all are always drawn, so that a setting moves no other's draw."""
+MAX_DRAIN_S = 600.0
+"""Arrivals behind the cohort when the run itself has no time limit."""
+
+
+def make_table(scenario: Scenario, seed: int) -> RequestTable:
+    """The requests of one episode.
+
+    A finite scenario (`num_requests`) measures the first `num_requests` arrivals at or after `warmup_s`, and arrivals
+    go on for `drain_s` (at most 600 s where that is infinite) if `arrivals_continue`. A continuing one has arrivals up
+    to `horizon_s` behind a backlog of 0..`max_backlog` requests at time 0; all of them are measured, and there may be
+    none at all in a short horizon.
+
+    With a trace, drawn arrivals take their lengths from rows drawn with replacement. Kept arrivals take the rows in
+    order and repeat the trace where it is too short: from row 0 in a finite run (a seed then moves only classes, hints
+    and noise), without backlog and from a random row in a continuing one.
+
+    Raises :class:`ConfigError` for a bad seed or workload and :class:`TraceError` for a bad trace, one line each.
+    """
+    seed = _check_seed(seed)
+    episode = _rng(seed, EPISODE_STREAM).random(6)
+    trace = None if scenario.trace is None else cached_trace(scenario.trace)
+    arrivals = _arrivals(scenario, seed, episode, trace)
+
+    backlog = 0
+    if scenario.num_requests is None:
+        if not isinstance(arrivals, ReplayArrivals):
+            backlog = int(episode[BACKLOG] * (scenario.max_backlog + 1))
+        arrival_s = np.concatenate([np.zeros(backlog), arrivals_until(arrivals, float(scenario.horizon_s))])
+        start, stop = 0, len(arrival_s)
+    else:
+        drain_s = MAX_DRAIN_S if math.isinf(scenario.drain_s) else float(scenario.drain_s)
+        arrival_s, start, stop = measured_arrivals(
+            arrivals, float(scenario.warmup_s), scenario.num_requests, drain_s if scenario.arrivals_continue else 0.0
+        )
+
+    n = len(arrival_s)
+    uniforms = _rng(seed, REQUEST_STREAM).random((n, 4))  # prompt, output, SLO class, TTFT class
+    session = np.full(n, -1, np.int64)
+    if trace is None:
+        prompt, output = load_lengths(scenario.workload).draw(uniforms)
+    elif isinstance(arrivals, ReplayArrivals):
+        lap, row = np.divmod(np.arange(arrivals.first, arrivals.first + n), len(trace))
+        prompt, output = trace.prompt_tokens[row], trace.output_tokens[row]
+        if trace.session_id is not None:
+            # A session of a repeated trace is another session.
+            apart = lap * (trace.session_id.max() + 1)
+            session = np.where(trace.session_id[row] < 0, -1, trace.session_id[row] + apart)
+    else:
+        row = (uniforms[:, 0] * len(trace)).astype(np.int64)
+        prompt, output = trace.prompt_tokens[row], trace.output_tokens[row]
+
+    relaxed = uniforms[:, 2] >= _uniform(scenario.strict_share, episode[STRICT_SHARE])
+    ttft_slo_s = scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * prompt
+    scales = scenario.ttft_class_scales
+    if scales != (1.0,):
+        ttft_slo_s = ttft_slo_s * np.asarray(scales, float)[(uniforms[:, 3] * len(scales)).astype(np.int64)]
+    return RequestTable(
+        arrival_s=arrival_s,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        slo_class=relaxed.astype(np.int8),
+        ttft_slo_s=ttft_slo_s,
+        tbt_slo_s=np.where(relaxed, float(scenario.relaxed_tbt_slo_s), float(scenario.strict_tbt_slo_s)),
+        length_hint=_length_hint(scenario, seed, output),
+        session_id=session,
+        cohort_start=start,
+        cohort_stop=stop,
+        qps=arrivals.qps,
+        cost_scale=_uniform(scenario.cost_scale, episode[COST_SCALE]),
+        seed=seed,
+    )
+
+
+def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
+    """Factors on the execution times of steps block * NOISE_BLOCK and on, float64 of shape (NOISE_BLOCK,).
+
+    Log-normal with median 1 and sigma `jitter`, times `straggler_factor` for a share `straggler_share` of the steps.
+    Without either it is `np.ones(1)`: one factor for every step.
+    """
+    if scenario.jitter == 0.0 and scenario.straggler_share == 0.0:
+        return np.ones(1)
+    rng = _rng(_check_seed(seed), NOISE_STREAM, block)
+    noise = np.exp(scenario.jitter * rng.standard_normal(NOISE_BLOCK))
+    if scenario.straggler_share > 0.0:
+        noise[rng.random(NOISE_BLOCK) < scenario.straggler_share] *= scenario.straggler_factor
+    return noise
+
+
+def _arrivals(scenario: Scenario, seed: int, episode: np.ndarray, trace: Trace | None) -> Arrivals:
+    """The scenario's process; with a trace, `trace_arrivals` has the last word."""
+    kind = scenario.arrivals
+    if trace is None and kind == "replay":
+        raise ConfigError("arrivals: replay needs a trace")
+    if trace is not None:
+        kind = scenario.trace_arrivals or kind
+        if kind in ("keep", "replay"):
+            first = 0 if scenario.num_requests is not None else int(episode[FIRST_ROW] * len(trace))
+            return ReplayArrivals(trace, scenario.qps, first)
+    gaps, holds = _rng(seed, GAP_STREAM), _rng(seed, HOLD_STREAM)
+    return random_arrivals(kind, scenario, episode[[QPS, START_SIDE]], gaps, holds)
+
+
+def _length_hint(scenario: Scenario, seed: int, output: np.ndarray) -> np.ndarray:
+    sigma = scenario.hint_sigma
+    if sigma is None:
+        return np.full(len(output), np.nan)
+    if sigma == 0.0:
+        return output.astype(np.float64)
+    return output * np.exp(sigma * _rng(seed, HINT_STREAM).standard_normal(len(output)))
+
+
+def _uniform(value: float | tuple[float, float], draw: float) -> float:
+    """A fixed setting, or one drawn from its range."""
+    if isinstance(value, tuple | list):
+        low, high = value
+        return float(low + (high - low) * draw)
+    return float(value)
+
+
+def _rng(seed: int, *stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
+
+
+def _check_seed(seed: int) -> int:
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or cast(int, seed) < 0:
+        raise ConfigError(f"seed: expected a whole number >= 0, got {seed!r}")
+    return int(seed)

@@ -1,0 +1,249 @@
+"""Request traces: files of arrival times and lengths, their format told by the header, every row accounted for.
+
+Lengths are whole numbers >= 1. A row that breaks a rule is an error that names file, line and column; rows go only when
+the caller asks for it (`on_invalid="drop"`), and are counted then. Blank lines are no rows. Files may be gzipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+MAX_TOKENS = 2**31 - 1
+CHUNK_ROWS = 100_000  # rows held as text at a time
+
+
+class TraceError(ValueError):
+    """A trace that cannot be used; the message is one line that names file, line and column."""
+
+
+@dataclass(frozen=True)
+class TraceFormat:
+    """Column names of a known format."""
+
+    name: str
+    prompt: str
+    output: str
+    time: str | None = None
+    time_kind: str = "s"  # s, ms, or datetime (ISO 8601)
+    session: str | None = None  # optional column
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that must be there."""
+        return [self.time, self.prompt, self.output] if self.time else [self.prompt, self.output]
+
+
+MOONCAKE = TraceFormat("mooncake", "input_length", "output_length", "timestamp", "ms")  # JSON lines
+CSV_FORMATS = (
+    TraceFormat("azure", "ContextTokens", "GeneratedTokens", "TIMESTAMP", "datetime"),
+    TraceFormat("burstgpt", "Request tokens", "Response tokens", "Timestamp", "s", "Session ID"),
+    TraceFormat("vidur", "num_prefill_tokens", "num_decode_tokens", "arrived_at", "s"),
+    TraceFormat("lengths", "num_prefill_tokens", "num_decode_tokens"),
+)
+"""Formats of CSV files; the first whose columns are all in the header is taken."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Requests of a trace file sorted by arrival; arrays have shape (num_requests,) and are read-only."""
+
+    name: str  # the file's name
+    arrival_s: np.ndarray | None  # float64, seconds since the first arrival; None: the file has lengths only
+    prompt_tokens: np.ndarray  # int32, >= 1
+    output_tokens: np.ndarray  # int32, >= 1
+    session_id: np.ndarray | None  # int64, numbered by first appearance, -1 where the file's field is empty
+    format: str
+    num_dropped: int = 0  # invalid rows left out because the caller asked for it
+
+    def __len__(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def qps(self) -> float | None:
+        """Mean arrival rate, 1/s; None without times, or when all requests arrive at once."""
+        if self.arrival_s is None or not self.arrival_s[-1] > 0.0:
+            return None
+        return (len(self) - 1) / float(self.arrival_s[-1])
+
+
+def load_trace(path: str | Path, on_invalid: Literal["raise", "drop"] = "raise") -> Trace:
+    """Read a trace: Azure, BurstGPT, Vidur/Splitwise, Sarathi/Vidur/SLAI lengths (CSV) or Mooncake (JSON lines).
+
+    Times that are out of order are sorted (stably). `on_invalid="drop"` leaves out rows that break a rule, for instance
+    BurstGPT's failures with 0 response tokens, and counts them in `num_dropped`. Raises :class:`TraceError`.
+    """
+    if on_invalid not in ("raise", "drop"):
+        raise ValueError(f"on_invalid: expected raise or drop, got {on_invalid!r}")
+    path = Path(path)
+    try:
+        with _open_text(path) as file:
+            return _parse(path, file, on_invalid == "drop")
+    except (OSError, EOFError, zlib.error) as error:  # damaged gzip raises any of them
+        raise TraceError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
+    except UnicodeDecodeError:
+        raise TraceError(f"{path}: not a text file in UTF-8") from None
+
+
+def cached_trace(path: str | Path) -> Trace:
+    """`load_trace`, parsed again only when the file has changed."""
+    path = Path(path)
+    try:
+        return _cached(path, path.stat().st_mtime_ns)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot read: {error.strerror}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _cached(path: Path, mtime_ns: int) -> Trace:
+    return load_trace(path)
+
+
+def _open_text(path: Path) -> io.TextIOBase:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    if zipped:
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _parse(path: Path, file: Iterable[str], drop: bool) -> Trace:
+    first, lines = "", iter(file)
+    header_line = 0
+    while not first.strip():
+        header_line += 1
+        try:
+            first = next(lines)
+        except StopIteration:
+            raise TraceError(f"{path}: the file is empty") from None
+    if first.lstrip().startswith("{"):
+        rows, fmt = _json_rows(path, first, lines, header_line), MOONCAKE
+        names = fmt.columns
+    else:
+        header = [name.strip() for name in next(csv.reader([first]))]
+        fmt = _detect(path, header, header_line)
+        rows = _csv_rows(path, header, lines, header_line)
+        names = [*fmt.columns, *([fmt.session] if fmt.session in header else [])]
+        pick = [header.index(name) for name in names]
+        rows = ((line, [row[i] for i in pick] if row else row) for line, row in rows)
+    return _collect(path, fmt, names, rows, drop)
+
+
+def _detect(path: Path, header: list[str], line: int) -> TraceFormat:
+    for fmt in CSV_FORMATS:
+        if set(fmt.columns) <= set(header):
+            return fmt
+    raise _unknown_header(path, header, line)
+
+
+def _unknown_header(path: Path, header: list[str], line: int) -> TraceError:
+    known = "; ".join(f"{fmt.name}: {','.join(fmt.columns)}" for fmt in (*CSV_FORMATS, MOONCAKE))
+    shown = ",".join(header)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return TraceError(f"{path}: line {line}: unknown header {shown!r}; known columns are {known} (JSON lines)")
+
+
+def _csv_rows(path: Path, header: list[str], lines: Iterator[str], before: int) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields) of every row; a row of the wrong width has no fields."""
+    reader = csv.reader(lines)
+    try:
+        for row in reader:
+            if row and (len(row) > 1 or row[0].strip()):
+                yield before + reader.line_num, row if len(row) == len(header) else []
+    except csv.Error as error:
+        raise TraceError(f"{path}: line {before + reader.line_num}: not CSV: {error}") from None
+
+
+def _json_rows(path: Path, first: str, lines: Iterator[str], before: int) -> Iterator[tuple[int, list[str]]]:
+    """(line number, [timestamp, input_length, output_length] as text) of every JSON line; a missing key is empty."""
+    for line, text in enumerate(chain([first], lines), before):
+        if not text.strip():
+            continue
+        try:
+            item = json.loads(text)
+        except ValueError as error:
+            raise TraceError(f"{path}: line {line}: not JSON: {error}") from None
+        if not isinstance(item, dict):
+            raise TraceError(f"{path}: line {line}: expected a JSON object, got {text.strip()[:40]!r}")
+        if line == before and not {MOONCAKE.prompt, MOONCAKE.output} & set(item):
+            raise _unknown_header(path, list(item), line)
+        yield line, [json.dumps(item[name]) if name in item else "" for name in MOONCAKE.columns]
+
+
+def _collect(
+    path: Path, fmt: TraceFormat, names: list[str], rows: Iterator[tuple[int, list[str]]], drop: bool
+) -> Trace:
+    values: list[list[np.ndarray]] = [[] for _ in names]  # per column, one array per chunk
+    num_rows = num_dropped = 0
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        num_rows += len(chunk)
+        whole = [(line, row) for line, row in chunk if row]
+        if len(whole) < len(chunk) and not drop:
+            line = next(line for line, row in chunk if not row)
+            raise TraceError(f"{path}: line {line}, column {names[-1]!r}: more or fewer fields than in the header")
+        parsed = [_parse_column(fmt, name, [row[j] for _, row in whole]) for j, name in enumerate(names)]
+        valid = np.logical_and.reduce([ok for _, ok, _ in parsed])
+        if not valid.all() and not drop:
+            row = int(np.argmin(valid))
+            j = next(j for j, (_, ok, _) in enumerate(parsed) if not ok[row])
+            line, fields = whole[row]
+            got = fields[j] if len(fields[j]) <= 40 else fields[j][:37] + "..."
+            raise TraceError(f"{path}: line {line}, column {names[j]!r}: expected {parsed[j][2]}, got {got!r}")
+        num_dropped += len(chunk) - int(valid.sum())
+        for column, (array, _, _) in zip(values, parsed, strict=True):
+            column.append(array[valid])
+    if num_rows == num_dropped:
+        what = f"all {num_rows} rows are invalid" if num_rows else "no rows behind the header"
+        raise TraceError(f"{path}: {what}")
+    columns = {name: np.concatenate(column) for name, column in zip(names, values, strict=True)}
+    return _trace(path, fmt, columns, num_dropped)
+
+
+def _trace(path: Path, fmt: TraceFormat, columns: dict[str, np.ndarray], num_dropped: int) -> Trace:
+    order: np.ndarray | slice = slice(None)
+    arrival_s = session_id = None
+    if fmt.time is not None:
+        order = np.argsort(columns[fmt.time], kind="stable")
+        times = columns[fmt.time][order]
+        # Subtract before scaling: nanoseconds since 1970 do not fit into a float.
+        arrival_s = (times - times[0]) * {"s": 1.0, "ms": 1e-3, "datetime": 1e-9}[fmt.time_kind]
+    if fmt.session is not None and fmt.session in columns:
+        import pandas as pd
+
+        session_id = pd.factorize(columns[fmt.session][order])[0].astype(np.int64)
+    prompt, output = (columns[name][order].astype(np.int32) for name in (fmt.prompt, fmt.output))
+    for array in (arrival_s, prompt, output, session_id):
+        if array is not None:
+            array.setflags(write=False)
+    return Trace(path.name, arrival_s, prompt, output, session_id, fmt.name, num_dropped)
+
+
+def _parse_column(fmt: TraceFormat, name: str, fields: list[str]) -> tuple[np.ndarray, np.ndarray, str]:
+    """Values, a mask of the valid ones, and what was expected."""
+    import pandas as pd  # here, because importing it takes longer than everything else in this package
+
+    text = np.array(fields, dtype=object)
+    if name == fmt.session:
+        text[np.array([not field.strip() for field in fields], bool)] = None
+        return text, np.ones(len(text), bool), "anything"
+    if name == fmt.time and fmt.time_kind == "datetime":
+        moments = pd.to_datetime(text, utc=True, format="ISO8601", errors="coerce")
+        valid = np.asarray((moments.year >= 1700) & (moments.year <= 2200))  # what nanoseconds can count
+        return pd.DatetimeIndex(moments.where(valid)).as_unit("ns").asi8, valid, "a date and time (ISO 8601)"
+    numbers = np.asarray(pd.to_numeric(text, errors="coerce"), dtype=np.float64)
+    if name == fmt.time:
+        return numbers, np.isfinite(numbers), f"a finite time in {fmt.time_kind}"
+    with np.errstate(invalid="ignore"):
+        valid = (numbers >= 1.0) & (numbers <= MAX_TOKENS) & (numbers == np.floor(numbers))
+    return numbers, valid, "a whole number >= 1"
