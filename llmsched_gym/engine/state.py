@@ -77,10 +77,16 @@ SIM = _record(
         ("idle_step_s", "f8"),
         ("decision_s", "f8"),  # what one decision of this policy costs
         ("strict_tbt_slo_s", "f8"),
+        ("cost_ratio", "f8"),  # measured over predicted batch time, moving average over batches
+        ("arrivals_10s", "f8"),  # arrivals per second, exponentially averaged over 10 and 60 s
+        ("arrivals_60s", "f8"),
+        ("arrived_tokens_10s", "f8"),  # prompt tokens per second, likewise
+        ("arrived_tokens_60s", "f8"),
         ("num_batches", "i8"),  # non-empty ones
         ("num_idle_steps", "i8"),  # empty batches in a row
         ("batch_tokens_sum", "i8"),
         ("tokens_emitted", "i8"),
+        ("arrived_tokens", "i8"),  # prompt tokens of everybody who has arrived
         ("waiting_tokens", "i8"),  # prompt tokens to compute of all waiting requests
         ("last_batch_tokens", "i4"),
         ("last_batch_decodes", "i4"),
@@ -97,6 +103,8 @@ SIM = _record(
         ("num_rejected", "i4"),
         ("num_refused", "i4"),
         ("num_abandoned", "i4"),
+        ("num_resolved", "i4"),
+        ("num_settled", "i4"),  # resolved requests whose utility has been paid as reward
         ("num_preemptions", "i4"),
         ("admission_chunk", "i1"),
         ("allow_refusal", "i1"),
@@ -185,6 +193,7 @@ class State(NamedTuple):
     preempt: Any  # (num_envs, max_num_seqs) int32
     refuse: Any  # (num_envs, capacity) int32
     scratch: Any  # (num_envs, max_num_seqs) int32
+    resolved: Any  # (num_envs, capacity) int32, requests in the order they were resolved
     noise: Any  # (num_envs, 1 or NOISE_BLOCK) float64, factors on batch times
     linear_s: Any  # (max_num_batched_tokens + 1,) float64, the executing profile
     coef_s: Any  # (3,) float64: seconds per query-key pair, seconds per KV token read, tile_tokens
@@ -208,6 +217,7 @@ class Lane(NamedTuple):
     preempt: Any
     refuse: Any
     scratch: Any
+    resolved: Any
     linear_s: Any
     coef_s: Any
 
@@ -227,6 +237,7 @@ _STATE_FIELDS = {
     "preempt": (_I4, 2),
     "refuse": (_I4, 2),
     "scratch": (_I4, 2),
+    "resolved": (_I4, 2),
     "noise": (_F8, 2),
     "linear_s": (_F8, 1),
     "coef_s": (_F8, 1),
@@ -247,7 +258,7 @@ def _array_type(field: str, drop: int = 0) -> Any:
 
 
 STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
-_LANE_SOURCES = "sims requests waiting running knobs memory batches items preempt refuse scratch".split()
+_LANE_SOURCES = "sims requests waiting running knobs memory batches items preempt refuse scratch resolved".split()
 LANE_TYPE = types.NamedTuple(
     [_array_type(name, drop=1) for name in _LANE_SOURCES] + [_array_type("own_linear_s"), _array_type("own_coef_s")], Lane
 )
@@ -275,7 +286,8 @@ def _make_handle(state):
     s.sims, s.worlds, s.requests, s.output_tokens = state.sims, state.worlds, state.requests, state.output_tokens
     s.waiting, s.running, s.knobs, s.memory = state.waiting, state.running, state.knobs, state.memory
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
-    s.scratch, s.noise, s.gaps, s.steps = state.scratch, state.noise, state.gaps, state.steps
+    s.scratch, s.resolved, s.noise = state.scratch, state.resolved, state.noise
+    s.gaps, s.steps = state.gaps, state.steps
     s.linear_s, s.coef_s, s.own_linear_s, s.own_coef_s = (
         state.linear_s,
         state.coef_s,
@@ -305,6 +317,7 @@ def lane_of(s, env):
         s.preempt[env],
         s.refuse[env],
         s.scratch[env],
+        s.resolved[env],
         s.own_linear_s,
         s.own_coef_s,
     )
@@ -339,6 +352,7 @@ def allocate(
         preempt=np.zeros((n, seqs), np.int32),
         refuse=np.zeros((n, capacity), np.int32),
         scratch=np.zeros((n, seqs), np.int32),
+        resolved=np.zeros((n, capacity), np.int32),
         noise=np.ones((n, noise_size)),
         linear_s=np.array(profile.linear_table_s(limit)),  # a copy: kernels take writeable arrays only
         coef_s=np.array([profile.pair_s, profile.kv_s, profile.tile_tokens]),
@@ -383,6 +397,7 @@ def load_table(
     sim.idle_step_s = scenario.idle_step_s
     sim.strict_tbt_slo_s = scenario.strict_tbt_slo_s
     sim.next_departure_s = math.inf
+    sim.cost_ratio = 1.0
     world = state.worlds[env]
     world.cost_scale = table.cost_scale
     world.num_requests = n

@@ -19,6 +19,7 @@ from llmsched_gym.engine.state import (
 
 VICTIMS = ("latest-arrival", "latest-lst", "authors")
 LATEST_ARRIVAL, LATEST_LST, AUTHORS = range(3)
+COST_RATIO_STEP = 0.05  # weight of the newest batch in the moving average of measured over predicted time
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------
@@ -56,6 +57,8 @@ def _leave_running(lane, r):
 def _resolve(lane, world, r, phase, now_s):
     lane.requests[r].phase = phase
     lane.requests[r].resolved_s = now_s
+    lane.resolved[lane.sim.num_resolved] = r
+    lane.sim.num_resolved += 1
     if world.cohort_start <= r < world.cohort_stop:
         world.num_unresolved -= 1
 
@@ -69,6 +72,7 @@ def _arrive(lane, world, output_tokens):
         if request.arrival_s > sim.clock_s:
             break
         sim.num_arrived += 1
+        sim.arrived_tokens += request.prompt_tokens
         total = request.prompt_tokens + output_tokens[r]
         blocks = (total + BLOCK_SIZE - 1) // BLOCK_SIZE
         if total > sim.max_model_len or blocks + sim.watermark_blocks > sim.total_blocks:
@@ -165,6 +169,23 @@ def _depart(lane, world):
                 due_s = request.last_token_s + request.tbt_slo_s
             earliest = min(earliest, due_s + sim.patience_s - request.lateness_s)
     sim.next_departure_s = earliest
+
+
+@kernel()
+def _move_clock(lane, world, output_tokens, now_s):
+    """Set the clock; clients leave and come."""
+    sim = lane.sim
+    elapsed_s = now_s - sim.clock_s
+    sim.clock_s = now_s
+    _depart(lane, world)
+    before, tokens_before = sim.num_arrived, sim.arrived_tokens
+    _arrive(lane, world, output_tokens)
+    keep_10s, keep_60s = math.exp(-elapsed_s / 10.0), math.exp(-elapsed_s / 60.0)
+    arrivals, tokens = sim.num_arrived - before, sim.arrived_tokens - tokens_before
+    sim.arrivals_10s = sim.arrivals_10s * keep_10s + arrivals / 10.0
+    sim.arrivals_60s = sim.arrivals_60s * keep_60s + arrivals / 60.0
+    sim.arrived_tokens_10s = sim.arrived_tokens_10s * keep_10s + tokens / 10.0
+    sim.arrived_tokens_60s = sim.arrived_tokens_60s * keep_60s + tokens / 60.0
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------
@@ -296,9 +317,9 @@ def commit(lane, world, output_tokens, gaps, duration_s):
         request.num_computed_tokens += n
         if not is_prefill(request):
             _emit(lane, world, output_tokens, gaps, r, end_s)
-    sim.clock_s = end_s
-    _depart(lane, world)
-    _arrive(lane, world, output_tokens)
+    if sim.last_predicted_s > 0.0:
+        sim.cost_ratio += COST_RATIO_STEP * (duration_s / sim.last_predicted_s - sim.cost_ratio)
+    _move_clock(lane, world, output_tokens, end_s)
 
 
 @kernel()
@@ -328,9 +349,7 @@ def idle(lane, world, output_tokens):
     target_s = min(target_s, world.stop_s)
     if target_s == math.inf:
         return
-    sim.clock_s = max(sim.clock_s, target_s)
-    _depart(lane, world)
-    _arrive(lane, world, output_tokens)
+    _move_clock(lane, world, output_tokens, max(sim.clock_s, target_s))
 
 
 @kernel()
