@@ -1,13 +1,21 @@
 """RAD, Resource-Aware Dynamic scheduling (arXiv 2508.01002): optimal tiling and dynamic resource allocation.
 
-The authors published no code for RAD and this project had only the paper's abstract at hand: what follows is our reading
-of its two principles. See docs/schedulers.md.
+The authors published no code for RAD and this project had only the paper's abstract at hand: what follows is our
+reading of its two principles. See docs/schedulers.md.
 """
 
 import math
 
 from llmsched_gym.config import BLOCK_SIZE
-from llmsched_gym.engine.batch import add_chunk, add_decode, can_admit, can_make_ttft, chunk_room, is_prefill, open_batch
+from llmsched_gym.engine.batch import (
+    add_chunk,
+    add_decode,
+    can_admit,
+    can_make_ttft,
+    chunk_room,
+    is_prefill,
+    open_batch,
+)
 from llmsched_gym.engine.batch import remaining_prefill as remaining
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import FCFS, admission_filters
@@ -41,7 +49,7 @@ def reserved_blocks(lane, output):
     blocks = sim.total_blocks - sim.free_blocks
     for i in range(sim.num_running):
         emitted = lane.requests[lane.running[i]].num_output_tokens
-        blocks += int(math.ceil(max(0.0, output - emitted) / BLOCK_SIZE))
+        blocks += math.ceil(max(0.0, output - emitted) / BLOCK_SIZE)
     return blocks
 
 
@@ -72,7 +80,7 @@ def place_prompts(lane, tokens, dry):
             break
         if (limit and requests[r].prefill_tokens > lane.knobs.limit) or (hold and not can_make_ttft(lane, r)):
             continue
-        need = int(math.ceil((requests[r].prompt_tokens + output) / BLOCK_SIZE))
+        need = math.ceil((requests[r].prompt_tokens + output) / BLOCK_SIZE)
         if seqs > 0 and reserved + need + sim.watermark_blocks > sim.total_blocks:
             break
         n = min(chunk_room(lane, r), tokens - placed)
@@ -88,7 +96,7 @@ def place_prompts(lane, tokens, dry):
 
 @kernel()
 def add_oldest_decodes(lane, count):
-    """Let the `count` decodes whose last token is the oldest decode."""
+    """Let the `count` decodes whose last token is the oldest decode, ties by request index."""
     scratch = lane.scratch
     n = 0
     for i in range(lane.sim.num_running):
@@ -97,7 +105,10 @@ def add_oldest_decodes(lane, count):
         if is_prefill(request) or request.num_scheduled_tokens != 0:
             continue
         j = n - 1
-        while j >= 0 and lane.requests[scratch[j]].last_token_s > request.last_token_s:
+        while j >= 0:
+            other_s = lane.requests[scratch[j]].last_token_s
+            if other_s < request.last_token_s or (other_s == request.last_token_s and scratch[j] < r):
+                break
             scratch[j + 1] = scratch[j]
             j -= 1
         scratch[j + 1] = r
@@ -121,7 +132,7 @@ def rad(lane):
         else:
             decodes += 1
     work = decodes + prompt_tokens
-    share = int(round(size * decodes / work)) if work > 0 else 0
+    share = round(size * decodes / work) if work > 0 else 0
     if decodes > 0:
         share = min(max(share, 1), decodes)
     if prompt_tokens > 0:

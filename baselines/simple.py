@@ -1,7 +1,8 @@
-"""Schedulers from first principles: earliest deadline first, capped shortest-remaining-first, feasible first, random."""
+"""Schedulers from first principles: earliest deadline, capped shortest-remaining, feasible first, random."""
 
 import numpy as np
 
+from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
@@ -16,8 +17,6 @@ from llmsched_gym.engine.pack import EDF, FEASIBLE, SRPT, admission_filters, nex
 from llmsched_gym.engine.step import LATEST_LST
 from llmsched_gym.engine.view import Batch, View
 from llmsched_gym.scheduler import Compiled
-
-BLOCK_SIZE = 16
 
 
 @kernel()
@@ -90,6 +89,7 @@ class RandomScheduler:
         room = min(self.budget, view.max_num_batched_tokens)
         slots = view.max_num_seqs - len(view.running)
         free = view.free_blocks - view.watermark_blocks
+        stuck = False
         candidates = [(r, False) for r in view.running] + [(r, True) for r in view.waiting]
         for i in self.rng.permutation(len(candidates)):
             request, is_waiting = candidates[i]
@@ -103,17 +103,23 @@ class RandomScheduler:
                     continue
                 slots -= 1
                 free -= blocks
-            elif left <= 0 and request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE:
-                free -= 1
+            else:
+                blocks = max(0, -(-int(request.num_computed_tokens + n) // BLOCK_SIZE) - int(request.num_blocks))
+                if left > 0 and blocks > free:  # with blocks by chunk; for a decode the engine evicts
+                    stuck = True
+                    continue
+                free -= blocks
             tokens[int(request.index)] = n
             room -= n
+        if stuck and not tokens:
+            return Batch(preempt=[int(view.running[-1].index)])
         return Batch(tokens)
 
 
 SCHEDULERS = {
     "edf": Compiled("earliest deadline first over prompts and decodes, 512 tokens", edf, {"order": EDF}),
     "srpt-capped": Compiled(
-        "shortest remaining prompt first, deferred decodes, predicted batch time capped at 0.95 of the tightest TBT SLO",
+        "shortest remaining prompt first, deferred decodes, predicted batch time up to 0.95 of the tightest TBT SLO",
         settings={"order": SRPT, "token_budget": 8192, **CAPPED},
     ),
     "feasible-first": Compiled(

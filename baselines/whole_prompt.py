@@ -2,11 +2,10 @@
 
 from llmsched_gym.engine.batch import add_chunk, can_admit, chunk_room, open_batch, remaining_prefill
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import FCFS, add_decodes, admission_filters, next_started, next_waiting
+from llmsched_gym.engine.pack import FCFS, add_all_decodes, admission_filters, next_started, next_waiting
 from llmsched_gym.engine.state import WAITING
 from llmsched_gym.scheduler import Compiled
 
-ALL = float("inf")  # as a margin before the deadline: every decode is critical
 GROUP_SIZE = 32
 
 
@@ -14,8 +13,8 @@ GROUP_SIZE = 32
 def add_whole_prompts(lane, most):
     """Add up to `most` whole prompts, first come first served; returns how many.
 
-    The batch's first prompt is taken whatever the budget and cap say, as it would never fit otherwise; only one longer
-    than `max_num_batched_tokens` is split.
+    The batch's first prompt is taken whatever the budget and cap say, as it would never fit otherwise. Only one longer
+    than `max_num_batched_tokens` is split; one that finds no room beside the decodes waits for fewer of them.
     """
     batch = lane.batch
     hold, limit = admission_filters(lane)
@@ -28,9 +27,10 @@ def add_whole_prompts(lane, most):
             break
         n = remaining_prefill(lane.requests[r])
         if chunk_room(lane, r) < n:
-            if count > 0:
+            room = lane.sim.max_num_batched_tokens - batch.num_tokens
+            if count > 0 or room < n <= lane.sim.max_num_batched_tokens:
                 break
-            n = min(n, lane.sim.max_num_batched_tokens - batch.num_tokens)
+            n = min(n, room)
         if n <= 0 or (lane.requests[r].phase == WAITING and not can_admit(lane, r, n)):
             break
         add_chunk(lane, r, n)
@@ -42,13 +42,13 @@ def vllm_v0(lane):
     """If any waiting prompt is admissible, a batch of whole prompts; else every decode (vLLM 0.x's default)."""
     open_batch(lane)
     if add_whole_prompts(lane, lane.sim.max_num_seqs) == 0:
-        add_decodes(lane, ALL, True)
+        add_all_decodes(lane)
 
 
 def orca(lane):
     """Whole prompts together with all decodes: iteration-level scheduling (Yu et al., OSDI 2022)."""
     open_batch(lane)
-    add_decodes(lane, ALL, True)
+    add_all_decodes(lane)
     add_whole_prompts(lane, lane.sim.max_num_seqs)
 
 
@@ -67,7 +67,7 @@ def faster_transformer(lane):
             lane.memory[0] -= lane.batch.num_admitted
             return
         lane.memory[0] = 0
-    add_decodes(lane, ALL, True)
+    add_all_decodes(lane)
 
 
 SCHEDULERS = {

@@ -15,6 +15,7 @@ import gzip
 import json
 import math
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from llmsched_gym.engine import Engine, Execution, ScheduledBatch
 from llmsched_gym.scheduler import PolicyError, install, make_scheduler
 from llmsched_gym.workload import RequestTable
 
+MAX_IDLE_STEPS = 100_000
 COLUMNS = ("arrival", "prompt_tokens", "decode_tokens", "tbt_deadline")
 
 
@@ -46,24 +48,48 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The log's lines; raises ValueError naming file and line."""
     lines = []
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt") as file:
-        for number, text in enumerate(file, start=1):
-            try:
-                line = json.loads(text)
-                lines.append({"dur": float(line["dur"]), "batch": {(int(r), k, int(n)) for r, k, n in line["batch"]}})
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: line {number}: expected an iteration with dur and batch: {error}") from None
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                lines.append(_parse_line(path, number, text))
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file: {error}") from None
     if not lines:
         raise ValueError(f"{path}: expected at least one iteration")
     return lines
 
 
+def _parse_line(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        batch = {(int(r), k, int(n)) for r, k, n in line["batch"]}
+        duration_s = float(line["dur"])
+        if not 0.0 <= duration_s < math.inf:
+            raise ValueError(f"dur is {duration_s}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: line {number}: expected an iteration with dur and batch: {error}") from None
+    return {"dur": duration_s, "batch": batch}
+
+
 def read_requests(path: Path) -> RequestTable:
-    """The requests a log was made with, one more output token each."""
-    frame = pd.read_csv(path)
+    """The requests a log was made with, one more output token each; raises ValueError naming file and line."""
+    try:
+        frame = pd.read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a CSV file: {str(error).strip()}") from None
     missing = [c for c in COLUMNS if c not in frame]
     if missing:
         raise ValueError(f"{path}: line 1: missing column {missing[0]!r}, expected {', '.join(COLUMNS)}")
+    if frame.empty:
+        raise ValueError(f"{path}: expected at least one request")
+    values = frame[list(COLUMNS)].apply(pd.to_numeric, errors="coerce")
+    good = np.isfinite(values) & (values >= [0.0, 1.0, 0.0, 0.0])
+    for name in COLUMNS:
+        if not good[name].all():
+            row = int(np.argmin(good[name]))
+            raise ValueError(f"{path}: line {row + 2}: {name}: expected a number, got {frame[name].iloc[row]!r}")
+    if not frame["arrival"].is_monotonic_increasing:
+        raise ValueError(f"{path}: arrival: expected requests sorted by arrival")
     n = len(frame)
     strict = frame["strict"] if "strict" in frame else frame["tbt_deadline"] <= 0.1
     return RequestTable(
@@ -107,8 +133,11 @@ def compare(log: Path, requests: Path, policy: str, kv_blocks: int = 14733) -> d
 
 
 def _next_batch(engine: Engine, scheduler: Any) -> set[tuple[int, str, int]]:
-    """Step up to and over the next non-empty batch; the set of (request, kind, tokens), empty at the end."""
-    while not engine.is_over():
+    """Step up to and over the next non-empty batch; the set of (request, kind, tokens), empty at the end.
+
+    A scheduler that never runs anything, though work is pending and nobody will come, has come to its end too.
+    """
+    while not engine.is_over() and engine.state.sims[0].num_idle_steps <= MAX_IDLE_STEPS:
         engine.decide(scheduler)
         requests, items = engine.state.requests[0], engine.state.items[0, : engine.state.batches[0].num_items]
         batch = set()

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 BLOCK_SIZE = 16
 """Tokens in one KV block (vLLM's default)."""
@@ -120,9 +120,9 @@ class Scenario:
     length_hint: str = "none"  # none, noisy:SIGMA, oracle
 
     def __post_init__(self) -> None:
-        _validate(self)
+        self._validate()
 
-    def replace(self, **fields: Any) -> Scenario:
+    def replace(self, **fields: Any) -> Self:
         """A copy with some fields changed; unknown names raise :class:`ConfigError`."""
         check_names(type(self), fields)
         return dataclasses.replace(self, **fields)
@@ -135,7 +135,91 @@ class Scenario:
         return 0.0 if self.length_hint == "oracle" else float(self.length_hint.split(":")[1])
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def _check_number(
+        self, name: str, low: float, high: float = math.inf, *, open_low: bool = False, none: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        if none and value is None:
+            return
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if not ok or (open_low and value == low):
+            bound = f"a number {'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
+            raise ConfigError(f"{name}: expected {bound}, got {value!r}")
+
+    def _check_integer(self, name: str, low: int, *, none: bool = False) -> None:
+        value = getattr(self, name)
+        if none and value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
+
+    def _check_interval(self, name: str, low: float, high: float = math.inf, *, scalar: bool = False) -> None:
+        value = getattr(self, name)
+        if scalar and isinstance(value, int | float) and not isinstance(value, bool):
+            value = (value, value)
+        ok = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+        if not ok or not low <= value[0] <= value[1] <= high or math.isinf(value[1]):
+            what = "a number or a pair" if scalar else "a pair"
+            bounds = f"[{low:g}, {high:g}]"
+            raise ConfigError(f"{name}: expected {what} (low, high) within {bounds}, got {getattr(self, name)!r}")
+
+    def _check_choice(self, name: str, options: tuple[str, ...], prefix: str = "", high: float = 0.0) -> None:
+        """One of `options`, or ``prefix:NUMBER`` with a number from 0 to `high`."""
+        value = getattr(self, name)
+        if isinstance(value, str) and value in options:
+            return
+        try:
+            if prefix and value.startswith(prefix + ":") and 0.0 <= float(value.split(":")[1]) <= high:
+                return
+        except (ValueError, AttributeError):
+            pass
+        known = ", ".join((*options, f"{prefix}:NUMBER") if prefix else options)
+        raise ConfigError(f"{name}: expected one of {known}, got {value!r}")
+
+    def _validate(self) -> None:
+        for name in ("suite", "profile", "workload"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name}: expected a name, got {getattr(self, name)!r}")
+        for name in ("scheduler_profile", "trace"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name}: expected a name or a file, got {getattr(self, name)!r}")
+        if self.trace_arrivals is not None:
+            self._check_choice("trace_arrivals", ("keep", "poisson", "gamma"))
+        self._check_choice("arrivals", ARRIVALS)
+        self._check_choice("admission", ADMISSIONS)
+        self._check_choice("tbt_rule", TBT_RULES, "fraction", 1.0)
+        self._check_choice("length_hint", ("none", "oracle"), "noisy", 10.0)
+        self._check_number("burstiness", 0.0, 1e6, open_low=True)
+        self._check_number("qps", 0.0, 1e6, open_low=True, none=True)
+        self._check_interval("qps_range", 1e-6, 1e6)
+        self._check_interval("switch_every_s", 1e-3)
+        self._check_interval("strict_share", 0.0, 1.0, scalar=True)
+        self._check_interval("cost_scale", 1e-3, 1e3, scalar=True)
+        for name in ("strict_tbt_slo_s", "relaxed_tbt_slo_s", "patience_s", "idle_step_s", "horizon_s", "drain_s"):
+            self._check_number(name, 0.0, open_low=True)
+        for name in ("ttft_slo_s", "ttft_slo_per_token_s", "warmup_s"):
+            self._check_number(name, 0.0, 1e9)
+        scales = self.ttft_class_scales
+        if not isinstance(scales, tuple | list) or not scales or not all(isinstance(x, int | float) for x in scales):
+            raise ConfigError(f"ttft_class_scales: expected positive numbers, got {scales!r}")
+        if not all(0 < x < math.inf for x in scales):
+            raise ConfigError(f"ttft_class_scales: expected positive numbers, got {scales!r}")
+        self._check_number("jitter", 0.0, 10.0)
+        self._check_number("straggler_share", 0.0, 1.0)
+        self._check_number("straggler_factor", 0.0, 1e3, open_low=True)
+        self._check_number("watermark", 0.0, 1.0)
+        self._check_integer("num_requests", 1, none=True)
+        self._check_integer("max_backlog", 0)
+        self._check_integer("num_kv_blocks", 1, none=True)
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+            self._check_integer(name, 1)
+        for name in ("arrivals_continue", "allow_refusal"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.num_requests is None and math.isinf(self.horizon_s):
+            raise ConfigError("horizon_s: expected a finite time when num_requests is None, got inf")
 
 
 def check_names(cls: type, fields: dict[str, Any]) -> None:
@@ -148,81 +232,44 @@ def check_names(cls: type, fields: dict[str, Any]) -> None:
             raise ConfigError(f"unknown field {name!r}{hint}")
 
 
-def _validate(s: Scenario) -> None:
-    def number(name: str, low: float, high: float = math.inf, *, open_low: bool = False, none: bool = False) -> None:
-        value = getattr(s, name)
-        if none and value is None:
-            return
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not ok or (open_low and value == low):
-            bound = f"a number {'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-            raise ConfigError(f"{name}: expected {bound}, got {value!r}")
+ACTIONS = ("knobs", "priority", "request")
+OBSERVATIONS = ("features", "slots")
+CREDITS = ("early", "finish")
+BACKENDS = ("simulated", "transformers")
 
-    def integer(name: str, low: int, *, none: bool = False) -> None:
-        value = getattr(s, name)
-        if none and value is None:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
 
-    def interval(name: str, low: float, high: float = math.inf, *, scalar: bool = False) -> None:
-        value = getattr(s, name)
-        if scalar and isinstance(value, int | float) and not isinstance(value, bool):
-            value = (value, value)
-        ok = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
-        if not ok or not low <= value[0] <= value[1] <= high or math.isinf(value[1]):
-            what = "a number or a pair" if scalar else "a pair"
-            raise ConfigError(
-                f"{name}: expected {what} (low, high) within [{low:g}, {high:g}], got {getattr(s, name)!r}"
-            )
+@dataclass(frozen=True)
+class EnvConfig(Scenario):
+    """A scenario and how an agent meets it: the keyword arguments of ``gym.make("LLMSched-v0", ...)``."""
 
-    def one_of(name: str, options: tuple[str, ...]) -> None:
-        if getattr(s, name) not in options:
-            raise ConfigError(f"{name}: expected one of {', '.join(options)}, got {getattr(s, name)!r}")
+    action: str = "knobs"  # knobs, priority, request
+    action_repeat: int = 1  # batches that one knobs or priority action decides
+    observation: Any = "features"  # features, slots, or an object with `space` and `observe(view)`
+    reward: Any = "slo"  # slo, or a callable on a Transition
+    beta: float = 0.5  # weight of lateness in a request's utility
+    reward_scale: float = 1.0  # constant factor on the reward
+    credit: str = "early"  # pay utility as it is earned and lost, or at each request's finish
+    tau_s: float = 120.0  # time constant of info["discount"]
+    token_budget: int = 512  # of a batch formed by priority or request actions
+    backend: str = "simulated"  # simulated, transformers
+    model: str | None = None  # transformers: a local folder, a hub id, random:tiny or random:mistral-7b
 
-    def with_number(name: str, prefix: str, low: float, high: float, options: tuple[str, ...]) -> None:
-        value = getattr(s, name)
-        if value in options:
-            return
-        try:
-            ok = isinstance(value, str) and value.startswith(prefix + ":") and low <= float(value.split(":")[1]) <= high
-        except ValueError:
-            ok = False
-        if not ok:
-            raise ConfigError(f"{name}: expected one of {', '.join(options)}, {prefix}:NUMBER, got {value!r}")
-
-    for name in ("suite", "profile", "workload"):
-        if not isinstance(getattr(s, name), str):
-            raise ConfigError(f"{name}: expected a name, got {getattr(s, name)!r}")
-    if s.trace_arrivals is not None:
-        one_of("trace_arrivals", ("keep", "poisson", "gamma"))
-    one_of("arrivals", ARRIVALS)
-    one_of("admission", ADMISSIONS)
-    with_number("tbt_rule", "fraction", 0.0, 1.0, TBT_RULES)
-    with_number("length_hint", "noisy", 0.0, 10.0, ("none", "oracle"))
-    number("burstiness", 0.0, open_low=True)
-    number("qps", 0.0, 1e6, open_low=True, none=True)
-    interval("qps_range", 1e-6, 1e6)
-    interval("switch_every_s", 1e-3)
-    interval("strict_share", 0.0, 1.0, scalar=True)
-    interval("cost_scale", 1e-3, 1e3, scalar=True)
-    for name in ("strict_tbt_slo_s", "relaxed_tbt_slo_s", "patience_s", "idle_step_s", "horizon_s", "drain_s"):
-        number(name, 0.0, open_low=True)
-    for name in ("ttft_slo_s", "ttft_slo_per_token_s", "warmup_s"):
-        number(name, 0.0, 1e9)
-    if not s.ttft_class_scales or not all(isinstance(x, int | float) and x > 0 for x in s.ttft_class_scales):
-        raise ConfigError(f"ttft_class_scales: expected positive numbers, got {s.ttft_class_scales!r}")
-    number("jitter", 0.0, 10.0)
-    number("straggler_share", 0.0, 1.0)
-    number("straggler_factor", 0.0, 1e3, open_low=True)
-    number("watermark", 0.0, 1.0)
-    integer("num_requests", 1, none=True)
-    integer("max_backlog", 0)
-    integer("num_kv_blocks", 1, none=True)
-    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
-        integer(name, 1)
-    if s.num_requests is None and math.isinf(s.horizon_s):
-        raise ConfigError("horizon_s: expected a finite time when num_requests is None, got inf")
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_number("beta", 0.0, 1e6)
+        self._check_number("reward_scale", 0.0, 1e12, open_low=True)
+        self._check_number("tau_s", 0.0, 1e12, open_low=True)
+        self._check_integer("action_repeat", 1)
+        self._check_integer("token_budget", 1)
+        self._check_choice("action", ACTIONS)
+        self._check_choice("credit", CREDITS)
+        self._check_choice("backend", BACKENDS)
+        if not hasattr(self.observation, "observe"):
+            self._check_choice("observation", OBSERVATIONS)
+        if not callable(self.reward):
+            self._check_choice("reward", ("slo",))
+        if self.action == "request" and self.action_repeat != 1:
+            raise ConfigError(f"action_repeat: expected 1 with action='request', got {self.action_repeat}")
 
 
 @dataclass(frozen=True)
@@ -278,3 +325,9 @@ def scenario(suite: str = "default", **fields: Any) -> Scenario:
     if suite not in SUITES:
         raise ConfigError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     return SUITES[suite].scenario.replace(**fields)
+
+
+def env_config(suite: str = "default", **fields: Any) -> EnvConfig:
+    """The environment of a named suite with some fields replaced; raises :class:`ConfigError` naming a bad one."""
+    check_names(EnvConfig, fields)
+    return EnvConfig(**{**scenario(suite).to_dict(), **fields})

@@ -11,6 +11,7 @@ import importlib
 import math
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -112,7 +113,7 @@ def _boolean(text: str) -> int:
 
 def _positive_int(text: str) -> int:
     value = int(text)
-    if value < 1:
+    if not 1 <= value <= np.iinfo(np.int32).max:
         raise ValueError
     return value
 
@@ -145,6 +146,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "margin": ("margin", _not_negative, "capped batches >= 0"),
     "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
 }
+COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
 
 
 @cache
@@ -177,10 +179,15 @@ def make_scheduler(spec: str) -> Any:
     if entry is not None:
         return _instantiate(spec, entry, options)
     if Path(name).is_dir() or name.endswith((".zip", "/")):
-        folder = importlib.import_module("llmsched_gym.policies")
-        return folder.load_policy(name, **options)
+        load_policy = getattr(importlib.import_module("llmsched_gym.policies"), "load_policy", None)
+        if load_policy is None:
+            raise PolicyError(f"policy {name!r}: policy folders cannot be loaded by this version")
+        return load_policy(name, **options)
     if ":" in name:
-        return _instantiate(spec, _import_class(spec, name), options)
+        entry = _import_attribute(spec, name)
+        return (
+            _with_options(spec, entry, options) if isinstance(entry, Compiled) else _instantiate(spec, entry, options)
+        )
     close = difflib.get_close_matches(name, registry(), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise PolicyError(
@@ -206,8 +213,9 @@ def _with_options(spec: str, entry: Compiled, options: dict[str, str]) -> Compil
                 raise PolicyError(f"policy {spec!r}: admission: expected one of {', '.join(ADMISSIONS)}, got {text!r}")
             admission = text
             continue
-        if key not in OPTIONS:
-            raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(OPTIONS)}")
+        known = [*OPTIONS, "admission"] if entry.function is pack_with_knobs else COMMON_OPTIONS
+        if key not in known:
+            raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(known)}")
         knob, read, expected = OPTIONS[key]
         try:
             settings[knob] = read(text)
@@ -216,11 +224,14 @@ def _with_options(spec: str, entry: Compiled, options: dict[str, str]) -> Compil
     return replace(entry, name=spec, settings=settings, admission=admission, decision_s=decision_s)
 
 
-def _import_class(spec: str, name: str) -> Any:
+def _import_attribute(spec: str, name: str) -> Any:
+    """The class or :class:`Compiled` that ``module:name`` means; modules in the working directory are found too."""
     module, _, attribute = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise PolicyError(f"policy {spec!r}: cannot import {module!r}: {error}") from None
     except AttributeError:
         raise PolicyError(f"policy {spec!r}: {module!r} has no {attribute!r}") from None

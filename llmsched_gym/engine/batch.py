@@ -47,6 +47,10 @@ def open_batch(lane):
     batch.num_admitted = 0
     batch.num_preempt = 0
     batch.num_refuse = 0
+    batch.is_marked = 1
+    batch.num_started = -1
+    batch.first_started = -1
+    batch.num_deferred = 0
     batch.token_room = min(lane.knobs.token_budget, sim.max_num_batched_tokens)
     batch.free_blocks = sim.free_blocks
     batch.pairs = 0.0
@@ -132,33 +136,56 @@ def can_admit(lane, r, num_tokens):
 
 
 @kernel()
-def _add(lane, r, n):
-    sim, batch, request = lane.sim, lane.batch, lane.requests[r]
-    lane.items[batch.num_items].request = r
-    lane.items[batch.num_items].tokens = n
+def add_decode(lane, r):
+    """Let a running request with a complete prompt decode one token."""
+    batch, request, item = lane.batch, lane.requests[r], lane.items[lane.batch.num_items]
+    item.request = r
+    item.tokens = 1
     batch.num_items += 1
-    batch.num_tokens += n
-    batch.token_room -= n
-    batch.kv_tokens += request.num_computed_tokens + n
-    batch.free_blocks -= blocks_to_hold(sim, request, n) - request.num_blocks
-    request.num_scheduled_tokens = n
+    batch.num_tokens += 1
+    batch.num_decodes += 1
+    batch.token_room -= 1
+    batch.kv_tokens += request.num_computed_tokens + 1
+    batch.free_blocks -= request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
+    request.num_scheduled_tokens = 1
 
 
 @kernel()
-def add_decode(lane, r):
-    """Let a running request with a complete prompt decode one token."""
-    _add(lane, r, 1)
-    lane.batch.num_decodes += 1
+def add_decodes(lane, count):
+    """:func:`add_decode` for all of ``lane.scratch[:count]``, with the sums in registers."""
+    batch = lane.batch
+    first = batch.num_items
+    context = new_blocks = 0
+    for i in range(count):
+        r = lane.scratch[i]
+        request, item = lane.requests[r], lane.items[first + i]
+        item.request = r
+        item.tokens = 1
+        context += request.num_computed_tokens + 1
+        new_blocks += request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
+        request.num_scheduled_tokens = 1
+    batch.num_items += count
+    batch.num_tokens += count
+    batch.num_decodes += count
+    batch.token_room -= count
+    batch.kv_tokens += context
+    batch.free_blocks -= new_blocks
 
 
 @kernel()
 def add_chunk(lane, r, n):
     """Give request `r`, running or waiting, `n` tokens of its prompt; a waiting one is admitted."""
-    request = lane.requests[r]
-    lane.batch.pairs += n * (request.num_computed_tokens + (n + 1) * 0.5)
-    if request.phase == WAITING:
-        lane.batch.num_admitted += 1
-    _add(lane, r, n)
+    batch, request, item = lane.batch, lane.requests[r], lane.items[lane.batch.num_items]
+    item.request = r
+    item.tokens = n
+    batch.num_items += 1
+    batch.num_tokens += n
+    batch.token_room -= n
+    batch.pairs += n * (request.num_computed_tokens + (n + 1) * 0.5)
+    batch.kv_tokens += request.num_computed_tokens + n
+    batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
+    batch.num_admitted += request.phase == WAITING
+    request.num_scheduled_tokens = n
 
 
 @kernel()

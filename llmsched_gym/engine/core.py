@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import step as kernels
-from llmsched_gym.engine.state import State, allocate, load_table, make_handle
+from llmsched_gym.engine.state import State, allocate, grow, load_table, make_handle
 from llmsched_gym.engine.view import Batch, View, submit
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, noise_block
 
@@ -36,10 +37,15 @@ class ScheduledBatch(NamedTuple):
     num_computed: np.ndarray  # int32, tokens whose KV is held already
     emits: np.ndarray  # bool, whether the pass produces a token
     preempted: np.ndarray  # int32, requests whose KV was freed before this batch
+    running: np.ndarray  # int32, all requests that hold KV; whoever left since the last batch is not among them
 
 
 class Backend(Protocol):
-    """Executes batches: the simulated device, a GPU, or a recording."""
+    """Executes batches: the simulated device, a GPU, or a recording.
+
+    Optional attributes: ``reset(table)`` (called before each run), ``num_kv_blocks`` (what its memory holds; counts
+    where the scenario names no number).
+    """
 
     def execute(self, batch: ScheduledBatch) -> Execution: ...
 
@@ -72,16 +78,17 @@ class Engine:
         self.profile = profile or load_profile(scenario.profile)
         if own_profile is None:
             own_profile = load_profile(scenario.scheduler_profile) if scenario.scheduler_profile else self.profile
-        self.num_kv_blocks = scenario.num_kv_blocks or self.profile.num_kv_blocks
+        own_blocks = getattr(backend, "num_kv_blocks", None)
+        self.num_kv_blocks = scenario.num_kv_blocks or own_blocks or self.profile.num_kv_blocks
         self.backend = backend
-        self._noisy = scenario.jitter > 0 or (scenario.straggler_share > 0 and scenario.straggler_factor != 1)
+        self.noisy = scenario.jitter > 0 or (scenario.straggler_share > 0 and scenario.straggler_factor != 1)
         self.state: State = allocate(
             num_envs,
             capacity,
             scenario,
             self.profile,
             own_profile,
-            noise_size=2 * NOISE_BLOCK if self._noisy else 1,
+            noise_size=2 * NOISE_BLOCK if self.noisy else 1,
             num_gaps=num_gaps,
             num_steps=num_steps,
         )
@@ -89,11 +96,19 @@ class Engine:
         self._record_gaps = num_gaps > 0
         self._seeds = np.zeros(num_envs, np.int64)
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` requests an environment; grows the arrays, and the handle changes, if need be."""
+        if capacity > self.state.requests.shape[1]:
+            self.state = grow(self.state, capacity)
+            self.handle = make_handle(self.state)
+
     def reset(self, table: RequestTable, env: int = 0) -> None:
         """Put environment `env` at time 0 before `table`."""
         load_table(self.state, env, table, self.scenario, self.num_kv_blocks, record_gaps=self._record_gaps)
         self._seeds[env] = table.seed
-        if self._noisy:
+        if hasattr(self.backend, "reset"):
+            self.backend.reset(table)
+        if self.noisy:
             for block in (0, 1):
                 self._fill_noise(env, block)
         kernels.start(self.handle, env)
@@ -125,9 +140,11 @@ class Engine:
         submit(self.state, batch, env)
 
     def decide(self, scheduler: Any, env: int = 0) -> None:
-        """Let the scheduler, compiled or plain Python, form the next batch."""
+        """Let the scheduler form the next batch: compiled, plain Python, or one that works on the engine itself."""
         compiled = getattr(scheduler, "kernel", None)
-        if compiled is not None:
+        if hasattr(scheduler, "decide"):
+            scheduler.decide(self, env)
+        elif compiled is not None:
             kernels.schedule_env(self.handle, env, compiled)
         else:
             kernels.clear_batch_env(self.handle, env)
@@ -137,13 +154,15 @@ class Engine:
     def execute(self, env: int = 0) -> Execution:
         """Apply the decided batch, run it on the backend and commit it; an empty one idles."""
         handle = self.handle
-        preempted_before = self._preemptions(env)
+        preempted_before = self._preemptions(env) if self.backend is not None else None
         execution = Execution(0.0)
         if kernels.apply_env(handle, env):
             if self.backend is None:
                 execution = Execution(float(kernels.execute_env(handle, env)))
             else:
                 execution = self.backend.execute(self.scheduled(env, preempted_before))
+                if not 0.0 <= execution.duration_s < math.inf:
+                    raise ValueError(f"backend: expected a duration in seconds >= 0, got {execution.duration_s!r}")
         if kernels.commit_env(handle, env, execution.duration_s) and kernels.noise_due(handle, env):
             self.refill_noise(env)
         return execution
@@ -181,7 +200,8 @@ class Engine:
         if preempted_before is not None:
             now = self._preemptions(env)
             preempted = np.flatnonzero(now > preempted_before).astype(np.int32)
-        return ScheduledBatch(r.copy(), n.copy(), computed.copy(), emits, preempted)
+        running = self.state.running[env, : self.state.sims[env].num_running]
+        return ScheduledBatch(r.copy(), n.copy(), computed.copy(), emits, preempted, running.copy())
 
     def _preemptions(self, env: int) -> np.ndarray:
         return self.state.requests[env]["num_preemptions"].copy()

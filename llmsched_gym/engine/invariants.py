@@ -78,6 +78,11 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(requests["num_scheduled_tokens"] == 0, "a request is marked as scheduled between steps")
 
     require(requests["lateness_s"] <= sim.patience_s, "a lateness exceeds the patience")
+    active = requests[np.isin(phase, (WAITING, RUNNING))]
+    fresh = active["num_output_tokens"] == 0
+    due_s = np.where(fresh, active["arrival_s"] + active["ttft_slo_s"], active["last_token_s"] + active["tbt_slo_s"])
+    late_s = active["lateness_s"] + np.maximum(0.0, sim.clock_s - due_s)
+    require(late_s < sim.patience_s + 1e-9 * (1.0 + sim.clock_s), "a client whose patience is over is still here")
     resolved = np.isin(phase, (FINISHED, REJECTED, REFUSED, ABANDONED))
     require(np.isnan(requests["resolved_s"]) == ~resolved, "resolved_s and phase disagree")
     cohort = slice(world.cohort_start, world.cohort_stop)

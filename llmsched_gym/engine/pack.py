@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
+    add_decodes,
     can_admit,
     can_make_ttft,
     chunk_room,
@@ -29,18 +29,6 @@ FCFS, SPF, CLASS, SRPT, EDF, FEASIBLE = range(6)
 _FIRST_PREEMPTIVE_ORDER = SRPT
 
 _LATER = 1e12  # added to a key: behind everything without it
-
-
-@kernel()
-def key_emitted_tokens(lane):
-    """Give every decode of the last batch its last schedulable time, once (arXiv 2508.01002, SLAI)."""
-    sim, knobs = lane.sim, lane.knobs
-    offset = knobs.offset if sim.kv_cache_usage < knobs.usage_switch else knobs.offset_full
-    lead_s = offset * sim.mean_batch_s if offset < math.inf else math.inf
-    for i in range(sim.num_running):
-        request = lane.requests[lane.running[i]]
-        if math.isnan(request.lst_s) and not is_prefill(request):
-            request.lst_s = request.last_token_s + request.tbt_slo_s - lead_s
 
 
 @kernel()
@@ -77,30 +65,81 @@ def _sort_by_urgency(lane, count, margin_s):
 
 
 @kernel()
-def add_decodes(lane, margin_s, critical):
-    """Add the critical (or the other) decodes in order of urgency while tokens last; the cap binds the others only."""
-    batch, requests = lane.batch, lane.requests
-    count = 0
-    new_blocks = 0
-    for i in range(lane.sim.num_running):
+def _lead_s(lane):
+    """How long before its deadline a token emitted in the last batch becomes critical: offset * mean batch time."""
+    sim, knobs = lane.sim, lane.knobs
+    offset = knobs.offset if sim.kv_cache_usage < knobs.usage_switch else knobs.offset_full
+    return offset * sim.mean_batch_s if offset < math.inf else math.inf
+
+
+@kernel()
+def add_critical_decodes(lane, margin_s):
+    """Add the critical decodes in order of urgency while tokens last; takes stock of the running list on its way.
+
+    Every decode of the last batch is given its last schedulable time here, once (arXiv 2508.01002, SLAI).
+    """
+    sim, batch, requests = lane.sim, lane.batch, lane.requests
+    lead_s = _lead_s(lane)
+    # A batch is a set: the order matters only where not everybody may get in.
+    everybody_fits = sim.num_running <= batch.token_room and sim.num_running <= batch.free_blocks
+    now_s = sim.clock_s
+    by_lst = math.isnan(margin_s)
+    first_started, started, deferred, critical = -1, 0, 0, 0
+    for i in range(sim.num_running):
         r = lane.running[i]
         request = requests[r]
-        if is_prefill(request) or request.num_scheduled_tokens != 0:
+        if request.num_computed_tokens < request.prefill_tokens:
+            first_started = r if started == 0 else first_started
+            started += 1
             continue
-        if _is_critical(lane, r, margin_s) == critical:
+        due_s = request.last_token_s + request.tbt_slo_s
+        if math.isnan(request.lst_s):
+            request.lst_s = due_s - lead_s
+        if now_s >= request.lst_s if by_lst else due_s - margin_s < now_s:
+            lane.scratch[critical] = r
+            critical += 1
+        else:
+            deferred += 1
+    batch.first_started, batch.num_started, batch.num_deferred = first_started, started, deferred
+    if not everybody_fits:
+        _sort_by_urgency(lane, critical, margin_s)
+    add_decodes(lane, min(critical, batch.token_room))
+
+
+@kernel()
+def add_deferred_decodes(lane, margin_s):
+    """Add the other decodes in order of urgency while tokens and time last."""
+    batch = lane.batch
+    if batch.num_deferred == 0 or batch.token_room <= 0:
+        return
+    count = 0
+    for i in range(lane.sim.num_running):
+        r = lane.running[i]
+        request = lane.requests[r]
+        if not is_prefill(request) and request.num_scheduled_tokens == 0 and not _is_critical(lane, r, margin_s):
             lane.scratch[count] = r
             count += 1
-            new_blocks += request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
-    if count == 0 or batch.token_room <= 0:
+    if batch.cap_s == math.inf and count <= batch.token_room and count <= batch.free_blocks:
+        add_decodes(lane, count)
         return
-    # A batch is a set: the order matters only where not everybody gets in.
-    if count > batch.token_room or new_blocks > batch.free_blocks or (not critical and batch.cap_s < math.inf):
-        _sort_by_urgency(lane, count, margin_s)
-    for i in range(min(count, batch.token_room)):
-        r = lane.scratch[i]
-        if not critical and not decode_fits(lane, r):
+    _sort_by_urgency(lane, count, margin_s)
+    for i in range(count):
+        if not decode_fits(lane, lane.scratch[i]):
             break
-        add_decode(lane, r)
+        add_decode(lane, lane.scratch[i])
+
+
+@kernel()
+def add_all_decodes(lane):
+    """Add every decode while tokens last, by admission."""
+    count = 0
+    for i in range(lane.sim.num_running):
+        r = lane.running[i]
+        request = lane.requests[r]
+        if not is_prefill(request) and request.num_scheduled_tokens == 0:
+            lane.scratch[count] = r
+            count += 1
+    add_decodes(lane, min(count, lane.batch.token_room))
 
 
 @kernel()
@@ -114,6 +153,8 @@ def _key(lane, r, order):
     if order == CLASS:
         return request.prefill_tokens + (0.0 if request.slo_class == 0 else _LATER)
     if order == EDF:
+        if request.num_output_tokens > 0:  # preempted: its next token is due
+            return request.last_token_s + request.tbt_slo_s
         return request.arrival_s + request.ttft_slo_s
     key = float(remaining_prefill(request))
     if order == FEASIBLE and not can_make_ttft(lane, r):
@@ -146,6 +187,15 @@ def _any_within_limit(lane):
 @kernel()
 def next_started(lane, order, hold):
     """The running prompt to continue, -1 if there is none: the first admitted, or the best key if preemptive."""
+    batch = lane.batch
+    if batch.num_started == 0:
+        return -1
+    if batch.num_started == 1 or (order < _FIRST_PREEMPTIVE_ORDER and not hold):
+        r = batch.first_started
+        if lane.requests[r].num_scheduled_tokens == 0:
+            return -1 if hold and not can_make_ttft(lane, r) else r
+        if batch.num_started == 1:
+            return -1
     best = -1
     best_key = math.inf
     for i in range(lane.sim.num_running):
@@ -237,12 +287,11 @@ def pack(lane):
     """Critical decodes, started prompts, admissions, the other decodes."""
     knobs = lane.knobs
     open_batch(lane)
-    key_emitted_tokens(lane)
     margin_s = math.nan
     if not math.isnan(knobs.margin):
         margin_s = knobs.margin * knobs.cap * smallest_tbt_slo_s(lane) if knobs.cap < math.inf else math.inf
-    add_decodes(lane, margin_s, True)
+    add_critical_decodes(lane, margin_s)
     if knobs.refuse and lane.sim.allow_refusal:
         refuse_hopeless(lane)
     add_prompts(lane, knobs.order)
-    add_decodes(lane, margin_s, False)
+    add_deferred_decodes(lane, margin_s)

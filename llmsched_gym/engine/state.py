@@ -25,44 +25,47 @@ PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
 PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
 
 
-def _record(fields: list[tuple[str, str]]) -> np.dtype:
+def record_dtype(fields: list[tuple[str, str]]) -> np.dtype:
     # np.record, so that the same attribute access works with and without compilation
     return np.dtype((np.record, np.dtype(fields, align=True)))
 
 
-REQUEST = _record(
+REQUEST = record_dtype(
     [
-        ("arrival_s", "f8"),
-        ("ttft_slo_s", "f8"),
-        ("tbt_slo_s", "f8"),
-        ("length_hint", "f8"),  # predicted output tokens; nan without a hint
-        ("first_scheduled_s", "f8"),  # nan until scheduled
-        ("first_token_s", "f8"),  # nan until emitted
+        # what every step reads comes first: it fits two cache lines
         ("last_token_s", "f8"),  # nan until emitted
-        ("resolved_s", "f8"),  # nan until finished, rejected, refused or abandoned
+        ("tbt_slo_s", "f8"),
         ("lst_s", "f8"),  # SLAI's last schedulable time; nan until keyed
-        ("lateness_s", "f8"),  # late seconds of all closed waits, at most the patience
-        ("max_gap_s", "f8"),
-        ("deadline_miss_s", "f8"),  # largest lateness of a token against TTFT SLO + k * TBT; -inf before the first
-        ("utility", "f8"),  # utility already paid out as reward
-        ("session_id", "i8"),
-        ("gap_start", "i8"),  # where this request's gaps are recorded; -1: nowhere
-        ("prompt_tokens", "i4"),
-        ("prefill_tokens", "i4"),  # prompt to compute: the prompt, after a preemption with the emitted tokens
         ("num_computed_tokens", "i4"),  # tokens whose KV is held
-        ("num_cached_tokens", "i4"),  # of these, found in the prefix cache
+        ("prefill_tokens", "i4"),  # prompt to compute: the prompt, after a preemption with the emitted tokens
         ("num_output_tokens", "i4"),  # emitted so far
         ("num_blocks", "i4"),  # KV blocks held
         ("num_scheduled_tokens", "i4"),  # tokens in the batch being formed
-        ("num_preemptions", "i4"),
         ("num_late_gaps", "i4"),
         ("slo_class", "i1"),
         ("phase", "i1"),
         ("ttft_missed", "i1"),
+        ("arrival_s", "f8"),
+        ("ttft_slo_s", "f8"),
+        ("lateness_s", "f8"),  # late seconds of all closed waits, at most the patience
+        ("paid_attained", "f8"),  # the utility paid out as reward so far, and what it was computed from
+        ("paid_lateness_s", "f8"),
+        ("paid_utility", "f8"),
+        ("max_gap_s", "f8"),
+        ("deadline_miss_s", "f8"),  # largest lateness of a token against TTFT SLO + k * TBT; -inf before the first
+        ("gap_start", "i8"),  # where this request's gaps are recorded; -1: nowhere
+        ("first_scheduled_s", "f8"),  # nan until scheduled
+        ("first_token_s", "f8"),  # nan until emitted
+        ("resolved_s", "f8"),  # nan until finished, rejected, refused or abandoned
+        ("length_hint", "f8"),  # predicted output tokens; nan without a hint
+        ("session_id", "i8"),
+        ("prompt_tokens", "i4"),
+        ("num_cached_tokens", "i4"),  # of the computed tokens, found in the prefix cache
+        ("num_preemptions", "i4"),
     ]
 )
 
-SIM = _record(
+SIM = record_dtype(
     [
         ("clock_s", "f8"),
         ("mean_batch_s", "f8"),  # running mean of the duration of all non-empty batches
@@ -112,7 +115,7 @@ SIM = _record(
 )
 
 # What a scheduler must not see.
-WORLD = _record(
+WORLD = record_dtype(
     [
         ("cost_scale", "f8"),
         ("stop_s", "f8"),  # the run ends when the clock reaches this
@@ -125,7 +128,7 @@ WORLD = _record(
 )
 
 # Settings of the packing kernel, and what every other scheduler honours of them.
-KNOBS = _record(
+KNOBS = record_dtype(
     [
         ("token_budget", "i4"),
         ("order", "i4"),  # of prompts, see pack.ORDERS
@@ -142,7 +145,7 @@ KNOBS = _record(
 )
 
 # The batch being formed.
-BATCH = _record(
+BATCH = record_dtype(
     [
         ("num_items", "i4"),
         ("num_tokens", "i4"),
@@ -150,6 +153,10 @@ BATCH = _record(
         ("num_admitted", "i4"),
         ("num_preempt", "i4"),
         ("num_refuse", "i4"),
+        ("is_marked", "i4"),  # whether requests carry marks of this batch
+        ("num_started", "i4"),  # running prompts, as the packing kernel found them; -1: not counted
+        ("first_started", "i4"),  # the one admitted first
+        ("num_deferred", "i4"),  # decodes that were not critical
         ("token_room", "i4"),  # tokens that may still be added
         ("free_blocks", "i4"),  # blocks left after what was added; below 0 the engine evicts
         ("pairs", "f8"),  # query-key pairs of the prefill chunks
@@ -158,10 +165,10 @@ BATCH = _record(
     ]
 )
 
-ITEM = _record([("request", "i4"), ("tokens", "i4")])
+ITEM = record_dtype([("request", "i4"), ("tokens", "i4")])
 
 # One line of the log of batches.
-STEP = _record(
+STEP = record_dtype(
     [
         ("start_s", "f8"),
         ("duration_s", "f8"),
@@ -260,7 +267,8 @@ def _array_type(field: str, drop: int = 0) -> Any:
 STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
 _LANE_SOURCES = "sims requests waiting running knobs memory batches items preempt refuse scratch resolved".split()
 LANE_TYPE = types.NamedTuple(
-    [_array_type(name, drop=1) for name in _LANE_SOURCES] + [_array_type("own_linear_s"), _array_type("own_coef_s")], Lane
+    [_array_type(name, drop=1) for name in _LANE_SOURCES] + [_array_type("own_linear_s"), _array_type("own_coef_s")],
+    Lane,
 )
 SCHEDULE_SIGNATURE = types.void(LANE_TYPE)
 """Signature of a compiled scheduler: it reads the lane and fills ``lane.batch``, ``lane.items`` and ``lane.preempt``."""
@@ -363,6 +371,16 @@ def allocate(
     )
 
 
+def grow(state: State, capacity: int) -> State:
+    """The same state with room for `capacity` requests an environment."""
+    fields = state._asdict()
+    for name in ("requests", "output_tokens", "waiting", "refuse", "resolved"):
+        old = fields[name]
+        fields[name] = np.zeros((old.shape[0], capacity), old.dtype)
+        fields[name][:, : old.shape[1]] = old
+    return State(**fields)
+
+
 def load_table(
     state: State, env: int, table: RequestTable, scenario: Scenario, num_kv_blocks: int, *, record_gaps: bool = False
 ) -> None:
@@ -409,3 +427,4 @@ def load_table(
     else:
         world.stop_s = table.arrival_s[table.cohort_stop - 1] + scenario.drain_s
     state.memory[env] = 0.0
+    state.batches[env] = np.zeros((), BATCH)

@@ -196,18 +196,26 @@ def _victim(lane, current):
     """Whom to evict when `current` finds no block (rule 5). See VICTIMS and docs/schedulers.md."""
     rule = lane.knobs.victim
     best = -1
-    best_key = -math.inf
+    best_key, best_due_s = -math.inf, -math.inf
     for i in range(lane.sim.num_running):
         r = lane.running[i]
         request = lane.requests[r]
-        if rule == LATEST_ARRIVAL:
-            key = request.arrival_s
-        elif rule == AUTHORS:
-            key = request.arrival_s if is_prefill(request) else -math.inf
-        else:  # a started prompt has no deadline between tokens: it is the least urgent
-            key = math.inf if is_prefill(request) or math.isnan(request.lst_s) else request.lst_s
-        if key > best_key or (key == best_key and key > -math.inf and r > best):
-            best, best_key = r, key
+        key, due_s = request.arrival_s, 0.0
+        if rule == AUTHORS and not is_prefill(request):
+            continue
+        if rule == LATEST_LST:
+            # a started prompt has no deadline between tokens: it is the least urgent
+            key = math.inf
+            if not is_prefill(request):
+                due_s = request.last_token_s + request.tbt_slo_s
+                if not math.isnan(request.lst_s):
+                    key = request.lst_s  # -inf for all where nobody is deferred: then the deadline decides
+        if best >= 0 and key == best_key:
+            if due_s < best_due_s or (due_s == best_due_s and r < best):
+                continue
+        elif key < best_key:
+            continue
+        best, best_key, best_due_s = r, key, due_s
     return best if best >= 0 else current
 
 
@@ -245,6 +253,8 @@ def apply_batch(lane, world):
             continue  # evicted for an earlier item
         if request.phase == WAITING:
             _admit(lane, r)
+        elif request.num_computed_tokens + n <= request.num_blocks * BLOCK_SIZE:
+            continue
         need = blocks_to_hold(sim, request, n) - request.num_blocks
         for _ in range(sim.max_num_seqs):
             if need <= sim.free_blocks:
@@ -260,18 +270,22 @@ def apply_batch(lane, world):
 
 
 @kernel()
-def _emit(lane, world, output_tokens, gaps, r, end_s):
-    """Hand one token to the client of `r` at `end_s`, unless patience ran out before; finish it if it was the last."""
-    sim, request = lane.sim, lane.requests[r]
+def _emit(sim, request, gaps, end_s):
+    """Hand one token to the request's client at `end_s`; False if its patience ran out before.
+
+    Takes records instead of the lane: this is the innermost loop, and a lane is 700 bytes.
+    """
     late_s = open_lateness_s(request, end_s)
     if request.lateness_s + late_s >= sim.patience_s:
         sim.next_departure_s = min(sim.next_departure_s, end_s)  # _depart lets the client go at the end of this step
-        return
+        return False
     request.lateness_s += late_s
     k = request.num_output_tokens
     if k == 0:
         request.first_token_s = end_s
         request.ttft_missed = end_s - request.arrival_s > request.ttft_slo_s
+        # a token well ahead of the TTFT SLO brings the client's next deadline forward
+        sim.next_departure_s = min(sim.next_departure_s, end_s + request.tbt_slo_s + sim.patience_s - late_s)
     else:
         gap_s = end_s - request.last_token_s
         request.max_gap_s = max(request.max_gap_s, gap_s)
@@ -282,13 +296,17 @@ def _emit(lane, world, output_tokens, gaps, r, end_s):
     request.deadline_miss_s = max(request.deadline_miss_s, end_s - due_s)
     request.last_token_s = end_s
     request.lst_s = math.nan
-    request.num_output_tokens += 1
-    sim.tokens_emitted += 1
-    if request.num_output_tokens == output_tokens[r]:
-        _leave_running(lane, r)
-        sim.num_finished += 1
-        sim.output_length_sum += output_tokens[r]
-        _resolve(lane, world, r, FINISHED, end_s)
+    request.num_output_tokens = k + 1
+    return True
+
+
+@kernel()
+def _finish(lane, world, r, end_s):
+    sim = lane.sim
+    _leave_running(lane, r)
+    sim.num_finished += 1
+    sim.output_length_sum += lane.requests[r].num_output_tokens
+    _resolve(lane, world, r, FINISHED, end_s)
 
 
 @kernel()
@@ -298,7 +316,8 @@ def commit(lane, world, output_tokens, gaps, duration_s):
     end_s = sim.clock_s + duration_s
     sim.num_batches += 1
     sim.num_idle_steps = 0
-    sim.mean_batch_s += (duration_s - sim.mean_batch_s) / sim.num_batches
+    # as a clock would measure it, rounding included: the authors' mean to the last bit
+    sim.mean_batch_s += (end_s - sim.clock_s - sim.mean_batch_s) / sim.num_batches
     sim.last_batch_s = duration_s
     sim.last_predicted_s = batch_s(lane.linear_s, lane.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
     sim.last_batch_tokens = batch.num_tokens
@@ -315,8 +334,11 @@ def commit(lane, world, output_tokens, gaps, duration_s):
             continue
         request.num_scheduled_tokens = 0
         request.num_computed_tokens += n
-        if not is_prefill(request):
-            _emit(lane, world, output_tokens, gaps, r, end_s)
+        if not is_prefill(request) and _emit(sim, request, gaps, end_s):
+            sim.tokens_emitted += 1
+            if request.num_output_tokens == output_tokens[r]:
+                _finish(lane, world, r, end_s)
+    batch.is_marked = 0
     if sim.last_predicted_s > 0.0:
         sim.cost_ratio += COST_RATIO_STEP * (duration_s / sim.last_predicted_s - sim.cost_ratio)
     _move_clock(lane, world, output_tokens, end_s)
@@ -324,10 +346,16 @@ def commit(lane, world, output_tokens, gaps, duration_s):
 
 @kernel()
 def clear_batch(lane):
-    """An empty batch; also forgets the marks of one whose every item was evicted."""
+    """An empty batch; also forgets the marks of one that was never run."""
     batch = lane.batch
-    for i in range(batch.num_items):
-        lane.requests[lane.items[i].request].num_scheduled_tokens = 0
+    if batch.is_marked:
+        for i in range(batch.num_items):
+            lane.requests[lane.items[i].request].num_scheduled_tokens = 0
+        for i in range(batch.num_preempt):
+            lane.requests[lane.preempt[i]].num_scheduled_tokens = 0
+        for i in range(batch.num_refuse):
+            lane.requests[lane.refuse[i]].num_scheduled_tokens = 0
+        batch.is_marked = 0
     batch.num_items = 0
     batch.num_tokens = 0
     batch.num_decodes = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +15,7 @@ from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
 from llmsched_gym.engine.state import REQUEST, RUNNING, WAITING, State
 
-_HIDDEN_FIELDS = {"gap_start", "utility", "phase", "num_scheduled_tokens", "resolved_s"}
+_HIDDEN_FIELDS = {"gap_start", "paid_attained", "paid_lateness_s", "paid_utility", "phase", "num_scheduled_tokens", "resolved_s"}
 _SEEN = [name for name in REQUEST.names or () if name not in _HIDDEN_FIELDS]
 VISIBLE = np.dtype((np.record, [("index", "i4")] + [(name, REQUEST[name].str) for name in _SEEN]))
 
@@ -80,8 +83,11 @@ class View:
     def predict_s(self, tokens: Mapping[int, int]) -> float:
         """Seconds that the scheduler's own cost profile predicts for a batch."""
         rows = self._state.requests[self._env]
+        if sum(tokens.values()) > self.max_num_batched_tokens:
+            raise ValueError(f"predict_s: expected at most {self.max_num_batched_tokens} tokens in a batch")
         total, pairs, kv_tokens = 0, 0.0, 0.0
         for r, n in tokens.items():
+            self._check_arrived(r)
             computed = int(rows[r].num_computed_tokens)
             total += n
             kv_tokens += computed + n
@@ -91,7 +97,12 @@ class View:
 
     def can_make_ttft(self, r: int) -> bool:
         """Whether request `r`, served alone from now on, would still have its first token in time."""
+        self._check_arrived(r)
         return bool(can_make_ttft_env(self._handle, self._env, int(r)))
+
+    def _check_arrived(self, r: int) -> None:
+        if not 0 <= r < self._state.sims[self._env].num_arrived:
+            raise IndexError(f"request {r} has not arrived")
 
 
 def submit(state: State, batch: Batch, env: int = 0) -> None:
@@ -103,9 +114,17 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
             raise IllegalBatch(f"rule 6: request {r} has not arrived")
         return int(requests[r].phase)
 
+    def index(r: Any) -> int:
+        try:
+            return operator.index(r)
+        except TypeError:
+            raise IllegalBatch(f"rule 1: expected the index of a request, got {r!r}") from None
+
     if not isinstance(batch, Batch):
-        raise IllegalBatch(f"schedule() must return a Batch, got {type(batch).__name__}")
-    preempted, refused = [int(r) for r in batch.preempt], [int(r) for r in batch.refuse]
+        raise IllegalBatch(f"rule 1: schedule() must return a Batch, got {type(batch).__name__}")
+    if not isinstance(batch.tokens, Mapping):
+        raise IllegalBatch(f"rule 1: Batch.tokens must map requests to tokens, got {type(batch.tokens).__name__}")
+    preempted, refused = [index(r) for r in batch.preempt], [index(r) for r in batch.refuse]
     free, seqs = int(sim.free_blocks), int(sim.num_running)
     for r in preempted:
         if phase_of(r) != RUNNING or preempted.count(r) > 1:
@@ -121,9 +140,10 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     items, total, pairs, kv_tokens, decodes = [], 0, 0.0, 0.0, 0
     spare = 0 if sim.admission_chunk else int(sim.watermark_blocks)
     for r, n in batch.tokens.items():
-        r, phase = int(r), phase_of(int(r))
-        if n != int(n) or n < 1:
-            raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, expected a whole number >= 1")
+        r = index(r)
+        phase = phase_of(r)
+        if not isinstance(n, numbers.Real) or not math.isfinite(n) or n != int(n) or n < 1:
+            raise IllegalBatch(f"rule 1: request {r} gets {n!r} tokens, expected a whole number >= 1")
         n = int(n)
         if phase not in (WAITING, RUNNING) or r in gone:
             raise IllegalBatch(f"rule 1: request {r} gets tokens, but neither waits nor runs")
@@ -159,4 +179,5 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     state.refuse[env, : len(refused)] = refused
     lane.num_items, lane.num_tokens, lane.num_decodes = len(items), total, decodes
     lane.num_preempt, lane.num_refuse = len(preempted), len(refused)
+    lane.is_marked = 1
     lane.pairs, lane.kv_tokens = pairs, kv_tokens

@@ -1,0 +1,7 @@
+"""LLMSched: the engine as a Gymnasium environment, single and vectorised."""
+
+from llmsched_gym.env.reward import Transition
+from llmsched_gym.env.single import LLMSchedEnv
+from llmsched_gym.env.vector import LLMSchedVectorEnv
+
+__all__ = ["LLMSchedEnv", "LLMSchedVectorEnv", "Transition"]

@@ -1,0 +1,262 @@
+"""Environment steps over all environments of an engine: decode the action, run the engine, pay, observe."""
+
+from __future__ import annotations
+
+import math
+
+from llmsched_gym.engine.batch import (
+    add_chunk,
+    add_decode,
+    can_admit,
+    chunk_room,
+    decode_fits,
+    is_decoding,
+    is_free,
+    open_batch,
+    remaining_prefill,
+)
+from llmsched_gym.engine.jit import entry, kernel
+from llmsched_gym.engine.pack import pack
+from llmsched_gym.engine.state import WAITING, lane_of
+from llmsched_gym.engine.step import advance, clear_batch, has_work, is_over, noise_due
+from llmsched_gym.env.features import observe_features
+from llmsched_gym.env.knobs import set_knobs
+from llmsched_gym.env.reward import TERMS, pay_utility
+from llmsched_gym.env.slots import NUM_SLOTS, num_visible, observe_slots, slot_request
+
+NUM_TERMS = len(TERMS)
+# columns of the outcome of a step, float64
+REWARD, DURATION_S, DISCOUNT, TERMINATED, TRUNCATED, NOISE_DUE = range(6)
+OUTCOME_SIZE = 6 + NUM_TERMS
+
+
+@kernel()
+def end_outcome(lane, world, rules, outcome, start_s):
+    """Reward, duration, discount and the end of the episode, after the engine's steps of one decision."""
+    outcome[REWARD] += rules.scale * pay_utility(lane, world, rules, outcome[6:])
+    outcome[DURATION_S] = lane.sim.clock_s - start_s
+    outcome[DISCOUNT] = math.exp(-outcome[DURATION_S] / rules.tau_s)
+    over = is_over(lane, world)
+    resolved = world.drain_all != 0 and world.num_unresolved == 0
+    outcome[TERMINATED] = over and resolved
+    outcome[TRUNCATED] = over and not resolved
+
+
+@kernel()
+def decide_by_knobs(lane, action, values):
+    """Form the next batch by the packing kernel under `action`."""
+    set_knobs(lane.knobs, action, values)
+    clear_batch(lane)
+    if has_work(lane):
+        pack(lane)
+
+
+@entry()
+def step_knobs(s, actions, values, rules, outcomes, rows, masks, observations):
+    """One decision of every environment by knobs; `actions` (num_envs, num_knobs) int64."""
+    for env in range(actions.shape[0]):
+        lane = lane_of(s, env)
+        world, rule, outcome = s.worlds[env], rules[0], outcomes[env]
+        outcome[:] = 0.0
+        start_s = lane.sim.clock_s
+        for _ in range(rule.action_repeat):
+            decide_by_knobs(lane, actions[env], values)
+            if advance(s, env, lane) and noise_due(s, env):
+                outcome[NOISE_DUE] = 1.0
+            if is_over(lane, world):
+                break
+        end_outcome(lane, world, rule, outcome, start_s)
+        _observe(lane, observations[env], rows, masks, env)
+
+
+@kernel()
+def pack_by_score(lane, scores, order):
+    """Pack visible requests greedily by score, the highest first; those with a score below 0 are left out.
+
+    Running decodes beyond the visible slots come last, so that nobody is out of the agent's and the packer's sight.
+    """
+    open_batch(lane)
+    visible = num_visible(lane)
+    for slot in range(visible):  # insertion sort of slots by score, ties by slot
+        j = slot - 1
+        while j >= 0 and scores[order[j]] < scores[slot]:
+            order[j + 1] = order[j]
+            j -= 1
+        order[j + 1] = slot
+    for i in range(visible):
+        slot = order[i]
+        if not scores[slot] >= 0.0:
+            break
+        add_slot(lane, slot, 1)
+    add_hidden_decodes(lane)
+
+
+@kernel()
+def add_slot(lane, slot, tile):
+    """Add the request of a slot to the batch: a decode, or as much of its prompt as fits; returns whether it fitted.
+
+    A chunk that does not finish its prompt is rounded down to a multiple of `tile`.
+    """
+    r = slot_request(lane, slot)
+    if not is_free(lane, r):
+        return False
+    if is_decoding(lane, r):
+        if not decode_fits(lane, r):
+            return False
+        add_decode(lane, r)
+        return True
+    n = chunk_room(lane, r)
+    if n < remaining_prefill(lane.requests[r]) and n > tile:
+        n -= n % tile
+    if n <= 0 or (lane.requests[r].phase == WAITING and not can_admit(lane, r, n)):
+        return False
+    add_chunk(lane, r, n)
+    return True
+
+
+@kernel()
+def add_hidden_decodes(lane):
+    for i in range(NUM_SLOTS, lane.sim.num_running):
+        r = lane.running[i]
+        if is_free(lane, r) and is_decoding(lane, r) and decode_fits(lane, r):
+            add_decode(lane, r)
+
+
+@kernel()
+def _use_defaults(lane, rule):
+    """The settings under which priority and request actions pack: a token budget, no cap."""
+    lane.knobs.token_budget = rule.token_budget
+    lane.knobs.cap = math.inf
+
+
+@kernel()
+def decide_by_score(lane, scores, rule):
+    """Form the next batch by one score per slot."""
+    _use_defaults(lane, rule)
+    clear_batch(lane)
+    if has_work(lane):
+        pack_by_score(lane, scores, lane.scratch)
+
+
+@entry()
+def step_priority(s, actions, rules, outcomes, rows, masks, observations):
+    """One decision of every environment by one score per slot; `actions` (num_envs, NUM_SLOTS) float32."""
+    for env in range(actions.shape[0]):
+        lane = lane_of(s, env)
+        world, rule, outcome = s.worlds[env], rules[0], outcomes[env]
+        outcome[:] = 0.0
+        start_s = lane.sim.clock_s
+        for _ in range(rule.action_repeat):
+            decide_by_score(lane, actions[env], rule)
+            if advance(s, env, lane) and noise_due(s, env):
+                outcome[NOISE_DUE] = 1.0
+            if is_over(lane, world):
+                break
+        end_outcome(lane, world, rule, outcome, start_s)
+        _observe(lane, observations[env], rows, masks, env)
+
+
+@kernel()
+def _observe(lane, features, rows, masks, env):
+    observe_features(lane, features)
+    if rows.shape[0] > 0:
+        observe_slots(lane, rows[env], masks[env])
+
+
+@kernel()
+def decide_by_request(lane, slot):
+    """Add the request of `slot` to the batch being formed, or close it; returns whether it is closed.
+
+    A slot that cannot be added closes the batch: the mask of legal actions says so beforehand.
+    """
+    tile = max(1, int(lane.coef_s[2]))
+    if slot < num_visible(lane) and add_slot(lane, slot, tile):
+        return False
+    add_hidden_decodes(lane)
+    return True
+
+
+@kernel()
+def reopen(lane, rule):
+    """Start the next batch that request actions will fill."""
+    clear_batch(lane)
+    _use_defaults(lane, rule)
+    open_batch(lane)
+
+
+@entry()
+def step_request(s, actions, rules, outcomes, rows, masks, observations):
+    """One decision of every environment: add the request of slot `action`, or close the batch (NUM_SLOTS)."""
+    for env in range(actions.shape[0]):
+        lane = lane_of(s, env)
+        world, rule, outcome = s.worlds[env], rules[0], outcomes[env]
+        outcome[:] = 0.0
+        start_s = lane.sim.clock_s
+        if decide_by_request(lane, actions[env]):
+            if advance(s, env, lane) and noise_due(s, env):
+                outcome[NOISE_DUE] = 1.0
+            reopen(lane, rule)
+        end_outcome(lane, world, rule, outcome, start_s)
+        _observe(lane, observations[env], rows, masks, env)
+
+
+@kernel()
+def can_add(lane, slot, tile):
+    """Whether :func:`add_slot` would succeed."""
+    r = slot_request(lane, slot)
+    if not is_free(lane, r):
+        return False
+    if is_decoding(lane, r):
+        return decode_fits(lane, r)
+    n = chunk_room(lane, r)
+    if n < remaining_prefill(lane.requests[r]) and n > tile:
+        n -= n % tile
+    return n > 0 and (lane.requests[r].phase != WAITING or can_admit(lane, r, n))
+
+
+@entry()
+def mask_requests(s, masks):
+    """Legal request actions; `masks` (num_envs, NUM_SLOTS + 1) bool. Closing is always legal."""
+    for env in range(masks.shape[0]):
+        lane = lane_of(s, env)
+        tile = max(1, int(lane.coef_s[2]))
+        visible = num_visible(lane)
+        for slot in range(NUM_SLOTS):
+            masks[env, slot] = slot < visible and can_add(lane, slot, tile)
+        masks[env, NUM_SLOTS] = True
+
+
+@entry()
+def observe_env(s, env, rows, masks, observations):
+    """The observation of one environment between steps."""
+    _observe(lane_of(s, env), observations[env], rows, masks, env)
+
+
+@entry()
+def reopen_env(s, env, rules):
+    reopen(lane_of(s, env), rules[0])
+
+
+@entry()
+def settle(s, env, rules, outcomes, start_s):
+    """Pay for engine steps that were made outside these kernels."""
+    outcomes[env, :] = 0.0
+    end_outcome(lane_of(s, env), s.worlds[env], rules[0], outcomes[env], start_s)
+
+
+# The decision alone, for schedulers whose batch the engine executes.
+
+
+@entry()
+def decide_knobs_env(s, env, action, values):
+    decide_by_knobs(lane_of(s, env), action, values)
+
+
+@entry()
+def decide_priority_env(s, env, scores, rules):
+    decide_by_score(lane_of(s, env), scores, rules[0])
+
+
+@entry()
+def decide_request_env(s, env, slot):
+    return decide_by_request(lane_of(s, env), slot)

@@ -1,0 +1,146 @@
+"""The reward: each request's utility, paid as it is earned and lost.
+
+With a_i(t) = 1 while request i's first token came in time and no token since was late, and L_i(t) its late seconds so
+far, U_i(t) = a_i(t) - beta * min(1, L_i(t) / patience). A step pays the sum over the measured requests of what U_i
+changed, so that the undiscounted return telescopes to the sum of the final utilities, whatever the steps were.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.config import EnvConfig
+from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.state import ABANDONED, FINISHED, REFUSED, record_dtype
+from llmsched_gym.engine.step import open_lateness_s
+from llmsched_gym.engine.view import View
+
+EVERY_GAP, FRACTION, DEADLINE = range(3)
+TERMS = ("on_time", "expired", "lateness", "refused")
+ON_TIME, EXPIRED, LATENESS, REFUSAL = range(len(TERMS))
+
+RULES = record_dtype(
+    [
+        ("beta", "f8"),
+        ("scale", "f8"),
+        ("late_share", "f8"),  # share of gaps that may be late, rule "fraction"
+        ("tau_s", "f8"),
+        ("tbt_rule", "i4"),
+        ("at_finish", "i4"),
+        ("action_repeat", "i4"),
+        ("token_budget", "i4"),
+    ]
+)
+
+
+def rules_of(config: EnvConfig) -> np.ndarray:
+    """The constants of reward and action decoding for the kernels; RULES of shape (1,)."""
+    rules = np.zeros(1, RULES)
+    row = rules[0]
+    row.beta, row.scale, row.tau_s = config.beta, config.reward_scale, config.tau_s
+    row.at_finish = config.credit == "finish"
+    row.action_repeat, row.token_budget = config.action_repeat, config.token_budget
+    row.tbt_rule = EVERY_GAP if config.tbt_rule == "every-gap" else DEADLINE
+    if config.tbt_rule.startswith("fraction"):
+        row.tbt_rule = FRACTION
+        row.late_share = 1.0 - float(config.tbt_rule.split(":")[1])
+    return rules
+
+
+@kernel()
+def attains(request, rules, now_s):
+    """Whether nothing has gone wrong for the request so far and its first token is out (0 or 1)."""
+    if request.num_output_tokens == 0 or request.ttft_missed:
+        return 0.0
+    done = request.phase == FINISHED
+    if rules.tbt_rule == DEADLINE:
+        due_s = request.arrival_s + request.ttft_slo_s + request.num_output_tokens * request.tbt_slo_s
+        return 1.0 if request.deadline_miss_s <= 0.0 and (done or now_s <= due_s) else 0.0
+    overdue = not done and now_s - request.last_token_s > request.tbt_slo_s
+    late = request.num_late_gaps + overdue
+    if rules.tbt_rule == EVERY_GAP:
+        return 1.0 if late == 0 else 0.0
+    gaps = request.num_output_tokens - 1 + overdue
+    return 1.0 if late <= rules.late_share * gaps + 1e-9 else 0.0
+
+
+@kernel()
+def _pay(sim, rules, request, attained, lateness_s, refused, terms):
+    """Book what the request's utility changed; returns the change."""
+    late = paid_late = 0.0
+    if sim.patience_s < math.inf:
+        late, paid_late = min(1.0, lateness_s / sim.patience_s), min(1.0, request.paid_lateness_s / sim.patience_s)
+    utility = attained - rules.beta * late - refused * rules.beta
+    change = utility - request.paid_utility
+    if attained > request.paid_attained:
+        terms[ON_TIME] += 1.0
+    elif attained < request.paid_attained:
+        terms[EXPIRED] -= 1.0
+    terms[LATENESS] -= rules.beta * (late - paid_late)
+    terms[REFUSAL] -= refused * rules.beta
+    request.paid_attained = attained
+    request.paid_lateness_s = lateness_s
+    request.paid_utility = utility
+    return change
+
+
+@kernel()
+def _pay_resolved(sim, rules, request, terms):
+    if request.phase == FINISHED:
+        attained = attains(request, rules, sim.clock_s)
+        return _pay(sim, rules, request, attained, request.lateness_s, 0.0, terms)
+    if request.phase == ABANDONED:
+        return _pay(sim, rules, request, 0.0, request.lateness_s, 0.0, terms)
+    return _pay(sim, rules, request, 0.0, 0.0, 1.0 if request.phase == REFUSED else 0.0, terms)
+
+
+@kernel()
+def _pay_live(sim, rules, request, terms):
+    if request.num_output_tokens == 0:
+        if sim.clock_s - request.arrival_s <= request.ttft_slo_s:
+            return 0.0
+    elif rules.tbt_rule == EVERY_GAP and sim.clock_s - request.last_token_s <= request.tbt_slo_s:
+        spoiled = request.ttft_missed or request.num_late_gaps > 0
+        if request.lateness_s == request.paid_lateness_s and (request.paid_attained == 0.0) == spoiled:
+            return 0.0  # nothing has changed
+    lateness_s = request.lateness_s + open_lateness_s(request, sim.clock_s)
+    return _pay(sim, rules, request, attains(request, rules, sim.clock_s), lateness_s, 0.0, terms)
+
+
+@kernel()
+def pay_utility(lane, world, rules, terms):
+    """Sum of the changes of utility since the last call, over the measured requests; parts are added to `terms`."""
+    sim, requests = lane.sim, lane.requests
+    first, stop = world.cohort_start, world.cohort_stop
+    total = 0.0
+    for i in range(sim.num_settled, sim.num_resolved):
+        r = lane.resolved[i]
+        if first <= r < stop:
+            total += _pay_resolved(sim, rules, requests[r], terms)
+    sim.num_settled = sim.num_resolved
+    if rules.at_finish:
+        return total
+    for i in range(sim.num_running):
+        r = lane.running[i]
+        if first <= r < stop:
+            total += _pay_live(sim, rules, requests[r], terms)
+    for i in range(sim.num_waiting):
+        r = lane.waiting[i]
+        if first <= r < stop:
+            total += _pay_live(sim, rules, requests[r], terms)
+    return total
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What a custom reward is computed from: ``gym.make(id, reward=callable)``."""
+
+    duration_s: float  # how far the clock moved
+    terms: Mapping[str, float]  # parts of the built-in reward, unscaled
+    resolved: Any  # records of the measured requests resolved in this step, engine.state.REQUEST
+    view: View  # the engine after the step

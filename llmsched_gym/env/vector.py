@@ -1,0 +1,119 @@
+"""The native vector environment: the same kernels over many environments in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from llmsched_gym.config import ConfigError, env_config
+from llmsched_gym.env import kernels
+from llmsched_gym.env.core import EnvCore
+from llmsched_gym.env.features import FEATURES
+
+
+class LLMSchedVectorEnv(VectorEnv):
+    """`num_envs` environments of :class:`~llmsched_gym.env.single.LLMSchedEnv` stepped in compiled code.
+
+    Environment i of ``reset(seed=s)`` equals the single environment with seed s + i. Autoreset is SAME_STEP: the
+    observation after an episode's end is the next episode's first, the last one is in ``info["final_obs"]``.
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012
+        "render_modes": [],
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(self, num_envs: int = 1, suite: str = "default", render_mode: str | None = None, **fields: Any) -> None:
+        if not isinstance(num_envs, int) or num_envs < 1:
+            raise ConfigError(f"num_envs: expected a whole number >= 1, got {num_envs!r}")
+        if render_mode is not None:
+            raise ConfigError(f"render_mode: expected None for the vector environment, got {render_mode!r}")
+        self.config = env_config(suite, **fields)
+        self.num_envs = num_envs
+        self.core = EnvCore(self.config, num_envs)
+        self.single_action_space = self.core.action_space
+        self.single_observation_space = self.core.observation_space
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._rngs: list[np.random.Generator | None] = [None] * num_envs
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Names of the entries of the features observation."""
+        return [feature.name for feature in FEATURES]
+
+    def _seed(self, env: int, seed: int | None) -> int:
+        if seed is not None:
+            self._rngs[env] = gym.utils.seeding.np_random(seed)[0]
+            return seed
+        if self._rngs[env] is None:
+            self._rngs[env] = gym.utils.seeding.np_random(None)[0]
+        rng = self._rngs[env]
+        assert rng is not None
+        return int(rng.integers(2**62))
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        elif len(seed) == self.num_envs:
+            seeds = list(seed)
+        else:
+            raise ConfigError(f"seed: expected {self.num_envs} seeds, got {len(seed)}")
+        for env in range(self.num_envs):
+            self.core.reset(env, self._seed(env, seeds[env]))
+        return self._observations(), {}
+
+    def _observations(self) -> Any:
+        core = self.core
+        if hasattr(self.config.observation, "observe"):
+            views = [core.observation(env) for env in range(self.num_envs)]
+            return gym.vector.utils.concatenate(
+                self.single_observation_space,
+                views,
+                gym.vector.utils.create_empty_array(self.single_observation_space, self.num_envs),
+            )
+        if self.config.observation == "features":
+            return core.features.copy()
+        return {"slots": core.rows.copy(), "mask": core.masks.copy(), "features": core.features.copy()}
+
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        core = self.core
+        core.actions[:] = actions
+        core.step()
+        outcomes = core.outcomes.copy()
+        terminated = outcomes[:, kernels.TERMINATED] != 0.0
+        truncated = outcomes[:, kernels.TRUNCATED] != 0.0
+        info: dict[str, Any] = {
+            "duration_s": outcomes[:, kernels.DURATION_S],
+            "discount": outcomes[:, kernels.DISCOUNT],
+            "reward_terms": {name: outcomes[:, 6 + k] for k, name in enumerate(kernels.TERMS)},
+        }
+        done = terminated | truncated
+        if done.any():
+            final = np.full(self.num_envs, None, dtype=object)
+            for env in np.flatnonzero(done).tolist():
+                final[env] = core.observation(env)
+                core.reset(env, self._seed(env, None))
+            # what info has of the last step is the finished episode's: SAME_STEP resets add no information of their own
+            info |= {"final_obs": final, "_final_obs": done, "final_info": self._final_info(info, done)}
+            info["_final_info"] = done
+        return self._observations(), outcomes[:, kernels.REWARD], terminated, truncated, info
+
+    def _final_info(self, info: dict[str, Any], done: np.ndarray) -> dict[str, Any]:
+        return {name: info[name].copy() for name in ("duration_s", "discount")} | {
+            f"_{name}": done.copy() for name in ("duration_s", "discount")
+        }
+
+    def action_masks(self) -> np.ndarray:
+        """Legal actions of all environments, bool: (num_envs, 65) for request actions."""
+        return self.core.action_masks()
+
+    def close_extras(self, **kwargs: Any) -> None:
+        pass

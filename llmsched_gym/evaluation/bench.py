@@ -1,0 +1,162 @@
+"""How fast the engine, a whole evaluation and the environments are on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.config import scenario
+from llmsched_gym.engine import Batch, View
+from llmsched_gym.evaluation.grid import evaluate
+from llmsched_gym.evaluation.run import simulate
+
+POLICIES = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "vllm-v0")
+GRID_QPS = tuple(round(0.2 * k, 1) for k in range(1, 11))
+GRID_REQUESTS = 16_384
+ENGINE_QPS = 1.3  # about 30 requests run at a time
+ENGINE_REQUESTS = 4000
+REPEATS = 5
+NUM_ENVS = (1, 64, 1024)
+ENV_STEPS = 100_000
+CARTPOLE_STEPS = 50_000
+
+Note = Callable[[str], None]
+
+
+class PlainSarathi:
+    """Sarathi-Serve as a plain-Python scheduler: all decodes, then chunks of prompts first come first served."""
+
+    budget = 512
+
+    def schedule(self, view: View) -> Batch:
+        """Decodes first, started prompts next, then waiting ones while blocks and sequences last."""
+        tokens = {int(r): 1 for r in view.decodes.index[: self.budget]}
+        room = self.budget - len(tokens)
+        for r in view.prefills:
+            if room > 0:
+                tokens[int(r.index)] = n = min(room, int(r.prefill_tokens - r.num_computed_tokens))
+                room -= n
+        free, seqs = view.free_blocks - view.watermark_blocks - len(tokens), len(view.running)
+        for r in view.waiting:
+            free -= -(-int(r.prefill_tokens) // 16)
+            seqs += 1
+            if room <= 0 or free < 0 or seqs > view.max_num_seqs:
+                break
+            tokens[int(r.index)] = n = min(room, int(r.prefill_tokens))
+            room -= n
+        return Batch(tokens)
+
+
+def bench(quick: bool = False, note: Note = lambda text: None) -> dict[str, Any]:
+    """All figures as one object; `quick` shrinks the grid and says so in its keys. `note` hears what is going on."""
+    note("engine")
+    figures: dict[str, Any] = {
+        "engine_iterations_per_s": {policy: _engine(policy) for policy in POLICIES},
+        "engine_setting": {"suite": "paper", "qps": ENGINE_QPS, "mean_running": _mean_running(), "cores": 1},
+        "machine": machine(),
+        "reference": {"plain_python_scheduler_iterations_per_s": _engine(PlainSarathi(), requests=100, repeats=3)},
+    }
+    rates, requests = ((1.0, 1.8), 4096) if quick else (GRID_QPS, GRID_REQUESTS)
+    note("evaluation grid")
+    start = time.perf_counter()
+    evaluate(scenario("paper", num_requests=requests), POLICIES, qps=rates, seeds=1, workers=None)
+    key = "evaluate_quick" if quick else "evaluate"
+    figures[f"{key}_wall_s"] = time.perf_counter() - start
+    figures[f"{key}_grid"] = {"policies": len(POLICIES), "loads": len(rates), "num_requests": requests, "seeds": 1}
+    note("environments")
+    environments, reference = _environments(quick)
+    figures |= environments
+    figures["reference"] |= reference
+    return figures
+
+
+def _engine(policy: Any, requests: int = ENGINE_REQUESTS, repeats: int = REPEATS) -> float:
+    """Iterations per second of one core, median of the repeats behind one that warms up."""
+    world = scenario("paper", num_requests=requests, qps=ENGINE_QPS)
+    runs = [simulate(world, policy, seed=0) for _ in range(repeats + 1)][1:]
+    return statistics.median(int(run.sim.num_batches) / run.wall_time_s for run in runs)
+
+
+def _mean_running() -> float:
+    world = scenario("paper", num_requests=ENGINE_REQUESTS, qps=ENGINE_QPS)
+    steps = simulate(world, "sarathi", seed=0, num_steps=1_000_000).steps
+    return float(np.average(steps["num_running"], weights=steps["duration_s"]))
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    except OSError:
+        pass
+    versions = {name: metadata.version(name) for name in ("numpy", "numba", "gymnasium")}
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
+def _environments(quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Steps per second of our environments and of CartPole in the same run; nothing while ours are not registered."""
+    import gymnasium as gym
+
+    import llmsched_gym  # noqa: F401  registers the environments
+
+    if "LLMSched-v0" not in gym.registry:
+        return {}, {}
+    steps = ENV_STEPS // 10 if quick else ENV_STEPS
+    ours, theirs = "LLMSched-v0", "CartPole-v1"
+    figures = {
+        "single_env_steps_per_s": _single(ours, steps),
+        "vector_env_steps_per_s": {str(n): _vector(ours, n, steps) for n in NUM_ENVS},
+    }
+    return figures, {
+        "cartpole_single_env_steps_per_s": _single(theirs, min(steps, CARTPOLE_STEPS)),
+        "cartpole_vector_env_steps_per_s": {str(n): _vector(theirs, n, steps) for n in NUM_ENVS},
+    }
+
+
+def _single(name: str, steps: int) -> float:
+    """Steps per second of `gym.make` with random actions drawn beforehand, median of three."""
+    import gymnasium as gym
+
+    env = gym.make(name)
+    env.action_space.seed(0)
+    actions = [env.action_space.sample() for _ in range(1000)]
+    rates = []
+    env.reset(seed=0)
+    for repeat in range(4):
+        start = time.perf_counter()
+        for i in range(steps if repeat else 1000):
+            _, _, terminated, truncated, _ = env.step(actions[i % 1000])
+            if terminated or truncated:
+                env.reset()
+        rates.append(steps / (time.perf_counter() - start))
+    env.close()
+    return statistics.median(rates[1:])
+
+
+def _vector(name: str, num_envs: int, steps: int) -> float:
+    """Environment steps per second of the native vector env with random actions, median of three."""
+    import gymnasium as gym
+
+    envs = gym.make_vec(name, num_envs=num_envs, vectorization_mode="vector_entry_point")
+    envs.action_space.seed(0)
+    actions = [envs.action_space.sample() for _ in range(16)]
+    rates = []
+    envs.reset(seed=0)
+    calls = max(50, steps // num_envs)
+    for repeat in range(4):
+        start = time.perf_counter()
+        for i in range(calls if repeat else 20):
+            envs.step(actions[i % 16])
+        rates.append(calls * num_envs / (time.perf_counter() - start))
+    envs.close()
+    return statistics.median(rates[1:])

@@ -1,0 +1,302 @@
+"""Capacity: the largest arrival rate at which a policy meets a criterion, with an interval over seeds.
+
+Rates lie on one fixed grid, 1.02**k requests per second, searched coarse to fine. At each rate a criterion's conditions
+are averaged over the seeds; a non-decreasing fit through these means crosses each condition's limit somewhere, and the
+capacity is the smallest crossing. Intervals resample the seeds, the same ones for every policy, so that ratios of
+capacities are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario
+from llmsched_gym.evaluation.cells import Cell, Runner
+from llmsched_gym.evaluation.grid import check, finite, seed_range
+from llmsched_gym.evaluation.intervals import MIN_SEEDS
+
+STEP = 1.02
+LOW_QPS, HIGH_QPS = 0.1, 16.0
+TTFT_LIMIT_S = 0.5
+HUGE = 1e4  # stands for an infinite latency in a mean
+NUM_RESAMPLES = 1000
+COARSE, MEDIUM, SCOUTS = 16, 4, 3  # strides on the grid; seeds that scout with the coarse one
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Met while the mean over seeds of `excess`, expected to grow with the load, is not above 0."""
+
+    name: str
+    excess: Callable[[Row], float | None]  # None: the run has nothing to judge
+
+
+@dataclass(frozen=True)
+class Criterion:
+    name: str
+    conditions: tuple[Condition, ...]
+
+
+def criterion(text: str) -> Criterion:
+    """ttft-median, paper, attainment:X or serve-all:X."""
+    name, _, number = text.partition(":")
+    ttft = Condition("median TTFT", lambda row: _or_huge(row["ttft_p50_s"]) - TTFT_LIMIT_S)
+    if text == "ttft-median":
+        return Criterion(text, (ttft,))
+    if text == "paper":
+        return Criterion(text, (ttft, *(_itl(c) for c in SLO_CLASSES)))
+    try:
+        share = float(number)
+    except ValueError:
+        share = math.nan
+    if name not in ("attainment", "serve-all") or not 0.0 < share <= 1.0:
+        raise ConfigError(
+            f"criterion: expected ttft-median, paper, attainment:X or serve-all:X with 0 < X <= 1, got {text!r}"
+        )
+    attainment = Condition("attainment", lambda row: share - row["slo_attainment"])
+    if name == "attainment":
+        return Criterion(text, (attainment,))
+    return Criterion(
+        text,
+        (
+            attainment,
+            Condition("attainment of strict users", lambda row: _below(share, row["slo_attainment_by_class"]["strict"])),
+            Condition("attainment of the longest prompts", lambda row: _below(0.5, row["attained_by_decile"][-1])),
+            Condition("refused or abandoned", lambda row: (row["num_refused"] + row["num_abandoned"]) / _n(row) - 0.01),
+        ),
+    )
+
+
+def _itl(slo_class: str) -> Condition:
+    def excess(row: Row) -> float | None:
+        if not row["num_gaps_by_class"][slo_class]:
+            return None
+        return _or_huge(row["itl_p99_s_by_class"][slo_class]) - row["tbt_slo_s_by_class"][slo_class]
+
+    return Condition(f"p99 ITL of {slo_class} users", excess)
+
+
+def _n(row: Row) -> int:
+    return int(row["num_requests"])
+
+
+def _or_huge(seconds: float | None) -> float:
+    return HUGE if seconds is None else min(seconds, HUGE)
+
+
+def _below(limit: float, share: float | None) -> float | None:
+    return None if share is None else limit - share
+
+
+@dataclass
+class Capacity:
+    """What was found for one policy."""
+
+    policy: str
+    criterion: str
+    qps: float | None  # None: outside the searched rates, see `note`
+    ci_low: float | None = None
+    ci_high: float | None = None
+    note: str | None = None
+    limited_by: str | None = None  # the condition that ends it
+    shares: dict[str, Any] = field(default_factory=dict)  # means at the highest rate on the grid that is not above it
+    curve: list[dict[str, Any]] = field(default_factory=list)  # per rate, seed mean of each condition's excess
+    resamples: np.ndarray | None = None  # (NUM_RESAMPLES,) capacities of resampled seeds
+
+    def to_row(self) -> Row:
+        found = {"policy": self.policy, "criterion": self.criterion, "capacity_qps": self.qps}
+        return found | {
+            "ci_low": self.ci_low,
+            "ci_high": self.ci_high,
+            "limited_by": self.limited_by,
+            "note": self.note,
+            **self.shares,
+        }
+
+
+Simulate = Callable[[str, Sequence[tuple[float, int]]], list[Row]]
+"""Rows of a policy at (rate, seed) pairs, in their order."""
+
+
+class Search:
+    """Finds capacities on the grid of rates from runs that `simulate` does; each run is done once."""
+
+    def __init__(
+        self, judged: Criterion, simulate: Simulate, seeds: Sequence[int], qps: tuple[float, float] = (LOW_QPS, HIGH_QPS)
+    ) -> None:
+        self.judged, self.seeds, self._simulate = judged, list(seeds), simulate
+        self.low, self.high = math.ceil(math.log(qps[0], STEP) - 1e-9), math.floor(math.log(qps[1], STEP) + 1e-9)
+        if self.low >= self.high:
+            raise ConfigError(f"qps: expected a range of rates wider than 2 %, got {qps[0]:g}-{qps[1]:g}")
+        self.rows: dict[tuple[str, int, int], Row] = {}  # by policy, rate's place on the grid, seed
+        draws = np.random.default_rng(0).integers(len(self.seeds), size=(NUM_RESAMPLES, len(self.seeds)))
+        # how often each resample has each seed; the first is the sample itself
+        self._weights = np.stack([np.bincount(draw, minlength=len(self.seeds)) for draw in draws]).astype(float)
+        self._weights = np.concatenate([np.ones((1, len(self.seeds))), self._weights])
+
+    def find(self, policy: str) -> Capacity:
+        """The capacity of one policy."""
+        bracket = self._scout(policy)
+        if isinstance(bracket, str):
+            return Capacity(policy, self.judged.name, None, note=bracket)
+        low, high = max(bracket[0] - MEDIUM, self.low), min(bracket[1] + MEDIUM, self.high)
+        rates = set(range(low, high, MEDIUM)) | {high}
+        while True:
+            self._run(policy, rates, self.seeds)
+            places, limits = self._cross(policy, sorted(rates), self._weights)
+            first, last = math.floor(np.quantile(places, 0.025)), math.ceil(np.quantile(places, 0.975))
+            # what lies at the edge of the rates that were run may lie beyond
+            first, last = first - (MEDIUM if first <= min(rates) else 1), last + (MEDIUM if last >= max(rates) else 1)
+            wanted = set(range(max(first, self.low), min(last, self.high) + 1))
+            if wanted <= rates:
+                return self._result(policy, sorted(rates), places, limits[0])
+            rates |= wanted
+
+    def _result(self, policy: str, rates: list[int], places: np.ndarray, limit: int) -> Capacity:
+        place, name = float(places[0]), self.judged.conditions[limit].name
+        found = Capacity(policy, self.judged.name, STEP**place, limited_by=name)
+        found.curve = [self._means(policy, k) for k in rates]
+        if not self.low < place < self.high:
+            found.qps, found.limited_by = None, None
+            found.note = self._beyond(self.low, "not") if place <= self.low else self._beyond(self.high, "still")
+            return found
+        below = max(k for k in rates if k <= place)
+        found.shares = {"at_qps": STEP**below} | _shares([self.rows[policy, below, seed] for seed in self.seeds])
+        if len(self.seeds) >= MIN_SEEDS:
+            found.resamples = STEP ** places[1:]
+            found.ci_low, found.ci_high = (float(q) for q in np.quantile(found.resamples, [0.025, 0.975]))
+        return found
+
+    @staticmethod
+    def _beyond(k: int, how: str) -> str:
+        return f"{how} met at {STEP**k:.3g} requests/s, the end of the searched range"
+
+    def _means(self, policy: str, k: int) -> dict[str, Any]:
+        rows = [self.rows[policy, k, seed] for seed in self.seeds]
+        values = {c.name: [v for v in map(c.excess, rows) if v is not None] for c in self.judged.conditions}
+        return {"qps": STEP**k} | {name: float(np.mean(v)) if v else None for name, v in values.items()}
+
+    def _scout(self, policy: str) -> tuple[int, int] | str:
+        """Two rates on the grid, the criterion met at the lower and not at the higher by a few seeds' means."""
+        seeds = self.seeds[:SCOUTS]
+
+        def met(k: int) -> bool:
+            self._run(policy, {k}, seeds)
+            rows = [self.rows[policy, k, seed] for seed in seeds]
+            values = ([v for v in map(c.excess, rows) if v is not None] for c in self.judged.conditions)
+            return all(not v or float(np.mean(v)) <= 0.0 for v in values)
+
+        k = min(max(0, self.low), self.high)
+        if met(k):
+            while k < self.high:
+                k, last = min(k + COARSE, self.high), k
+                if not met(k):
+                    return last, k
+            return self._beyond(k, "still")
+        while k > self.low:
+            k, last = max(k - COARSE, self.low), k
+            if met(k):
+                return k, last
+        return self._beyond(k, "not")
+
+    def _run(self, policy: str, rates: set[int], seeds: Sequence[int]) -> None:
+        missing = [(k, seed) for k in sorted(rates) for seed in seeds if (policy, k, seed) not in self.rows]
+        if missing:
+            rows = self._simulate(policy, [(STEP**k, seed) for k, seed in missing])
+            self.rows |= {(policy, k, seed): row for (k, seed), row in zip(missing, rows, strict=True)}
+
+    def _cross(self, policy: str, rates: list[int], weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each resample's capacity lies on the grid of rates, and the number of the condition that ends it."""
+        crossings = []
+        for condition in self.judged.conditions:
+            excess = np.array([[condition.excess(self.rows[policy, k, seed]) for k in rates] for seed in self.seeds], float)
+            known = ~np.isnan(excess)
+            with np.errstate(invalid="ignore"):
+                means = (weights @ np.where(known, excess, 0.0)) / (weights @ known)
+            crossings.append([crossing(rates, mean) for mean in means])
+        return np.min(crossings, axis=0), np.argmin(crossings, axis=0)
+
+
+def crossing(rates: Sequence[float], means: np.ndarray) -> float:
+    """Where the non-decreasing fit through `means` at `rates` exceeds 0; the first or last rate if it does so nowhere.
+
+    A nan has nothing to say.
+    """
+    from scipy.optimize import isotonic_regression
+
+    known = ~np.isnan(means)
+    if not known.any():
+        return float(rates[-1])
+    x, y = np.asarray(rates, float)[known], isotonic_regression(means[known]).x
+    above = int(np.searchsorted(y, 0.0, side="right"))
+    if above in (0, len(y)):
+        return float(rates[0] if above == 0 else rates[-1])
+    return float(x[above - 1] - y[above - 1] * (x[above] - x[above - 1]) / (y[above] - y[above - 1]))
+
+
+def _shares(rows: Sequence[Row]) -> dict[str, Any]:
+    """Who was served at one load, means over seeds: shares attained, refused, abandoned, also by tenths of prompt length."""
+    shares: dict[str, Any] = {"attained": float(np.mean([row["slo_attainment"] for row in rows]))}
+    for name in ("refused", "abandoned"):
+        shares[name] = float(np.mean([row[f"num_{name}"] / row["num_requests"] for row in rows]))
+    for name in ("attained", "refused", "abandoned"):
+        tenths = zip(*(row[f"{name}_by_decile"] for row in rows), strict=True)
+        means = ([share for share in tenth if share is not None] for tenth in tenths)
+        shares[f"{name}_by_decile"] = [float(np.mean(m)) if m else None for m in means]
+    return shares
+
+
+def ratios(found: Sequence[Capacity], base: int = 0) -> list[dict[str, Any]]:
+    """Each capacity over that of `found[base]`; intervals resample the seeds jointly. None where either is unknown."""
+    reference = found[base]
+    entries = []
+    for other in found:
+        ratio = other.qps / reference.qps if other.qps and reference.qps else None
+        low = high = None
+        if other.resamples is not None and reference.resamples is not None:
+            low, high = (float(q) for q in np.quantile(other.resamples / reference.resamples, [0.025, 0.975]))
+        entries.append({"ratio_to": reference.policy, "ratio": ratio, "ratio_ci_low": low, "ratio_ci_high": high})
+    return entries
+
+
+def capacity(
+    scenario: Scenario,
+    policies: Sequence[str],
+    judged: str,
+    *,
+    qps: tuple[float, float] = (LOW_QPS, HIGH_QPS),
+    seeds: int = 20,
+    first_seed: int = 0,
+    workers: int | None = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Capacity]:
+    """The capacity of each policy under the criterion `judged` (see `criterion`), searched between the rates `qps`.
+
+    The other arguments are those of `grid.evaluate`. Pass the result to `ratios` to compare policies.
+    """
+    scenario, policies = finite(scenario), list(dict.fromkeys(policies))
+    conditions, numbers = criterion(judged), seed_range(seeds, first_seed)
+    check(scenario, policies, qps, first_seed)
+    done = planned = 0
+    with Runner(scenario, workers) as runner:
+
+        def simulate(policy: str, runs: Sequence[tuple[float, int]]) -> list[Row]:
+            nonlocal done, planned
+            planned += len(runs)
+            rows: list[Row] = [{}] * len(runs)
+            for cell, row in runner.run([Cell(i, policy, rate, seed) for i, (rate, seed) in enumerate(runs)]):
+                rows[cell.index] = row
+                done += 1
+                if progress is not None:
+                    progress(done, planned)
+            return rows
+
+        search = Search(conditions, simulate, numbers, qps)
+        return [search.find(policy) for policy in policies]

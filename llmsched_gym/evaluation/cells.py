@@ -1,0 +1,150 @@
+"""Cells of a grid, (policy, rate, seed), and running many of them: in this process or in spawned ones."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from llmsched_gym.config import Scenario
+from llmsched_gym.evaluation.metrics import Gaps, Outcomes, gap_counts, requests_frame, row
+from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.scheduler import Compiled, make_scheduler
+
+LOGGED_STEPS = 3000
+"""Batches of a run kept for plots of what happens over time."""
+
+COMPILED_S, PYTHON_S = 3e-5, 4e-3  # what one request costs, roughly, by kind of scheduler
+SPAWN_S = 2.5  # what starting workers costs
+CHUNK_S = 0.5  # work handed to a worker at a time
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid."""
+
+    index: int  # position in the grid
+    policy: str
+    qps: float | None  # None: the scenario's own
+    seed: int
+    frames: tuple[str, ...] = ()  # of requests, steps, itl: what to write besides the row
+
+
+def run_cell(scenario: Scenario, cell: Cell, folder: Path | None = None) -> dict[str, Any]:
+    """The row of one cell; the frames it asks for are written to `folder`."""
+    if cell.qps is not None:
+        scenario = scenario.replace(qps=cell.qps)
+    steps = LOGGED_STEPS if "steps" in cell.frames else 0
+    episode = simulate(scenario, cell.policy, cell.seed, num_steps=steps)
+    outcomes = Outcomes(episode)
+    gaps = Gaps.of(episode, outcomes)
+    figures = row(episode, outcomes, gaps)
+    if folder is not None and cell.frames:
+        import pandas as pd
+
+        labels = {"policy": cell.policy, "qps": figures["qps"], "requested_qps": cell.qps or math.nan, "seed": cell.seed}
+        if "requests" in cell.frames:
+            write_part(folder, "requests", cell.index, requests_frame(episode, outcomes))
+        if "steps" in cell.frames:
+            write_part(folder, "steps", cell.index, pd.DataFrame(episode.steps).assign(**labels))
+        if "itl" in cell.frames:
+            parts = [pd.DataFrame({"slo_class": c, "itl_s": s, "count": n}) for c, s, n in gap_counts(gaps)]
+            write_part(folder, "itl", cell.index, pd.concat(parts).assign(**labels))
+    return figures
+
+
+def part_path(folder: Path, kind: str, index: int) -> Path:
+    return folder / f"{kind}-{index:06d}.parquet"
+
+
+def write_part(folder: Path, kind: str, index: int, frame: Any) -> None:
+    """Write a cell's frame; a reader never sees half a file."""
+    path = part_path(folder, kind, index)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    frame.to_parquet(partial, index=False, compression="zstd")
+    os.replace(partial, path)
+
+
+class Runner:
+    """Runs cells, in worker processes where that is quicker. A context manager: leaving it ends the workers."""
+
+    def __init__(self, scenario: Scenario, workers: int | None = 1, folder: Path | None = None) -> None:
+        self.scenario, self.folder = scenario, folder
+        self.workers = workers or os.cpu_count() or 1
+        self._pool: ProcessPoolExecutor | None = None
+        self._before: set[Any] = set()
+        self._each_s: dict[str, float] = {}  # seconds a request costs, by policy
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._pool is None:
+            return
+        if kind is None:
+            self._pool.shutdown()
+            return
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for child in set(multiprocessing.active_children()) - self._before:
+            child.terminate()
+
+    def run(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """(cell, row) of each cell, as they are done."""
+        each_s = [self._estimate_s(cell) for cell in cells]
+        total_s = sum(each_s)
+        gain_s = total_s * (1 - 1 / self.workers) - (SPAWN_S if self._pool is None else 0.0)
+        if gain_s <= 0 or len(cells) < 2:
+            for cell in cells:
+                yield cell, run_cell(self.scenario, cell, self.folder)
+            return
+        chunk_s = min(CHUNK_S, total_s / (4 * self.workers))
+        futures: list[Future] = []
+        chunk: list[Cell] = []
+        filled_s = 0.0
+        for cell, seconds in zip(cells, each_s, strict=True):
+            chunk.append(cell)
+            filled_s += seconds
+            if filled_s >= chunk_s or cell is cells[-1]:
+                futures.append(self._executor().submit(_run_chunk, self.scenario, chunk, self.folder))
+                chunk, filled_s = [], 0.0
+        for future in as_completed(futures):
+            yield from future.result()
+
+    def _executor(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            self._before = set(multiprocessing.active_children())
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start_worker)
+        return self._pool
+
+    def _estimate_s(self, cell: Cell) -> float:
+        scenario, qps = self.scenario, cell.qps or self.scenario.qps or max(self.scenario.qps_range)
+        requests = (scenario.num_requests or scenario.horizon_s * qps) + scenario.warmup_s * qps
+        if cell.policy not in self._each_s:
+            self._each_s[cell.policy] = COMPILED_S if isinstance(make_scheduler(cell.policy), Compiled) else PYTHON_S
+        return requests * self._each_s[cell.policy]
+
+
+def _run_chunk(scenario: Scenario, cells: list[Cell], folder: Path | None) -> list[tuple[Cell, dict[str, Any]]]:
+    return [(cell, run_cell(scenario, cell, folder)) for cell in cells]
+
+
+def _start_worker() -> None:
+    """Leave interrupts to the parent, and do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,117 @@
+"""Run policies on the same requests over loads and seeds: one row of figures per run, and a folder of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.cost import load_profile
+from llmsched_gym.evaluation.cells import Cell, Runner
+from llmsched_gym.evaluation.store import Store, digest, grid_config
+from llmsched_gym.scheduler import make_scheduler
+from llmsched_gym.workload import make_table
+
+NUM_REQUESTS = 2000
+"""Measured requests of a run, unless told otherwise."""
+
+MAX_REQUEST_LINES = 1_200_000
+"""``requests.parquet`` holds all seeds up to so many lines; a larger grid keeps the first seeds of each load."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of runs done and of all runs."""
+
+
+def finite(scenario: Scenario) -> Scenario:
+    """The scenario as a finite run, which is what evaluations are."""
+    return scenario if scenario.num_requests is not None else scenario.replace(num_requests=NUM_REQUESTS)
+
+
+def seed_range(seeds: int, first_seed: int) -> range:
+    for name, value, low in (("seeds", seeds, 1), ("first_seed", first_seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < low:
+            raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
+    return range(first_seed, first_seed + seeds)
+
+
+def check(scenario: Scenario, policies: Sequence[str], qps: Sequence[float | None], first_seed: int) -> None:
+    """Try everything that a grid needs before its first run; a fault raises one clear line."""
+    if not policies:
+        raise ConfigError("policy: expected at least one")
+    for policy in policies:
+        make_scheduler(policy)
+    for profile in (scenario.profile, scenario.scheduler_profile):
+        if profile is not None:
+            load_profile(profile)
+    if not qps:
+        raise ConfigError("qps: expected at least one rate")
+    for rate in qps:
+        make_table(scenario if rate is None else scenario.replace(qps=rate), first_seed)
+
+
+def evaluate(
+    scenario: Scenario,
+    policies: Sequence[str],
+    *,
+    qps: Sequence[float] | None = None,
+    seeds: int = 20,
+    first_seed: int = 0,
+    workers: int | None = 1,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of all runs (see `metrics.row`), by policy, load and seed; open loop, the same requests for every policy.
+
+    Args:
+        scenario: the world; a continuing one is measured over `NUM_REQUESTS` arrivals.
+        policies: as `make_scheduler` takes them.
+        qps: mean arrival rates, 1/s; None: the scenario's own, drawn per seed where it says so.
+        seeds, first_seed: seeds first_seed, first_seed + 1, ...
+        workers: processes; None: one per core. More than one needs a script's ``if __name__ == "__main__"``.
+        out: folder for results; one that an interrupted run of the same grid left is completed.
+        progress: called after each run.
+    """
+    scenario = finite(scenario)
+    policies = list(dict.fromkeys(policies))
+    rates: list[float | None] = [scenario.qps] if qps is None else list(dict.fromkeys(float(rate) for rate in qps))
+    numbers = seed_range(seeds, first_seed)
+    check(scenario, policies, rates, first_seed)
+    cells = grid(policies, rates, numbers, scenario.num_requests or NUM_REQUESTS, frames=out is not None)
+
+    store, done = None, {}
+    if out is not None:
+        settings = {"qps": None if qps is None else rates, "seeds": seeds, "first_seed": first_seed}
+        store = Store(out, grid_config(scenario, policies, **settings))
+        done = store.open()
+    label = digest({k: v for k, v in dataclasses.asdict(scenario).items() if k != "qps"})
+    left = [cell for cell in cells if cell.index not in done]
+    if progress is not None:
+        progress(len(done), len(cells))
+    with Runner(scenario, workers, store.partial if store else None) as runner:
+        for cell, row in runner.run(left):
+            done[cell.index] = row | {"config_hash": label}
+            if store is not None:
+                store.add(cell.index, done[cell.index])
+            if progress is not None:
+                progress(len(done), len(cells))
+    rows = [done[cell.index] for cell in cells]
+    if store is not None and not store.complete:
+        store.finish(rows)
+    return rows
+
+
+def grid(
+    policies: Sequence[str], rates: Sequence[float | None], seeds: range, num_requests: int, *, frames: bool
+) -> list[Cell]:
+    """The cells by policy, load and seed; with `frames` the first seeds keep their requests, the first its steps."""
+    cells = []
+    kept = max(1, math.floor(MAX_REQUEST_LINES / (len(policies) * len(rates) * num_requests)))
+    for policy in policies:
+        for qps in rates:
+            for seed in seeds:
+                wanted = ["itl"] + ["requests"] * (seed < seeds.start + kept) + ["steps"] * (seed == seeds.start)
+                cells.append(Cell(len(cells), policy, qps, seed, tuple(wanted) if frames else ()))
+    return cells

@@ -1,0 +1,303 @@
+"""Metrics of one run: pure functions from an episode's records to a row of figures, a frame of requests, gap counts.
+
+Counts and percentiles are over the measured cohort; batches, tokens per second and KV use are over the whole run. A
+request without a first token has an infinite TTFT; an infinite figure is None in a row, and so is one of nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmsched_gym.config import SLO_CLASSES
+from llmsched_gym.engine.state import ABANDONED, FINISHED, PENDING, PHASES, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.evaluation.run import Episode
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BETA = 0.5
+"""Utility lost by a request that is late for the whole of its client's patience, or refused."""
+
+NUM_DECILES = 10
+_SHIFT = 14  # a float32 without its last 14 bits: bins 0.2 % wide
+_NUM_BINS = 1 << (31 - _SHIFT)
+_CHUNK = 1 << 21
+
+
+def percentile(values: np.ndarray, q: float) -> float | None:
+    """The q-quantile (0 to 1), interpolated linearly; None if it is infinite or there are no values."""
+    if len(values) == 0:
+        return None
+    low, high = _ranks(len(values), q)
+    part = np.partition(values, (low, high))
+    return _between(float(part[low]), float(part[high]), q * (len(values) - 1) - low)
+
+
+def _ranks(n: int, q: float) -> tuple[int, int]:
+    position = q * (n - 1)
+    return math.floor(position), math.ceil(position)
+
+
+def _between(low: float, high: float, share: float) -> float | None:
+    value = low if share == 0.0 else low + share * (high - low) if math.isfinite(high) else high
+    return value if math.isfinite(value) else None
+
+
+def attains_tbt(rule: str, num_gaps: np.ndarray, num_late: np.ndarray, deadline_miss_s: np.ndarray) -> np.ndarray:
+    """Whether each request's gaps are in time under `rule`: every-gap, fraction:X or deadline; shape (n,)."""
+    if rule == "deadline":
+        return np.asarray(deadline_miss_s <= 0.0)
+    share = 1.0 if rule == "every-gap" else float(rule.split(":")[1])
+    return np.asarray(num_gaps - num_late >= share * num_gaps * (1.0 - 1e-12))
+
+
+class Outcomes:
+    """What became of each request of the cohort; arrays have shape (num_requests,)."""
+
+    def __init__(self, episode: Episode) -> None:
+        scenario, requests = episode.scenario, episode.requests[episode.cohort]
+        clock_s = float(episode.sim.clock_s)
+        self.phase = requests["phase"]
+        self.slo_class = requests["slo_class"]
+        self.prompt_tokens = requests["prompt_tokens"]
+        tokens = requests["num_output_tokens"]
+        self.served = tokens > 0
+        self.finished = self.phase == FINISHED
+        self.ttft_s = _or_inf(requests["first_token_s"] - requests["arrival_s"])
+        self.queue_time_s = _or_inf(requests["first_scheduled_s"] - requests["arrival_s"])
+        self.e2e_latency_s = np.where(self.finished, _or_inf(requests["resolved_s"] - requests["arrival_s"]), np.inf)
+        self.tpot_s = np.full(len(requests), np.nan)  # nan below two tokens
+        many = tokens > 1
+        self.tpot_s[many] = (requests["last_token_s"] - requests["first_token_s"])[many] / (tokens[many] - 1)
+
+        # A wait that was open when the run ended, or when the client left, is a gap of at least its length.
+        pending = (self.phase == RUNNING) | (self.phase == WAITING)
+        end_s = np.where(pending, clock_s, requests["resolved_s"])
+        waits = self.served & (pending | (self.phase == ABANDONED))
+        self.open_gap_s = np.where(waits, end_s - requests["last_token_s"], np.nan)
+        self.num_gaps = np.maximum(tokens - 1, 0) + waits
+        with np.errstate(invalid="ignore"):
+            self.num_late_gaps = requests["num_late_gaps"] + (self.open_gap_s > requests["tbt_slo_s"])
+        self.max_itl_s = np.fmax(np.where(many, requests["max_gap_s"], np.nan), self.open_gap_s)
+
+        open_s = np.where(
+            self.served,
+            clock_s - requests["last_token_s"] - requests["tbt_slo_s"],
+            clock_s - requests["arrival_s"] - requests["ttft_slo_s"],
+        )
+        self.lateness_s = requests["lateness_s"] + np.where(pending, np.maximum(open_s, 0.0), 0.0)
+        in_time = attains_tbt(scenario.tbt_rule, self.num_gaps, self.num_late_gaps, requests["deadline_miss_s"])
+        self.attained = self.finished & (self.ttft_s <= requests["ttft_slo_s"]) & in_time
+        lost = np.zeros(len(requests))
+        if math.isfinite(scenario.patience_s):
+            lost = np.minimum(1.0, self.lateness_s / scenario.patience_s)
+        lost[self.phase == REJECTED] = 0.0
+        lost[self.phase == REFUSED] = 1.0
+        self.utility = self.attained - BETA * lost
+
+    def count(self, *phases: int) -> int:
+        return int(np.isin(self.phase, phases).sum())
+
+    @cached_property
+    def decile_edges(self) -> np.ndarray:
+        """Nine prompt lengths that part the cohort into tenths, tokens; an edge belongs to the tenth above it."""
+        return np.quantile(self.prompt_tokens, np.arange(1, NUM_DECILES) / NUM_DECILES)
+
+    @cached_property
+    def decile(self) -> np.ndarray:
+        """Each request's tenth by prompt length, 0 to 9; equal lengths share one, so the last is never empty."""
+        return np.searchsorted(self.decile_edges, self.prompt_tokens, side="right")
+
+    def by_decile(self, mask: np.ndarray) -> list[float | None]:
+        """Share of each tenth for which `mask` holds; None for an empty tenth."""
+        return _shares(mask, self.decile, NUM_DECILES)
+
+
+def _or_inf(seconds: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(seconds), np.inf, seconds)
+
+
+def _shares(mask: np.ndarray, group: np.ndarray, num_groups: int) -> list[float | None]:
+    hits = np.bincount(group, weights=mask, minlength=num_groups)
+    sizes = np.bincount(group, minlength=num_groups)
+    return [float(h / n) if n else None for h, n in zip(hits, sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Gaps between tokens by SLO class. Counts over narrow bins find exact order statistics without sorting."""
+
+    values: tuple[np.ndarray, ...]  # per class, float32 seconds
+    counts: tuple[np.ndarray, ...]  # per class, (_NUM_BINS,) gaps in each bin
+
+    @classmethod
+    def of(cls, episode: Episode, outcomes: Outcomes) -> Gaps:
+        """The cohort's gaps, open ones included."""
+        requests = episode.requests[episode.cohort]
+        capacity = episode.table.output_tokens[episode.cohort].astype(np.int64) - 1
+        recorded = np.maximum(requests["num_output_tokens"].astype(np.int64) - 1, 0)
+        start = max(int(requests["gap_start"][0]), 0) if len(requests) else 0
+        room = episode.gaps[start : start + int(capacity.sum())]
+        values = []
+        for c in range(len(SLO_CLASSES)):
+            mine = outcomes.slo_class == c
+            used = np.stack([np.where(mine, recorded, 0), capacity - np.where(mine, recorded, 0)], axis=1)
+            kept = room[np.repeat(np.tile([True, False], len(requests)), used.ravel())]
+            still_open = outcomes.open_gap_s[mine & ~np.isnan(outcomes.open_gap_s)].astype(np.float32)
+            values.append(np.concatenate([kept, still_open]) if len(still_open) else kept)
+        return cls(tuple(values), tuple(_count(v) for v in values))
+
+    def percentile(self, q: float, slo_class: int | None = None) -> float | None:
+        """The q-quantile of all gaps or of one class's; None without gaps."""
+        classes = range(len(self.values)) if slo_class is None else [slo_class]
+        cumulated = np.cumsum(np.sum([self.counts[c] for c in classes], axis=0))
+        n = int(cumulated[-1])
+        if n == 0:
+            return None
+        found = []
+        for rank in _ranks(n, q):
+            k = int(np.searchsorted(cumulated, rank, side="right"))
+            inside = np.concatenate([v[v.view(np.uint32) >> _SHIFT == k] for v in (self.values[c] for c in classes)])
+            before = int(cumulated[k - 1]) if k else 0
+            found.append(float(np.partition(inside, rank - before)[rank - before]))
+            if rank == q * (n - 1):
+                return found[0]
+        return _between(found[0], found[1], q * (n - 1) - _ranks(n, q)[0])
+
+
+def _count(values: np.ndarray) -> np.ndarray:
+    counts = np.zeros(_NUM_BINS, np.int64)
+    for i in range(0, len(values), _CHUNK):  # bincount turns what it is given into int64
+        counts += np.bincount(values[i : i + _CHUNK].view(np.uint32) >> _SHIFT, minlength=_NUM_BINS)
+    return counts
+
+
+def gap_counts(gaps: Gaps) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(class, seconds, count) of every bin of gaps in use; counts of several runs may be added up."""
+    found = []
+    for name, counts in zip(SLO_CLASSES, gaps.counts, strict=True):
+        used = np.flatnonzero(counts)
+        middle = ((used << _SHIFT) + (1 << (_SHIFT - 1))).astype(np.uint32).view(np.float32)
+        found.append((name, np.where(used == 0, np.float32(0), middle), counts[used]))
+    return found
+
+
+def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = None) -> dict[str, Any]:
+    """The figures of one run, ready for JSON: no NaN, no infinity."""
+    o = outcomes or Outcomes(episode)
+    g = gaps or Gaps.of(episode, o)
+    scenario, table, sim = episode.scenario, episode.table, episode.sim
+    n, sim_time_s = len(o.phase), float(sim.clock_s)
+
+    def by_class(function: Any) -> dict[str, float | None]:
+        return {name: function(c) if (o.slo_class == c).any() else None for c, name in enumerate(SLO_CLASSES)}
+
+    def on_time(c: int) -> float | None:
+        mine = o.slo_class == c
+        total = int(o.num_gaps[mine].sum())
+        return 1.0 - int(o.num_late_gaps[mine].sum()) / total if total else None
+
+    def per_second(amount: float) -> float:
+        return amount / sim_time_s if sim_time_s > 0 else 0.0
+
+    tpot_s = o.tpot_s[~np.isnan(o.tpot_s)]
+    return {
+        "policy": episode.policy,
+        "suite": scenario.suite,
+        "profile": scenario.profile,
+        "workload": Path(scenario.trace).name if scenario.trace else scenario.workload,
+        "qps": float(table.qps),
+        "requested_qps": None if scenario.qps is None else float(scenario.qps),
+        "seed": episode.seed,
+        "num_requests": n,
+        "num_finished": o.count(FINISHED),
+        "num_rejected": o.count(REJECTED),
+        "num_refused": o.count(REFUSED),
+        "num_abandoned": o.count(ABANDONED),
+        "num_unfinished": o.count(PENDING, WAITING, RUNNING),
+        "num_attained": int(o.attained.sum()),
+        "ttft_p50_s": percentile(o.ttft_s, 0.5),
+        "ttft_p90_s": percentile(o.ttft_s, 0.9),
+        "ttft_p99_s": percentile(o.ttft_s, 0.99),
+        "ttft_mean_s": float(o.ttft_s[o.served].mean()) if o.served.any() else None,
+        "ttft_p50_s_by_class": by_class(lambda c: percentile(o.ttft_s[o.slo_class == c], 0.5)),
+        "ttft_p99_s_by_class": by_class(lambda c: percentile(o.ttft_s[o.slo_class == c], 0.99)),
+        "itl_p50_s": g.percentile(0.5),
+        "itl_p99_s": g.percentile(0.99),
+        "itl_p50_s_by_class": by_class(lambda c: g.percentile(0.5, c)),
+        "itl_p99_s_by_class": by_class(lambda c: g.percentile(0.99, c)),
+        "itl_on_time_by_class": by_class(on_time),
+        "slo_attainment": float(o.attained.mean()) if n else None,
+        "slo_attainment_by_class": by_class(lambda c: float(o.attained[o.slo_class == c].mean())),
+        "mean_utility": float(o.utility.mean()) if n else None,
+        "request_goodput": per_second(int(o.attained.sum())),
+        "throughput_tok_s": per_second(int(sim.tokens_emitted)),
+        "mean_batch_s": float(sim.mean_batch_s) if sim.num_batches else None,
+        "mean_batch_tokens": float(sim.batch_tokens_sum / sim.num_batches) if sim.num_batches else None,
+        "kv_cache_usage_max": float(sim.kv_cache_usage_max),
+        "num_preemptions": int(episode.requests["num_preemptions"][episode.cohort].sum()),
+        "iterations": int(sim.num_batches),
+        "sim_time_s": sim_time_s,
+        "wall_time_s": float(episode.wall_time_s),
+        "e2e_p50_s": percentile(o.e2e_latency_s, 0.5),
+        "e2e_p99_s": percentile(o.e2e_latency_s, 0.99),
+        "queue_time_p50_s": percentile(o.queue_time_s, 0.5),
+        "queue_time_p99_s": percentile(o.queue_time_s, 0.99),
+        "tpot_p50_s": percentile(tpot_s, 0.5),
+        "tpot_p99_s": percentile(tpot_s, 0.99),
+        "num_requests_by_class": {name: int((o.slo_class == c).sum()) for c, name in enumerate(SLO_CLASSES)},
+        "num_gaps_by_class": {name: len(v) for name, v in zip(SLO_CLASSES, g.values, strict=True)},
+        "tbt_slo_s_by_class": {"strict": scenario.strict_tbt_slo_s, "relaxed": scenario.relaxed_tbt_slo_s},
+        "prompt_decile_edges_tokens": o.decile_edges.tolist() if n else [],
+        "attained_by_decile": o.by_decile(o.attained) if n else [],
+        "refused_by_decile": o.by_decile(o.phase == REFUSED) if n else [],
+        "abandoned_by_decile": o.by_decile(o.phase == ABANDONED) if n else [],
+        "tbt_rule": scenario.tbt_rule,
+        "jitter": float(scenario.jitter),
+        "cost_scale": float(table.cost_scale),
+    }
+
+
+def requests_frame(episode: Episode, outcomes: Outcomes | None = None) -> pd.DataFrame:
+    """One line per request of the cohort; a time that never came is missing (nan)."""
+    import pandas as pd
+
+    o = outcomes or Outcomes(episode)
+    cohort = episode.cohort
+    requests, table = episode.requests[cohort], episode.table
+
+    def missing(seconds: np.ndarray) -> np.ndarray:
+        return np.where(np.isinf(seconds), np.nan, seconds)
+
+    return pd.DataFrame(
+        {
+            "policy": pd.Categorical.from_codes(np.zeros(len(requests), np.int8), [episode.policy]),
+            "qps": float(table.qps),
+            "seed": episode.seed,
+            "index": np.arange(cohort.start, cohort.stop, dtype=np.int32),
+            "arrival_s": requests["arrival_s"],
+            "prompt_tokens": requests["prompt_tokens"],
+            "output_tokens": table.output_tokens[cohort],
+            "num_output_tokens": requests["num_output_tokens"],
+            "slo_class": pd.Categorical.from_codes(o.slo_class, list(SLO_CLASSES)),
+            "phase": pd.Categorical.from_codes(o.phase, list(PHASES)),
+            "ttft_slo_s": requests["ttft_slo_s"],
+            "tbt_slo_s": requests["tbt_slo_s"],
+            "ttft_s": missing(o.ttft_s),
+            "queue_time_s": missing(o.queue_time_s),
+            "e2e_latency_s": missing(o.e2e_latency_s),
+            "tpot_s": o.tpot_s,
+            "max_itl_s": o.max_itl_s,
+            "num_late_gaps": o.num_late_gaps.astype(np.int32),
+            "lateness_s": o.lateness_s,
+            "utility": o.utility,
+            "attained": o.attained,
+            "num_preemptions": requests["num_preemptions"],
+        }
+    )

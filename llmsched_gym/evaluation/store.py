@@ -1,0 +1,260 @@
+"""A folder of results: what it holds says which grid it is of; an interrupted grid goes on where it stopped.
+
+While a grid runs, ``partial/`` holds one JSON line per finished cell, and the cells' frames. At the end they become
+``runs.parquet`` (rows), ``requests.parquet``, ``steps.parquet`` (first batches of the first seed) and ``itl.parquet``
+(distribution of gaps between tokens), each put in place as a whole; ``config.json`` is there from the start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import llmsched_gym
+from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.evaluation.cells import part_path
+
+ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.log10(0.02), -5.0, 105)[1:], [1.0]])
+"""Where the distribution of gaps is sampled, (400,): evenly, then finer and finer into the tail."""
+
+ITL_COLUMNS = ("prob", "itl_s", "num_gaps", "policy", "requested_qps", "qps", "slo_class")
+
+_ROW_GROUP = 200_000
+_RESULT_SOURCES = (
+    "config.py",
+    "scheduler.py",
+    "workload",
+    "cost",
+    "engine",
+    "policies",
+    "data",
+    "evaluation/run.py",
+    "evaluation/cells.py",
+    "evaluation/metrics.py",
+)
+
+
+def encode(value: Any) -> Any:
+    """`value` as JSON can hold it: an infinite number becomes the text inf."""
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {k: encode(v) for k, v in value.items()}
+    return [encode(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def scenario_from_json(fields: dict[str, Any]) -> Scenario:
+    """The scenario that ``config.json`` holds."""
+    decoded = {k: math.inf if v == "inf" else tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Scenario().replace(**decoded)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(encode(value), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def grid_config(scenario: Scenario, policies: Sequence[str], **settings: Any) -> dict[str, Any]:
+    """All that a grid's results depend on, versions and a digest of the code and files behind them included."""
+    return {
+        "scenario": encode(scenario.to_dict()),
+        "policies": list(policies),
+        **settings,
+        "version": package_version(),
+        "code": _code_digest(scenario, policies),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in ("numpy", "numba")},
+    }
+
+
+def package_version() -> str:
+    try:
+        return metadata.version("llmsched-gym")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _code_digest(scenario: Scenario, policies: Sequence[str]) -> str:
+    package = Path(llmsched_gym.__file__).parent
+    sources = [package / name for name in _RESULT_SOURCES]
+    names = ["baselines"]
+    for policy in policies:
+        name = policy.partition("[")[0]
+        if Path(name).exists():
+            sources.append(Path(name))
+        elif ":" in name:
+            names.append(name.partition(":")[0])
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin:
+            origin = Path(spec.origin)
+            sources.append(origin.parent if origin.name == "__init__.py" else origin)
+    given = (scenario.profile, scenario.scheduler_profile, scenario.workload, scenario.trace)
+    sources += [Path(name) for name in given if name and Path(name).is_file()]
+    found = hashlib.sha256()
+    for source in sources:
+        for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if file.is_file() and file.suffix != ".pyc":
+                found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+class Store:
+    """The folder `out`, for the grid that `config` describes."""
+
+    def __init__(self, out: str | Path, config: dict[str, Any]) -> None:
+        self.out, self.config = Path(out), json.loads(json.dumps(config))
+        self.partial = self.out / "partial"
+        self._lines = self.partial / "rows.jsonl"
+
+    def open(self) -> dict[int, dict[str, Any]]:
+        """Make the folder ready; returns the rows that it holds already, by cell. One line of error otherwise."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._check_config()
+            if self.complete:
+                return dict(enumerate(read_rows(self.out)))
+            self.partial.mkdir(exist_ok=True)
+            write_text(self.out / "config.json", dumps(self.config))
+            done = self._read_lines()
+            # A line that a crash cut short must not be followed by another.
+            write_text(self._lines, "".join(json.dumps({"cell": i, "row": row}) + "\n" for i, row in done.items()))
+            return done
+        except OSError as error:
+            raise ConfigError(f"out: cannot write to {self.out}: {error.strerror or error}") from None
+
+    @property
+    def complete(self) -> bool:
+        return (self.out / "runs.parquet").exists() and not self.partial.exists()
+
+    def _check_config(self) -> None:
+        path = self.out / "config.json"
+        if not path.exists():
+            return
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            held = {}
+        if not isinstance(held, dict) or held != self.config:
+            keys = sorted(k for k in {*held, *self.config} if held.get(k) != self.config.get(k))
+            raise ConfigError(
+                f"out: {self.out} holds results of another configuration ({', '.join(keys)} differ); "
+                "choose another folder or remove it"
+            )
+
+    def _read_lines(self) -> dict[int, dict[str, Any]]:
+        if not self._lines.exists():
+            return {}
+        done = {}
+        for line in self._lines.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # cut short by a crash
+            done[int(entry["cell"])] = entry["row"]
+        return done
+
+    def add(self, cell: int, row: dict[str, Any]) -> None:
+        """Keep the row of a finished cell whose frames are in ``partial/``."""
+        with self._lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"cell": cell, "row": row}, allow_nan=False) + "\n")
+
+    def finish(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Put the tables in place and clear away the parts."""
+        self._join("requests", len(rows))
+        self._join("steps", len(rows))
+        _replace(self.out / "itl.parquet", lambda path: self._itl(len(rows)).to_parquet(path, index=False))
+        _replace(self.out / "runs.parquet", lambda path: _write_rows(rows, path))
+        shutil.rmtree(self.partial)
+
+    def _parts(self, kind: str, num_cells: int) -> list[Path]:
+        paths = (part_path(self.partial, kind, i) for i in range(num_cells))
+        return [path for path in paths if path.exists()]
+
+    def _join(self, kind: str, num_cells: int) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        parts = self._parts(kind, num_cells)
+        if not parts:
+            return
+
+        def write(path: Path) -> None:
+            schema = pq.read_schema(parts[0]).remove_metadata()
+            with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+                tables: list[Any] = []
+                for i, part in enumerate(parts):
+                    tables.append(pq.read_table(part).replace_schema_metadata(None))
+                    if i == len(parts) - 1 or sum(len(table) for table in tables) >= _ROW_GROUP:
+                        writer.write_table(pa.concat_tables(tables).unify_dictionaries())
+                        tables = []
+
+        _replace(self.out / f"{kind}.parquet", write)
+
+    def _itl(self, num_cells: int) -> Any:
+        """Distribution of gaps by policy, load and class, pooled over seeds: itl_s at ITL_PROBS."""
+        import pandas as pd
+
+        def load(part: Any) -> tuple[str, float | None]:
+            qps = float(part["requested_qps"].iat[0])
+            return part["policy"].iat[0], None if math.isnan(qps) else qps
+
+        frames = []
+        parts = (pd.read_parquet(path) for path in self._parts("itl", num_cells))
+        for (policy, qps), group in itertools.groupby((part for part in parts if len(part)), load):
+            whole = pd.concat(group)
+            for slo_class, mine in whole.groupby("slo_class"):
+                counts = mine.groupby("itl_s")["count"].sum()
+                cumulated = counts.cumsum().to_numpy()
+                at = np.searchsorted(cumulated, ITL_PROBS * cumulated[-1])
+                labels = {"policy": policy, "requested_qps": math.nan if qps is None else qps}
+                labels |= {"qps": whole["qps"].mean() if qps is None else qps, "slo_class": slo_class}
+                frame = pd.DataFrame({"prob": ITL_PROBS, "itl_s": counts.index.to_numpy()[at]})
+                frames.append(frame.assign(num_gaps=cumulated[-1], **labels))
+        return pd.concat(frames) if frames else pd.DataFrame(columns=ITL_COLUMNS)
+
+
+def read_rows(out: str | Path) -> list[dict[str, Any]]:
+    """The rows of ``runs.parquet``, as `evaluate` returned them."""
+    import pyarrow.parquet as pq
+
+    rows: list[dict[str, Any]] = pq.read_table(Path(out) / "runs.parquet").to_pylist()
+    return rows
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; a reader never sees half of it."""
+    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(list(rows))
+    known = [field.with_type(pa.float64()) if pa.types.is_null(field.type) else field for field in table.schema]
+    pq.write_table(table.cast(pa.schema(known)), path, compression="zstd")
+
+
+def _replace(path: Path, write: Any) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
