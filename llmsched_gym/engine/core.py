@@ -106,8 +106,9 @@ class Engine:
         """Put environment `env` at time 0 before `table`."""
         load_table(self.state, env, table, self.scenario, self.num_kv_blocks, record_gaps=self._record_gaps)
         self._seeds[env] = table.seed
-        if hasattr(self.backend, "reset"):
-            self.backend.reset(table)
+        forget = getattr(self.backend, "reset", None)
+        if forget is not None:
+            forget(table)
         if self.noisy:
             for block in (0, 1):
                 self._fill_noise(env, block)

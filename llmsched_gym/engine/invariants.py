@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE
@@ -31,7 +33,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     outputs = state.output_tokens[env][: world.num_requests]
     phase = requests["phase"]
 
-    def require(condition: object, rule: str) -> None:
+    def require(condition: Any, rule: str) -> None:
         if not np.all(condition):
             raise InvariantError(f"env {env} at {sim.clock_s:.6f} s: {rule}")
 

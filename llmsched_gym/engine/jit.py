@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import config as numba_config
+from numba.core import config
 
+numba_config: Any = config
+njit: Any = numba.njit
 JIT_ENABLED = not numba_config.DISABLE_JIT
 _ROOT = Path(__file__).resolve().parents[2]
 _KERNEL_SOURCES = ("llmsched_gym/engine", "llmsched_gym/env", "baselines")
@@ -57,7 +59,7 @@ def kernel(signature: Any = None, *, inline: str = "never", counted: bool = Fals
         numba_config.CACHE_DIR = cache_dir()
         try:
             args = () if signature is None else (signature,)
-            return numba.njit(*args, cache=True, inline=inline, error_model="numpy", _nrt=counted)(function)
+            return njit(*args, cache=True, inline=inline, error_model="numpy", _nrt=counted)(function)
         finally:
             numba_config.CACHE_DIR = previous
 

@@ -190,7 +190,7 @@ def next_started(lane, order, hold):
     batch = lane.batch
     if batch.num_started == 0:
         return -1
-    if batch.num_started == 1 or (order < _FIRST_PREEMPTIVE_ORDER and not hold):
+    if batch.num_started == 1 or (batch.num_started > 0 and order < _FIRST_PREEMPTIVE_ORDER and not hold):
         r = batch.first_started
         if lane.requests[r].num_scheduled_tokens == 0:
             return -1 if hold and not can_make_ttft(lane, r) else r

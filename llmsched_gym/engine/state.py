@@ -265,13 +265,14 @@ def _array_type(field: str, drop: int = 0) -> Any:
 
 
 STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
-_LANE_SOURCES = "sims requests waiting running knobs memory batches items preempt refuse scratch resolved".split()
+_LANE_SOURCES = ["sims", "requests", "waiting", "running", "knobs", "memory", "batches", "items"]
+_LANE_SOURCES += ["preempt", "refuse", "scratch", "resolved"]
 LANE_TYPE = types.NamedTuple(
     [_array_type(name, drop=1) for name in _LANE_SOURCES] + [_array_type("own_linear_s"), _array_type("own_coef_s")],
     Lane,
 )
 SCHEDULE_SIGNATURE = types.void(LANE_TYPE)
-"""Signature of a compiled scheduler: it reads the lane and fills ``lane.batch``, ``lane.items`` and ``lane.preempt``."""
+"""Signature of a compiled scheduler: it reads the lane and fills `batch`, `items` and `preempt` of it."""
 SCHEDULE_TYPE = types.FunctionType(SCHEDULE_SIGNATURE)
 
 

@@ -207,9 +207,9 @@ def _victim(lane, current):
             # a started prompt has no deadline between tokens: it is the least urgent
             key = math.inf
             if not is_prefill(request):
+                # where nobody is deferred no decode has an LST, or all have -inf: then the deadline decides
+                key = -math.inf if math.isnan(request.lst_s) else request.lst_s
                 due_s = request.last_token_s + request.tbt_slo_s
-                if not math.isnan(request.lst_s):
-                    key = request.lst_s  # -inf for all where nobody is deferred: then the deadline decides
         if best >= 0 and key == best_key:
             if due_s < best_due_s or (due_s == best_due_s and r < best):
                 continue
@@ -361,6 +361,8 @@ def clear_batch(lane):
     batch.num_decodes = 0
     batch.num_preempt = 0
     batch.num_refuse = 0
+    batch.pairs = 0.0
+    batch.kv_tokens = 0.0
 
 
 @kernel()

@@ -15,7 +15,15 @@ from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
 from llmsched_gym.engine.state import REQUEST, RUNNING, WAITING, State
 
-_HIDDEN_FIELDS = {"gap_start", "paid_attained", "paid_lateness_s", "paid_utility", "phase", "num_scheduled_tokens", "resolved_s"}
+_HIDDEN_FIELDS = {
+    "gap_start",
+    "paid_attained",
+    "paid_lateness_s",
+    "paid_utility",
+    "phase",
+    "num_scheduled_tokens",
+    "resolved_s",
+}
 _SEEN = [name for name in REQUEST.names or () if name not in _HIDDEN_FIELDS]
 VISIBLE = np.dtype((np.record, [("index", "i4")] + [(name, REQUEST[name].str) for name in _SEEN]))
 
@@ -137,7 +145,8 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
         if phase_of(r) != WAITING or requests[r].num_output_tokens > 0 or refused.count(r) > 1:
             raise IllegalBatch(f"rule 12: request {r} is refused, but does not wait for its first token")
     gone = {*preempted, *refused}
-    items, total, pairs, kv_tokens, decodes = [], 0, 0.0, 0.0, 0
+    items: list[tuple[int, int]] = []
+    total, pairs, kv_tokens, decodes = 0, 0.0, 0.0, 0
     spare = 0 if sim.admission_chunk else int(sim.watermark_blocks)
     for r, n in batch.tokens.items():
         r = index(r)

@@ -80,6 +80,7 @@ class EnvCore:
         self.masks = np.zeros((num_envs if with_slots else 0, NUM_SLOTS), np.int8)
         self.outcomes = np.zeros((num_envs, kernels.OUTCOME_SIZE))
         self.legal = np.ones((num_envs, NUM_SLOTS + 1), np.bool_)
+        self.actions: np.ndarray
         if config.action == "knobs":
             self.actions = np.zeros((num_envs, len(knobs_for(config))), np.int64)
         elif config.action == "priority":
@@ -189,7 +190,8 @@ class EnvCore:
             kernels.mask_requests(self.engine.handle, self.legal)
             return self.legal.copy()
         if self.config.action == "knobs":
-            return np.ones((self.num_envs, int(np.sum(self.action_space.nvec))), np.bool_)  # type: ignore[attr-defined]
+            choices = sum(len(knob.values) for knob in knobs_for(self.config))
+            return np.ones((self.num_envs, choices), np.bool_)
         raise AttributeError("action_masks: priority actions have no mask, every score is legal")
 
     def observation(self, env: int) -> Any:

@@ -123,7 +123,11 @@ def observe_features(lane, out):
         first = _FIRST_CLASS + _PER_CLASS * min(request.slo_class, 1)
         slo_s = request.tbt_slo_s
         left_s = slo_s - (now_s - request.last_token_s)
-        k = (left_s >= 0.0) + (left_s >= _SLACK_1 * slo_s) + (left_s >= _SLACK_2 * slo_s) + (left_s >= _SLACK_3 * slo_s)
+        k = 0  # an int first: without compilation bools would be or-ed
+        k += left_s >= 0.0
+        k += left_s >= _SLACK_1 * slo_s
+        k += left_s >= _SLACK_2 * slo_s
+        k += left_s >= _SLACK_3 * slo_s
         out[first + k] += 1.0
         n = request.num_output_tokens
         k = 5 + (n > EMITTED_EDGES[0]) + (n > EMITTED_EDGES[1]) + (n > EMITTED_EDGES[2])

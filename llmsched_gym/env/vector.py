@@ -28,7 +28,9 @@ class LLMSchedVectorEnv(VectorEnv):
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
-    def __init__(self, num_envs: int = 1, suite: str = "default", render_mode: str | None = None, **fields: Any) -> None:
+    def __init__(
+        self, num_envs: int = 1, suite: str = "default", render_mode: str | None = None, **fields: Any
+    ) -> None:
         if not isinstance(num_envs, int) or num_envs < 1:
             raise ConfigError(f"num_envs: expected a whole number >= 1, got {num_envs!r}")
         if render_mode is not None:
@@ -74,11 +76,8 @@ class LLMSchedVectorEnv(VectorEnv):
         core = self.core
         if hasattr(self.config.observation, "observe"):
             views = [core.observation(env) for env in range(self.num_envs)]
-            return gym.vector.utils.concatenate(
-                self.single_observation_space,
-                views,
-                gym.vector.utils.create_empty_array(self.single_observation_space, self.num_envs),
-            )
+            out: Any = gym.vector.utils.create_empty_array(self.single_observation_space, self.num_envs)
+            return gym.vector.utils.concatenate(self.single_observation_space, views, out)
         if self.config.observation == "features":
             return core.features.copy()
         return {"slots": core.rows.copy(), "mask": core.masks.copy(), "features": core.features.copy()}

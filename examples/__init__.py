@@ -1,0 +1,1 @@
+"""Short programs to start from; run as `python -m examples.NAME`."""

@@ -1,0 +1,114 @@
+"""Bridges: any scheduler as an agent of the environment, and any agent as a scheduler of `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.config import EnvConfig
+from llmsched_gym.engine import Engine
+from llmsched_gym.env import kernels
+from llmsched_gym.env.features import NUM_FEATURES
+from llmsched_gym.env.knobs import knob_values, knobs_action, knobs_for
+from llmsched_gym.env.reward import rules_of
+from llmsched_gym.env.slots import NUM_SLOT_FEATURES, NUM_SLOTS
+from llmsched_gym.scheduler import Compiled, install, make_scheduler
+
+
+class SchedulerPolicy:
+    """Step an environment as a scheduler would.
+
+    >>> env = gym.make("LLMSched-v0", num_requests=100)
+    >>> env.reset(seed=0)
+    >>> policy = SchedulerPolicy(env, "slai")
+    >>> observation, reward, terminated, truncated, info = policy.step()
+
+    Args:
+        env: a single environment, reset.
+        scheduler: a name, or any scheduler object.
+    """
+
+    def __init__(self, env: Any, scheduler: str | Any = "slai") -> None:
+        self.env = env.unwrapped
+        self.scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+        wanted = getattr(self.scheduler, "admission", None)
+        if wanted is not None and wanted != self.env.config.admission:
+            raise ValueError(f"admission: expected {wanted!r} for this scheduler, got {self.env.config.admission!r}")
+
+    def step(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One step of the environment with the scheduler's batch."""
+        core = self.env.core
+        if core.engine.state.sims[0].clock_s == 0.0 and core.engine.state.sims[0].num_batches == 0:
+            install(self.scheduler, core.engine.state, 0, core.tables[0].seed)
+        return self.env.step_scheduler(self.scheduler)
+
+    def action(self) -> np.ndarray:
+        """The knobs action that does what the scheduler does now; ValueError where the knobs cannot express it."""
+        if not isinstance(self.scheduler, Compiled) or self.scheduler.function.__name__ != "pack_with_knobs":
+            raise ValueError(f"{getattr(self.scheduler, 'name', self.scheduler)}: not a setting of the packing kernel")
+        usage = float(self.env.core.engine.state.sims[0].kv_cache_usage)
+        return knobs_action(self.scheduler.knobs, usage, self.env.config)
+
+
+class PolicyScheduler:
+    """A function from observations to actions as a scheduler: it runs in ``simulate`` and ``evaluate``.
+
+    Args:
+        policy: called with one observation (not batched), and for request actions also the mask of legal actions;
+            returns one action.
+        config: the environment's configuration: action, observation, action_repeat and token budget are used.
+        decision_s: seconds that one decision costs on the clock.
+    """
+
+    def __init__(self, policy: Callable[..., Any], config: EnvConfig | None = None, decision_s: float = 0.0) -> None:
+        self.policy, self.config, self.decision_s = policy, config or EnvConfig(), decision_s
+        self.admission = self.config.admission
+        self._values, self._rules = knob_values(), rules_of(self.config)
+        with_slots = self.config.observation == "slots"
+        self._features = np.zeros((1, NUM_FEATURES), np.float32)
+        self._rows = np.zeros((1 if with_slots else 0, NUM_SLOTS, NUM_SLOT_FEATURES), np.float32)
+        self._masks = np.zeros((1 if with_slots else 0, NUM_SLOTS), np.int8)
+        self._legal = np.zeros((1, NUM_SLOTS + 1), np.bool_)
+        self._action: Any = None
+        self._left = 0
+
+    def reset(self, seed: int) -> None:
+        self._left = 0
+
+    def decide(self, engine: Engine, env: int = 0) -> None:
+        """Form the next batch of environment `env` as the environment would under the policy's action."""
+        if env != 0:
+            raise ValueError(f"env: expected 0, got {env}")
+        kind, handle = self.config.action, engine.handle
+        if kind == "request":
+            kernels.reopen_env(handle, env, self._rules)
+            closed = False
+            for _ in range(NUM_SLOTS + 1):
+                kernels.mask_requests(handle, self._legal)
+                action = int(self.policy(self._observe(engine), self._legal[0].copy()))
+                closed = bool(kernels.decide_request_env(handle, env, action))
+                if closed:
+                    break
+            if not closed:
+                kernels.decide_request_env(handle, env, NUM_SLOTS)
+            return
+        if self._left == 0:
+            self._action = np.asarray(self.policy(self._observe(engine)))
+            self._left = self.config.action_repeat
+        self._left -= 1
+        if kind == "knobs":
+            action = self._action.astype(np.int64).reshape(len(knobs_for(self.config)))
+            kernels.decide_knobs_env(handle, env, action, self._values)
+        else:
+            scores = self._action.astype(np.float32).reshape(NUM_SLOTS)
+            kernels.decide_priority_env(handle, env, scores, self._rules)
+
+    def _observe(self, engine: Engine) -> Any:
+        if hasattr(self.config.observation, "observe"):
+            return self.config.observation.observe(engine.view(0))
+        kernels.observe_env(engine.handle, 0, self._rows, self._masks, self._features)
+        if self.config.observation == "features":
+            return self._features[0].copy()
+        return {"slots": self._rows[0].copy(), "mask": self._masks[0].copy(), "features": self._features[0].copy()}

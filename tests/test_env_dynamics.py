@@ -1,0 +1,310 @@
+"""What the environment does: references among the knobs, exact rewards, nothing hidden observed, no rule broken."""
+
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmsched_gym import SUITES, env_config
+from llmsched_gym.engine import Batch, check
+from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
+from llmsched_gym.env.knobs import KNOBS, knobs_action, knobs_for
+from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
+from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.scheduler import make_scheduler
+
+PACKED = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority")
+TEN = (*PACKED, "vllm-v0", "orca", "edf", "srpt-capped")
+COLUMNS = ("first_token_s", "last_token_s", "resolved_s", "max_gap_s", "lateness_s", "num_preemptions", "phase")
+
+
+def final(episode_requests):
+    return {name: np.asarray(episode_requests[name]) for name in COLUMNS}
+
+
+def assert_same_run(a, b):
+    for name in COLUMNS:
+        assert np.array_equal(a[name], b[name], equal_nan=True), name
+
+
+def expected_utility(requests, cohort, beta, patience_s):
+    """Utility of resolved requests from their records, written down independently of the reward kernel."""
+    total = 0.0
+    for r in requests[cohort]:
+        finished, refused = r["phase"] == 3, r["phase"] == 5
+        on_time = finished and r["first_token_s"] - r["arrival_s"] <= r["ttft_slo_s"] and r["num_late_gaps"] == 0
+        if refused:
+            total -= beta
+            continue
+        late = 0.0 if math.isinf(patience_s) or r["phase"] == 4 else min(1.0, r["lateness_s"] / patience_s)
+        total += float(on_time) - beta * late
+    return total
+
+
+@pytest.mark.parametrize("qps", [1.0, 1.6, 2.2])
+@pytest.mark.parametrize("name", PACKED)
+def test_knobs_reproduce_the_references_batch_for_batch(name, qps):
+    scheduler = make_scheduler(name)
+    episode = simulate(SUITES["paper"].scenario.replace(qps=qps, num_requests=2000), name, 5, num_steps=200_000)
+    env = LLMSchedEnv("paper", qps=qps, num_requests=2000)
+    env.reset(seed=5)
+    core, sim, batches, items = env.core, env.core.engine.state.sims[0], env.core.engine.state.batches[0], []
+    done = False
+    while not done:
+        core.actions[0] = knobs_action(scheduler.knobs, float(sim.kv_cache_usage), env.config)
+        before = int(sim.num_batches)
+        core.step()
+        if sim.num_batches > before:
+            items.append((int(batches.num_decodes), int(batches.num_tokens - batches.num_decodes)))
+        done = bool(core.outcomes[0, 3] or core.outcomes[0, 4])
+    steps = episode.steps
+    assert len(items) == len(steps) == episode.sim.num_batches
+    assert np.array_equal(items, np.stack([steps["decode_tokens"], steps["prefill_tokens"]], axis=1))
+    assert_same_run(final(episode.requests), final(core.engine.state.requests[0][:2000]))
+
+
+@pytest.mark.parametrize("name", ["slai", "rad-512", "vllm-v0", "faster-transformer", "random"])
+def test_a_scheduler_steps_the_env_as_it_runs_in_evaluate(name):
+    fields = {"qps": 1.9, "num_requests": 60, "warmup_s": 10.0, "patience_s": 20.0}
+    episode = simulate(SUITES["default"].scenario.replace(**fields), name, 3)
+    env = LLMSchedEnv("default", **fields)
+    env.reset(seed=3)
+    policy = SchedulerPolicy(env, name)
+    done = False
+    while not done:
+        *_, terminated, truncated, _ = policy.step()
+        done = terminated or truncated
+    assert_same_run(final(episode.requests), final(env.core.engine.state.requests[0][: len(episode.requests)]))
+
+
+@pytest.mark.parametrize("observation", ["features", "slots"])
+@pytest.mark.parametrize(("action", "repeat"), [("knobs", 1), ("knobs", 3), ("priority", 1), ("request", 1)])
+def test_a_policy_runs_in_evaluate_as_it_steps_the_env(action, repeat, observation):
+    fields = {"qps": 2.0, "num_requests": 40, "warmup_s": 5.0, "patience_s": 15.0, "max_num_seqs": 80}
+    config = env_config("tenants", action=action, observation=observation, action_repeat=repeat, **fields)
+
+    def policy(seen, mask=None):
+        features = seen["features"] if isinstance(seen, dict) else seen
+        rng = np.random.default_rng(abs(hash(features.tobytes())) % 2**32)
+        if action == "knobs":
+            return rng.integers([len(k.values) for k in knobs_for(config)])
+        if action == "priority":
+            return rng.uniform(-0.2, 1.0, 64).astype(np.float32)
+        return int(rng.choice(np.flatnonzero(mask)))
+
+    env = LLMSchedEnv("tenants", action=action, observation=observation, action_repeat=repeat, **fields)
+    seen, _ = env.reset(seed=8)
+    done = False
+    while not done:
+        arguments = (seen, env.action_masks()) if action == "request" else (seen,)
+        seen, _, terminated, truncated, _ = env.step(policy(*arguments))
+        done = terminated or truncated
+    episode = simulate(SUITES["tenants"].scenario.replace(**fields), PolicyScheduler(policy, config), 8)
+    assert_same_run(final(episode.requests), final(env.core.engine.state.requests[0][: len(episode.requests)]))
+
+
+def run_to_the_end(env, choose, seed):
+    env.reset(seed=seed)
+    total, terms, done, truncated = 0.0, np.zeros(4), False, False
+    while not done:
+        _, reward, terminated, truncated, info = env.step(choose())
+        total += reward
+        terms += list(info["reward_terms"].values())
+        done = terminated or truncated
+    return total, terms, truncated
+
+
+@settings(max_examples=25)
+@given(
+    suite=st.sampled_from(sorted(SUITES)),
+    action=st.sampled_from(["knobs", "priority", "request"]),
+    credit=st.sampled_from(["early", "finish"]),
+    refusal=st.booleans(),
+    beta=st.sampled_from([0.0, 0.5, 2.0]),
+    scale=st.sampled_from([1.0, 0.125, 10.0]),
+    seed=st.integers(3000, 4000),
+)
+def test_return_is_the_sum_of_utilities(suite, action, credit, refusal, beta, scale, seed):
+    fields = {"qps": 2.2, "num_requests": 12, "patience_s": 8.0, "warmup_s": 6.0, "drain_s": math.inf}
+    fields |= {"allow_refusal": refusal, "beta": beta, "credit": credit, "reward_scale": scale}
+    env = LLMSchedEnv(suite, action=action, num_kv_blocks=1200, **fields)
+    env.action_space.seed(seed)
+    total, terms, truncated = run_to_the_end(env, env.action_space.sample, seed)
+    assert not truncated
+    state, table = env.core.engine.state, env.core.tables[0]
+    cohort = slice(table.cohort_start, table.cohort_stop)
+    expected = expected_utility(state.requests[0], cohort, beta, 8.0)
+    assert total == pytest.approx(scale * expected, abs=1e-9)
+    assert scale * terms.sum() == pytest.approx(total, abs=1e-9)
+    check(state)
+
+
+@pytest.mark.parametrize("suite", sorted(SUITES))
+def test_ten_schedulers_are_ordered_alike_by_return_and_utility(suite):
+    fields = {"qps": 2.1, "num_requests": 120, "drain_s": math.inf, "warmup_s": 20.0}
+    returns, utilities = [], []
+    for name in TEN:
+        env = LLMSchedEnv(suite, **fields)
+        env.reset(seed=11)
+        policy = SchedulerPolicy(env, name)
+        total, done = 0.0, False
+        while not done:
+            _, reward, terminated, truncated, _ = policy.step()
+            total += reward
+            done = terminated or truncated
+        assert terminated
+        table, state = env.core.tables[0], env.core.engine.state
+        cohort = slice(table.cohort_start, table.cohort_stop)
+        expected = expected_utility(state.requests[0], cohort, 0.5, env.config.patience_s)
+        assert total == pytest.approx(expected, abs=1e-9)
+        returns.append(round(total, 9))
+        utilities.append(round(expected / 120, 11))
+    assert len(set(returns)) > 5
+    assert list(np.argsort(returns, kind="stable")) == list(np.argsort(utilities, kind="stable"))
+
+
+@pytest.mark.parametrize("rule", ["every-gap", "fraction:0.9", "deadline"])
+def test_with_beta_zero_the_return_is_attainment(rule):
+    fields = {"qps": 1.9, "num_requests": 60, "drain_s": math.inf, "tbt_rule": rule}
+    env = LLMSchedEnv("default", beta=0.0, **fields)
+    total, _, _ = run_to_the_end(env, lambda: np.zeros(7, np.int64), 17)
+    episode = simulate(SUITES["default"].scenario.replace(**fields), "sarathi", 17)
+    assert total == pytest.approx(60 * row(episode)["slo_attainment"], abs=1e-9)
+
+
+def test_withholding_a_token_cannot_hide_a_miss():
+    env = LLMSchedEnv("paper", qps=1.0, num_requests=1, patience_s=4.0)
+    env.reset(seed=1)
+    paid = []
+    request = env.core.engine.state.requests[0][0]
+    idle = Batch({})
+    serve = make_scheduler("sarathi")
+
+    class Idle:
+        def schedule(self, view):
+            return idle
+
+    while request.num_output_tokens == 0:
+        paid.append(env.step_scheduler(serve)[1])
+    assert sum(paid) == 1.0
+    for _ in range(2000):
+        _, reward, done, _, _ = env.step_scheduler(Idle())
+        paid.append(reward)
+        if done:
+            break
+    # the expiry takes the first token's point back, and lateness costs beta in all until the client leaves
+    assert sum(paid) == pytest.approx(-0.5, abs=1e-9)
+    assert request.phase == 6
+
+
+def test_custom_reward_and_observation_objects():
+    class Queue:
+        space = gym.spaces.Box(0.0, np.inf, (2,), np.float32)
+
+        def observe(self, view):
+            return np.array([len(view.waiting), len(view.running)], np.float32)
+
+    seen = []
+
+    def reward(transition):
+        seen.append(transition)
+        return -transition.duration_s
+
+    env = LLMSchedEnv(reward=reward, observation=Queue(), qps=2.0, num_requests=10, warmup_s=0.0)
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+    plain = LLMSchedEnv(qps=2.0, num_requests=10, warmup_s=0.0)
+    plain.reset(seed=0)
+    done = False
+    while not done:
+        observation, paid, terminated, truncated, info = env.step(np.zeros(7, np.int64))
+        *_, twin = plain.step(np.zeros(7, np.int64))
+        assert paid == -info["duration_s"] == -twin["duration_s"]
+        assert info["reward_terms"] == twin["reward_terms"]
+        done = terminated or truncated
+    assert sum(len(t.resolved) for t in seen) == 10
+    vector = LLMSchedVectorEnv(2, reward=reward, observation=Queue(), qps=2.0)
+    vector.reset(seed=0)
+    assert vector.step(np.zeros((2, 7), np.int64))[0].shape == (2, 2)
+
+
+@pytest.mark.parametrize("observation", ["features", "slots"])
+def test_what_is_hidden_does_not_show_until_it_acts(observation):
+    env, twin = (LLMSchedEnv("drift", observation=observation, action="request", qps=2.0) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for e in (env, twin):
+        e.reset(seed=21)
+    for _ in range(400):
+        action = int(rng.choice(np.flatnonzero(env.action_masks())))
+        env.step(action)
+        twin.step(action)
+    state = twin.core.engine.state
+    sim, world = state.sims[0], state.worlds[0]
+    emitted = state.requests[0]["num_output_tokens"]
+    live = np.isin(state.requests[0]["phase"], (0, 1, 2))
+    state.output_tokens[0][live] = emitted[live] + rng.integers(1, 900, live.sum())
+    later = slice(int(sim.num_arrived), int(world.num_requests))
+    state.requests[0]["arrival_s"][later] += 5.0
+    state.requests[0]["prompt_tokens"][later] = 77
+    world.cost_scale *= 3.0
+    world.stop_s += 1000.0
+    state.noise[:] *= 0.5
+    for e in (env, twin):
+        e.core.observe(0)
+    before, after = env.core.observation(0), twin.core.observation(0)
+    for a, b in zip(
+        before.values() if isinstance(before, dict) else [before],
+        after.values() if isinstance(after, dict) else [after],
+        strict=True,
+    ):
+        assert np.array_equal(a, b)
+    # ... and then it acts
+    for _ in range(200):
+        action = int(rng.choice(np.flatnonzero(env.action_masks())))
+        env.step(action)
+        twin.step(action)
+    assert env.core.engine.state.sims[0].clock_s != sim.clock_s
+
+
+def test_constant_actions_change_the_queue():
+    outcomes = set()
+    for budget in range(len(KNOBS[0].values)):
+        for order in range(len(KNOBS[4].values)):
+            env = LLMSchedEnv("default", qps=2.0, num_requests=80, warmup_s=0.0)
+            action = np.array([budget, 0, 0, 0, order, 0, 0])
+            total, _, _ = run_to_the_end(env, lambda a=action: a, 4)
+            outcomes.add((round(total, 6), round(float(env.core.engine.state.sims[0].clock_s), 6)))
+    assert len(outcomes) > 20
+
+
+@pytest.mark.parametrize("action", ["knobs", "priority", "request"])
+def test_random_actions_break_no_rule(action):
+    """Vector environments under KV pressure, impatience, refusal and overload, checked after every step."""
+    fields = {"qps": 2.6, "num_kv_blocks": 1500, "patience_s": 6.0, "allow_refusal": True, "horizon_s": 60.0}
+    envs = LLMSchedVectorEnv(4, "tenants", action=action, **fields)
+    envs.action_space.seed(0)
+    envs.reset(seed=70)
+    clocks = np.zeros(4)
+    abandoned = refused = preempted = 0
+    for _ in range(1500):
+        *_, terminated, truncated, _ = envs.step(envs.action_space.sample())
+        clocks[terminated | truncated] = 0.0
+        for i in range(4):
+            if action == "request":  # its batch is being formed: marks are legal
+                rows = envs.core.engine.state.requests[i]
+                marks = rows["num_scheduled_tokens"].copy()
+                rows["num_scheduled_tokens"] = 0
+                clocks[i] = check(envs.core.engine.state, i, clocks[i])
+                rows["num_scheduled_tokens"] = marks
+            else:
+                clocks[i] = check(envs.core.engine.state, i, clocks[i])
+        sims = envs.core.engine.state.sims
+        abandoned = max(abandoned, int(sims["num_abandoned"].max()))
+        refused = max(refused, int(sims["num_refused"].max()))
+        preempted = max(preempted, int(sims["num_preemptions"].max()))
+    assert abandoned > 0
+    assert action != "knobs" or (refused > 0 and preempted > 0)
