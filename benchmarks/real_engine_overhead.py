@@ -1,0 +1,120 @@
+"""The real engine's own time per step: everything but the model's forward pass, at 64 running requests.
+
+    python -m benchmarks.real_engine_overhead [--model random:tiny] [--policy slai] [--running 64] [--steps 400] [--json]
+
+A step is scheduling, the engine's books, laying the batch out, the forward pass, and taking its tokens. All requests
+are there from the start; steps count from when all run. The policies are compiled ones; a Python one costs what it
+costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import numpy as np
+
+from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.engine import Engine
+from llmsched_gym.scheduler import PolicyError, install, make_scheduler
+from llmsched_gym.workload import RequestTable
+from real_backend import BackendError, make_backend
+
+PROMPT_TOKENS = 96
+BUDGET_MS = 1.0
+
+
+def requests(num_requests: int, output_tokens: int) -> RequestTable:
+    """Equal requests, all there at time 0."""
+    n = num_requests
+    return RequestTable(
+        arrival_s=np.zeros(n),
+        prompt_tokens=np.full(n, PROMPT_TOKENS, np.int32),
+        output_tokens=np.full(n, output_tokens, np.int32),
+        slo_class=np.ones(n, np.int8),
+        ttft_slo_s=np.full(n, 10.0),
+        tbt_slo_s=np.full(n, 0.5),
+        length_hint=np.full(n, np.nan),
+        session_id=np.full(n, -1, np.int64),
+        cohort_start=0,
+        cohort_stop=n,
+        qps=np.inf,
+        cost_scale=1.0,
+        seed=0,
+    )
+
+
+def measure(model: str, policy: str, running: int, steps: int, device: str | None = None) -> dict[str, float | str]:
+    """Milliseconds per step, own and the model's, over the steps in which `running` requests run."""
+    length = PROMPT_TOKENS + 2 * steps + 64
+    world = scenario("paper", max_num_seqs=running, max_model_len=length, max_num_batched_tokens=2048)
+    backend = make_backend(world, model, device)
+    forward, spent = backend.runner.forward, [0.0]
+
+    def timed(inputs):
+        start = time.perf_counter()
+        logits = forward(inputs)
+        backend.runner.wait()
+        spent[0] = time.perf_counter() - start
+        return logits
+
+    backend.runner.forward = timed  # type: ignore[method-assign]
+    table = requests(running, length - PROMPT_TOKENS)
+    engine = Engine(world, running, backend=backend)
+    engine.reset(table)
+    scheduler = make_scheduler(policy)
+    install(scheduler, engine.state)
+    own, whole = [], []
+    for _ in range(100 * steps):
+        spent[0] = 0.0
+        start = time.perf_counter()
+        engine.step(scheduler)
+        total = time.perf_counter() - start
+        if engine.state.batches[0].num_decodes == running:  # every one of them, with its prompt complete
+            own.append(1e3 * (total - spent[0]))
+            whole.append(1e3 * total)
+        if len(own) == steps or engine.is_over():
+            break
+    return {
+        "model": backend.loaded.name,
+        "device": str(backend.device),
+        "policy": policy,
+        "running": running,
+        "steps": len(own),
+        "own_p50_ms": round(float(np.median(own)), 3),
+        "own_p99_ms": round(float(np.percentile(own, 99)), 3),
+        "forward_p50_ms": round(float(np.median(np.subtract(whole, own))), 3),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real_engine_overhead", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--model", default="random:tiny", help="local folder, hub id or random:NAME")
+    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--policy", default="sarathi", help="a name of `llmsched policies`; one that skips no decode")
+    parser.add_argument("--running", type=int, default=64, help="requests that run (default 64)")
+    parser.add_argument("--steps", type=int, default=400, help="steps to time (default 400)")
+    parser.add_argument("--json", action="store_true", help="one JSON line")
+    args = parser.parse_args(argv)
+    try:
+        row = measure(args.model, args.policy, args.running, args.steps, args.device)
+    except (BackendError, ConfigError, PolicyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(row))
+    else:
+        print(
+            f"{row['policy']}, {row['running']} running, {row['model']} on {row['device']}, {row['steps']} steps: the "
+            f"engine's own time is {row['own_p50_ms']} ms (p99 {row['own_p99_ms']} ms), the forward pass "
+            f"{row['forward_p50_ms']} ms"
+        )
+    return 0 if row["own_p50_ms"] < BUDGET_MS else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
