@@ -60,7 +60,7 @@ def test_knobs_reproduce_the_references_batch_for_batch(name, qps):
         core.step()
         if sim.num_batches > before:
             items.append((int(batches.num_decodes), int(batches.num_tokens - batches.num_decodes)))
-        done = bool(core.outcomes[0, 3] or core.outcomes[0, 4])
+        done = bool(core.arrays.outcomes[0, 3] or core.arrays.outcomes[0, 4])
     steps = episode.steps
     assert len(items) == len(steps) == episode.sim.num_batches
     assert np.array_equal(items, np.stack([steps["decode_tokens"], steps["prefill_tokens"]], axis=1))

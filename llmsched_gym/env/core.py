@@ -11,12 +11,13 @@ from gymnasium import spaces
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
-from llmsched_gym.env.features import FEATURES, NUM_FEATURES
-from llmsched_gym.env.knobs import knob_values, knobs_for
-from llmsched_gym.env.reward import TERMS, Transition, rules_of
-from llmsched_gym.env.slots import NUM_SLOT_FEATURES, NUM_SLOTS, SLOT_FEATURES
+from llmsched_gym.env.arrays import DURATION_S, FIRST_TERM, REWARD, make_arrays
+from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.knobs import knobs_for
+from llmsched_gym.env.reward import TERMS, Transition
+from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.scheduler import install
-from llmsched_gym.workload import RequestTable, make_table
+from llmsched_gym.workload import NOISE_BLOCK, RequestTable, make_table
 
 
 def action_space(config: EnvConfig) -> spaces.Space:
@@ -72,22 +73,19 @@ class EnvCore:
         self.config, self.num_envs = config, num_envs
         self.action_space, self.observation_space = action_space(config), observation_space(config)
         self.engine = Engine(config, expected_requests(config), num_envs=num_envs, backend=self._backend())
-        self.rules = rules_of(config)
-        self.values = knob_values()
-        with_slots = config.observation == "slots"
-        self.features = np.zeros((num_envs, NUM_FEATURES), np.float32)
-        self.rows = np.zeros((num_envs if with_slots else 0, NUM_SLOTS, NUM_SLOT_FEATURES), np.float32)
-        self.masks = np.zeros((num_envs if with_slots else 0, NUM_SLOTS), np.int8)
-        self.outcomes = np.zeros((num_envs, kernels.OUTCOME_SIZE))
+        self.arrays, self.handle = make_arrays(config, num_envs)
+        self.actions = {
+            "knobs": self.arrays.knob_actions,
+            "priority": self.arrays.scores,
+            "request": self.arrays.slots,
+        }[config.action]
         self.legal = np.ones((num_envs, NUM_SLOTS + 1), np.bool_)
-        self.actions: np.ndarray
-        if config.action == "knobs":
-            self.actions = np.zeros((num_envs, len(knobs_for(config))), np.int64)
-        elif config.action == "priority":
-            self.actions = np.zeros((num_envs, NUM_SLOTS), np.float32)
-        else:
-            self.actions = np.zeros(num_envs, np.int64)
         self.tables: list[RequestTable | None] = [None] * num_envs
+        self._step = {
+            "knobs": kernels.step_knobs,
+            "priority": kernels.step_priority,
+            "request": kernels.step_request,
+        }[config.action]
         self._outside = config.backend != "simulated" or callable(config.reward)
 
     def _backend(self) -> Any:
@@ -107,11 +105,11 @@ class EnvCore:
         self.tables[env] = table
         install(None, self.engine.state, env, seed)
         if self.config.action == "request":
-            kernels.reopen_env(self.engine.handle, env, self.rules)
+            kernels.reopen_env(self.engine.handle, self.handle, env)
         self.observe(env)
 
     def observe(self, env: int) -> None:
-        kernels.observe_env(self.engine.handle, env, self.rows, self.masks, self.features)
+        kernels.observe_env(self.engine.handle, self.handle, env)
 
     def step(self) -> None:
         """One decision of every environment, taken from ``self.actions``."""
@@ -119,19 +117,9 @@ class EnvCore:
             for env in range(self.num_envs):
                 self._step_outside(env)
             return
-        handle, kind = self.engine.handle, self.config.action
-        if kind == "knobs":
-            kernels.step_knobs(
-                handle, self.actions, self.values, self.rules, self.outcomes, self.rows, self.masks, self.features
-            )
-        else:
-            kernel = kernels.step_priority if kind == "priority" else kernels.step_request
-            kernel(handle, self.actions, self.rules, self.outcomes, self.rows, self.masks, self.features)
-        self._refill_noise()
-
-    def _refill_noise(self) -> None:
-        if self.engine.noisy:
-            for env in np.flatnonzero(self.outcomes[:, kernels.NOISE_DUE]):
+        if self._step(self.engine.handle, self.handle) and self.engine.noisy:
+            sims = self.engine.state.sims
+            for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat):
                 self.engine.refill_noise(int(env))
 
     def _step_outside(self, env: int) -> None:
@@ -145,25 +133,23 @@ class EnvCore:
             if closed:
                 engine.execute(env)
                 if self.config.action == "request":
-                    kernels.reopen_env(engine.handle, env, self.rules)
+                    kernels.reopen_env(engine.handle, self.handle, env)
             if engine.is_over(env):
                 break
         self.settle(env, start_s, resolved_before)
 
     def settle(self, env: int, start_s: float, resolved_before: int) -> None:
         """Reward and observation after engine steps made in Python."""
-        kernels.settle(self.engine.handle, env, self.rules, self.outcomes, start_s)
-        self.observe(env)
+        kernels.settle(self.engine.handle, self.handle, env, start_s)
         if callable(self.config.reward):
-            outcome = self.outcomes[env]
-            outcome[kernels.REWARD] = self.config.reward(self._transition(env, resolved_before))
+            self.arrays.outcomes[env, REWARD] = self.config.reward(self._transition(env, resolved_before))
 
     def _transition(self, env: int, resolved_before: int) -> Transition:
         state, world = self.engine.state, self.engine.state.worlds[env]
         resolved = state.resolved[env, resolved_before : state.sims[env].num_resolved]
         resolved = resolved[(resolved >= world.cohort_start) & (resolved < world.cohort_stop)]
         return Transition(
-            duration_s=float(self.outcomes[env, kernels.DURATION_S]),
+            duration_s=float(self.arrays.outcomes[env, DURATION_S]),
             terms=self.terms(env),
             resolved=state.requests[env][resolved],
             view=self.engine.view(env),
@@ -171,18 +157,16 @@ class EnvCore:
 
     def decide(self, env: int, action: Any) -> bool:
         """Form the next batch of one environment; False while a request action leaves it open."""
-        handle = self.engine.handle
-        if self.config.action == "knobs":
-            kernels.decide_knobs_env(handle, env, action, self.values)
-        elif self.config.action == "priority":
-            kernels.decide_priority_env(handle, env, action, self.rules)
-        else:
-            return bool(kernels.decide_request_env(handle, env, int(action)))
+        self.actions[env] = action
+        if self.config.action == "request":
+            return bool(kernels.decide_request(self.engine.handle, self.handle, env))
+        decide = kernels.decide_knobs if self.config.action == "knobs" else kernels.decide_priority
+        decide(self.engine.handle, self.handle, env)
         return True
 
     def terms(self, env: int) -> dict[str, float]:
         """Parts of the reward of the last step, unscaled."""
-        return dict(zip(TERMS, self.outcomes[env, 6:].tolist(), strict=True))
+        return dict(zip(TERMS, self.arrays.outcomes[env, FIRST_TERM:].tolist(), strict=True))
 
     def action_masks(self) -> np.ndarray:
         """Legal actions, bool; (num_envs, NUM_SLOTS + 1) for request actions, all true over the choices of knobs."""
@@ -199,5 +183,9 @@ class EnvCore:
         if hasattr(self.config.observation, "observe"):
             return self.config.observation.observe(self.engine.view(env))
         if self.config.observation == "features":
-            return self.features[env].copy()
-        return {"slots": self.rows[env].copy(), "mask": self.masks[env].copy(), "features": self.features[env].copy()}
+            return self.arrays.features[env].copy()
+        return {
+            "slots": self.arrays.rows[env].copy(),
+            "mask": self.arrays.masks[env].copy(),
+            "features": self.arrays.features[env].copy(),
+        }

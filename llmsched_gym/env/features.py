@@ -13,6 +13,7 @@ import numpy as np
 
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.env.reward import pay_live
 
 
 class Feature(NamedTuple):
@@ -104,16 +105,25 @@ _PER_8192, _PER_20K, _PER_100K, _PER_300K, _PER_1M = map(per_log_of, (8192.0, 2e
 
 
 @kernel()
-def observe_features(lane, out):
-    """Fill ``out[:NUM_FEATURES]`` (float32) with FEATURES, in their order."""
+def observe_features(lane, out, pays, world, rules, terms):
+    """Fill ``out[:NUM_FEATURES]`` (float32) with FEATURES, in their order.
+
+    If `pays`, what the utility of the measured live requests has changed is booked on the same way through the lists
+    and returned: a second pass over them would cost as much as the step's decision.
+    """
     sim, requests = lane.sim, lane.requests
+    cohort_start, cohort_stop = (world.cohort_start, world.cohort_stop) if pays else (0, 0)
+    paid = 0.0
     now_s = sim.clock_s
     out[:NUM_FEATURES] = 0.0
     started = started_tokens = 0
     context = 0
     smallest = 1.0
     for i in range(sim.num_running):
-        request = requests[lane.running[i]]
+        r = lane.running[i]
+        request = requests[r]
+        if cohort_start <= r < cohort_stop:
+            paid += pay_live(sim, rules, request, terms)
         if is_prefill(request):
             started += 1
             started_tokens += request.prefill_tokens - request.num_computed_tokens
@@ -141,6 +151,8 @@ def observe_features(lane, out):
     for i in range(sim.num_waiting):
         r = lane.waiting[i]
         request = requests[r]
+        if cohort_start <= r < cohort_stop:
+            paid += pay_live(sim, rules, request, terms)
         left_s = request.ttft_slo_s - (now_s - request.arrival_s)
         if request.num_output_tokens > 0:
             left_s = request.tbt_slo_s - (now_s - request.last_token_s)
@@ -184,3 +196,4 @@ def observe_features(lane, out):
     out[first + 12] = min(1.0, shortest / 8192.0)
     out[first + 13] = squash((now_s - oldest_s) * 10.0, _PER_1200)
     out[first + 14] = min(1.0, worst / sim.patience_s) if sim.patience_s < math.inf else 0.0
+    return paid

@@ -19,27 +19,30 @@ from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.pack import pack
 from llmsched_gym.engine.state import WAITING, lane_of
 from llmsched_gym.engine.step import advance, clear_batch, has_work, is_over, noise_due
+from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, TERMINATED, TRUNCATED
 from llmsched_gym.env.features import observe_features
 from llmsched_gym.env.knobs import set_knobs
-from llmsched_gym.env.reward import TERMS, pay_utility
+from llmsched_gym.env.reward import pay_resolved
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible, observe_slots, slot_request
 
-NUM_TERMS = len(TERMS)
-# columns of the outcome of a step, float64
-REWARD, DURATION_S, DISCOUNT, TERMINATED, TRUNCATED, NOISE_DUE = range(6)
-OUTCOME_SIZE = 6 + NUM_TERMS
 
-
-@kernel()
-def end_outcome(lane, world, rules, outcome, start_s):
-    """Reward, duration, discount and the end of the episode, after the engine's steps of one decision."""
-    outcome[REWARD] += rules.scale * pay_utility(lane, world, rules, outcome[6:])
+@kernel(counted=True)
+def end_step(lane, world, a, env, start_s):
+    """Reward, duration, discount, the end of the episode and the observation, after the engine's steps."""
+    rules, outcome = a.rules[0], a.outcomes[env]
+    outcome[:] = 0.0
+    terms = outcome[FIRST_TERM:]
+    paid = pay_resolved(lane, world, rules, terms)
+    paid += observe_features(lane, a.features[env], not rules.at_finish, world, rules, terms)
+    outcome[REWARD] = rules.scale * paid
     outcome[DURATION_S] = lane.sim.clock_s - start_s
     outcome[DISCOUNT] = math.exp(-outcome[DURATION_S] / rules.tau_s)
     over = is_over(lane, world)
     resolved = world.drain_all != 0 and world.num_unresolved == 0
     outcome[TERMINATED] = over and resolved
     outcome[TRUNCATED] = over and not resolved
+    if a.rows.shape[0] > 0:
+        observe_slots(lane, a.rows[env], a.masks[env])
 
 
 @kernel()
@@ -52,21 +55,21 @@ def decide_by_knobs(lane, action, values):
 
 
 @entry()
-def step_knobs(s, actions, values, rules, outcomes, rows, masks, observations):
-    """One decision of every environment by knobs; `actions` (num_envs, num_knobs) int64."""
-    for env in range(actions.shape[0]):
+def step_knobs(s, a):
+    """One decision of every environment by knobs; returns how many used up a block of noise."""
+    due = 0
+    for env in range(s.sims.shape[0]):
         lane = lane_of(s, env)
-        world, rule, outcome = s.worlds[env], rules[0], outcomes[env]
-        outcome[:] = 0.0
+        world = s.worlds[env]
         start_s = lane.sim.clock_s
-        for _ in range(rule.action_repeat):
-            decide_by_knobs(lane, actions[env], values)
-            if advance(s, env, lane) and noise_due(s, env):
-                outcome[NOISE_DUE] = 1.0
+        for _ in range(a.rules[0].action_repeat):
+            decide_by_knobs(lane, a.knob_actions[env], a.values)
+            if advance(s, env, lane):
+                due += noise_due(s, env)
             if is_over(lane, world):
                 break
-        end_outcome(lane, world, rule, outcome, start_s)
-        _observe(lane, observations[env], rows, masks, env)
+        end_step(lane, world, a, env, start_s)
+    return due
 
 
 @kernel()
@@ -139,28 +142,21 @@ def decide_by_score(lane, scores, rule):
 
 
 @entry()
-def step_priority(s, actions, rules, outcomes, rows, masks, observations):
-    """One decision of every environment by one score per slot; `actions` (num_envs, NUM_SLOTS) float32."""
-    for env in range(actions.shape[0]):
+def step_priority(s, a):
+    """One decision of every environment by one score per slot; returns how many used up a block of noise."""
+    due = 0
+    for env in range(s.sims.shape[0]):
         lane = lane_of(s, env)
-        world, rule, outcome = s.worlds[env], rules[0], outcomes[env]
-        outcome[:] = 0.0
+        world = s.worlds[env]
         start_s = lane.sim.clock_s
-        for _ in range(rule.action_repeat):
-            decide_by_score(lane, actions[env], rule)
-            if advance(s, env, lane) and noise_due(s, env):
-                outcome[NOISE_DUE] = 1.0
+        for _ in range(a.rules[0].action_repeat):
+            decide_by_score(lane, a.scores[env], a.rules[0])
+            if advance(s, env, lane):
+                due += noise_due(s, env)
             if is_over(lane, world):
                 break
-        end_outcome(lane, world, rule, outcome, start_s)
-        _observe(lane, observations[env], rows, masks, env)
-
-
-@kernel()
-def _observe(lane, features, rows, masks, env):
-    observe_features(lane, features)
-    if rows.shape[0] > 0:
-        observe_slots(lane, rows[env], masks[env])
+        end_step(lane, world, a, env, start_s)
+    return due
 
 
 @kernel()
@@ -185,19 +181,21 @@ def reopen(lane, rule):
 
 
 @entry()
-def step_request(s, actions, rules, outcomes, rows, masks, observations):
-    """One decision of every environment: add the request of slot `action`, or close the batch (NUM_SLOTS)."""
-    for env in range(actions.shape[0]):
+def step_request(s, a):
+    """One decision of every environment: add the request of a slot, or close the batch (NUM_SLOTS).
+
+    Returns how many used up a block of noise.
+    """
+    due = 0
+    for env in range(s.sims.shape[0]):
         lane = lane_of(s, env)
-        world, rule, outcome = s.worlds[env], rules[0], outcomes[env]
-        outcome[:] = 0.0
         start_s = lane.sim.clock_s
-        if decide_by_request(lane, actions[env]):
-            if advance(s, env, lane) and noise_due(s, env):
-                outcome[NOISE_DUE] = 1.0
-            reopen(lane, rule)
-        end_outcome(lane, world, rule, outcome, start_s)
-        _observe(lane, observations[env], rows, masks, env)
+        if decide_by_request(lane, a.slots[env]):
+            if advance(s, env, lane):
+                due += noise_due(s, env)
+            reopen(lane, a.rules[0])
+        end_step(lane, s.worlds[env], a, env, start_s)
+    return due
 
 
 @kernel()
@@ -227,36 +225,38 @@ def mask_requests(s, masks):
 
 
 @entry()
-def observe_env(s, env, rows, masks, observations):
+def observe_env(s, a, env):
     """The observation of one environment between steps."""
-    _observe(lane_of(s, env), observations[env], rows, masks, env)
+    lane = lane_of(s, env)
+    observe_features(lane, a.features[env], False, s.worlds[env], a.rules[0], a.outcomes[env])
+    if a.rows.shape[0] > 0:
+        observe_slots(lane, a.rows[env], a.masks[env])
 
 
 @entry()
-def reopen_env(s, env, rules):
-    reopen(lane_of(s, env), rules[0])
+def settle(s, a, env, start_s):
+    """Pay for engine steps that were made outside these kernels, and observe."""
+    end_step(lane_of(s, env), s.worlds[env], a, env, start_s)
+
+
+# The decision alone, for batches that the engine executes.
 
 
 @entry()
-def settle(s, env, rules, outcomes, start_s):
-    """Pay for engine steps that were made outside these kernels."""
-    outcomes[env, :] = 0.0
-    end_outcome(lane_of(s, env), s.worlds[env], rules[0], outcomes[env], start_s)
-
-
-# The decision alone, for schedulers whose batch the engine executes.
+def decide_knobs(s, a, env):
+    decide_by_knobs(lane_of(s, env), a.knob_actions[env], a.values)
 
 
 @entry()
-def decide_knobs_env(s, env, action, values):
-    decide_by_knobs(lane_of(s, env), action, values)
+def decide_priority(s, a, env):
+    decide_by_score(lane_of(s, env), a.scores[env], a.rules[0])
 
 
 @entry()
-def decide_priority_env(s, env, scores, rules):
-    decide_by_score(lane_of(s, env), scores, rules[0])
+def decide_request(s, a, env):
+    return decide_by_request(lane_of(s, env), a.slots[env])
 
 
 @entry()
-def decide_request_env(s, env, slot):
-    return decide_by_request(lane_of(s, env), slot)
+def reopen_env(s, a, env):
+    reopen(lane_of(s, env), a.rules[0])

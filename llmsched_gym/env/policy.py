@@ -10,10 +10,9 @@ import numpy as np
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
-from llmsched_gym.env.features import NUM_FEATURES
-from llmsched_gym.env.knobs import knob_values, knobs_action, knobs_for
-from llmsched_gym.env.reward import rules_of
-from llmsched_gym.env.slots import NUM_SLOT_FEATURES, NUM_SLOTS
+from llmsched_gym.env.arrays import make_arrays
+from llmsched_gym.env.knobs import knobs_action
+from llmsched_gym.env.slots import NUM_SLOTS
 from llmsched_gym.scheduler import Compiled, install, make_scheduler
 
 
@@ -65,11 +64,7 @@ class PolicyScheduler:
     def __init__(self, policy: Callable[..., Any], config: EnvConfig | None = None, decision_s: float = 0.0) -> None:
         self.policy, self.config, self.decision_s = policy, config or EnvConfig(), decision_s
         self.admission = self.config.admission
-        self._values, self._rules = knob_values(), rules_of(self.config)
-        with_slots = self.config.observation == "slots"
-        self._features = np.zeros((1, NUM_FEATURES), np.float32)
-        self._rows = np.zeros((1 if with_slots else 0, NUM_SLOTS, NUM_SLOT_FEATURES), np.float32)
-        self._masks = np.zeros((1 if with_slots else 0, NUM_SLOTS), np.int8)
+        self._arrays, self._handle = make_arrays(self.config, 1)
         self._legal = np.zeros((1, NUM_SLOTS + 1), np.bool_)
         self._action: Any = None
         self._left = 0
@@ -83,32 +78,34 @@ class PolicyScheduler:
             raise ValueError(f"env: expected 0, got {env}")
         kind, handle = self.config.action, engine.handle
         if kind == "request":
-            kernels.reopen_env(handle, env, self._rules)
+            kernels.reopen_env(handle, self._handle, env)
             closed = False
             for _ in range(NUM_SLOTS + 1):
                 kernels.mask_requests(handle, self._legal)
-                action = int(self.policy(self._observe(engine), self._legal[0].copy()))
-                closed = bool(kernels.decide_request_env(handle, env, action))
+                self._arrays.slots[0] = int(self.policy(self._observe(engine), self._legal[0].copy()))
+                closed = bool(kernels.decide_request(handle, self._handle, env))
                 if closed:
                     break
             if not closed:
-                kernels.decide_request_env(handle, env, NUM_SLOTS)
+                self._arrays.slots[0] = NUM_SLOTS
+                kernels.decide_request(handle, self._handle, env)
             return
         if self._left == 0:
             self._action = np.asarray(self.policy(self._observe(engine)))
             self._left = self.config.action_repeat
         self._left -= 1
         if kind == "knobs":
-            action = self._action.astype(np.int64).reshape(len(knobs_for(self.config)))
-            kernels.decide_knobs_env(handle, env, action, self._values)
+            self._arrays.knob_actions[0] = self._action
+            kernels.decide_knobs(handle, self._handle, env)
         else:
-            scores = self._action.astype(np.float32).reshape(NUM_SLOTS)
-            kernels.decide_priority_env(handle, env, scores, self._rules)
+            self._arrays.scores[0] = self._action
+            kernels.decide_priority(handle, self._handle, env)
 
     def _observe(self, engine: Engine) -> Any:
         if hasattr(self.config.observation, "observe"):
             return self.config.observation.observe(engine.view(0))
-        kernels.observe_env(engine.handle, 0, self._rows, self._masks, self._features)
+        kernels.observe_env(engine.handle, self._handle, 0)
+        arrays = self._arrays
         if self.config.observation == "features":
-            return self._features[0].copy()
-        return {"slots": self._rows[0].copy(), "mask": self._masks[0].copy(), "features": self._features[0].copy()}
+            return arrays.features[0].copy()
+        return {"slots": arrays.rows[0].copy(), "mask": arrays.masks[0].copy(), "features": arrays.features[0].copy()}

@@ -100,7 +100,8 @@ def _pay_resolved(sim, rules, request, terms):
 
 
 @kernel()
-def _pay_live(sim, rules, request, terms):
+def pay_live(sim, rules, request, terms):
+    """What the utility of a waiting or running request has changed since it was last paid."""
     if request.num_output_tokens == 0:
         if sim.clock_s - request.arrival_s <= request.ttft_slo_s:
             return 0.0
@@ -113,26 +114,15 @@ def _pay_live(sim, rules, request, terms):
 
 
 @kernel()
-def pay_utility(lane, world, rules, terms):
-    """Sum of the changes of utility since the last call, over the measured requests; parts are added to `terms`."""
-    sim, requests = lane.sim, lane.requests
-    first, stop = world.cohort_start, world.cohort_stop
+def pay_resolved(lane, world, rules, terms):
+    """Sum of the last changes of utility of the measured requests resolved since the last call."""
+    sim = lane.sim
     total = 0.0
     for i in range(sim.num_settled, sim.num_resolved):
         r = lane.resolved[i]
-        if first <= r < stop:
-            total += _pay_resolved(sim, rules, requests[r], terms)
+        if world.cohort_start <= r < world.cohort_stop:
+            total += _pay_resolved(sim, rules, lane.requests[r], terms)
     sim.num_settled = sim.num_resolved
-    if rules.at_finish:
-        return total
-    for i in range(sim.num_running):
-        r = lane.running[i]
-        if first <= r < stop:
-            total += _pay_live(sim, rules, requests[r], terms)
-    for i in range(sim.num_waiting):
-        r = lane.waiting[i]
-        if first <= r < stop:
-            total += _pay_live(sim, rules, requests[r], terms)
     return total
 
 

@@ -8,9 +8,9 @@ import gymnasium as gym
 import numpy as np
 
 from llmsched_gym.config import ConfigError, env_config
-from llmsched_gym.env import kernels
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.reward import TERMS
 
 RENDER_MODES = ("ansi", "rgb_array", "human")
 
@@ -104,12 +104,8 @@ class LLMSchedEnv(gym.Env):
         return self._outcome()
 
     def _outcome(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        reward, duration_s, discount, terminated, truncated, _, *terms = self.core.outcomes[0].tolist()
-        info = {
-            "duration_s": duration_s,
-            "discount": discount,
-            "reward_terms": dict(zip(kernels.TERMS, terms, strict=True)),
-        }
+        reward, duration_s, discount, terminated, truncated, *terms = self.core.arrays.outcomes[0].tolist()
+        info = {"duration_s": duration_s, "discount": discount, "reward_terms": dict(zip(TERMS, terms, strict=True))}
         if self.render_mode == "human":
             self.render()
         return self.core.observation(0), reward, terminated != 0.0, truncated != 0.0, info

@@ -11,9 +11,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from llmsched_gym.config import ConfigError, env_config
-from llmsched_gym.env import kernels
+from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, TERMINATED, TRUNCATED
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.reward import TERMS
 
 
 class LLMSchedVectorEnv(VectorEnv):
@@ -79,20 +80,24 @@ class LLMSchedVectorEnv(VectorEnv):
             out: Any = gym.vector.utils.create_empty_array(self.single_observation_space, self.num_envs)
             return gym.vector.utils.concatenate(self.single_observation_space, views, out)
         if self.config.observation == "features":
-            return core.features.copy()
-        return {"slots": core.rows.copy(), "mask": core.masks.copy(), "features": core.features.copy()}
+            return core.arrays.features.copy()
+        return {
+            "slots": core.arrays.rows.copy(),
+            "mask": core.arrays.masks.copy(),
+            "features": core.arrays.features.copy(),
+        }
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         core = self.core
         core.actions[:] = actions
         core.step()
-        outcomes = core.outcomes.copy()
-        terminated = outcomes[:, kernels.TERMINATED] != 0.0
-        truncated = outcomes[:, kernels.TRUNCATED] != 0.0
+        outcomes = core.arrays.outcomes.copy()
+        terminated = outcomes[:, TERMINATED] != 0.0
+        truncated = outcomes[:, TRUNCATED] != 0.0
         info: dict[str, Any] = {
-            "duration_s": outcomes[:, kernels.DURATION_S],
-            "discount": outcomes[:, kernels.DISCOUNT],
-            "reward_terms": {name: outcomes[:, 6 + k] for k, name in enumerate(kernels.TERMS)},
+            "duration_s": outcomes[:, DURATION_S],
+            "discount": outcomes[:, DISCOUNT],
+            "reward_terms": {name: outcomes[:, FIRST_TERM + k] for k, name in enumerate(TERMS)},
         }
         done = terminated | truncated
         if done.any():
@@ -103,7 +108,7 @@ class LLMSchedVectorEnv(VectorEnv):
             # what info has of the last step is the finished episode's: SAME_STEP resets add no information of their own
             info |= {"final_obs": final, "_final_obs": done, "final_info": self._final_info(info, done)}
             info["_final_info"] = done
-        return self._observations(), outcomes[:, kernels.REWARD], terminated, truncated, info
+        return self._observations(), outcomes[:, REWARD], terminated, truncated, info
 
     def _final_info(self, info: dict[str, Any], done: np.ndarray) -> dict[str, Any]:
         return {name: info[name].copy() for name in ("duration_s", "discount")} | {
