@@ -1,0 +1,42 @@
+# Everything on a fresh machine: `make demo` to see it work, `make test` for the whole suite, `make check` for style.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_VENV ?= .venv-demo
+export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
+
+.PHONY: demo test check install format paper clean
+
+demo: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/python -m benchmarks.demo --out out/demo
+
+$(DEMO_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/pip install -q -c constraints.txt -e .
+	touch $@
+
+install: $(VENV)/.installed
+
+# torch first and alone: asked for by another package, it would come with several GB of GPU libraries
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q torch==2.13.0
+	$(VENV)/bin/pip install -q -c constraints.txt -e ".[agents,real,dev]"
+	touch $@
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+check: install
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+paper: $(DEMO_VENV)/.installed
+	$(DEMO_VENV)/bin/llmsched reproduce
+
+clean:
+	rm -rf $(VENV) $(DEMO_VENV) build dist out *.egg-info
