@@ -27,7 +27,7 @@ from llmsched_gym.engine import Engine, Execution, ScheduledBatch
 from llmsched_gym.scheduler import PolicyError, install, make_scheduler
 from llmsched_gym.workload import RequestTable
 
-MAX_IDLE_STEPS = 100_000
+MAX_IDLE_STEPS = 10_000
 COLUMNS = ("arrival", "prompt_tokens", "decode_tokens", "tbt_deadline")
 
 
@@ -87,7 +87,7 @@ def read_requests(path: Path) -> RequestTable:
     for name in COLUMNS:
         if not good[name].all():
             row = int(np.argmin(good[name]))
-            raise ValueError(f"{path}: line {row + 2}: {name}: expected a number, got {frame[name].iloc[row]!r}")
+            raise ValueError(f"{path}: line {row + 2}: {name}: expected a number, got {str(frame[name].iloc[row])!r}")
     if not frame["arrival"].is_monotonic_increasing:
         raise ValueError(f"{path}: arrival: expected requests sorted by arrival")
     n = len(frame)

@@ -175,18 +175,15 @@ def make_scheduler(spec: str) -> Any:
     name, options = match[1].strip(), _parse_options(spec, match[2] or "")
     entry = registry().get(name)
     if isinstance(entry, Compiled):
-        return _with_options(spec, entry, options)
+        return with_options(spec, entry, options)
     if entry is not None:
         return _instantiate(spec, entry, options)
     if Path(name).is_dir() or name.endswith((".zip", "/")):
-        load_policy = getattr(importlib.import_module("llmsched_gym.policies"), "load_policy", None)
-        if load_policy is None:
-            raise PolicyError(f"policy {name!r}: policy folders cannot be loaded by this version")
-        return load_policy(name, **options)
+        return importlib.import_module("llmsched_gym.policies").load_policy(name, **options)
     if ":" in name:
         entry = _import_attribute(spec, name)
         return (
-            _with_options(spec, entry, options) if isinstance(entry, Compiled) else _instantiate(spec, entry, options)
+            with_options(spec, entry, options) if isinstance(entry, Compiled) else _instantiate(spec, entry, options)
         )
     close = difflib.get_close_matches(name, registry(), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -205,7 +202,8 @@ def _parse_options(spec: str, text: str) -> dict[str, str]:
     return options
 
 
-def _with_options(spec: str, entry: Compiled, options: dict[str, str]) -> Compiled:
+def with_options(spec: str, entry: Compiled, options: Mapping[str, str]) -> Compiled:
+    """The scheduler with its parameters in brackets applied, under the name `spec`."""
     settings, admission, decision_s = dict(entry.settings), entry.admission, entry.decision_s
     for key, text in options.items():
         if key == "admission":
@@ -242,6 +240,6 @@ def _instantiate(spec: str, entry: Any, options: dict[str, str]) -> Any:
         scheduler = entry(**options)
     except (TypeError, ValueError) as error:
         raise PolicyError(f"policy {spec!r}: {error}") from None
-    if not isinstance(scheduler, Scheduler):
+    if not isinstance(scheduler, Scheduler | Compiled) and not hasattr(scheduler, "decide"):
         raise PolicyError(f"policy {spec!r}: expected an object with schedule(view), got {type(scheduler).__name__}")
     return scheduler

@@ -146,7 +146,7 @@ class Engine:
         if hasattr(scheduler, "decide"):
             scheduler.decide(self, env)
         elif compiled is not None:
-            kernels.schedule_env(self.handle, env, compiled)
+            kernels.with_scheduler("schedule_env")(self.handle, env, compiled)
         else:
             kernels.clear_batch_env(self.handle, env)
             if self.has_work(env):
@@ -179,7 +179,8 @@ class Engine:
         left = max_steps if max_steps is not None else 1 << 62
         while left > 0 and not self.is_over(env):
             if compiled is not None and self.backend is None:
-                left -= kernels.run(self.handle, env, compiled, min(RUN_CHUNK, left), MAX_IDLE_STEPS)
+                run = kernels.with_scheduler("run")
+                left -= run(self.handle, env, compiled, min(RUN_CHUNK, left), MAX_IDLE_STEPS)
                 if kernels.noise_due(self.handle, env):
                     self.refill_noise(env)
             else:

@@ -208,7 +208,7 @@ def next_started(lane, order, hold):
         if order < _FIRST_PREEMPTIVE_ORDER:
             return r
         key = _key(lane, r, order)
-        if key < best_key or (key == best_key and r < best):
+        if best < 0 or key < best_key or (key == best_key and r < best):
             best, best_key = r, key
     return best
 
@@ -228,7 +228,7 @@ def next_waiting(lane, order, hold, limit):
         if order == FCFS:
             return r
         key = _key(lane, r, order)
-        if key < best_key or (key == best_key and r < best):
+        if best < 0 or key < best_key or (key == best_key and r < best):
             best, best_key = r, key
     return best
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any
+
+from numba import types
 
 from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import batch_s, blocks_to_hold, is_prefill
-from llmsched_gym.engine.jit import entry, kernel
+from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.state import (
     ABANDONED,
     FINISHED,
+    HANDLE_TYPE,
     REFUSED,
     REJECTED,
     RUNNING,
+    SCHEDULE_TYPE,
     WAITING,
     lane_of,
 )
@@ -177,9 +183,9 @@ def _move_clock(lane, world, output_tokens, now_s):
     sim = lane.sim
     elapsed_s = now_s - sim.clock_s
     sim.clock_s = now_s
-    _depart(lane, world)
     before, tokens_before = sim.num_arrived, sim.arrived_tokens
     _arrive(lane, world, output_tokens)
+    _depart(lane, world)  # after it: who came early in a long batch may have left again
     keep_10s, keep_60s = math.exp(-elapsed_s / 10.0), math.exp(-elapsed_s / 60.0)
     arrivals, tokens = sim.num_arrived - before, sim.arrived_tokens - tokens_before
     sim.arrivals_10s = sim.arrivals_10s * keep_10s + arrivals / 10.0
@@ -511,3 +517,22 @@ def run(s, env, schedule, max_steps, max_idle_steps):
         if advance(s, env, lane) and noise_due(s, env):
             return i + 1
     return max_steps
+
+
+_POINTER_SIGNATURES = {
+    "schedule_env": types.void(HANDLE_TYPE, types.int64, SCHEDULE_TYPE),
+    "run": types.int64(HANDLE_TYPE, types.int64, SCHEDULE_TYPE, types.int64, types.int64),
+}
+
+
+@cache
+def with_scheduler(name: str) -> Any:
+    """The kernel `run` or `schedule_env`, compiled once for schedulers as function pointers.
+
+    Left to itself numba compiles it for each scheduler, and no later process finds that in the cache.
+    """
+    function = globals()[name]
+    if JIT_ENABLED:
+        function.compile(_POINTER_SIGNATURES[name])
+        function.disable_compile()
+    return function

@@ -20,12 +20,12 @@ from llmsched_gym.evaluation.run import simulate
 POLICIES = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "vllm-v0")
 GRID_QPS = tuple(round(0.2 * k, 1) for k in range(1, 11))
 GRID_REQUESTS = 16_384
-ENGINE_QPS = 1.3  # about 30 requests run at a time
+ENGINE_QPS = 1.4  # about 30 requests run at a time
 ENGINE_REQUESTS = 4000
 REPEATS = 5
 NUM_ENVS = (1, 64, 1024)
-ENV_STEPS = 100_000
-CARTPOLE_STEPS = 50_000
+ENV_STEPS = 60_000
+MAX_CALLS = 20_000  # of a vector env
 
 Note = Callable[[str], None]
 
@@ -118,45 +118,56 @@ def _environments(quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         "vector_env_steps_per_s": {str(n): _vector(ours, n, steps) for n in NUM_ENVS},
     }
     return figures, {
-        "cartpole_single_env_steps_per_s": _single(theirs, min(steps, CARTPOLE_STEPS)),
+        "cartpole_single_env_steps_per_s": _single(theirs, steps),
         "cartpole_vector_env_steps_per_s": {str(n): _vector(theirs, n, steps) for n in NUM_ENVS},
     }
 
 
 def _single(name: str, steps: int) -> float:
-    """Steps per second of `gym.make` with random actions drawn beforehand, median of three."""
+    """Steps per second of `gym.make` with random actions drawn beforehand."""
     import gymnasium as gym
 
     env = gym.make(name)
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(1000)]
-    rates = []
     env.reset(seed=0)
-    for repeat in range(4):
-        start = time.perf_counter()
-        for i in range(steps if repeat else 1000):
+
+    def run(calls: int) -> None:
+        for i in range(calls):
             _, _, terminated, truncated, _ = env.step(actions[i % 1000])
             if terminated or truncated:
                 env.reset()
-        rates.append(steps / (time.perf_counter() - start))
+
+    seconds = _timed(run, steps)
     env.close()
-    return statistics.median(rates[1:])
+    return steps / seconds
 
 
 def _vector(name: str, num_envs: int, steps: int) -> float:
-    """Environment steps per second of the native vector env with random actions, median of three."""
+    """Environment steps per second of the native vector env with random actions drawn beforehand."""
     import gymnasium as gym
 
     envs = gym.make_vec(name, num_envs=num_envs, vectorization_mode="vector_entry_point")
     envs.action_space.seed(0)
     actions = [envs.action_space.sample() for _ in range(16)]
-    rates = []
     envs.reset(seed=0)
-    calls = max(50, steps // num_envs)
-    for repeat in range(4):
-        start = time.perf_counter()
-        for i in range(calls if repeat else 20):
+
+    def run(calls: int) -> None:
+        for i in range(calls):
             envs.step(actions[i % 16])
-        rates.append(calls * num_envs / (time.perf_counter() - start))
+
+    calls = min(max(100, steps // num_envs), MAX_CALLS)
+    seconds = _timed(run, calls)
     envs.close()
-    return statistics.median(rates[1:])
+    return calls * num_envs / seconds
+
+
+def _timed(run: Callable[[int], None], calls: int) -> float:
+    """Seconds that `calls` take: median of three, behind a third of them to warm up."""
+    run(max(20, calls // 3))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run(calls)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)

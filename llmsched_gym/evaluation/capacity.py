@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.grid import check, finite, seed_range
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
+from llmsched_gym.evaluation.store import dumps, grid_config, make_folder, write_text
 
 STEP = 1.02
 LOW_QPS, HIGH_QPS = 0.1, 16.0
@@ -67,7 +69,9 @@ def criterion(text: str) -> Criterion:
         text,
         (
             attainment,
-            Condition("attainment of strict users", lambda row: _below(share, row["slo_attainment_by_class"]["strict"])),
+            Condition(
+                "attainment of strict users", lambda row: _below(share, row["slo_attainment_by_class"]["strict"])
+            ),
             Condition("attainment of the longest prompts", lambda row: _below(0.5, row["attained_by_decile"][-1])),
             Condition("refused or abandoned", lambda row: (row["num_refused"] + row["num_abandoned"]) / _n(row) - 0.01),
         ),
@@ -129,7 +133,11 @@ class Search:
     """Finds capacities on the grid of rates from runs that `simulate` does; each run is done once."""
 
     def __init__(
-        self, judged: Criterion, simulate: Simulate, seeds: Sequence[int], qps: tuple[float, float] = (LOW_QPS, HIGH_QPS)
+        self,
+        judged: Criterion,
+        simulate: Simulate,
+        seeds: Sequence[int],
+        qps: tuple[float, float] = (LOW_QPS, HIGH_QPS),
     ) -> None:
         self.judged, self.seeds, self._simulate = judged, list(seeds), simulate
         self.low, self.high = math.ceil(math.log(qps[0], STEP) - 1e-9), math.floor(math.log(qps[1], STEP) + 1e-9)
@@ -216,7 +224,9 @@ class Search:
         """Where each resample's capacity lies on the grid of rates, and the number of the condition that ends it."""
         crossings = []
         for condition in self.judged.conditions:
-            excess = np.array([[condition.excess(self.rows[policy, k, seed]) for k in rates] for seed in self.seeds], float)
+            excess = np.array(
+                [[condition.excess(self.rows[policy, k, seed]) for k in rates] for seed in self.seeds], float
+            )
             known = ~np.isnan(excess)
             with np.errstate(invalid="ignore"):
                 means = (weights @ np.where(known, excess, 0.0)) / (weights @ known)
@@ -242,7 +252,7 @@ def crossing(rates: Sequence[float], means: np.ndarray) -> float:
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, Any]:
-    """Who was served at one load, means over seeds: shares attained, refused, abandoned, also by tenths of prompt length."""
+    """Who was served at one load: seed means of the shares attained, refused, abandoned, in all and by tenths."""
     shares: dict[str, Any] = {"attained": float(np.mean([row["slo_attainment"] for row in rows]))}
     for name in ("refused", "abandoned"):
         shares[name] = float(np.mean([row[f"num_{name}"] / row["num_requests"] for row in rows]))
@@ -275,15 +285,19 @@ def capacity(
     seeds: int = 20,
     first_seed: int = 0,
     workers: int | None = 1,
+    out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Capacity]:
     """The capacity of each policy under the criterion `judged` (see `criterion`), searched between the rates `qps`.
 
-    The other arguments are those of `grid.evaluate`. Pass the result to `ratios` to compare policies.
+    The other arguments are those of `grid.evaluate`; the folder `out` gets ``capacity-CRITERION.json``. Pass the result
+    to `ratios` to compare policies.
     """
     scenario, policies = finite(scenario), list(dict.fromkeys(policies))
     conditions, numbers = criterion(judged), seed_range(seeds, first_seed)
     check(scenario, policies, qps, first_seed)
+    if out is not None:
+        make_folder(Path(out))
     done = planned = 0
     with Runner(scenario, workers) as runner:
 
@@ -299,4 +313,13 @@ def capacity(
             return rows
 
         search = Search(conditions, simulate, numbers, qps)
-        return [search.find(policy) for policy in policies]
+        found = [search.find(policy) for policy in policies]
+    if out is not None:
+        settings = {"criterion": judged, "qps": list(qps), "seeds": seeds, "first_seed": first_seed}
+        results = {
+            "config": grid_config(scenario, policies, **settings),
+            "results": [item.to_row() | ratio for item, ratio in zip(found, ratios(found), strict=True)],
+            "curves": {item.policy: item.curve for item in found},
+        }
+        write_text(Path(out) / f"capacity-{judged.replace(':', '-')}.json", dumps(results))
+    return found

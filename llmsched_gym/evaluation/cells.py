@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config import Scenario
-from llmsched_gym.evaluation.metrics import Gaps, Outcomes, gap_counts, requests_frame, row
+from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import Compiled, make_scheduler
 
@@ -45,18 +45,23 @@ def run_cell(scenario: Scenario, cell: Cell, folder: Path | None = None) -> dict
     steps = LOGGED_STEPS if "steps" in cell.frames else 0
     episode = simulate(scenario, cell.policy, cell.seed, num_steps=steps)
     outcomes = Outcomes(episode)
-    gaps = Gaps.of(episode, outcomes)
+    gaps = gaps_of(episode, outcomes)
     figures = row(episode, outcomes, gaps)
     if folder is not None and cell.frames:
         import pandas as pd
 
-        labels = {"policy": cell.policy, "qps": figures["qps"], "requested_qps": cell.qps or math.nan, "seed": cell.seed}
+        labels = {
+            "policy": cell.policy,
+            "qps": figures["qps"],
+            "requested_qps": cell.qps or math.nan,
+            "seed": cell.seed,
+        }
         if "requests" in cell.frames:
             write_part(folder, "requests", cell.index, requests_frame(episode, outcomes))
         if "steps" in cell.frames:
             write_part(folder, "steps", cell.index, pd.DataFrame(episode.steps).assign(**labels))
         if "itl" in cell.frames:
-            parts = [pd.DataFrame({"slo_class": c, "itl_s": s, "count": n}) for c, s, n in gap_counts(gaps)]
+            parts = [pd.DataFrame({"slo_class": c, "itl_s": s, "count": n}) for c, s, n in gaps.bins()]
             write_part(folder, "itl", cell.index, pd.concat(parts).assign(**labels))
     return figures
 

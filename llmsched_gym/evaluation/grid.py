@@ -107,7 +107,7 @@ def grid(
     policies: Sequence[str], rates: Sequence[float | None], seeds: range, num_requests: int, *, frames: bool
 ) -> list[Cell]:
     """The cells by policy, load and seed; with `frames` the first seeds keep their requests, the first its steps."""
-    cells = []
+    cells: list[Cell] = []
     kept = max(1, math.floor(MAX_REQUEST_LINES / (len(policies) * len(rates) * num_requests)))
     for policy in policies:
         for qps in rates:

@@ -52,10 +52,12 @@ def compare(rows: Sequence[Mapping[str, Any]], metric: str, policy: str, base: s
         a, b = ([load[name][seed] for seed in seeds] for name in (policy, base))
         ours, theirs = mean(a), mean(b)
         entry: dict[str, Any] = {"requested_qps": qps, "num_seeds": len(seeds), "mean": ours, "base_mean": theirs}
-        known = ours is not None and theirs is not None
+        apart = lower = None
+        if ours is not None and theirs is not None:
+            apart, lower = ours - theirs, 1.0 - ours / theirs if theirs else None
         for name, value, bounds in (
-            ("difference", ours - theirs if known else None, difference(a, b)),
-            ("reduction", 1.0 - ours / theirs if known and theirs else None, reduction(a, b)),
+            ("difference", apart, difference(a, b)),
+            ("reduction", lower, reduction(a, b)),
         ):
             low, high = bounds or (None, None)
             entry |= {name: value, f"{name}_ci_low": low, f"{name}_ci_high": high}

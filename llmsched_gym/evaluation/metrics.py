@@ -7,7 +7,6 @@ request without a first token has an infinite TTFT; an infinite figure is None i
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from llmsched_gym.config import SLO_CLASSES
 from llmsched_gym.engine.state import ABANDONED, FINISHED, PENDING, PHASES, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.evaluation.gaps import Gaps, percentile
 from llmsched_gym.evaluation.run import Episode
 
 if TYPE_CHECKING:
@@ -25,28 +25,6 @@ BETA = 0.5
 """Utility lost by a request that is late for the whole of its client's patience, or refused."""
 
 NUM_DECILES = 10
-_SHIFT = 14  # a float32 without its last 14 bits: bins 0.2 % wide
-_NUM_BINS = 1 << (31 - _SHIFT)
-_CHUNK = 1 << 21
-
-
-def percentile(values: np.ndarray, q: float) -> float | None:
-    """The q-quantile (0 to 1), interpolated linearly; None if it is infinite or there are no values."""
-    if len(values) == 0:
-        return None
-    low, high = _ranks(len(values), q)
-    part = np.partition(values, (low, high))
-    return _between(float(part[low]), float(part[high]), q * (len(values) - 1) - low)
-
-
-def _ranks(n: int, q: float) -> tuple[int, int]:
-    position = q * (n - 1)
-    return math.floor(position), math.ceil(position)
-
-
-def _between(low: float, high: float, share: float) -> float | None:
-    value = low if share == 0.0 else low + share * (high - low) if math.isfinite(high) else high
-    return value if math.isfinite(value) else None
 
 
 def attains_tbt(rule: str, num_gaps: np.ndarray, num_late: np.ndarray, deadline_miss_s: np.ndarray) -> np.ndarray:
@@ -129,69 +107,25 @@ def _shares(mask: np.ndarray, group: np.ndarray, num_groups: int) -> list[float 
     return [float(h / n) if n else None for h, n in zip(hits, sizes, strict=True)]
 
 
-@dataclass(frozen=True)
-class Gaps:
-    """Gaps between tokens by SLO class. Counts over narrow bins find exact order statistics without sorting."""
-
-    values: tuple[np.ndarray, ...]  # per class, float32 seconds
-    counts: tuple[np.ndarray, ...]  # per class, (_NUM_BINS,) gaps in each bin
-
-    @classmethod
-    def of(cls, episode: Episode, outcomes: Outcomes) -> Gaps:
-        """The cohort's gaps, open ones included."""
-        requests = episode.requests[episode.cohort]
-        capacity = episode.table.output_tokens[episode.cohort].astype(np.int64) - 1
-        recorded = np.maximum(requests["num_output_tokens"].astype(np.int64) - 1, 0)
-        start = max(int(requests["gap_start"][0]), 0) if len(requests) else 0
-        room = episode.gaps[start : start + int(capacity.sum())]
-        values = []
-        for c in range(len(SLO_CLASSES)):
-            mine = outcomes.slo_class == c
-            used = np.stack([np.where(mine, recorded, 0), capacity - np.where(mine, recorded, 0)], axis=1)
-            kept = room[np.repeat(np.tile([True, False], len(requests)), used.ravel())]
-            still_open = outcomes.open_gap_s[mine & ~np.isnan(outcomes.open_gap_s)].astype(np.float32)
-            values.append(np.concatenate([kept, still_open]) if len(still_open) else kept)
-        return cls(tuple(values), tuple(_count(v) for v in values))
-
-    def percentile(self, q: float, slo_class: int | None = None) -> float | None:
-        """The q-quantile of all gaps or of one class's; None without gaps."""
-        classes = range(len(self.values)) if slo_class is None else [slo_class]
-        cumulated = np.cumsum(np.sum([self.counts[c] for c in classes], axis=0))
-        n = int(cumulated[-1])
-        if n == 0:
-            return None
-        found = []
-        for rank in _ranks(n, q):
-            k = int(np.searchsorted(cumulated, rank, side="right"))
-            inside = np.concatenate([v[v.view(np.uint32) >> _SHIFT == k] for v in (self.values[c] for c in classes)])
-            before = int(cumulated[k - 1]) if k else 0
-            found.append(float(np.partition(inside, rank - before)[rank - before]))
-            if rank == q * (n - 1):
-                return found[0]
-        return _between(found[0], found[1], q * (n - 1) - _ranks(n, q)[0])
-
-
-def _count(values: np.ndarray) -> np.ndarray:
-    counts = np.zeros(_NUM_BINS, np.int64)
-    for i in range(0, len(values), _CHUNK):  # bincount turns what it is given into int64
-        counts += np.bincount(values[i : i + _CHUNK].view(np.uint32) >> _SHIFT, minlength=_NUM_BINS)
-    return counts
-
-
-def gap_counts(gaps: Gaps) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """(class, seconds, count) of every bin of gaps in use; counts of several runs may be added up."""
-    found = []
-    for name, counts in zip(SLO_CLASSES, gaps.counts, strict=True):
-        used = np.flatnonzero(counts)
-        middle = ((used << _SHIFT) + (1 << (_SHIFT - 1))).astype(np.uint32).view(np.float32)
-        found.append((name, np.where(used == 0, np.float32(0), middle), counts[used]))
-    return found
+def gaps_of(episode: Episode, outcomes: Outcomes) -> Gaps:
+    """The cohort's gaps between tokens, open ones included."""
+    requests, room = episode.requests[episode.cohort], episode.table.output_tokens[episode.cohort].astype(np.int64) - 1
+    recorded = np.maximum(requests["num_output_tokens"].astype(np.int64) - 1, 0)
+    start = max(int(requests["gap_start"][0]), 0) if len(requests) else 0
+    # a request's recorded gaps belong to its class, the rest of its room to nobody
+    owner = np.stack([outcomes.slo_class, np.full_like(outcomes.slo_class, -1)], axis=1).ravel()
+    sizes = np.stack([recorded, room - recorded], axis=1).ravel()
+    still_open = ~np.isnan(outcomes.open_gap_s)
+    return Gaps(
+        (episode.gaps[start : start + int(room.sum())], np.repeat(owner, sizes)),
+        (outcomes.open_gap_s[still_open].astype(np.float32), outcomes.slo_class[still_open]),
+    )
 
 
 def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = None) -> dict[str, Any]:
     """The figures of one run, ready for JSON: no NaN, no infinity."""
     o = outcomes or Outcomes(episode)
-    g = gaps or Gaps.of(episode, o)
+    g = gaps or gaps_of(episode, o)
     scenario, table, sim = episode.scenario, episode.table, episode.sim
     n, sim_time_s = len(o.phase), float(sim.clock_s)
 
@@ -252,13 +186,14 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "tpot_p50_s": percentile(tpot_s, 0.5),
         "tpot_p99_s": percentile(tpot_s, 0.99),
         "num_requests_by_class": {name: int((o.slo_class == c).sum()) for c, name in enumerate(SLO_CLASSES)},
-        "num_gaps_by_class": {name: len(v) for name, v in zip(SLO_CLASSES, g.values, strict=True)},
+        "num_gaps_by_class": {name: g.num_gaps(c) for c, name in enumerate(SLO_CLASSES)},
         "tbt_slo_s_by_class": {"strict": scenario.strict_tbt_slo_s, "relaxed": scenario.relaxed_tbt_slo_s},
         "prompt_decile_edges_tokens": o.decile_edges.tolist() if n else [],
         "attained_by_decile": o.by_decile(o.attained) if n else [],
         "refused_by_decile": o.by_decile(o.phase == REFUSED) if n else [],
         "abandoned_by_decile": o.by_decile(o.phase == ABANDONED) if n else [],
         "tbt_rule": scenario.tbt_rule,
+        "length_hint": scenario.length_hint,  # an oracle's where a clairvoyant policy was given one
         "jitter": float(scenario.jitter),
         "cost_scale": float(table.cost_scale),
     }

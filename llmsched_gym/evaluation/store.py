@@ -43,6 +43,7 @@ _RESULT_SOURCES = (
     "evaluation/run.py",
     "evaluation/cells.py",
     "evaluation/metrics.py",
+    "evaluation/gaps.py",
 )
 
 
@@ -71,18 +72,11 @@ def grid_config(scenario: Scenario, policies: Sequence[str], **settings: Any) ->
         "scenario": encode(scenario.to_dict()),
         "policies": list(policies),
         **settings,
-        "version": package_version(),
+        "version": llmsched_gym.__version__,
         "code": _code_digest(scenario, policies),
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in ("numpy", "numba")},
     }
-
-
-def package_version() -> str:
-    try:
-        return metadata.version("llmsched-gym")
-    except metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _code_digest(scenario: Scenario, policies: Sequence[str]) -> str:
@@ -120,8 +114,8 @@ class Store:
 
     def open(self) -> dict[int, dict[str, Any]]:
         """Make the folder ready; returns the rows that it holds already, by cell. One line of error otherwise."""
+        make_folder(self.out)
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
             self._check_config()
             if self.complete:
                 return dict(enumerate(read_rows(self.out)))
@@ -149,7 +143,7 @@ class Store:
         if not isinstance(held, dict) or held != self.config:
             keys = sorted(k for k in {*held, *self.config} if held.get(k) != self.config.get(k))
             raise ConfigError(
-                f"out: {self.out} holds results of another configuration ({', '.join(keys)} differ); "
+                f"out: {self.out} holds results of another configuration (it differs in {', '.join(keys)}); "
                 "choose another folder or remove it"
             )
 
@@ -223,6 +217,17 @@ class Store:
                 frame = pd.DataFrame({"prob": ITL_PROBS, "itl_s": counts.index.to_numpy()[at]})
                 frames.append(frame.assign(num_gaps=cumulated[-1], **labels))
         return pd.concat(frames) if frames else pd.DataFrame(columns=ITL_COLUMNS)
+
+
+def make_folder(out: Path) -> None:
+    """Make `out` and try to write there; one line of error otherwise."""
+    trial = out / f"trial.{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {out}: {error.strerror or error}") from None
 
 
 def read_rows(out: str | Path) -> list[dict[str, Any]]:

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.config import SLO_CLASSES
+from llmsched_gym.config import SLO_CLASSES, ConfigError
 from llmsched_gym.evaluation import intervals
-from llmsched_gym.evaluation.intervals import MIN_SEEDS
 
 MIN_SAMPLES_BEYOND = 100
 """A percentile with fewer samples beyond it, in all runs together, is greyed out."""
@@ -39,7 +38,7 @@ REFERENCE_CAPACITY_QPS = {
 }
 
 
-class ReportError(ValueError):
+class ReportError(ConfigError):
     """A directory or rows that no report can be made of; the message is one line."""
 
 
@@ -66,13 +65,13 @@ METRICS = (
     Metric("slo_attainment", "SLO attainment", "all", "%", 1, 100, 1),
     Metric("slo_attainment_strict", "SLO attainment", "strict", "%", 1, 100, 1),
     Metric("slo_attainment_relaxed", "SLO attainment", "relaxed", "%", 1, 100, 1),
-    Metric("mean_utility", "Utility", "mean", "-1 to 1", 1, 1, 3),
+    Metric("mean_utility", "Utility", "mean", "1 at most", 1, 1, 3),
     Metric("refused_share", "Not served", "refused", "%", -1, 100, 1),
     Metric("abandoned_share", "Not served", "abandoned", "%", -1, 100, 1),
     Metric("unfinished_share", "Not served", "unfinished", "%", -1, 100, 1),
-    Metric("request_goodput", "Goodput", "within SLOs", "req/s", 1, 1, 3),
+    Metric("request_goodput", "Goodput", "", "req/s", 1, 1, 3),
     Metric("kv_cache_usage_max", "Engine", "KV peak", "%", 0, 100, 1),
-    Metric("num_preemptions", "Engine", "preemptions", "per run", 0, 1, 1),
+    Metric("num_preemptions", "Engine", "preemptions", "1/run", 0, 1, 1),
 )
 
 
@@ -85,8 +84,10 @@ def tidy(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         raise ReportError(f"rows: expected a column {missing[0]!r}, got {', '.join(map(str, df.columns)) or 'none'}")
     if df.empty:
         raise ReportError("rows: expected at least one run, got none")
-    if df.duplicated([c for c in ("policy", "qps", "seed")]).any():
+    if df.duplicated(["policy", "qps", "seed"]).any():
         raise ReportError("rows: expected one row per (policy, qps, seed), got some twice")
+    if df["qps"].isna().any():
+        raise ReportError("rows: expected a rate in every qps, got none in some")
     for column in [c for c in df.columns if c.endswith("_by_class")]:
         values = [_mapping(v) for v in df.pop(column)]
         for name in SLO_CLASSES:
@@ -94,8 +95,7 @@ def tidy(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     for column in [c for c in df.columns if re.fullmatch(r"ttft_p\d+_s", c)]:
         df[column] = pd.to_numeric(df[column]).astype(float).fillna(math.inf)
     for outcome in ("refused", "abandoned", "unfinished", "rejected"):
-        count = df[f"num_{outcome}"] if f"num_{outcome}" in df else 0.0
-        df[f"{outcome}_share"] = count / df["num_requests"]
+        df[f"{outcome}_share"] = df.get(f"num_{outcome}", 0.0) / df["num_requests"]
     df["qps"] = df["qps"].astype(float)
     df["drawn"] = _rates_are_drawn(df)
     given = df["requested_qps"].astype(float).fillna(df["qps"]) if "requested_qps" in df else df["qps"]

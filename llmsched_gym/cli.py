@@ -1,0 +1,363 @@
+"""The command line: `llmsched evaluate | capacity | policies | suites | workloads | profiles | report | bench`.
+
+Results go to stdout, progress and remarks to stderr. What cannot be done is said in one line, with exit code 2.
+Modules are imported by the commands that need them, so that listing things is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmsched_gym.config import SUITES, ConfigError, Scenario, scenario
+from llmsched_gym.evaluation import terminal
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    help="Schedulers for LLM inference: compare them, and find the load that each can carry.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Policy = Annotated[
+    list[str], typer.Option(metavar="P1,P2,...", help="Names, module:Class or folders, separated by commas.")
+]
+SuiteName = Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")]
+Profile = Annotated[str | None, typer.Option(help="Cost profile: a name or a JSON file.")]
+Workload = Annotated[str | None, typer.Option(help="Fitted workload: a name or a JSON file.")]
+TraceFile = Annotated[str | None, typer.Option(help="Trace file that replaces the workload.")]
+TraceArrivals = Annotated[str | None, typer.Option(help="With a trace: keep its times, or poisson, gamma.")]
+NumRequests = Annotated[int | None, typer.Option(help="Measured requests of a run (2000).")]
+Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
+FirstSeed = Annotated[int, typer.Option(help="The first seed.")]
+StrictShare = Annotated[float | None, typer.Option(help="Share of strict users, 0 to 1.")]
+Jitter = Annotated[float | None, typer.Option(help="Sigma of the log-normal factor on batch times.")]
+Patience = Annotated[float | None, typer.Option(help="Lateness at which a client leaves, seconds; inf: never.")]
+CostScale = Annotated[float | None, typer.Option(help="Hidden factor on batch times.")]
+LengthHint = Annotated[str | None, typer.Option(help="Output length told to policies: none, noisy:SIGMA, oracle.")]
+TbtRule = Annotated[str | None, typer.Option(help="every-gap, fraction:X or deadline.")]
+AllowRefusal = Annotated[bool, typer.Option("--allow-refusal", help="Let policies refuse requests.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the scenario.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    with _interrupts() as seen:
+        try:
+            code = typer.main.get_command(app).main(args=argv, prog_name="llmsched", standalone_mode=False)
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            if not seen:
+                return _explain(error)
+            code = INTERRUPTED
+    if code == INTERRUPTED:
+        return _fail("interrupted", INTERRUPTED)
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts that came; numba turns one that comes while it compiles into whatever error it causes there."""
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    def unraisable(ignored: Any) -> None:
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(ignored)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    hook = sys.unraisablehook
+    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = unraisable
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = hook
+
+
+def _explain(error: Exception) -> int:
+    """Say in one line what was wrong; an error that nobody foresaw goes on as it is."""
+    if hasattr(error, "format_message"):  # of the command line itself
+        return _fail(error.format_message() or "expected a command; see llmsched --help", USAGE)
+    usage, failure = _known_errors()
+    if not isinstance(error, (*usage, *failure)):
+        raise error
+    return _fail(str(error), USAGE if isinstance(error, usage) else FAILURE)
+
+
+def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
+    """Errors of what was asked for, and of a policy or the machine while it runs."""
+    from concurrent.futures import BrokenExecutor
+
+    from llmsched_gym.cost import ProfileError
+    from llmsched_gym.engine import IllegalBatch, StalledScheduler
+    from llmsched_gym.scheduler import PolicyError
+    from llmsched_gym.workload import TraceError
+
+    return (ConfigError, PolicyError, TraceError, ProfileError), (
+        IllegalBatch,
+        StalledScheduler,
+        BrokenExecutor,
+        OSError,
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    print("llmsched:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+@app.command()
+def evaluate(
+    policy: Policy,
+    suite: SuiteName = "default",
+    profile: Profile = None,
+    workload: Workload = None,
+    trace: TraceFile = None,
+    trace_arrivals: TraceArrivals = None,
+    qps: Annotated[str | None, typer.Option(help="Arrival rates, 1/s, separated by commas; else the suite's.")] = None,
+    num_requests: NumRequests = None,
+    seeds: Seeds = 20,
+    first_seed: FirstSeed = 0,
+    strict_share: StrictShare = None,
+    jitter: Jitter = None,
+    patience: Patience = None,
+    cost_scale: CostScale = None,
+    length_hint: LengthHint = None,
+    tbt_rule: TbtRule = None,
+    allow_refusal: AllowRefusal = False,
+    set_: Set = None,
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the tables and a report.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run policies on the same requests, at each rate and seed."""
+    world = _scenario(locals())
+    rates = None if qps is None else _numbers("qps", qps)
+    from llmsched_gym.evaluation.grid import evaluate as run
+
+    with terminal.progress_bar("runs") as progress:
+        rows = run(
+            world,
+            split_policies(policy),
+            qps=rates,
+            seeds=seeds,
+            first_seed=first_seed,
+            workers=workers,
+            out=out,
+            progress=progress,
+        )
+    if as_json:
+        terminal.print_rows(rows)
+    else:
+        terminal.print_table(terminal.comparison(rows))
+    if out is not None and find_spec("llmsched_gym.evaluation.report"):
+        report(out)
+
+
+@app.command()
+def capacity(
+    policy: Policy,
+    criterion: Annotated[str, typer.Option(help="ttft-median, paper, attainment:X or serve-all:X.")],
+    suite: SuiteName = "default",
+    profile: Profile = None,
+    workload: Workload = None,
+    trace: TraceFile = None,
+    trace_arrivals: TraceArrivals = None,
+    qps: Annotated[str, typer.Option(help="Lowest and highest rate searched, 1/s.")] = "0.1,16",
+    num_requests: NumRequests = None,
+    seeds: Seeds = 20,
+    first_seed: FirstSeed = 0,
+    strict_share: StrictShare = None,
+    jitter: Jitter = None,
+    patience: Patience = None,
+    cost_scale: CostScale = None,
+    length_hint: LengthHint = None,
+    tbt_rule: TbtRule = None,
+    allow_refusal: AllowRefusal = False,
+    set_: Set = None,
+    workers: Workers = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the largest arrival rate at which each policy meets a criterion."""
+    world = _scenario(locals())
+    bounds = _numbers("qps", qps)
+    if len(bounds) != 2 or not bounds[0] < bounds[1]:
+        raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
+    from llmsched_gym.evaluation import capacity as search
+
+    with terminal.progress_bar("runs") as progress:
+        found = search.capacity(
+            world,
+            split_policies(policy),
+            criterion,
+            qps=(bounds[0], bounds[1]),
+            seeds=seeds,
+            first_seed=first_seed,
+            workers=workers,
+            out=out,
+            progress=progress,
+        )
+    ratios = search.ratios(found)
+    for item in found:
+        if item.note:
+            print(f"llmsched: {item.policy}: {item.criterion} {item.note}", file=sys.stderr)
+    if as_json:
+        terminal.print_rows([item.to_row() | ratio for item, ratio in zip(found, ratios, strict=True)])
+    else:
+        terminal.print_table(terminal.capacities(found, ratios))
+    if any(item.shares for item in found):
+        terminal.print_table(terminal.served(found), sys.stderr)
+
+
+@app.command()
+def policies(as_json: AsJson = False) -> None:
+    """List the schedulers and what they do."""
+    from llmsched_gym.scheduler import Compiled, registry
+
+    rows = []
+    for name, entry in sorted(registry().items()):
+        what = getattr(entry, "what", " ".join((entry.__doc__ or "").split()))
+        kind = {"compiled": isinstance(entry, Compiled), "clairvoyant": getattr(entry, "clairvoyant", False)}
+        rows.append({"name": name, "what": what, **kind})
+    terminal.print_listing(rows, {"name": "policy", "what": "what"}, as_json)
+
+
+@app.command()
+def suites(as_json: AsJson = False) -> None:
+    """List the suites."""
+    rows = []
+    for name, suite in SUITES.items():
+        fields = {k: "inf" if v == float("inf") else v for k, v in suite.scenario.to_dict().items()}
+        rows.append({"name": name, "what": suite.what, "env_id": suite.env_id, "scenario": fields})
+    terminal.print_listing(rows, {"name": "suite", "env_id": "environment", "what": "what"}, as_json)
+
+
+@app.command()
+def workloads(as_json: AsJson = False) -> None:
+    """List the fitted workloads."""
+    from llmsched_gym.workload import describe_workloads
+
+    rows = describe_workloads()
+    for row in [] if as_json else rows:
+        for name in ("prompt_tokens", "output_tokens"):
+            row[name] = " / ".join(f"{row[name][figure]:.0f}" for figure in ("mean", "p50", "p90", "p99"))
+    heads = {"prompt_tokens": "prompt tokens: mean / p50 / p90 / p99", "output_tokens": "output tokens"}
+    terminal.print_listing(rows, {"name": "workload", **heads, "source": "source"}, as_json)
+
+
+@app.command()
+def profiles(as_json: AsJson = False) -> None:
+    """List the cost profiles."""
+    from llmsched_gym.cost import list_profiles
+
+    rows = []
+    for profile in list_profiles():
+        rows.append(profile.to_dict() | {"full_batch_ms": 1e3 * float(profile.linear_table_s(512)[512])})
+        if not as_json:
+            rows[-1] |= {"model": profile.model.name, "device": profile.device.name}
+    heads = {"name": "profile", "model": "model", "device": "device", "tile_tokens": "tile (tokens)"}
+    terminal.print_listing(
+        rows, {**heads, "full_batch_ms": "linear, 512 tokens (ms)", "num_kv_blocks": "KV blocks (16 tokens)"}, as_json
+    )
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `evaluate --out` wrote.")],
+) -> None:
+    """Write report.html and report.md from a folder of results."""
+    if not (directory / "runs.parquet").is_file():
+        raise ConfigError(f"report: {directory} holds no finished results (runs.parquet)")
+    from llmsched_gym.evaluation.report import write_report
+
+    print(f"llmsched: wrote {write_report(directory)}", file=sys.stderr)
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller grid; the keys say so.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how fast this machine runs the engine, an evaluation and the environments."""
+    from llmsched_gym.evaluation.bench import bench as measure
+
+    figures = measure(quick, note=lambda text: print(f"llmsched: measuring: {text}", file=sys.stderr))
+    if as_json:
+        terminal.emit(json.dumps(figures, allow_nan=False) + "\n")
+        return
+    flat = [(k, name, v) for k, value in figures.items() for name, v in _entries(value)]
+    terminal.print_listing(
+        [{"figure": f"{k} {name}".strip(), "value": v} for k, name, v in flat], {"figure": "figure", "value": "value"}
+    )
+
+
+def _entries(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, dict) else [("", value)]
+
+
+def split_policies(texts: Sequence[str]) -> list[str]:
+    """Names separated by commas, those inside brackets left alone."""
+    names = [name.strip() for text in texts for name in re.split(r",(?![^\[\]]*\])", text)]
+    if not all(names):
+        raise ConfigError(f"policy: expected names separated by commas, got {','.join(texts)!r}")
+    sys.path.append(os.getcwd())  # module:Class may lie where the user is
+    return names
+
+
+def _scenario(options: dict[str, Any]) -> Scenario:
+    """The suite's scenario with the fields that were given."""
+    if options["trace"] is not None and options["workload"] is not None:
+        raise ConfigError("workload: expected one of --workload and --trace, got both")
+    if options["trace"] is None and options["trace_arrivals"] is not None:
+        raise ConfigError("trace_arrivals: needs --trace")
+    names = "profile workload trace trace_arrivals num_requests strict_share jitter cost_scale length_hint tbt_rule"
+    fields = {name: options[name] for name in names.split() if options[name] is not None}
+    if options["patience"] is not None:
+        fields["patience_s"] = options["patience"]
+    if options["allow_refusal"]:
+        fields["allow_refusal"] = True
+    for text in options["set_"] or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"set: expected FIELD=VALUE, got {text!r}")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = float(value) if value == "inf" else value
+        if isinstance(fields[name], list):
+            fields[name] = tuple(fields[name])
+    return scenario(options["suite"], **fields)
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name}: expected numbers separated by commas, got {text!r}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

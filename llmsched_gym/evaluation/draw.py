@@ -1,0 +1,191 @@
+"""How figures look: the style of each policy, panels, legends, scales, and the marks that several figures share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+INK, FAINT, GRID = "#1c2733", "#68737f", "#dfe4ea"
+WIDTH = 5.8  # inches, of a single panel
+RC = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+    "font.size": 9.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.labelsize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.facecolor": "none",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.7,
+    "lines.markersize": 5.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.8,
+    "figure.facecolor": "white",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "llmsched",
+}
+
+
+class NothingToPlot(ValueError):
+    """There is no value that the figure could show."""
+
+
+class Style(NamedTuple):
+    """How a policy is drawn."""
+
+    colour: str
+    marker: str
+    dash: Any
+
+
+# Families share a hue (Okabe and Ito's, Tol's), members differ in lightness, marker and dash.
+STYLES = {
+    "random": Style("#95a0ab", "x", (0, (1.5, 1.2))),
+    "sarathi": Style("#0072b2", "o", "-"),
+    "sarathi-spf": Style("#56b4e9", "s", (0, (5, 1.5))),
+    "slai": Style("#d55e00", "D", "-"),
+    "slai-spf-fixed": Style("#e69f00", "^", (0, (5, 1.5))),
+    "slai-fcfs-fixed": Style("#b39b00", "v", (0, (1.5, 1.2))),
+    "slai-priority": Style("#cc79a7", "P", (0, (4, 1.2, 1, 1.2))),
+    "rad": Style("#117733", "X", "-"),
+    "rad-512": Style("#44aa99", "<", (0, (5, 1.5))),
+    "vllm-v0": Style("#882255", ">", "-"),
+    "vllm-v1": Style("#aa4499", "h", (0, (5, 1.5))),
+    "orca": Style("#6b4c2a", "p", "-"),
+    "faster-transformer": Style("#a08060", "*", (0, (5, 1.5))),
+    "edf": Style("#4d5966", "d", (0, (1.5, 1.2))),
+    "srpt-capped": Style("#332288", "8", "-"),
+    "feasible-first": Style("#6f63c4", "s", "-"),
+    "learned": Style("#c4003c", "*", "-"),
+}
+
+
+def policy_styles(policies: Sequence[str]) -> dict[str, Style]:
+    """The style of each policy: registered names have their own, others get what is left, then other markers."""
+    spare = [style for name, style in reversed(STYLES.items()) if name not in policies]
+    others = [p for p in policies if p not in STYLES]
+    again = [Style(s.colour, marker, "-") for marker in "vo^sDPX<>" for s in STYLES.values()]
+    given = dict(zip(others, [*spare, *again], strict=False))
+    return {p: STYLES.get(p) or given[p] for p in policies}
+
+
+def styled(function: Any) -> Any:
+    """Draw with our settings, whatever the caller's are."""
+    return rc_context(RC)(function)
+
+
+def panel(title: str, num_entries: int, height: float = 3.55) -> tuple[Figure, Axes]:
+    """A figure of one panel with room for a legend of so many entries below it."""
+    figure = Figure(figsize=(WIDTH, height + 0.2 * math.ceil(num_entries / 4)), layout="constrained")
+    ax = figure.subplots()
+    ax.set_title(title)
+    return figure, ax
+
+
+def legend(figure: Figure, policies: Sequence[str], extra: Sequence[tuple[Any, str]] = ()) -> None:
+    handles = [
+        Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.dash, label=short(p))
+        for p, s in policy_styles(policies).items()
+    ]
+    for handle, label in extra:
+        handle.set_label(label)
+        handles.append(handle)
+    if not handles:
+        return
+    longest = max(len(str(h.get_label())) for h in handles)
+    ncols = max(1, min(4, int(84 / (longest + 6))))
+    figure.legend(handles=handles, loc="outside lower left", ncols=ncols, handlelength=2.4, columnspacing=1.4)
+
+
+def short(name: str, most: int = 34) -> str:
+    return name if len(name) <= most else f"{name[: most - 12]}…{name[-11:]}"
+
+
+def guide(ax: Axes, value: float, text: str, *, vertical: bool = False, dash: Any = (0, (4, 3))) -> tuple[Any, str]:
+    """A line at a limit; returns its legend entry, for a name beside the line would lie on data."""
+    style: dict[str, Any] = dict(color=INK, linewidth=1.1, linestyle=dash)
+    (ax.axvline if vertical else ax.axhline)(value, zorder=2, **style)
+    return Line2D([], [], **style), text
+
+
+def log_scale(axis: Any, values: Iterable[float]) -> None:
+    """A log scale over the positive values."""
+    shown = [v for v in values if np.isfinite(v) and v > 0]
+    low, high = min(shown) / 1.25, max(shown) * 1.25
+    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
+    log_ticks(axis, low, high)
+
+
+def log_ticks(axis: Any, low: float, high: float, *, whole: bool = False, numbers: Any = None) -> None:
+    """Plain numbers at 1, 2, 5 in each decade; only whole decades over a wide range."""
+    subs = (1.0,) if whole or high / low > 3e3 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=subs, numticks=30))
+    axis.set_major_formatter(FuncFormatter(numbers or (lambda v, _: f"{v:g}")))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    ticks = [t for t in axis.get_major_locator().tick_values(low, high) if low <= t <= high]
+    if len(ticks) < 2:
+        axis.set_major_locator(FixedLocator(_round_ticks(low, high)))
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    return [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+
+
+def lines(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, above: bool) -> None:
+    """A line with an interval band for each policy; infinite values become triangles on the upper edge."""
+    for z, (policy, style) in enumerate(policy_styles(policies).items()):
+        own = means[means["policy"] == policy].sort_values("load")
+        mean = own["mean"].where(np.isfinite(own["mean"]))
+        ax.fill_between(own["load"], own["low"], own["high"], color=style.colour, alpha=0.13, linewidth=0)
+        ax.plot(own["load"], mean, color=style.colour, marker=style.marker, linestyle=style.dash, zorder=3 + z / 100)
+        if above:
+            off_scale(ax, own["load"][np.isposinf(own["mean"])], style.colour, up=True)
+    ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+
+
+def off_scale(ax: Axes, x: Any, colour: str, *, up: bool) -> None:
+    """Triangles on the edge of the axes for values beyond it."""
+    if len(x):
+        y = [1.0 if up else 0.0] * len(x)
+        kind: dict[str, Any] = dict(
+            marker="^" if up else "v", linestyle="none", markerfacecolor="none", color=colour, clip_on=False
+        )
+        ax.plot(x, y, transform=ax.get_xaxis_transform(), zorder=4, **kind)
+
+
+def dots(ax: Axes, means: pd.DataFrame, policies: Sequence[str]) -> None:
+    """One load: a dot with its interval on a line of its own for each policy."""
+    for y, (policy, style) in enumerate(policy_styles(policies).items()):
+        own = means[means["policy"] == policy].iloc[0]
+        if np.isfinite(own["mean"]):
+            if np.isfinite(own["low"]):
+                ax.plot([own["low"], own["high"]], [y, y], color=style.colour, linewidth=4, alpha=0.35)
+            ax.plot([own["mean"]], [y], color=style.colour, marker=style.marker, markersize=7)
+        else:
+            text = "infinite" if np.isposinf(own["mean"]) else "none"
+            ax.text(0.995, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", color=style.colour)
+    ax.set_yticks(range(len(policies)), [short(p) for p in policies])
+    ax.tick_params(axis="y", length=0, labelcolor=INK)
+    ax.set_ylim(len(policies) - 0.5, -0.5)

@@ -1,0 +1,184 @@
+"""What the command line prints: tables of seed means, with intervals where there are enough seeds, or JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from llmsched_gym.evaluation.intervals import interval, mean
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llmsched_gym.evaluation.capacity import Capacity
+
+NONE, INFINITE = "-", "inf"
+BROKEN_PIPE = 141
+PIPE_WIDTH = 180  # columns of a table that no terminal bounds
+
+
+def number(value: float | None, digits: int = 3, none: str = NONE) -> str:
+    return none if value is None else f"{value:.{digits}f}"
+
+
+def with_interval(values: Sequence[float | None], digits: int = 3, none: str = NONE) -> str:
+    """Mean over seeds with its 95 % interval."""
+    bounds = interval(values)
+    text = number(mean(values), digits, none)
+    return text if bounds is None else f"{text} [{number(bounds[0], digits)}, {number(bounds[1], digits)}]"
+
+
+def new_table(*columns: str, title: str | None = None, text: int = 1) -> Table:
+    """A table whose first `text` columns are text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < text else "right", overflow="fold")
+    return table
+
+
+def loads(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], list[dict[str, Any]]]:
+    """Rows by policy and requested rate, in their order; None where each seed draws its own rate."""
+    groups: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["policy"], row["requested_qps"]), []).append(row)
+    return groups
+
+
+def comparison(rows: Sequence[dict[str, Any]]) -> Table:
+    """One line per policy and load."""
+    table = new_table(
+        "policy",
+        "load\n(1/s)",
+        "seeds",
+        "SLO attainment\nall users",
+        "\nstrict",
+        "\nutility",
+        "TTFT (s)\np50",
+        "\np99",
+        "ITL p99 (s)\nstrict",
+        "\nrelaxed",
+        "tokens/s",
+        "lost (%)",
+    )
+    for (policy, qps), group in loads(rows).items():
+
+        def field(name: str, group: Any = group) -> list[float | None]:
+            return [row[name] for row in group]
+
+        def of_class(name: str, key: str, group: Any = group) -> float | None:
+            return mean([row[name][key] for row in group if row[name][key] is not None])
+
+        lost = [
+            100 * (row["num_requests"] - row["num_finished"] - row["num_unfinished"]) / row["num_requests"]
+            for row in group
+        ]
+        drawn = mean(field("qps"))
+        table.add_row(
+            policy,
+            f"{qps:g}" if qps is not None else f"{number(drawn, 2)} drawn",
+            str(len(group)),
+            with_interval(field("slo_attainment")),
+            number(of_class("slo_attainment_by_class", "strict")),
+            number(mean(field("mean_utility"))),
+            with_interval(field("ttft_p50_s"), none=INFINITE),
+            number(mean(field("ttft_p99_s")), 2, INFINITE),
+            number(of_class("itl_p99_s_by_class", "strict")),
+            number(of_class("itl_p99_s_by_class", "relaxed")),
+            number(mean(field("throughput_tok_s")), 0),
+            number(mean(lost), 1),
+        )
+    return table
+
+
+def capacities(found: Sequence[Capacity], ratios: Sequence[dict[str, Any]]) -> Table:
+    """One line per policy."""
+    table = new_table("policy", "limited by", "capacity (1/s)", f"ratio to {found[0].policy}", text=2)
+    for item, ratio in zip(found, ratios, strict=True):
+        bounds = f" [{item.ci_low:.3f}, {item.ci_high:.3f}]" if item.ci_low is not None else ""
+        against = number(ratio["ratio"])
+        if ratio["ratio_ci_low"] is not None:
+            against += f" [{number(ratio['ratio_ci_low'])}, {number(ratio['ratio_ci_high'])}]"
+        table.add_row(item.policy, item.limited_by or item.note or NONE, number(item.qps) + bounds, against)
+    return table
+
+
+def served(found: Sequence[Capacity]) -> Table:
+    """Who is served at capacity: shares of requests, in all and by tenths of prompt length."""
+    tenths = [f"{10 * i}-{10 * i + 10}" for i in range(10)]
+    table = new_table("share (%)", "load (1/s)", "all", *tenths, title="At capacity, by prompt length (percentiles)")
+    for item in found:
+        for name in ("attained", "refused", "abandoned"):
+            if item.shares:
+                shares = [item.shares[name], *item.shares[f"{name}_by_decile"]]
+                percent = [NONE if share is None else number(100 * share, 1) for share in shares]
+                table.add_row(f"{item.policy} {name}", number(item.shares["at_qps"], 2), *percent)
+    return table
+
+
+def listing(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Table:
+    """Chosen fields of some rows, under the headings of `columns`; those of numbers must come last."""
+    text = sum(any(isinstance(row[name], str) for row in rows) for name in columns)
+    table = new_table(*columns.values(), text=text)
+    for row in rows:
+        values = (row[name] for name in columns)
+        table.add_row(*(f"{v:g}" if isinstance(v, float) else str(v) for v in values))
+    return table
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal's stderr, gone when done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), what, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_listing(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool = False) -> None:
+    if as_json:
+        print_rows(rows)
+        return
+    print_table(listing(rows, columns))
+
+
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    emit("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n")
+
+
+def print_table(table: Table, file: Any = None) -> None:
+    from rich.console import Console
+
+    stream = file or sys.stdout
+    terminal = stream.isatty()
+    text = io.StringIO()
+    width = None if terminal else PIPE_WIDTH
+    # names of policies have brackets, which are no markup
+    console = Console(file=text, force_terminal=terminal, width=width, highlight=False, markup=False, emoji=False)
+    console.print(table)
+    emit(text.getvalue(), stream)
+
+
+def emit(text: str, stream: Any = None) -> None:
+    """Write to stdout, and leave quietly if nobody reads it."""
+    stream = stream or sys.stdout
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(BROKEN_PIPE) from None

@@ -1,0 +1,46 @@
+"""Fixed hypothesis seeds, the data folder, and one line at the end that says how many conformance tests ran."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("search", parent=settings.get_profile("fixed"), derandomize=False, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Folder of the published schedulers' decision logs; skips where it is not at hand."""
+    root = os.environ.get("LLMSCHED_DATA_DIR")
+    if not root:
+        pytest.skip("needs the decision logs: LLMSCHED_DATA_DIR is not set")
+    folder = Path(root, "golden")
+    if not folder.is_dir():
+        pytest.skip(f"needs the decision logs: LLMSCHED_DATA_DIR has no folder golden ({folder})")
+    return folder
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "conformance: replays a published scheduler's decision log")
+    config.addinivalue_line("markers", "slow: takes many seconds, builds a virtual environment or trains")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("conformance"):
+            item.user_properties.append(("conformance", True))
+
+
+def pytest_terminal_summary(terminalreporter):
+    def count(outcome):
+        reports = terminalreporter.stats.get(outcome, [])
+        return sum(("conformance", True) in getattr(report, "user_properties", ()) for report in reports)
+
+    passed, failed, skipped = count("passed"), count("failed") + count("error"), count("skipped")
+    if passed + failed + skipped:
+        terminalreporter.write_line(f"conformance tests: {passed} passed, {failed} failed, {skipped} skipped")

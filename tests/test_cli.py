@@ -1,0 +1,262 @@
+"""The command line: what it prints where, its exit codes, and one line for everything that is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llmsched_gym.cli import main, split_policies
+from llmsched_gym.config import SUITES, ConfigError
+
+RUN = ["evaluate", "--policy", "slai", "--suite", "paper", "--qps", "1.5", "--seeds", "2", "--num-requests", "20"]
+
+
+def llmsched(*args, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "llmsched_gym.cli", *args], capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def refuse(text):
+    raise AssertionError(f"{text} is no JSON")
+
+
+def trace(path, rows=20, **changes):
+    """A trace file whose line numbers in `changes` (as l17=...) hold something else."""
+    lines = ["arrived_at,num_prefill_tokens,num_decode_tokens"] + [f"{0.5 * i},100,20" for i in range(rows)]
+    for line, text in changes.items():
+        lines[int(line[1:]) - 1] = text
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "command"),
+        (["frobnicate"], "frobnicate"),
+        (["evaluate"], "--policy"),
+        (["evaluate", "--policy", "slai", "--frobnicate"], "--frobnicate"),
+        (["evaluate", "--policy", "slaii"], "did you mean 'slai'"),
+        (["evaluate", "--policy", "slai,"], "policy"),
+        (["evaluate", "--policy", "slai[hold"], "slai[hold"),
+        (["evaluate", "--policy", "slai[budget=0]"], "budget"),
+        (["evaluate", "--policy", "no_such_module:Policy"], "no_such_module"),
+        (["evaluate", "--policy", "slai", "--suite", "frob"], "suite"),
+        (["evaluate", "--policy", "slai", "--qps", "0"], "qps"),
+        (["evaluate", "--policy", "slai", "--qps", "1.5,nan"], "qps"),
+        (["evaluate", "--policy", "slai", "--qps", "-1"], "qps"),
+        (["evaluate", "--policy", "slai", "--qps", "fast"], "qps"),
+        (["evaluate", "--policy", "slai", "--seeds", "0"], "seeds"),
+        (["evaluate", "--policy", "slai", "--seeds", "many"], "--seeds"),
+        (["evaluate", "--policy", "slai", "--first-seed", "-1"], "first_seed"),
+        (["evaluate", "--policy", "slai", "--num-requests", "0"], "num_requests"),
+        (["evaluate", "--policy", "slai", "--jitter", "nan"], "jitter"),
+        (["evaluate", "--policy", "slai", "--patience", "0"], "patience_s"),
+        (["evaluate", "--policy", "slai", "--strict-share", "1.5"], "strict_share"),
+        (["evaluate", "--policy", "slai", "--workload", "frob"], "workload"),
+        (["evaluate", "--policy", "slai", "--profile", "frob"], "profile"),
+        (["evaluate", "--policy", "slai", "--tbt-rule", "frob"], "tbt_rule"),
+        (["evaluate", "--policy", "slai", "--set", "frob=1"], "frob"),
+        (["evaluate", "--policy", "slai", "--set", "watermark"], "FIELD=VALUE"),
+        (["evaluate", "--policy", "slai", "--trace-arrivals", "keep"], "trace"),
+        (["evaluate", "--policy", "slai", "--trace", "missing.csv"], "missing.csv"),
+        (["evaluate", "--policy", "slai", "--trace", "missing.csv", "--workload", "sharegpt"], "workload"),
+        (["evaluate", "--policy", "slai", "--out", "/dev/null/out"], "/dev/null/out"),
+        (["capacity", "--policy", "slai"], "--criterion"),
+        (["capacity", "--policy", "slai", "--criterion", "frob"], "criterion"),
+        (["capacity", "--policy", "slai", "--criterion", "paper", "--qps", "1.5"], "qps"),
+        (["capacity", "--policy", "slai", "--criterion", "paper", "--qps", "2,1"], "qps"),
+        (["report", "missing"], "missing"),
+        (["report"], "DIR"),
+    ],
+)
+def test_one_line_and_exit_code_2(args, words, capsys):
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n") and err.count("\n") == 1 and err.startswith("llmsched: ")
+    assert words in err
+
+
+def test_bad_files_are_named(tmp_path, capsys):
+    header, negative, profile = (tmp_path / name for name in ("header.csv", "negative.csv", "broken.json"))
+    header.write_text("a,b,c\n1,2,3\n")
+    profile.write_text('{"name": "broken"')
+    for args, words in (
+        (["--trace", str(header)], ["header.csv", "unknown header"]),
+        (["--trace", trace(negative, l17="8.0,100,-5")], ["negative.csv", "line 17", "num_decode_tokens", "-5"]),
+        (["--profile", str(profile)], ["broken.json"]),
+        (["--out", str(header)], ["header.csv"]),
+    ):
+        assert main([*RUN, *args]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_an_illegal_batch_is_one_line_too(tmp_path, capsys, monkeypatch):
+    (tmp_path / "greedy_policy.py").write_text(
+        "from llmsched_gym.engine import Batch\n"
+        "class Greedy:\n"
+        "    def schedule(self, view):\n"
+        "        return Batch({int(r.index): 9999 for r in view.waiting})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["evaluate", "--policy", "greedy_policy:Greedy", "--seeds", "1", "--num-requests", "5"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "rule 1" in err
+
+
+def test_no_traceback_and_no_box_from_a_process():
+    result = llmsched("evaluate", "--policy", "nope")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr and "─" not in result.stderr
+
+
+# What is printed
+
+
+def test_json_is_all_there_is_on_stdout():
+    result = llmsched(*RUN, "--json")
+    assert result.returncode == 0 and result.stderr == ""
+    rows = json.loads(result.stdout, parse_constant=refuse)
+    assert [(row["policy"], row["qps"], row["seed"]) for row in rows] == [("slai", 1.5, 0), ("slai", 1.5, 1)]
+
+
+def test_the_table_has_one_line_per_policy_and_load(capsys):
+    assert main([*RUN[:2], "slai,slai[hold=true,limit=6500]", *RUN[3:], "--qps", "1,1.5"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = [line.split() for line in out.splitlines() if line.strip().startswith("slai")]
+    assert [line[:3] for line in lines] == [
+        [name, qps, "2"] for name in ("slai", "slai[hold=true,limit=6500]") for qps in ("1", "1.5")
+    ]
+    assert "(1/s)" in out and "TTFT (s)" in out
+
+
+def test_settings_reach_the_run(tmp_path, capsys):
+    given = [
+        "--jitter",
+        "0.1",
+        "--patience",
+        "inf",
+        "--strict-share",
+        "1",
+        "--cost-scale",
+        "2",
+        "--tbt-rule",
+        "deadline",
+    ]
+    args = [*RUN, *given, "--set", "num_kv_blocks=2000", "--set", "warmup_s=5", "--json"]
+    assert main([*args, "--trace", trace(tmp_path / "own.csv"), "--trace-arrivals", "keep"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert (row["jitter"], row["cost_scale"], row["tbt_rule"], row["workload"]) == (0.1, 2.0, "deadline", "own.csv")
+    assert row["num_requests_by_class"] == {"strict": 20, "relaxed": 0}
+    assert row["slo_attainment_by_class"]["relaxed"] is None
+
+
+def test_capacity_prints_rows_and_who_was_served(capsys, tmp_path):
+    args = ["capacity", "--policy", "sarathi,slai", "--suite", "paper", "--criterion", "attainment:0.9"]
+    args += ["--num-requests", "100", "--seeds", "2", "--qps", "0.5,8", "--workers", "1", "--out", str(tmp_path)]
+    assert main([*args, "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out, parse_constant=refuse)
+    assert [(row["policy"], row["criterion"]) for row in rows] == [
+        ("sarathi", "attainment:0.9"),
+        ("slai", "attainment:0.9"),
+    ]
+    for row in rows:
+        assert 0.5 < row["capacity_qps"] < 8.0 and row["ci_low"] is None and row["ci_high"] is None
+        assert len(row["attained_by_decile"]) == len(row["abandoned_by_decile"]) == 10
+    assert rows[1]["ratio"] == pytest.approx(rows[1]["capacity_qps"] / rows[0]["capacity_qps"])
+    assert "slai attained" in err and "sarathi refused" in err
+    assert main(args) == 0
+    assert "capacity (1/s)" in capsys.readouterr().out
+
+
+def test_a_capacity_outside_the_range_is_said_on_stderr(capsys):
+    args = ["capacity", "--policy", "sarathi", "--suite", "paper", "--criterion", "ttft-median", "--num-requests", "20"]
+    assert main([*args, "--seeds", "1", "--qps", "0.5,0.6", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)[0]["capacity_qps"] is None
+    assert "sarathi" in err and "still met" in err
+
+
+@pytest.mark.parametrize("command", ["policies", "suites", "workloads", "profiles"])
+def test_lists(command, capsys):
+    assert main([command, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert main([command]) == 0
+    table = capsys.readouterr().out
+    assert rows and all(row["name"] in table for row in rows)
+    if command == "suites":
+        assert [row["name"] for row in rows] == list(SUITES)
+
+
+def test_lists_are_quick_to_come():
+    slow = ["pandas", "matplotlib", "scipy.stats", "pyarrow", "llmsched_gym.evaluation.grid"]
+    script = (
+        "import sys; from llmsched_gym.cli import main; code = main([sys.argv[1]]);"
+        f"print([name for name in {slow} if name in sys.modules], file=sys.stderr); sys.exit(code)"
+    )
+    for command in ("policies", "suites", "profiles"):
+        result = subprocess.run([sys.executable, "-c", script, command], capture_output=True, text=True, timeout=60)
+        assert (result.returncode, result.stderr) == (0, "[]\n")
+
+
+def test_brackets_keep_their_commas():
+    texts = ["slai[hold=true,limit=6500],sarathi", "m:C, ./my_policy"]
+    assert split_policies(texts) == ["slai[hold=true,limit=6500]", "sarathi", "m:C", "./my_policy"]
+    with pytest.raises(ConfigError):
+        split_policies(["slai,,edf"])
+
+
+# Leaving early
+
+
+def test_a_reader_that_leaves_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmsched_gym.cli", "suites"], stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert process.communicate(timeout=60)[1] == ""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupt_is_one_line(tmp_path, workers):
+    args = [
+        "evaluate",
+        "--policy",
+        "random",
+        "--suite",
+        "paper",
+        "--seeds",
+        "50",
+        "--qps",
+        "2",
+        "--num-requests",
+        "100",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmsched_gym.cli", *args, "--workers", workers, "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = tmp_path / "partial" / "rows.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not lines.exists() or not lines.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "llmsched: interrupted\n")
+    assert not (tmp_path / "runs.parquet").exists()

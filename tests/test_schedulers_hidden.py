@@ -1,0 +1,160 @@
+"""Rule 6: what a scheduler must not know does not move its decisions, and is out of its reach."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import Run, profile
+
+from llmsched_gym.config import scenario
+from llmsched_gym.engine import Batch
+from llmsched_gym.engine.state import Lane, State, lane_of
+from llmsched_gym.engine.view import VISIBLE, View
+from llmsched_gym.scheduler import registry
+from llmsched_gym.workload import make_table
+
+ROOT = Path(__file__).parents[1]
+HIDDEN_NAMES = {"output_tokens", "worlds", "world", "cost_scale", "gap_start", "stop_s", "noise", "num_unresolved"}
+
+
+def test_a_lane_lacks_what_is_hidden():
+    hidden = {"worlds", "output_tokens", "noise", "gaps", "steps"}
+    assert hidden <= set(State._fields)
+    assert not {name.rstrip("s") for name in hidden} & {name.rstrip("s") for name in Lane._fields}
+    run = Run("slai", make_table(scenario("paper", num_requests=5, qps=1.0), 1), own_profile=profile(7.0))
+    # the two costs of a lane are the scheduler's own profile's, not the executing one's
+    own = lane_of.py_func(run.engine.state, 0) if hasattr(lane_of, "py_func") else lane_of(run.engine.state, 0)
+    assert own.linear_s is run.engine.state.own_linear_s and own.coef_s is run.engine.state.own_coef_s
+    assert not hasattr(own.sim, "cost_scale")
+
+
+def test_a_view_lacks_what_is_hidden():
+    assert not HIDDEN_NAMES & set(VISIBLE.names)
+    assert {"index", "arrival_s", "prompt_tokens", "num_output_tokens", "length_hint", "tbt_slo_s"} <= set(VISIBLE.names)
+    run = Run("slai", make_table(scenario("paper", num_requests=50, qps=1.0), 1))
+    run.steps(20)
+    view = run.engine.view()
+    public = {name for name in dir(view) if not name.startswith("_")}
+    assert not HIDDEN_NAMES & public
+    assert isinstance(view, View)
+    arrived = int(run.sim.num_arrived)
+    assert 0 < arrived < 50
+    assert max([*view.running.index, *view.waiting.index]) < arrived
+    assert np.isnan(view.running.length_hint).all()
+
+
+@pytest.mark.parametrize("hint", ["oracle", "noisy:0.5"])
+def test_length_hints_are_shown_where_the_scenario_gives_them(hint):
+    world = scenario("paper", num_requests=50, qps=1.0, length_hint=hint)
+    table = make_table(world, 1)
+    run = Run("slai", table)
+    run.steps(20)
+    seen = run.engine.view().running
+    outputs = table.output_tokens[seen.index]
+    assert (seen.length_hint == outputs).all() == (hint == "oracle")
+    assert (seen.length_hint > 0).all()
+
+
+def test_views_are_copies():
+    run = Run("slai", make_table(scenario("paper", num_requests=20, qps=1.0), 1))
+    run.steps(5)
+    view = run.engine.view()
+    view.running.num_output_tokens[:] = 99
+    view.running.arrival_s[:] = 0.0
+    assert run.requests["num_output_tokens"].max() < 99
+    run.step()
+
+
+def test_the_built_in_schedulers_name_nothing_hidden():
+    files = [*ROOT.glob("baselines/*.py"), *(ROOT / "llmsched_gym/engine" / name for name in ("pack.py", "batch.py"))]
+    assert len(files) > 6
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
+            assert name not in HIDDEN_NAMES, f"{file.name}:{node.lineno} reads {name}"
+
+
+def perturb(state, rng):
+    """Change all that is hidden: unfinished outputs, who is still to come, the machine's speed, the horizon."""
+    arrived, n = int(state.sims[0].num_arrived), int(state.worlds[0].num_requests)
+    requests = state.requests[0]
+    unfinished = np.isnan(requests["resolved_s"][:n])
+    emitted = requests["num_output_tokens"][:n]
+    state.output_tokens[0, :n][unfinished] = emitted[unfinished] + rng.integers(1, 999, unfinished.sum())
+    requests["gap_start"][:n] = rng.integers(0, 9, n)
+    for name, low, high in (("prompt_tokens", 1, 8000), ("slo_class", 0, 2)):
+        requests[name][arrived:n] = rng.integers(low, high, n - arrived)
+    requests["prefill_tokens"][arrived:n] = requests["prompt_tokens"][arrived:n]
+    requests["arrival_s"][arrived:n] += rng.exponential(9.0, n - arrived).cumsum()
+    requests["tbt_slo_s"][arrived:n] = rng.random(n - arrived)
+    requests["ttft_slo_s"][arrived:n] = rng.random(n - arrived)
+    requests["length_hint"][arrived:n] = 7.0
+    world = state.worlds[0]
+    world.cost_scale, world.stop_s, world.drain_all = 3.0, 1e9, 0
+    world.num_requests, world.cohort_start, world.cohort_stop, world.num_unresolved = arrived, 1, 2, 1
+    state.noise[:] = 2.0
+    state.linear_s[:] *= 5.0
+    state.coef_s[:2] *= 5.0
+    state.gaps[:] = 1.0
+
+
+def rng_state(scheduler):
+    return scheduler.rng.bit_generator.state if hasattr(scheduler, "rng") else None
+
+
+@pytest.mark.parametrize("policy", sorted(registry()))
+def test_hidden_state_does_not_move_a_decision(policy):
+    world = scenario("default", num_requests=150, warmup_s=0.0, qps=2.0, strict_share=0.3, jitter=0.1)
+    run = Run(policy, make_table(world, 2), num_kv_blocks=1500, watermark=0.01, jitter=0.1)
+    state, rng = run.engine.state, np.random.default_rng(1)
+    decided = 0
+    for _ in range(12):
+        run.engine.run(run.scheduler, max_steps=70)
+        before = {name: array.copy() for name, array in state._asdict().items()}
+        generator = rng_state(run.scheduler)
+
+        def restore(before=before, generator=generator):
+            for name, array in state._asdict().items():
+                array[...] = before[name]
+            if generator is not None:
+                run.scheduler.rng.bit_generator.state = generator
+
+        def decision():
+            batch = run.decide()
+            counts = state.batches[0]
+            return (
+                batch,
+                state.preempt[0, : counts.num_preempt].tolist(),
+                state.refuse[0, : counts.num_refuse].tolist(),
+                state.memory[0].tolist(),
+                state.requests["lst_s"][0, : int(run.sim.num_arrived)].tobytes(),
+            )
+
+        expected = decision()
+        restore()
+        perturb(state, rng)
+        assert decision() == expected
+        restore()
+        decided += len(expected[0])
+    assert decided >= 12  # at least one item a decision
+
+
+class Peeking:
+    """Serves the shortest output first, which it must not know."""
+
+    def schedule(self, view):
+        prompts = [*view.prefills, *view.waiting]
+        if not prompts:
+            return Batch({int(r): 1 for r in view.decodes.index})
+        first = min(prompts, key=lambda row: self.state.output_tokens[0, row.index])
+        return Batch({int(first.index): 1})
+
+
+def test_the_perturbation_would_be_noticed():
+    run = Run(Peeking(), make_table(scenario("paper", num_requests=30, qps=500.0), 2))
+    run.scheduler.state = run.engine.state
+    run.engine.run(run.scheduler, max_steps=5)
+    expected = run.decide()
+    perturb(run.engine.state, np.random.default_rng(3))
+    assert run.decide() != expected
