@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+# one process per core, a file's tests in one of them: they share compiled code
+PYTEST ?= -n 2 --dist loadfile
 export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
 
 .PHONY: demo test check install format paper clean
@@ -24,7 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PYTEST)
 
 check: install
 	$(VENV)/bin/ruff format --check .

@@ -3,7 +3,7 @@
 from llmsched_gym.engine.batch import add_chunk, can_admit, chunk_room, open_batch, remaining_prefill
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import FCFS, add_all_decodes, admission_filters, next_started, next_waiting
-from llmsched_gym.engine.state import WAITING
+from llmsched_gym.engine.records import WAITING
 from llmsched_gym.scheduler import Compiled
 
 GROUP_SIZE = 32

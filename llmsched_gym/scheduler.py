@@ -23,7 +23,8 @@ import numpy as np
 from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import ORDERS, pack
-from llmsched_gym.engine.state import KNOBS, SCHEDULE_SIGNATURE, State
+from llmsched_gym.engine.records import KNOBS
+from llmsched_gym.engine.state import SCHEDULE_SIGNATURE, State
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.engine.view import Batch, View
 
@@ -182,9 +183,7 @@ def make_scheduler(spec: str) -> Any:
         return importlib.import_module("llmsched_gym.policies").load_policy(name, **options)
     if ":" in name:
         entry = _import_attribute(spec, name)
-        return (
-            with_options(spec, entry, options) if isinstance(entry, Compiled) else _instantiate(spec, entry, options)
-        )
+        return with_options(spec, entry, options) if isinstance(entry, Compiled) else _instantiate(spec, entry, options)
     close = difflib.get_close_matches(name, registry(), 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise PolicyError(

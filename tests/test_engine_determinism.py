@@ -60,9 +60,11 @@ def fresh_process(code, **environment):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-TRAJECTORIES = (
-    "import json; from test_engine_determinism import trajectory as t; print(json.dumps([t(p, steps={steps}) for p in {policies}]))"
-)
+TRAJECTORIES = """
+import json
+from test_engine_determinism import trajectory
+print(json.dumps([trajectory(policy, steps={steps}) for policy in {policies}]))
+"""
 
 
 def test_two_processes_agree():
@@ -140,7 +142,8 @@ counts = {policy: make_scheduler(policy).kernel for policy in ("slai", "vllm-v1"
 for name, module in list(sys.modules.items()):
     if name.startswith(("llmsched_gym.", "baselines.")):
         counts.update({f"{name}.{k}": v for k, v in vars(module).items() if isinstance(v, Dispatcher)})
-print(json.dumps({k: [sum(v.stats.cache_hits.values()), sum(v.stats.cache_misses.values())] for k, v in counts.items()}))
+counts = {k: (v.stats.cache_hits, v.stats.cache_misses) for k, v in counts.items()}
+print(json.dumps({k: [sum(hits.values()), sum(misses.values())] for k, (hits, misses) in counts.items()}))
 """
 
 
@@ -149,7 +152,7 @@ def test_a_second_process_finds_all_compiled_code(tmp_path):
     first = fresh_process(CACHE_USE, NUMBA_CACHE_DIR=str(tmp_path))
     second = fresh_process(CACHE_USE, NUMBA_CACHE_DIR=str(tmp_path))
     assert len(list(tmp_path.glob("kernels-*"))) == 1, "a kernel's source was edited while the test ran"
-    step = "llmsched_gym.engine.step"
+    step = "llmsched_gym.engine.run"
     for name in (f"{step}.run", f"{step}.schedule_env", f"{step}.commit_env", "slai", "vllm-v1", "rad"):
         # once for all schedulers, not once for each
         assert first[name] == [0, 1], f"{name} was compiled {first[name][1]} times in the first process"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llmsched_gym.engine import Batch, check
 from llmsched_gym.engine.pack import ORDERS
-from llmsched_gym.engine.state import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING
+from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.scheduler import Compiled, registry
 
@@ -241,8 +241,10 @@ def decide_legally(run):
 def test_every_scheduler_drains_a_crowded_engine(policy):
     rng = np.random.default_rng(3)
     times = np.cumsum(rng.exponential(0.01, 40))
-    rows = [request(float(t), int(rng.integers(1, 300)), int(rng.integers(1, 50)), float(rng.choice([0.1, 0.5])), 1.0)
-            for t in times]
+    rows = [
+        request(float(t), int(rng.integers(1, 300)), int(rng.integers(1, 50)), float(rng.choice([0.1, 0.5])), 1.0)
+        for t in times
+    ]
     run = Run(policy, rows, device=DEVICE, num_kv_blocks=40, watermark=0.03, max_num_seqs=16)
     reference = TokenTimes(run)
     for _ in range(20_000):
@@ -263,8 +265,10 @@ def test_every_scheduler_drains_a_crowded_engine(policy):
 def test_overload_with_impatient_clients(policy):
     rng = np.random.default_rng(4)
     times = np.cumsum(rng.exponential(0.004, 120))
-    rows = [request(float(t), int(rng.integers(1, 400)), int(rng.integers(1, 60)), float(rng.choice([0.03, 0.1])), 0.05)
-            for t in times]
+    rows = [
+        request(float(t), int(rng.integers(1, 400)), int(rng.integers(1, 60)), float(rng.choice([0.03, 0.1])), 0.05)
+        for t in times
+    ]
     run = Run(policy, rows, device=DEVICE, num_kv_blocks=60, max_num_seqs=12, patience_s=0.3, jitter=0.2)
     reference = TokenTimes(run)
     for _ in range(5_000):

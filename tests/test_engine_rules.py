@@ -9,10 +9,9 @@ from helpers import TICK_S, Durations, Run, Scripted, profile, request, table
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import Batch, Engine, IllegalBatch, InvariantError, StalledScheduler, check
 from llmsched_gym.engine import core as engine_core
-from llmsched_gym.engine.state import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.scheduler import install, make_scheduler
 from llmsched_gym.workload import NOISE_BLOCK, noise_block
-
 
 # --- rules 1 to 3: batches and tokens
 
@@ -463,6 +462,14 @@ def test_an_early_first_token_brings_the_departure_forward():
     assert run.requests[0].phase == RUNNING
     run.step()
     assert (run.requests[0].phase, run.requests[0].resolved_s) == (ABANDONED, 4.0)
+
+
+def test_a_client_may_come_and_leave_during_one_batch():
+    rows = [request(0.0, output=9, tbt=100.0), request(1.0, ttft=1.0), request(2.0, ttft=1.0)]
+    run = Run("sarathi", rows, backend=Durations(5.0), patience_s=3.0)
+    run.step()
+    assert run.requests["phase"][:3].tolist() == [RUNNING, ABANDONED, WAITING]
+    assert run.requests[1].resolved_s == 5.0
 
 
 def test_a_token_that_comes_after_the_client_has_left_is_not_emitted():

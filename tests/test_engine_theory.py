@@ -58,7 +58,9 @@ def test_one_at_a_time_with_constant_service_waits_like_an_md1_queue(rho, policy
 
 def test_two_at_a_time_are_one_server_of_half_the_time():
     # Both prompts of a pair share a batch: 20 arrivals at once are gone after 10 services.
-    run = Run("sarathi", [request(prompt=10, output=1) for _ in range(20)], device=profile(1e3 * SERVICE_S), max_num_seqs=2)
+    run = Run(
+        "sarathi", [request(prompt=10, output=1) for _ in range(20)], device=profile(1e3 * SERVICE_S), max_num_seqs=2
+    )
     run.drain()
     assert run.requests["first_token_s"][:20] == pytest.approx(SERVICE_S * (1 + np.arange(20) // 2))
 
@@ -102,8 +104,10 @@ def tiled(prompt, budget, model):
 def test_work_is_conserved_by_every_order_of_prompts():
     # one sequence at a time: the busy period is the sum of services whatever the order, and the mean wait is not
     rng = np.random.default_rng(8)
-    rows = [request(float(t), prompt=int(p), output=1) for t, p in zip(
-        np.cumsum(rng.exponential(0.02, 300)), rng.integers(1, 512, 300), strict=True)]
+    rows = [
+        request(float(t), prompt=int(p), output=1)
+        for t, p in zip(np.cumsum(rng.exponential(0.02, 300)), rng.integers(1, 512, 300), strict=True)
+    ]
     device = profile((1.1, 1.2), tokens=(1, 2))
     busy, waits = [], []
     for policy in ("sarathi", "sarathi-spf", "sarathi[order=edf]", "srpt-capped[cap=inf]"):

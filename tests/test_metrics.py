@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmsched_gym.config import scenario
-from llmsched_gym.engine.state import PHASES, REQUEST, SIM
+from llmsched_gym.engine.records import PHASES, REQUEST, SIM
 from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, percentile, requests_frame, row
 from llmsched_gym.evaluation.run import Episode, simulate

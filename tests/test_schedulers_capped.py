@@ -22,7 +22,11 @@ def test_prompts_are_cut_at_the_cap():
 
 def test_the_cap_follows_the_tightest_decode():
     # a relaxed decode alone allows 475 ms; with a strict one beside it, 95 ms again
-    rows = [request(prompt=50, output=9), request(0.04, prompt=900, output=1), request(3.0, prompt=9, output=9, tbt=0.1)]
+    rows = [
+        request(prompt=50, output=9),
+        request(0.04, prompt=900, output=1),
+        request(3.0, prompt=9, output=9, tbt=0.1),
+    ]
     run = Run("srpt-capped", rows, device=LINEAR)
     assert run.steps(2) == [{0: 50}, {0: 1, 1: 473}]
     run = Run("srpt-capped", [request(prompt=50, output=9, tbt=0.1), rows[1]], device=LINEAR)
@@ -94,7 +98,9 @@ def test_a_request_with_a_token_has_made_its_ttft_for_good():
 
 def test_view_predicts_with_its_own_profile():
     device, own = profile((10.0, 20.0), tokens=(1, 11)), profile((30.0, 50.0), tokens=(1, 11), kv_ms=1.0, pair_ms=2.0)
-    run = Run(Scripted({0: 8}, {0: 1}), [request(prompt=8, output=9), request(prompt=50)], device=device, own_profile=own)
+    run = Run(
+        Scripted({0: 8}, {0: 1}), [request(prompt=8, output=9), request(prompt=50)], device=device, own_profile=own
+    )
     run.step()
     view = run.engine.view()
     assert view.predict_s({0: 1, 1: 5}) == pytest.approx(own.predict_s([(0, 5)], [9]), abs=1e-15)
@@ -122,6 +128,16 @@ def test_an_urgent_newcomer_overtakes_a_started_prompt():
     rows = [request(prompt=150, output=1, ttft=10.0), request(0.01, prompt=80, output=1, ttft=1.0)]
     assert Run("edf[budget=64]", rows).drain() == [{0: 64}, {1: 64}, {1: 16, 0: 48}, {0: 38}]
     assert Run("sarathi[budget=64,order=edf]", rows).drain() == [{0: 64}, {1: 64}, {1: 16, 0: 48}, {0: 38}]
+
+
+@pytest.mark.parametrize("policy", ["edf", "sarathi[order=edf]"])
+def test_prompts_without_a_ttft_slo_are_served_too(policy):
+    rows = [request(prompt=100, output=2), request(prompt=50, output=2), request(prompt=9, output=1, ttft=1.0)]
+    assert Run(f"{policy.rstrip(']')}{',' if ']' in policy else '['}budget=120]", rows).drain() == [
+        {2: 9, 0: 100, 1: 11},
+        {0: 1, 1: 39},
+        {1: 1},
+    ]
 
 
 def test_a_preempted_request_is_due_by_its_last_token():

@@ -31,7 +31,7 @@ def test_a_lane_lacks_what_is_hidden():
 
 def test_a_view_lacks_what_is_hidden():
     assert not HIDDEN_NAMES & set(VISIBLE.names)
-    assert {"index", "arrival_s", "prompt_tokens", "num_output_tokens", "length_hint", "tbt_slo_s"} <= set(VISIBLE.names)
+    assert {"index", "arrival_s", "prompt_tokens", "num_output_tokens", "length_hint"} <= set(VISIBLE.names)
     run = Run("slai", make_table(scenario("paper", num_requests=50, qps=1.0), 1))
     run.steps(20)
     view = run.engine.view()

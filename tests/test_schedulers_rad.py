@@ -1,4 +1,4 @@
-"""RAD by hand: tiles, shares and reserved memory. The tile is 8 tokens and a batch has up to 32, unless a case says so."""
+"""RAD by hand: tiles, shares and reserved memory. Unless a case says otherwise the tile is 8 tokens, a batch 32."""
 
 import pytest
 from helpers import Run, Scripted, profile, request
@@ -75,7 +75,9 @@ def test_prompts_fill_a_tile_together():
     assert run.step() == {1: 3, 0: 1}  # less than a tile
 
 
-@pytest.mark.parametrize(("decodes", "run_now"), [(1, 1), (7, 7), (8, 8), (9, 8), (15, 8), (16, 16), (31, 24), (40, 32)])
+@pytest.mark.parametrize(
+    ("decodes", "run_now"), [(1, 1), (7, 7), (8, 8), (9, 8), (15, 8), (16, 16), (31, 24), (40, 32)]
+)
 def test_decodes_alone_fill_whole_tiles(decodes, run_now):
     assert with_decodes(decodes).step() == {r: 1 for r in range(run_now)}
 

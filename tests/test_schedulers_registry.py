@@ -1,7 +1,9 @@
 """Names, bracket parameters, module:Class, and a scheduler of fifteen lines in plain Python."""
 
 import math
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,31 +14,23 @@ from llmsched_gym.engine.pack import ORDERS
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.scheduler import Compiled, PolicyError, Scheduler, install, make_scheduler, registry
 
-NAMES = """sarathi sarathi-spf slai slai-spf-fixed slai-fcfs-fixed slai-priority rad rad-512 vllm-v0 vllm-v1 orca
-faster-transformer edf srpt-capped feasible-first random""".split()
+ROOT = Path(__file__).parents[1]
+NAMES = ["sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "rad", "rad-512"]
+NAMES += ["vllm-v0", "vllm-v1", "orca", "faster-transformer", "edf", "srpt-capped", "feasible-first", "random"]
 
 
-class DecodesThenShortest:
-    """All decodes; then prompts, started ones first and then the shortest, up to 512 tokens."""
+class OnePrompt:
+    """All decodes; then one chunk of one prompt."""
 
     def schedule(self, view):
         tokens = {int(r): 1 for r in view.decodes.index}
-        room = min(512, view.max_num_batched_tokens) - len(tokens)
-        free = view.free_blocks - view.watermark_blocks - len(tokens)
-        slots = view.max_num_seqs - len(view.running)
-        waiting = np.sort(view.waiting, order=["prefill_tokens", "index"]).view(np.recarray)
-        for request in [*view.prefills, *waiting]:
-            blocks = 0 if request.num_blocks else -(-request.prefill_tokens // 16)
-            n = min(int(request.prefill_tokens - request.num_computed_tokens), room)
-            if n < 1 or blocks > free or (blocks and slots < 1):
-                break
-            slots -= blocks > 0
-            free, room = free - blocks, room - n
-            tokens[int(request.index)] = n
+        for prompt in [*view.prefills[:1], *view.waiting[:1]][:1]:
+            if prompt.num_blocks or view.free_blocks - view.watermark_blocks - len(tokens) > prompt.prefill_tokens / 16:
+                tokens[int(prompt.index)] = min(100, int(prompt.prefill_tokens - prompt.num_computed_tokens))
         return Batch(tokens)
 
 
-class Configured(DecodesThenShortest):
+class Configured(OnePrompt):
     """Takes a parameter and counts resets."""
 
     admission = "prompt"
@@ -76,19 +70,36 @@ def test_only_the_needed_ones_are_clairvoyant_and_decide_at_a_cost():
         assert getattr(entry, "admission", "prompt") == ("chunk" if name == "vllm-v1" else "prompt")
 
 
-def test_a_plain_python_scheduler_equals_the_compiled_one():
+@pytest.fixture
+def documented(tmp_path, monkeypatch):
+    """The schedulers of docs/schedulers.md as a module."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/schedulers.md").read_text(), re.DOTALL)
+    (tmp_path / "my_module.py").write_text("\n\n".join(block for block in blocks if "simulate" not in block))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "my_module"
+    sys.modules.pop("my_module", None)
+
+
+def test_the_documented_python_scheduler_equals_the_compiled_one(documented):
     rows = world()
-    mine = Run(DecodesThenShortest(), rows)
-    compiled = Run("sarathi-spf", rows)
+    mine, compiled = Run(f"{documented}:ShortestFirst", rows), Run("sarathi-spf", rows)
     assert mine.engine.run(mine.scheduler) and compiled.engine.run(compiled.scheduler)
-    mine_s, compiled_s = mine.requests["first_token_s"], compiled.requests["first_token_s"]
-    assert mine_s.tobytes() == compiled_s.tobytes()
+    assert mine.requests["first_token_s"].tobytes() == compiled.requests["first_token_s"].tobytes()
     assert mine.sim.num_finished == 60
 
 
+def test_the_documented_compiled_scheduler_runs(documented):
+    scheduler = make_scheduler(f"{documented}:ONE_PROMPT[budget=100]")
+    assert isinstance(scheduler, Compiled)
+    run = Run(scheduler, [request(prompt=150, output=3), request(prompt=90, output=3), request(prompt=80, output=1)])
+    assert run.drain() == [{2: 80}, {1: 90}, {1: 1, 0: 99}, {1: 1, 0: 51}, {0: 1}, {0: 1}]
+    crowded = Run(scheduler, world(), num_kv_blocks=60)
+    assert crowded.engine.run(crowded.scheduler)
+
+
 def test_module_and_class():
-    scheduler = make_scheduler("test_schedulers_registry:DecodesThenShortest")
-    assert type(scheduler).__name__ == "DecodesThenShortest"
+    scheduler = make_scheduler("test_schedulers_registry:OnePrompt")
+    assert type(scheduler).__name__ == "OnePrompt"
     configured = make_scheduler("test_schedulers_registry:Configured[size=7]")
     assert configured.size == 7
     run = Run(configured, world(5), seed=11)
@@ -117,7 +128,8 @@ def test_parameters_reach_the_knobs():
     spec += "margin=1.5,victim=authors,admission=chunk]"
     scheduler = make_scheduler(spec)
     knobs = scheduler.knobs
-    assert (knobs["hold"], knobs["limit"], knobs["token_budget"], knobs["cap"], knobs["refuse"]) == (1, 6500, 768, 0.8, 1)
+    assert (knobs["hold"], knobs["limit"], knobs["token_budget"]) == (1, 6500, 768)
+    assert (knobs["cap"], knobs["refuse"]) == (0.8, 1)
     assert (knobs["offset"], knobs["offset_full"], knobs["usage_switch"], knobs["margin"]) == (3.0, 7.0, 0.5, 1.5)
     assert ORDERS[knobs["order"]] == "edf" and VICTIMS[knobs["victim"]] == "authors"
     assert scheduler.admission == "chunk" and scheduler.name == spec
@@ -160,7 +172,7 @@ BAD = {
     "test_schedulers_registry:NOT_A_SCHEDULER": "policy 'test_schedulers_registry:NOT_A_SCHEDULER'",
     "collections:OrderedDict": "expected an object with schedule(view), got OrderedDict",
     "test_schedulers_registry:Configured[size=big]": "policy 'test_schedulers_registry:Configured[size=big]'",
-    "test_schedulers_registry:DecodesThenShortest[size=1]": "policy 'test_schedulers_registry:Decodes",
+    "test_schedulers_registry:OnePrompt[size=1]": "policy 'test_schedulers_registry:OnePrompt",
 }
 
 
@@ -174,7 +186,7 @@ def test_a_bad_policy_is_one_clear_line(spec):
 
 def test_install_resets_what_the_last_scheduler_left():
     run = Run("slai[budget=64,hold=true]", world(5))
-    install(DecodesThenShortest(), run.engine.state)
+    install(OnePrompt(), run.engine.state)
     knobs = run.engine.state.knobs[0]
     assert (knobs.token_budget, knobs.hold, knobs.victim) == (512, 0, 0)
 

@@ -9,7 +9,8 @@ import math
 
 from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.jit import entry, kernel
-from llmsched_gym.engine.state import RUNNING, WAITING, lane_of
+from llmsched_gym.engine.records import RUNNING, WAITING
+from llmsched_gym.engine.state import lane_of
 
 
 @kernel()

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile, load_profile
-from llmsched_gym.engine import step as kernels
+from llmsched_gym.engine import run as kernels
 from llmsched_gym.engine.state import State, allocate, grow, load_table, make_handle
 from llmsched_gym.engine.view import Batch, View, submit
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, noise_block

@@ -7,16 +7,8 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE
-from llmsched_gym.engine.state import (
-    ABANDONED,
-    FINISHED,
-    PENDING,
-    REFUSED,
-    REJECTED,
-    RUNNING,
-    WAITING,
-    State,
-)
+from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.state import State
 
 
 class InvariantError(AssertionError):

@@ -13,7 +13,8 @@ import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
-from llmsched_gym.engine.state import REQUEST, RUNNING, WAITING, State
+from llmsched_gym.engine.records import REQUEST, RUNNING, WAITING
+from llmsched_gym.engine.state import State
 
 _HIDDEN_FIELDS = {
     "gap_start",

@@ -17,8 +17,10 @@ from llmsched_gym.engine.batch import (
 )
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.pack import pack
-from llmsched_gym.engine.state import WAITING, lane_of
-from llmsched_gym.engine.step import advance, clear_batch, has_work, is_over, noise_due
+from llmsched_gym.engine.records import WAITING
+from llmsched_gym.engine.run import advance, noise_due
+from llmsched_gym.engine.state import lane_of
+from llmsched_gym.engine.step import clear_batch, has_work, is_over
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, TERMINATED, TRUNCATED
 from llmsched_gym.env.features import observe_features
 from llmsched_gym.env.knobs import set_knobs

@@ -16,8 +16,8 @@ import numpy as np
 
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.state import ABANDONED, FINISHED, REFUSED, record_dtype
-from llmsched_gym.engine.step import open_lateness_s
+from llmsched_gym.engine.lifecycle import open_lateness_s
+from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, record_dtype
 from llmsched_gym.engine.view import View
 
 EVERY_GAP, FRACTION, DEADLINE = range(3)

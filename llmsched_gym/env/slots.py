@@ -7,7 +7,7 @@ import math
 from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.state import WAITING
+from llmsched_gym.engine.records import WAITING
 from llmsched_gym.env.features import Feature, per_log_of, squash
 
 NUM_SLOTS = 64

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmsched_gym.config import SLO_CLASSES
-from llmsched_gym.engine.state import ABANDONED, FINISHED, PENDING, PHASES, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, PHASES, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.evaluation.gaps import Gaps, percentile
 from llmsched_gym.evaluation.run import Episode
 

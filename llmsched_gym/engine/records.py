@@ -1,0 +1,166 @@
+"""Records of the engine's arrays: a request, an environment, the settings, the batch being formed, a log line."""
+
+from __future__ import annotations
+
+import numpy as np
+
+# Phases of a request. The first is of those that have not arrived; the last four are resolved.
+PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
+PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
+
+
+def record_dtype(fields: list[tuple[str, str]]) -> np.dtype:
+    # np.record, so that the same attribute access works with and without compilation
+    return np.dtype((np.record, np.dtype(fields, align=True)))
+
+
+REQUEST = record_dtype(
+    [
+        # what every step reads comes first: it fits two cache lines
+        ("last_token_s", "f8"),  # nan until emitted
+        ("tbt_slo_s", "f8"),
+        ("lst_s", "f8"),  # SLAI's last schedulable time; nan until keyed
+        ("num_computed_tokens", "i4"),  # tokens whose KV is held
+        ("prefill_tokens", "i4"),  # prompt to compute: the prompt, after a preemption with the emitted tokens
+        ("num_output_tokens", "i4"),  # emitted so far
+        ("num_blocks", "i4"),  # KV blocks held
+        ("num_scheduled_tokens", "i4"),  # tokens in the batch being formed
+        ("num_late_gaps", "i4"),
+        ("slo_class", "i1"),
+        ("phase", "i1"),
+        ("ttft_missed", "i1"),
+        ("arrival_s", "f8"),
+        ("ttft_slo_s", "f8"),
+        ("lateness_s", "f8"),  # late seconds of all closed waits, at most the patience
+        ("paid_attained", "f8"),  # the utility paid out as reward so far, and what it was computed from
+        ("paid_lateness_s", "f8"),
+        ("paid_utility", "f8"),
+        ("max_gap_s", "f8"),
+        ("deadline_miss_s", "f8"),  # largest lateness of a token against TTFT SLO + k * TBT; -inf before the first
+        ("gap_start", "i8"),  # where this request's gaps are recorded; -1: nowhere
+        ("first_scheduled_s", "f8"),  # nan until scheduled
+        ("first_token_s", "f8"),  # nan until emitted
+        ("resolved_s", "f8"),  # nan until finished, rejected, refused or abandoned
+        ("length_hint", "f8"),  # predicted output tokens; nan without a hint
+        ("session_id", "i8"),
+        ("prompt_tokens", "i4"),
+        ("num_cached_tokens", "i4"),  # of the computed tokens, found in the prefix cache
+        ("num_preemptions", "i4"),
+    ]
+)
+
+SIM = record_dtype(
+    [
+        ("clock_s", "f8"),
+        ("mean_batch_s", "f8"),  # running mean of the duration of all non-empty batches
+        ("last_batch_s", "f8"),
+        ("last_predicted_s", "f8"),  # what the scheduler's own profile said of the last batch
+        ("kv_cache_usage", "f8"),  # of the last non-empty batch: after scheduling, before its frees; 0 to 1
+        ("kv_cache_usage_max", "f8"),
+        ("busy_s", "f8"),
+        ("output_length_sum", "f8"),  # of finished requests
+        ("next_departure_s", "f8"),  # no client's patience ends before this
+        ("patience_s", "f8"),
+        ("idle_step_s", "f8"),
+        ("decision_s", "f8"),  # what one decision of this policy costs
+        ("strict_tbt_slo_s", "f8"),
+        ("cost_ratio", "f8"),  # measured over predicted batch time, moving average over batches
+        ("arrivals_10s", "f8"),  # arrivals per second, exponentially averaged over 10 and 60 s
+        ("arrivals_60s", "f8"),
+        ("arrived_tokens_10s", "f8"),  # prompt tokens per second, likewise
+        ("arrived_tokens_60s", "f8"),
+        ("num_batches", "i8"),  # non-empty ones
+        ("num_idle_steps", "i8"),  # empty batches in a row
+        ("batch_tokens_sum", "i8"),
+        ("tokens_emitted", "i8"),
+        ("arrived_tokens", "i8"),  # prompt tokens of everybody who has arrived
+        ("waiting_tokens", "i8"),  # prompt tokens to compute of all waiting requests
+        ("last_batch_tokens", "i4"),
+        ("last_batch_decodes", "i4"),
+        ("free_blocks", "i4"),
+        ("total_blocks", "i4"),
+        ("watermark_blocks", "i4"),
+        ("max_model_len", "i4"),
+        ("max_num_seqs", "i4"),
+        ("max_num_batched_tokens", "i4"),
+        ("num_waiting", "i4"),
+        ("num_running", "i4"),
+        ("num_arrived", "i4"),
+        ("num_finished", "i4"),
+        ("num_rejected", "i4"),
+        ("num_refused", "i4"),
+        ("num_abandoned", "i4"),
+        ("num_resolved", "i4"),
+        ("num_settled", "i4"),  # resolved requests whose utility has been paid as reward
+        ("num_preemptions", "i4"),
+        ("admission_chunk", "i1"),
+        ("allow_refusal", "i1"),
+    ]
+)
+
+# What a scheduler must not see.
+WORLD = record_dtype(
+    [
+        ("cost_scale", "f8"),
+        ("stop_s", "f8"),  # the run ends when the clock reaches this
+        ("num_requests", "i4"),
+        ("cohort_start", "i4"),
+        ("cohort_stop", "i4"),
+        ("num_unresolved", "i4"),  # of the cohort
+        ("drain_all", "i1"),  # whether a resolved cohort ends the run
+    ]
+)
+
+# Settings of the packing kernel, and what every other scheduler honours of them.
+KNOBS = record_dtype(
+    [
+        ("token_budget", "i4"),
+        ("order", "i4"),  # of prompts, see pack.ORDERS
+        ("victim", "i4"),  # who is evicted when blocks run out, see step.VICTIMS
+        ("limit", "i4"),  # largest prompt admitted while other work waits
+        ("hold", "i1"),  # hopeless prompts wait while feasible work exists
+        ("refuse", "i1"),  # hopeless waiting prompts are refused (needs allow_refusal)
+        ("cap", "f8"),  # of predicted batch time, as a share of the smallest TBT SLO among running decodes
+        ("offset", "f8"),  # SLAI's, in mean batches; inf: no decode is ever deferred
+        ("offset_full", "f8"),  # the offset when KV use is at least usage_switch
+        ("usage_switch", "f8"),
+        ("margin", "f8"),  # in capped batches: a decode is critical so long before its deadline; nan: use the LST
+    ]
+)
+
+# The batch being formed.
+BATCH = record_dtype(
+    [
+        ("num_items", "i4"),
+        ("num_tokens", "i4"),
+        ("num_decodes", "i4"),
+        ("num_admitted", "i4"),
+        ("num_preempt", "i4"),
+        ("num_refuse", "i4"),
+        ("is_marked", "i4"),  # whether requests carry marks of this batch
+        ("num_started", "i4"),  # running prompts, as the packing kernel found them; -1: not counted
+        ("first_started", "i4"),  # the one admitted first
+        ("num_deferred", "i4"),  # decodes that were not critical
+        ("token_room", "i4"),  # tokens that may still be added
+        ("free_blocks", "i4"),  # blocks left after what was added; below 0 the engine evicts
+        ("pairs", "f8"),  # query-key pairs of the prefill chunks
+        ("kv_tokens", "f8"),  # KV tokens read
+        ("cap_s", "f8"),  # limit on the predicted time
+    ]
+)
+
+ITEM = record_dtype([("request", "i4"), ("tokens", "i4")])
+
+# One line of the log of batches.
+STEP = record_dtype(
+    [
+        ("start_s", "f8"),
+        ("duration_s", "f8"),
+        ("predicted_s", "f8"),
+        ("kv_cache_usage", "f8"),
+        ("decode_tokens", "i4"),
+        ("prefill_tokens", "i4"),
+        ("num_running", "i4"),
+        ("num_waiting", "i4"),
+    ]
+)

@@ -1,0 +1,151 @@
+"""Whole steps and runs in compiled code, and their halves for batches that are formed or executed outside."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from numba import types
+
+from llmsched_gym.engine.batch import batch_s
+from llmsched_gym.engine.jit import JIT_ENABLED, entry
+from llmsched_gym.engine.lifecycle import arrive
+from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, lane_of
+from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
+
+
+@entry()
+def execute_s(s, env, lane, world):
+    """Duration of the applied batch on the simulated device (rule 13)."""
+    batch = lane.batch
+    seconds = batch_s(s.linear_s, s.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
+    noise = s.noise[env]  # two blocks; the caller refills one while the other is in use
+    return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
+
+
+@entry()
+def noise_due(s, env):
+    """Whether the batch just done was the last of its noise block."""
+    size = s.noise.shape[1]
+    return size > 1 and s.sims[env].num_batches % (size // 2) == 0
+
+
+@entry()
+def log_step(s, env, lane, start_s, duration_s):
+    k = lane.sim.num_batches - 1
+    if k < s.steps.shape[1]:
+        step = s.steps[env, k]
+        step.start_s = start_s
+        step.duration_s = duration_s
+        step.predicted_s = lane.sim.last_predicted_s
+        step.kv_cache_usage = lane.sim.kv_cache_usage
+        step.decode_tokens = lane.batch.num_decodes
+        step.prefill_tokens = lane.batch.num_tokens - lane.batch.num_decodes
+        step.num_running = lane.sim.num_running
+        step.num_waiting = lane.sim.num_waiting
+
+
+@entry()
+def book(s, env, lane, duration_s):
+    """Commit the applied batch, or idle if it is empty; returns whether a batch ran."""
+    world, output_tokens = s.worlds[env], s.output_tokens[env]
+    if lane.batch.num_tokens == 0:
+        idle(lane, world, output_tokens)
+        return False
+    start_s = lane.sim.clock_s
+    commit(lane, world, output_tokens, s.gaps[env], duration_s + lane.sim.decision_s)
+    if s.steps.shape[1] > 0:
+        log_step(s, env, lane, start_s, duration_s)
+    return True
+
+
+@entry()
+def advance(s, env, lane):
+    """Run the scheduled batch on the simulated device: the part of a step behind the decision."""
+    world = s.worlds[env]
+    apply_batch(lane, world)
+    return book(s, env, lane, execute_s(s, env, lane, world))
+
+
+@entry()
+def start(s, env):
+    """Let the requests of time 0 in."""
+    lane = lane_of(s, env)
+    arrive(lane, s.worlds[env], s.output_tokens[env])
+
+
+@entry()
+def apply_env(s, env):
+    """First half of a step whose batch was formed outside compiled code; returns the tokens that are to run."""
+    lane = lane_of(s, env)
+    apply_batch(lane, s.worlds[env])
+    return lane.batch.num_tokens
+
+
+@entry()
+def execute_env(s, env):
+    """Duration of the applied batch on the simulated device."""
+    return execute_s(s, env, lane_of(s, env), s.worlds[env])
+
+
+@entry()
+def commit_env(s, env, duration_s):
+    """Second half of a step: `duration_s` is what the batch took; an empty one idles. Returns whether a batch ran."""
+    return book(s, env, lane_of(s, env), duration_s)
+
+
+@entry()
+def is_over_env(s, env):
+    return is_over(lane_of(s, env), s.worlds[env])
+
+
+@entry()
+def clear_batch_env(s, env):
+    clear_batch(lane_of(s, env))
+
+
+@entry()
+def schedule_env(s, env, schedule):
+    """Let a compiled scheduler form the next batch."""
+    lane = lane_of(s, env)
+    clear_batch(lane)
+    if has_work(lane):
+        schedule(lane)
+
+
+@entry()
+def run(s, env, schedule, max_steps, max_idle_steps):
+    """Step until the run is over, `max_steps` are done, a noise block is used up or nothing moves any more.
+
+    Returns the number of steps done. An idle engine skips the scheduler and jumps to the next arrival.
+    """
+    lane = lane_of(s, env)
+    world = s.worlds[env]
+    for i in range(max_steps):
+        if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
+            return i
+        clear_batch(lane)
+        if has_work(lane):
+            schedule(lane)
+        if advance(s, env, lane) and noise_due(s, env):
+            return i + 1
+    return max_steps
+
+
+_POINTER_SIGNATURES = {
+    "schedule_env": types.void(HANDLE_TYPE, types.int64, SCHEDULE_TYPE),
+    "run": types.int64(HANDLE_TYPE, types.int64, SCHEDULE_TYPE, types.int64, types.int64),
+}
+
+
+@cache
+def with_scheduler(name: str) -> Any:
+    """The kernel `run` or `schedule_env`, compiled once for schedulers as function pointers.
+
+    Left to itself numba compiles it for each scheduler, and no later process finds that in the cache.
+    """
+    function = globals()[name]
+    if JIT_ENABLED:
+        function.compile(_POINTER_SIGNATURES[name])
+        function.disable_compile()
+    return function

@@ -1,0 +1,142 @@
+"""Imports run one way, from config up to the command line; the core never reaches for baselines, agents or torch."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module may import its own package and packages of lower levels.
+LEVELS = {
+    "llmsched_gym.config": 0,
+    "llmsched_gym.workload": 1,
+    "llmsched_gym.cost": 1,
+    "llmsched_gym.engine": 2,
+    "llmsched_gym.scheduler": 3,
+    "baselines": 4,
+    "llmsched_gym.env": 4,
+    "llmsched_gym.policies": 5,  # a learned policy sees what the environment shows
+    "llmsched_gym.evaluation": 6,
+    "llmsched_gym.theory": 7,
+    "real_backend": 7,
+    "agents": 7,
+    "llmsched_gym.results_page": 8,
+    "llmsched_gym.reproduce": 9,
+    "llmsched_gym.cli": 10,
+}
+# Resolved by name when asked for, never imported by the package.
+ON_REQUEST = ("baselines", "agents", "real_backend")
+# What only the extras install, and the adapters that exist for it.
+OPTIONAL = ("torch", "stable_baselines3", "sb3_contrib", "transformers", "tensorboard", "ray")
+ADAPTERS = ("llmsched_gym/env/sb3.py",)
+
+
+def sources(*packages):
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+
+
+def imports(path):
+    """(line, module) of every import statement, inside functions too; TYPE_CHECKING ones count as well."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package[: len(package) - node.level], *filter(None, [base])])
+            yield node.lineno, base
+            # `from package import module` names a module too
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def unit(module):
+    """The package or top module of LEVELS that `module` belongs to."""
+    parts = module.split(".")
+    name = ".".join(parts[:2]) if parts[0] == "llmsched_gym" else parts[0]
+    return name if name in LEVELS else None
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def violations(path):
+    own = module_name(path)
+    own = unit(own)
+    if own is None:  # llmsched_gym itself, which registers environments by name
+        return []
+    found = []
+    for line, module in imports(path):
+        other = unit(module)
+        if other is not None and other != own and LEVELS[other] >= LEVELS[own]:
+            found.append(f"{path.relative_to(ROOT)}:{line}: {own} imports {module}")
+    return found
+
+
+def test_every_module_has_a_level():
+    for path in sources("llmsched_gym", "baselines", "agents", "real_backend"):
+        name = module_name(path)
+        assert name == "llmsched_gym" or unit(name) is not None, f"{name} has no level in LEVELS"
+
+
+def test_imports_run_from_low_to_high():
+    files = sources("llmsched_gym", "baselines", "agents", "real_backend")
+    assert len(files) > 30
+    assert [v for path in files for v in violations(path)] == []
+
+
+def test_the_package_names_no_folder_beside_it():
+    for path in sources("llmsched_gym"):
+        for line, module in imports(path):
+            assert module.split(".")[0] not in ON_REQUEST, f"{path.relative_to(ROOT)}:{line} imports {module}"
+
+
+def test_only_adapters_name_what_the_extras_install():
+    for path in sources("llmsched_gym", "baselines"):
+        if str(path.relative_to(ROOT)) in ADAPTERS:
+            continue
+        for line, module in imports(path):
+            assert module.split(".")[0] not in OPTIONAL, f"{path.relative_to(ROOT)}:{line} imports {module}"
+
+
+def test_a_wrong_import_would_be_found(tmp_path, monkeypatch):
+    folder = tmp_path / "llmsched_gym" / "engine"
+    folder.mkdir(parents=True)
+    file = folder / "wrong.py"
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    for text, bad in {
+        "from llmsched_gym.config import SLO": False,
+        "from llmsched_gym.engine.state import State": False,
+        "from . import state": False,
+        "from llmsched_gym import scheduler": True,
+        "from ..scheduler import install": True,
+        "def f():\n    import llmsched_gym.env.core": True,
+        "if TYPE_CHECKING:\n    from baselines.slai import DYNAMIC": True,
+    }.items():
+        file.write_text(text)
+        assert bool(violations(file)) is bad, text
+
+
+@pytest.mark.parametrize("package", ["llmsched_gym", "baselines"])
+def test_all_of_the_core_imports_without_the_extras(package):
+    modules = [
+        module_name(path)
+        for path in sources(package)
+        if str(path.relative_to(ROOT)) not in ADAPTERS and path.name != "__main__.py"
+    ]
+    assert importlib.util.find_spec(package)
+    code = f"""
+import importlib, sys
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None  # an import of it fails
+for name in {modules!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
