@@ -141,6 +141,19 @@ def test_the_table_has_one_line_per_policy_and_load(capsys):
     assert "(1/s)" in out and "TTFT (s)" in out
 
 
+def test_a_folder_gets_tables_and_a_report(tmp_path, capsys):
+    out = tmp_path / "new" / "results"
+    assert main([*RUN, "--out", str(out), "--json"]) == 0
+    printed, err = capsys.readouterr()
+    assert len(json.loads(printed)) == 2 and "report.html" in err
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"runs.parquet", "requests.parquet", "config.json", "report.html", "report.md"}
+    assert not [name for name in names if "partial" in name]
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").stat().st_size > 1000
+
+
 def test_settings_reach_the_run(tmp_path, capsys):
     given = [
         "--jitter",

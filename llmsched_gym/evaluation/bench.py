@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -22,7 +21,7 @@ GRID_QPS = tuple(round(0.2 * k, 1) for k in range(1, 11))
 GRID_REQUESTS = 16_384
 ENGINE_QPS = 1.4  # about 30 requests run at a time
 ENGINE_REQUESTS = 4000
-REPEATS = 5
+REPEATS = 10
 NUM_ENVS = (1, 64, 1024)
 ENV_STEPS = 60_000
 MAX_CALLS = 20_000  # of a vector env
@@ -78,10 +77,10 @@ def bench(quick: bool = False, note: Note = lambda text: None) -> dict[str, Any]
 
 
 def _engine(policy: Any, requests: int = ENGINE_REQUESTS, repeats: int = REPEATS) -> float:
-    """Iterations per second of one core, median of the repeats behind one that warms up."""
+    """Iterations per second of one core: the best of the repeats, which others on the machine disturbed least."""
     world = scenario("paper", num_requests=requests, qps=ENGINE_QPS)
     runs = [simulate(world, policy, seed=0) for _ in range(repeats + 1)][1:]
-    return statistics.median(int(run.sim.num_batches) / run.wall_time_s for run in runs)
+    return max(int(run.sim.num_batches) / run.wall_time_s for run in runs)
 
 
 def _mean_running() -> float:
@@ -163,11 +162,11 @@ def _vector(name: str, num_envs: int, steps: int) -> float:
 
 
 def _timed(run: Callable[[int], None], calls: int) -> float:
-    """Seconds that `calls` take: median of three, behind a third of them to warm up."""
+    """Seconds that `calls` take: the best of three, behind a third of them to warm up."""
     run(max(20, calls // 3))
     times = []
     for _ in range(3):
         start = time.perf_counter()
         run(calls)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
