@@ -32,7 +32,9 @@ def main() -> int:
         if code:
             return int(code)
     shutil.copy(args.out / "paper" / "report.html", args.out / "report.html")
-    print(f"{args.out / 'report.html'}: the paper's workload; {args.out / 'default' / 'report.html'}: the default suite")
+    print(
+        f"{args.out / 'report.html'}: the paper's workload; {args.out / 'default' / 'report.html'}: the default suite"
+    )
     return 0
 
 

@@ -228,10 +228,11 @@ def _import_attribute(spec: str, name: str) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, ValueError) as error:
-        raise PolicyError(f"policy {spec!r}: cannot import {module!r}: {error}") from None
     except AttributeError:
         raise PolicyError(f"policy {spec!r}: {module!r} has no {attribute!r}") from None
+    except Exception as error:  # whatever a user's module raises, a syntax error included
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PolicyError(f"policy {spec!r}: cannot import {module!r}: {reason}") from None
 
 
 def _instantiate(spec: str, entry: Any, options: dict[str, str]) -> Any:

@@ -1,4 +1,4 @@
-"""The published schedulers' decision logs, replayed: every iteration's batch is the same set of (request, kind, tokens)."""
+"""The published schedulers' decision logs, replayed: every batch is the same set of (request, kind, tokens)."""
 
 import gzip
 import json
@@ -122,7 +122,8 @@ def test_the_order_inside_a_batch_does_not_matter(tmp_path):
 
 
 def test_a_prefix_of_a_run_is_compared_as_far_as_it_goes(tmp_path):
-    assert compare(*write(tmp_path, BATCHES[:3]), "sarathi") == {"iterations": 3, "mismatches": 0, "first_mismatch": None}
+    result = compare(*write(tmp_path, BATCHES[:3]), "sarathi")
+    assert result == {"iterations": 3, "mismatches": 0, "first_mismatch": None}
 
 
 def test_after_a_mismatch_the_replay_goes_on_with_its_own_state(tmp_path):
@@ -202,11 +203,11 @@ def damaged(folder, case):
     return log, table, message
 
 
-@pytest.mark.parametrize(
-    "case",
-    "missing log,missing requests,no json,no batch,negative duration,empty log,half a gzip,no gzip,no column,"
-    "negative length,nan arrival,words,unsorted,no rows,empty".split(","),
-)
+FAULTS = ["missing log", "missing requests", "no json", "no batch", "negative duration", "empty log", "half a gzip"]
+FAULTS += ["no gzip", "no column", "negative length", "nan arrival", "words", "unsorted", "no rows", "empty"]
+
+
+@pytest.mark.parametrize("case", FAULTS)
 def test_bad_files_are_one_clear_line(tmp_path, capsys, case):
     log, table, message = damaged(tmp_path, case)
     code, out, err = run_main(capsys, log, table)

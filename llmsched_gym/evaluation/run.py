@@ -73,6 +73,7 @@ def simulate(
     )
     engine.reset(table)
     install(scheduler, engine.state, seed=seed)
+    engine.prepare(scheduler)
     start = time.perf_counter()
     engine.run(scheduler)
     wall_time_s = time.perf_counter() - start

@@ -1,0 +1,193 @@
+"""Pictures of one environment: a text frame, an image, a live terminal panel. They show what a scheduler may see."""
+
+from __future__ import annotations
+
+import atexit
+import math
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llmsched_gym.env.core import EnvCore
+from llmsched_gym.env.picture import (
+    DECODES,
+    FAINT,
+    HISTORY_S,
+    SLACK_STYLES,
+    WIDTH,
+    Canvas,
+    Run,
+    axis_top,
+    draw_batch,
+    draw_history,
+    draw_legend,
+    draw_memory,
+    draw_prompts,
+    draw_running,
+    font_of,
+)
+from llmsched_gym.env.snapshot import Shown, Snapshot, snapshot
+
+FRAMES_PER_S = 20  # of the live panel in a terminal
+
+
+def _gauge(shares: list[tuple[float, str]], cells: int) -> str:
+    """Shares of one row of cells, each drawn with its character."""
+    row, done = "", 0.0
+    for share, character in shares:
+        done += share
+        row += character * (round(min(1.0, done) * cells) - len(row))
+    return row.ljust(cells, "·")
+
+
+def _rows(text: Any, shown: list[Shown], unit: str, rest: int) -> None:
+    for s in shown:
+        text.append(f"  #{s.request:<6}{'strict' if s.is_strict else 'relaxed':8} {s.tokens:>6,} {unit:7}")
+        text.append(_gauge([(max(0.0, s.left), "━")], 20), SLACK_STYLES[s.level])
+        text.append(f" {s.left_s:7.3f} s of {s.slo_s:.3g} s{'   late before' if s.is_late and s.left_s >= 0 else ''}\n")
+    if rest > 0:
+        text.append(f"  and {rest:,} more\n", "dim")
+
+
+def frame_text(shot: Snapshot, caption: str, most: int = 6) -> Any:
+    """A frame as rich text: clock, KV cache, batch, the running requests next due, the head of the queue."""
+    from rich.text import Text
+
+    text = Text(no_wrap=True)
+    text.append(f"{caption}   t = {shot.clock_s:.3f} s   batch {shot.num_batches:,}\n", "bold")
+    text.append("   ".join(f"{k} {v:,}" for k, v in _counts(shot)) + "\n")
+    usage = shot.used_blocks / max(1, shot.total_blocks)
+    text.append(f"KV      {_gauge([(usage, '█')], 40)} {100 * usage:3.0f} % of {shot.total_blocks:,} blocks\n")
+    text.append("batch   ")
+    if shot.num_batches == 0:
+        text.append("none yet\n")
+    else:
+        tokens = shot.decode_tokens + shot.prefill_tokens
+        shares = [(shot.decode_tokens / max(1, tokens), "█"), (shot.prefill_tokens / max(1, tokens), "▒")]
+        text.append(_gauge(shares, 40), "blue")
+        text.append(f" █ {shot.decode_tokens} decodes + ▒ {shot.prefill_tokens:,} prompt tokens,")
+        text.append(f" {1e3 * shot.duration_s:.1f} ms (predicted {1e3 * shot.predicted_s:.1f})\n")
+    if shot.forming is not None:
+        text.append(f"forming {shot.forming[0]} decodes + {shot.forming[1]:,} prompt tokens\n")
+    text.append(f"running {len(shot.decodes)} decodes, {len(shot.started)} prompts; time left to the next token:\n")
+    urgent = sorted(shot.decodes, key=lambda s: (s.left_s, s.request))
+    _rows(text, urgent[:most], "emitted", len(urgent) - most)
+    text.append(
+        f"waiting {len(shot.waiting)} prompts; started ones and the head of the queue, time left to the first token:\n"
+    )
+    prompts = [*shot.started, *shot.waiting]
+    _rows(text, prompts[:most], "tokens", len(prompts) - most)
+    text.rstrip()
+    return text
+
+
+def _counts(shot: Snapshot) -> list[tuple[str, int]]:
+    """The counts worth showing: refusals and rejections only where there are any."""
+    always = ("arrived", "finished", "on time", "late", "abandoned")
+    return [(name, count) for name, count in shot.counts.items() if count or name in always]
+
+
+class Viewer:
+    """Draws one environment and remembers what its history strips and its places need."""
+
+    def __init__(self, core: EnvCore, caption: str | None = None) -> None:
+        self.core = core
+        self.caption = f"LLMSched, suite {core.config.suite}" if caption is None else caption
+        self._live: Any = None
+        self._drawn_s = 0.0  # wall time of the last frame in a terminal
+        self._forget()
+
+    def _forget(self) -> None:
+        self._table = self.core.tables[0]
+        self._runs: deque[Run] = deque(maxlen=4096)
+        self._attainment: deque[tuple[float, float]] = deque(maxlen=4096)
+        self._places: dict[int, int] = {}  # of decodes in the picture: a bar stays where it is while its request runs
+        self._seen = (0, 0.0)  # batches and clock of the last frame
+        self._is_idle = False
+
+    def render(self, mode: str) -> str | np.ndarray | None:
+        """A frame: text for "ansi", (HEIGHT, WIDTH, 3) uint8 for "rgb_array"; "human" updates a panel."""
+        shot = self._look()
+        if mode == "ansi":
+            return frame_text(shot, self.caption).plain
+        if mode == "rgb_array":
+            return np.asarray(self._image(shot))
+        self._show(frame_text(shot, self.caption))
+        return None
+
+    def _look(self) -> Snapshot:
+        """Take a snapshot and add it to the history."""
+        shot = snapshot(self.core)
+        if self.core.tables[0] is not self._table or shot.clock_s < self._seen[1]:
+            self._forget()
+        batches, clock_s = self._seen
+        if shot.num_batches > batches:
+            tokens = shot.decode_tokens + shot.prefill_tokens
+            self._runs.append(Run(shot.clock_s, shot.duration_s, shot.decode_tokens, tokens))
+            self._is_idle = False
+        elif shot.clock_s > clock_s:
+            self._is_idle = True
+        if not math.isnan(shot.attainment):
+            self._attainment.append((shot.clock_s, shot.attainment))
+        while self._runs and self._runs[0].end_s < shot.clock_s - HISTORY_S:
+            self._runs.popleft()
+        while self._attainment and self._attainment[0][0] < shot.clock_s - HISTORY_S:
+            self._attainment.popleft()
+        self._seen = (shot.num_batches, shot.clock_s)
+        self._seat(shot)
+        return shot
+
+    def _seat(self, shot: Snapshot) -> None:
+        """Give every decode a place of its own, newcomers the first free one."""
+        here = {s.request for s in shot.decodes}
+        self._places = {r: place for r, place in self._places.items() if r in here}
+        free = iter(sorted(set(range(shot.max_num_seqs)) - set(self._places.values())))
+        for s in shot.decodes:
+            if s.request not in self._places:
+                self._places[s.request] = next(free)
+
+    def _image(self, shot: Snapshot) -> Image.Image:
+        canvas = Canvas()
+        canvas.text(16, 32, self.caption, size=16, bold=True)
+        x: float = WIDTH - 16
+        for name, count in reversed(_counts(shot)):
+            x -= font_of(12).getlength(name)
+            canvas.text(x, 32, name, fill=FAINT)
+            x -= font_of(12, True).getlength(f"{count:,}") + 5
+            canvas.text(x, 32, f"{count:,}", bold=True)
+            x -= 16
+        canvas.text(x - 12, 32, f"{shot.clock_s:.2f} s", size=16, bold=True, anchor="rs")
+        top = axis_top(max([shot.decode_tokens + shot.prefill_tokens, *(r.tokens for r in self._runs)]))
+        draw_memory(canvas, shot)
+        draw_batch(canvas, shot, self._is_idle, top)
+        draw_legend(canvas, DECODES.top - 20)
+        draw_running(canvas, shot, self._places)
+        draw_prompts(canvas, shot)
+        draw_history(canvas, shot.clock_s, list(self._runs), list(self._attainment), top)
+        return canvas.image
+
+    def _show(self, text: Any) -> None:
+        """Update the live panel: FRAMES_PER_S frames at most in a terminal, elsewhere the last frame at the end."""
+        from rich.console import Console
+        from rich.live import Live
+        from rich.panel import Panel
+
+        if self._live is None:
+            self._live = Live(console=Console(), auto_refresh=False)
+            self._live.start()
+            atexit.register(self.close)
+        is_terminal = self._live.console.is_terminal
+        if is_terminal:
+            time.sleep(max(0.0, self._drawn_s + 1.0 / FRAMES_PER_S - time.monotonic()))
+            self._drawn_s = time.monotonic()
+        self._live.update(Panel(text, expand=False), refresh=is_terminal)
+
+    def close(self) -> None:
+        """Stop the live panel."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            atexit.unregister(self.close)
