@@ -1,0 +1,254 @@
+"""The transformers model as a backend of the engine: measured durations, greedy tokens, no request lost."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from llmsched_gym.config import Scenario
+from llmsched_gym.engine import Execution, ScheduledBatch
+from llmsched_gym.workload import RequestTable
+from real_backend.attention import KVCache
+from real_backend.block_table import NOBODY, BlockTable
+from real_backend.errors import BackendError, one_line
+from real_backend.memory import Stopwatch, fitting_blocks, is_out_of_memory, release_memory
+from real_backend.runner import Runner, Work
+from real_backend.tokens import TokenStore
+from real_backend.weights import LoadedModel, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WARM_UP_PASSES = 3
+
+
+def make_backend(
+    scenario: Scenario,
+    model: str | PreTrainedModel = "random:tiny",
+    device: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    count_host_time: bool = False,
+    clock: str = "wall",
+) -> TransformersBackend:
+    """A warmed-up backend for engines of `scenario` (or one with other rates, SLOs, lengths, but equal limits).
+
+    Args:
+        scenario: its `max_num_seqs`, `max_model_len`, `max_num_batched_tokens` and `num_kv_blocks` count; without
+            `num_kv_blocks` the cache gets the blocks that memory holds.
+        model: local folder, hub id, a name of :data:`real_backend.weights.RANDOM_MODELS`, or a model.
+        device: "cuda", "cuda:1", "cpu"; None is the GPU if there is one.
+        dtype: of weights and KV; None is bfloat16 on a GPU, float32 on the CPU.
+        seed: of random weights.
+        count_host_time: whether the time between two batches (scheduling, the engine's own books) counts as well.
+        clock: "wall", or on a CPU with one torch thread "cpu": a measure for machines that others use too.
+    """
+    loaded = load_model(model, find_device(device), dtype, seed)
+    backend = TransformersBackend(loaded, scenario, count_host_time=count_host_time, clock=clock)
+    backend.warm_up()
+    return backend
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device that is named, or the GPU if there is one; GPUs come with their index."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise BackendError(f"device: expected cpu, cuda or cuda:INDEX, got {name!r}") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise BackendError(f"device: expected cpu, cuda or cuda:INDEX, got {name!r}")
+    if not torch.cuda.is_available():
+        raise BackendError(f"device {name!r}: torch {torch.__version__} sees no GPU here; use cpu, or leave it out")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise BackendError(f"device {name!r}: torch sees {torch.cuda.device_count()} GPUs here")
+    return torch.device("cuda", index)
+
+
+class TransformersBackend:
+    """Executes the engine's batches on a model, one forward pass each.
+
+    Attributes:
+        num_kv_blocks: blocks of the cache; the engine takes this number where the scenario names none.
+        num_splits: passes that ran out of memory and were split.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, scenario: Scenario, *, count_host_time: bool = False, clock: str = "wall"
+    ) -> None:
+        self._watch = Stopwatch(loaded.device, clock)
+        self.clock = clock
+        self.loaded, self.device = loaded, loaded.device
+        self.count_host_time = count_host_time
+        self.num_splits = 0
+        config = loaded.model.config
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest and scenario.max_model_len > longest:
+            raise BackendError(f"max_model_len {scenario.max_model_len}: {loaded.name} knows {longest} positions")
+        spec = loaded.spec
+        shape = (spec.num_kv_heads, spec.head_dim, loaded.dtype, loaded.device)
+        # A cache of the scratch block alone, to see what the largest pass needs beside the KV.
+        probe = Runner(loaded, KVCache(spec.num_layers, 0, *shape))
+        self._check_hook(probe)
+        largest = probe.scratch_inputs(scenario.max_num_batched_tokens)
+        self.num_kv_blocks = scenario.num_kv_blocks or fitting_blocks(scenario, spec, self.device, probe.run, largest)
+        try:
+            cache = KVCache(spec.num_layers, self.num_kv_blocks, *shape)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise BackendError(f"num_kv_blocks {self.num_kv_blocks}: more than the memory of {self.device}") from None
+        self.runner = Runner(loaded, cache)
+        self.blocks = BlockTable(self.num_kv_blocks, scenario.max_num_seqs, scenario.max_model_len)
+        self.tokens = TokenStore(np.zeros(0, np.int64), np.zeros(0, np.int64), 0, spec.vocab_size)
+        self._ended_s: float | None = None
+        self._is_poisoned = False
+
+    def reset(self, table: RequestTable) -> None:
+        """Forget everything and take the requests of a new episode; their prompts come from the table's seed."""
+        self.blocks.clear(len(table))
+        self._ended_s = None
+        vocab = self.loaded.spec.vocab_size
+        self.tokens = TokenStore(table.prompt_tokens, table.output_tokens, table.seed, vocab)
+        if self._is_poisoned:
+            self.runner.cache.clear()
+            self._is_poisoned = False
+
+    def execute(self, batch: ScheduledBatch) -> Execution:
+        """Run the batch; the measured time, and the emitted token of each request that emits."""
+        host_s = 0.0
+        if self.count_host_time and self._ended_s is not None:
+            host_s = self._watch.now() - self._ended_s
+        self._watch.start()
+        self.blocks.keep_only(batch.running)
+        work = self._take_blocks(batch.request, batch.num_tokens, batch.num_computed, batch.emits)
+        self.tokens.make_prompts(work.request)
+        tokens = self._run(work)
+        self._book(tokens)
+        duration_s = self._watch.stop()
+        self._ended_s = self._watch.now()
+        return Execution(duration_s + host_s, tokens)
+
+    def measure(self, chunks: list[tuple[int, int]], decode_contexts: list[int], seed: int = 0) -> float:
+        """Seconds of a made-up batch: chunks as (computed, n) tokens, decodes as context lengths, itself included.
+
+        The running episode is forgotten; what counts as computed is whatever the cache holds.
+        """
+        if len(chunks) + len(decode_contexts) > len(self.blocks.owner):
+            raise BackendError(
+                f"a batch of {len(chunks) + len(decode_contexts)} sequences; at most {len(self.blocks.owner)}"
+            )
+        items = [*((n, computed) for computed, n in chunks), *((1, context - 1) for context in decode_contexts)]
+        num_tokens, computed = (np.array(part, np.int64) for part in zip(*items, strict=True))
+        request = np.arange(len(items))
+        self.blocks.clear(len(items))
+        self.blocks.grow(self.blocks.occupy(request), computed)
+        self.tokens = TokenStore(computed + num_tokens, np.ones(len(items), int), seed, self.loaded.spec.vocab_size)
+        self.tokens.make_prompts(request)
+        self._ended_s = None
+        self._watch.start()
+        work = self._take_blocks(request, num_tokens, computed, np.ones(len(items), bool))
+        self._book(self._run(work))
+        duration_s = self._watch.stop()
+        self.blocks.clear(0)
+        return duration_s
+
+    def warm_up(self) -> None:
+        """Run a few passes that leave no trace, so that the first measured batch pays for no set-up."""
+        for num_tokens in (1, 64, 256):
+            for _ in range(WARM_UP_PASSES):
+                self.runner.run(self.runner.scratch_inputs(num_tokens))
+        for _ in range(WARM_UP_PASSES):
+            self.measure([], [1] * min(8, self.num_kv_blocks, len(self.blocks.owner)))
+
+    def check(self) -> None:
+        """Raise AssertionError unless every block is accounted for and every request holds just what it needs."""
+        self.blocks.check()
+
+    def _take_blocks(
+        self, request: np.ndarray, num_tokens: np.ndarray, num_computed: np.ndarray, emits: np.ndarray
+    ) -> Work:
+        """Blocks for the KV that the pass will write; a request that starts over gives its old ones back first."""
+        computed = num_computed.astype(np.int64)
+        rows = self.blocks.row_of[request]
+        held = np.where(rows == NOBODY, 0, self.blocks.num_tokens[rows])
+        for i in np.flatnonzero(held != computed).tolist():
+            if computed[i] > 0:
+                what = f"{computed[i]} tokens count as computed, the cache holds {held[i]}"
+                raise BackendError(f"request {request[i]}: {what}")
+            self.blocks.release(int(request[i]))
+        rows = self.blocks.occupy(request)
+        if not self.blocks.can_grow(rows, computed + num_tokens):
+            raise BackendError(f"the cache has {self.num_kv_blocks} blocks, fewer than the engine counts on")
+        self.blocks.grow(rows, computed + num_tokens)
+        return Work(request, rows, num_tokens, computed, emits)
+
+    def _run(self, work: Work) -> dict[int, int]:
+        """Emitted tokens by request; a pass that runs out of memory is split in two, down to single tokens."""
+        try:
+            return self._pass(work)
+        except BackendError:
+            self._is_poisoned = True
+            raise
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if work.num_tokens.sum() == 1:
+                raise BackendError(
+                    f"request {work.request[0]}: out of memory with a single token; use fewer num_kv_blocks than "
+                    f"{self.num_kv_blocks} ({one_line(error)})"
+                ) from None
+        # Outside the handler, so that the failed pass's tensors are gone.
+        if self.num_splits == 0:
+            warnings.warn(
+                f"out of memory in a batch of {work.num_tokens.sum()} tokens: it runs in two passes, as will others; "
+                f"lower max_num_batched_tokens or num_kv_blocks ({self.num_kv_blocks})",
+                stacklevel=2,
+            )
+        self.num_splits += 1
+        release_memory(self.device)
+        first, second = split(work)
+        return {**self._run(first), **self._run(second)}
+
+    def _pass(self, work: Work) -> dict[int, int]:
+        inputs = self.runner.lay_out(work, self.blocks, self.tokens)
+        ids = self.runner.run(inputs)
+        return dict(zip(inputs.emitting.tolist(), ids.tolist(), strict=True))
+
+    def _book(self, tokens: dict[int, int]) -> None:
+        """Remember what was emitted; requests with all their tokens leave."""
+        emitting = np.fromiter(tokens, np.int64, len(tokens))
+        self.tokens.append(emitting, np.fromiter(tokens.values(), np.int64, len(tokens)))
+        for r in emitting[self.tokens.is_complete(emitting)].tolist():
+            self.blocks.release(r)
+
+    def _check_hook(self, runner: Runner) -> None:
+        """Refuse a model whose layers do not all come to the paged attention."""
+        try:
+            runner.run(runner.scratch_inputs(1))
+        except (TypeError, AttributeError, BackendError) as error:
+            raise BackendError(f"model {self.loaded.name!r} takes no hybrid batch: {one_line(error)}") from None
+        if runner.cache.num_writes != self.loaded.spec.num_layers:
+            raise BackendError(
+                f"model {self.loaded.name!r}: {runner.cache.num_writes} of {self.loaded.spec.num_layers} layers use "
+                "the attention interface; expected a decoder-only model such as Mistral, Llama or Qwen2"
+            )
+
+
+def split(work: Work) -> tuple[Work, Work]:
+    """Two passes of about equal tokens that do the same; a lone chunk is cut, and its second half emits."""
+    if len(work.request) > 1:
+        ends = np.cumsum(work.num_tokens)
+        cut = int(np.clip(np.searchsorted(ends, ends[-1] / 2) + 1, 1, len(ends) - 1))
+        return work.take(slice(None, cut)), work.take(slice(cut, None))
+    half = work.num_tokens // 2
+    return (
+        work._replace(num_tokens=half, emits=np.zeros(1, bool)),
+        work._replace(num_tokens=work.num_tokens - half, num_computed=work.num_computed + half),
+    )

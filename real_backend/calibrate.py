@@ -1,0 +1,215 @@
+"""Measure what batches take on a real model, and fit a cost profile to it.
+
+    python -m real_backend.calibrate --model random:tiny --out profile.json [--csv rows.csv]
+
+The rows are written one by one; a killed run goes on where it stopped when started again.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec, scenario
+from llmsched_gym.cost import Profile, fit_profile
+from llmsched_gym.cost.fit import read_batches
+from llmsched_gym.cost.tiles import CANDIDATES, best_tile
+from real_backend import command
+from real_backend.errors import BackendError
+from real_backend.measurements import Sheet, run_sweep
+from real_backend.sweep import Limits, plan
+
+if TYPE_CHECKING:
+    from real_backend.backend import TransformersBackend
+
+ROUNDS, REPEATS = 3, 3
+CPU_TILE = CANDIDATES[0]
+"""A CPU's matrix products have no tiles worth a scheduler's attention."""
+CPU_LIMITS = Limits(max_tokens=512, max_context=512, max_seqs=32)
+"""What is measured on a CPU unless told otherwise: it is for trying things, not for serving."""
+
+
+def calibrate(
+    backend: TransformersBackend,
+    csv: str | Path,
+    limits: Limits,
+    *,
+    name: str | None = None,
+    rounds: int = ROUNDS,
+    repeats: int = REPEATS,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Profile:
+    """Sweep `backend`, whose limits must allow `limits`, into `csv`, and fit a profile with its held-out error."""
+    from real_backend.ceilings import measured_device
+
+    backend.runner.cache.fill_random(seed)
+    sheet = Sheet(Path(csv), setup(backend))
+    batches = plan(limits, backend.num_kv_blocks, seed)
+    run_sweep(backend.measure, batches, sheet, rounds=rounds, repeats=repeats, progress=progress)
+    device = measured_device(backend.device, backend.loaded.dtype)
+    tile = None if backend.device.type == "cuda" else CPU_TILE
+    return fit(sheet, backend.loaded.spec, device, backend.num_kv_blocks, tile_tokens=tile, name=name, seed=seed)
+
+
+def fit(
+    sheet: Sheet,
+    model: ModelSpec,
+    device: DeviceSpec,
+    num_kv_blocks: int,
+    *,
+    tile_tokens: int | None = None,
+    name: str | None = None,
+    seed: int = 0,
+) -> Profile:
+    """The profile of a sheet's rows. Unless given, the tile is read off whole prompts, and knots sit at its edges."""
+    rows = sheet.medians()
+    knots = None
+    if tile_tokens is None:
+        whole = {
+            batch.num_tokens: batch.ms
+            for batch in read_batches(rows)
+            if len(batch.chunks) == 1 and not batch.decode_contexts and batch.chunks[0][0] == 0
+        }
+        counts = sorted(whole)
+        tile_tokens = best_tile(counts, [whole[n] for n in counts])
+        # Between the edges of tiles time is flat; without visible tiles the fit's own grid does.
+        if tile_tokens > CANDIDATES[0]:
+            knots = sorted(
+                {n for n in counts if n % tile_tokens in (0, 1) or n < tile_tokens} | {counts[0], counts[-1]}
+            )
+    return fit_profile(
+        rows,
+        name=name or f"{device.name}-{model.name}",
+        model=model,
+        device=device,
+        num_kv_blocks=num_kv_blocks,
+        tile_tokens=tile_tokens,
+        knots=knots,
+        seed=seed,
+        notes=(
+            f"Measured with real_backend.calibrate on {sheet.setup}; medians of repeated passes.",
+            "Bandwidth and FLOP/s are those of a large copy and a large matrix product on the same device.",
+            "The per-batch overhead is part of the table: times of whole batches cannot tell it apart.",
+        ),
+    )
+
+
+def setup(backend: TransformersBackend) -> str:
+    """Model, device and versions in one line: rows of another setup must not be mixed in."""
+    import torch
+    import transformers
+
+    from real_backend.ceilings import device_name
+
+    parts = [
+        Path(backend.loaded.name).name,
+        str(backend.loaded.dtype).removeprefix("torch."),
+        device_name(backend.device),
+        platform.machine(),
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+    ]
+    if backend.device.type == "cuda":
+        parts.insert(3, f"CUDA {torch.version.cuda}")
+    if backend.clock != "wall":
+        parts.append(f"{backend.clock} time")
+    return ", ".join(parts)
+
+
+def backend_for(
+    model: str, limits: Limits, device: str | None = None, num_kv_blocks: int | None = None, clock: str = "wall"
+) -> TransformersBackend:
+    """A backend just large enough for a sweep within `limits`."""
+    from real_backend import make_backend
+
+    world = scenario(
+        "paper",
+        max_model_len=limits.max_context,
+        max_num_seqs=limits.max_seqs,
+        max_num_batched_tokens=limits.max_tokens,
+        num_kv_blocks=num_kv_blocks,
+    )
+    return make_backend(world, model, device, clock=clock)
+
+
+def limits_for(device: str | None, **given: int | None) -> Limits:
+    """The limits given, and for the rest those that suit the device."""
+    try:
+        import torch
+    except ImportError:
+        raise BackendError("calibration needs torch and transformers: pip install 'llmsched-gym[real]'") from None
+
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    default = Limits() if on_gpu else CPU_LIMITS
+    chosen = {field: getattr(default, field) if value is None else value for field, value in given.items()}
+    try:
+        return Limits(**chosen)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def describe(profile: Profile) -> str:
+    """One line about how good a fit is."""
+    errors: dict[str, Any] = profile.fit or {}
+    return (
+        f"{profile.name}: step time within {errors['mape']:.1%} on average (95 % within {errors['p95_ape']:.1%}) on "
+        f"{errors['held_out_rows']} held-out batches, fitted to {errors['rows']}; tile {profile.tile_tokens} tokens, "
+        f"{profile.num_kv_blocks} KV blocks"
+    )
+
+
+def calibrate_command(
+    model: Annotated[str, typer.Option(help="Local folder, hub id, random:mistral-7b or random:tiny.")],
+    out: Annotated[Path, typer.Option(help="Profile to write, a .json file.")],
+    csv: Annotated[Path | None, typer.Option(help="Measured rows (OUT with .csv); rows in it are kept.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of the largest batch (2048; 512 on a CPU).")] = None,
+    max_context: Annotated[int | None, typer.Option(help="Longest sequence, tokens (8192; 512 on a CPU).")] = None,
+    max_seqs: Annotated[int | None, typer.Option(help="Sequences of the largest batch (128; 32 on a CPU).")] = None,
+    mixtures: Annotated[int | None, typer.Option(help="Random mixed batches (160).")] = None,
+    num_kv_blocks: Annotated[int | None, typer.Option(help="KV blocks; as many as memory holds unless given.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that the whole sweep is gone through.")] = ROUNDS,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured passes per batch and round.")] = REPEATS,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of torch; its own choice unless given.")
+    ] = None,
+    clock: Annotated[str, typer.Option(help="wall; cpu on a CPU that others use too, with --threads 1.")] = "wall",
+    name: Annotated[str | None, typer.Option(help="Name of the profile; DEVICE-MODEL unless given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random mixtures, their order, and the held-out rows.")] = 0,
+) -> None:
+    """Measure a model's batches and fit a cost profile."""
+    if out.suffix != ".json":
+        raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
+    limits = limits_for(device, max_tokens=max_tokens, max_context=max_context, max_seqs=max_seqs, mixtures=mixtures)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    backend = backend_for(model, limits, device, num_kv_blocks, clock)
+    with command.progress_bar("batches") as progress:
+        profile = calibrate(
+            backend,
+            csv or out.with_suffix(".csv"),
+            limits,
+            name=name,
+            rounds=rounds,
+            repeats=repeats,
+            seed=seed,
+            progress=progress,
+        )
+    profile.to_json(out)
+    print(describe(profile))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(calibrate_command, "python -m real_backend.calibrate", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Command lines of this package: results on stdout, progress on stderr, and what cannot be done in one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import typer
+
+from llmsched_gym.config import ConfigError
+from llmsched_gym.cost import ProfileError
+from llmsched_gym.scheduler import PolicyError
+from real_backend.errors import BackendError
+
+USAGE, INTERRUPTED = 2, 130
+
+
+def run(function: Callable[..., None], program: str, argv: Sequence[str] | None = None) -> int:
+    """Run one typer command; returns its exit code."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command()(function)
+    try:
+        code = typer.main.get_command(app).main(args=argv, prog_name=program, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; what is measured is kept, and the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
+    except (BackendError, ConfigError, PolicyError, ProfileError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        return _fail(error.format_message())
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return USAGE
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by calls with the number done and of all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def split_policies(text: str) -> list[str]:
+    """Names separated by commas, those inside brackets left alone."""
+    names = [name.strip() for name in re.split(r",(?![^\[\]]*\])", text)]
+    if not all(names):
+        raise ConfigError(f"policy: expected names separated by commas, got {text!r}")
+    return names

@@ -1,0 +1,153 @@
+"""One forward pass of a hybrid batch: lay it out, run the model, take the greedy tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from llmsched_gym.config import BLOCK_SIZE
+from real_backend.attention import Chunk, DecodeGroup, KVCache, Segments
+from real_backend.block_table import SCRATCH, BlockTable, blocks_of
+from real_backend.errors import BackendError
+from real_backend.tokens import TokenStore
+from real_backend.weights import LoadedModel
+
+MAX_PADDED_TOKENS = 1 << 16
+"""KV tokens, padding included, that one group of decodes gathers at a time: bounds the portable path's memory."""
+
+
+class Work(NamedTuple):
+    """Items of one forward pass; arrays of shape (num_items,)."""
+
+    request: np.ndarray  # request index
+    row: np.ndarray  # its row in the block table
+    num_tokens: np.ndarray  # tokens to compute
+    num_computed: np.ndarray  # tokens whose KV is held already
+    emits: np.ndarray  # bool, whether a token is wanted
+
+    def take(self, order: np.ndarray | slice) -> Work:
+        return Work(*(part[order] for part in self))
+
+
+class Inputs(NamedTuple):
+    """What the model is called with."""
+
+    input_ids: torch.Tensor  # (1, tokens) int64
+    position_ids: torch.Tensor  # (1, tokens) int64
+    last_rows: torch.Tensor  # (num_emitting,) int64, rows whose logits are wanted
+    segments: Segments
+    emitting: np.ndarray  # (num_emitting,) request index
+
+
+class Runner:
+    """A loaded model and its KV cache."""
+
+    def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
+        self.loaded, self.cache = loaded, cache
+        self.device = loaded.device
+
+    def lay_out(self, work: Work, table: BlockTable, tokens: TokenStore) -> Inputs:
+        """The batch as tensors; blocks and prompts must be there."""
+        num_blocks = -(-(work.num_computed + work.num_tokens) // BLOCK_SIZE)
+        single = work.num_tokens == 1
+        num_single = int(np.count_nonzero(single))
+        # Single tokens first, by the blocks of their sequences, so that groups of decodes are slices.
+        order = np.argsort(np.where(single, num_blocks, np.iinfo(np.int64).max), kind="stable")
+        work, num_blocks = work.take(order), num_blocks[order]
+        rows, lengths = work.row, work.num_computed + work.num_tokens
+
+        ends = np.cumsum(work.num_tokens, dtype=np.int64)
+        starts = ends - work.num_tokens
+        if num_single == len(rows):
+            item, positions = slice(None), work.num_computed
+        else:
+            item = np.repeat(np.arange(len(rows)), work.num_tokens)  # (tokens,) item of each row of the batch
+            positions = np.arange(ends[-1]) - starts[item] + work.num_computed[item]
+        blocks = table.blocks[rows[item], positions // BLOCK_SIZE]
+        slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+        ids = tokens.read(work.request[item], positions)
+        segments = Segments(
+            cache=self.cache,
+            slots=self._tensor(slots),
+            decodes=[
+                DecodeGroup(
+                    a, b, self._tensor(table.blocks[rows[a:b], : num_blocks[b - 1]]), self._tensor(lengths[a:b])
+                )
+                for a, b in group_decodes(num_blocks[:num_single])
+            ],
+            chunks=[
+                Chunk(
+                    int(starts[i]),
+                    int(ends[i]),
+                    int(work.num_computed[i]),
+                    self._tensor(table.blocks[rows[i] : rows[i] + 1, : num_blocks[i]]),
+                )
+                for i in range(num_single, len(rows))
+            ],
+        )
+        return Inputs(
+            input_ids=self._tensor(ids)[None],
+            position_ids=self._tensor(positions)[None],
+            last_rows=self._tensor(ends[work.emits] - 1),
+            segments=segments,
+            emitting=work.request[work.emits],
+        )
+
+    def forward(self, inputs: Inputs) -> torch.Tensor:
+        """Logits of the emitting rows, (num_emitting, vocab)."""
+        return self.loaded.model(
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            logits_to_keep=inputs.last_rows,
+            use_cache=False,
+            segments=inputs.segments,
+        ).logits[0]
+
+    def wait(self) -> None:
+        """Return when the device has done all it was asked to."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def run(self, inputs: Inputs) -> np.ndarray:
+        """Run the pass; the greedy token of each emitting request, (num_emitting,)."""
+        with torch.inference_mode():
+            best, chosen = self.forward(inputs).max(-1)  # a nan anywhere in a row is its maximum
+            both = torch.stack([best.double(), chosen.double()]).cpu().numpy()  # one copy, one wait
+        finite = np.isfinite(both[0])
+        if not finite.all():
+            names = ", ".join(str(r) for r in inputs.emitting[~finite].tolist()[:5])
+            raise BackendError(
+                f"request {names}: the model's logits are not finite (nan or inf); check the weights of "
+                f"{self.loaded.name}, or use another dtype than {str(self.loaded.dtype).removeprefix('torch.')}"
+            )
+        return both[1].astype(np.int64)
+
+    def scratch_inputs(self, num_tokens: int) -> Inputs:
+        """A prompt of so many tokens that writes to the scratch block only: for warm-up and for measuring memory."""
+        positions = np.arange(num_tokens)
+        chunk = Chunk(0, num_tokens, 0, self._tensor(np.full((1, blocks_of(num_tokens)), SCRATCH)))
+        return Inputs(
+            input_ids=self._tensor(np.ones(num_tokens, np.int64))[None],
+            position_ids=self._tensor(positions)[None],
+            last_rows=self._tensor(positions[-1:]),
+            segments=Segments(self.cache, self._tensor(positions % BLOCK_SIZE), [], [chunk]),
+            emitting=np.zeros(1, np.int64),
+        )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self.device, non_blocking=True)
+
+
+def group_decodes(num_blocks: np.ndarray) -> list[tuple[int, int]]:
+    """Slices of decodes, given their increasing numbers of blocks, in which padding at most doubles what is read."""
+    groups = []
+    stop = len(num_blocks)
+    while stop > 0:
+        widest = int(num_blocks[stop - 1])
+        fit = max(MAX_PADDED_TOKENS // (widest * BLOCK_SIZE), 1)
+        start = max(int(np.searchsorted(num_blocks[:stop], (widest + 1) // 2)), stop - fit)
+        groups.append((start, stop))
+        stop = start
+    return groups[::-1]
