@@ -25,9 +25,8 @@ FIRST_OUTPUT_GUESS = 512.0
 
 
 @kernel()
-def best_batch_tokens(lane, most):
+def best_batch_tokens(lane, most, tile):
     """The multiple of the tile that is processed fastest per token, up to `most`; `most` if no tile fits."""
-    tile = int(lane.coef_s[2])
     best, best_rate = most, 0.0
     for k in range(1, most // tile + 1):
         rate = k * tile / lane.linear_s[k * tile]
@@ -57,14 +56,15 @@ def reserved_blocks(lane, output):
 def place_prompts(lane, tokens, dry):
     """Give up to `tokens` to prompts, started ones first, then first come first served; returns the tokens placed.
 
-    Prompts are admitted only while the memory that everybody is expected to need is there. A dry run adds nothing.
+    Prompts are admitted only while the memory that everybody is expected to need is there. A dry run adds nothing and
+    knows no limit on the batch.
     """
     sim, requests = lane.sim, lane.requests
     placed = 0
     for i in range(sim.num_running):
         r = lane.running[i]
         if placed < tokens and is_prefill(requests[r]):
-            n = min(chunk_room(lane, r), tokens - placed)
+            n = min(remaining(requests[r]) if dry else chunk_room(lane, r), tokens - placed)
             placed += n
             if n > 0 and not dry:
                 add_chunk(lane, r, n)
@@ -83,7 +83,7 @@ def place_prompts(lane, tokens, dry):
         need = math.ceil((requests[r].prompt_tokens + output) / BLOCK_SIZE)
         if seqs > 0 and reserved + need + sim.watermark_blocks > sim.total_blocks:
             break
-        n = min(chunk_room(lane, r), tokens - placed)
+        n = min(remaining(requests[r]) if dry else chunk_room(lane, r), tokens - placed)
         if n <= 0 or not can_admit(lane, r, n):
             break
         reserved += need
@@ -117,12 +117,41 @@ def add_oldest_decodes(lane, count):
         add_decode(lane, scratch[i])
 
 
-def rad(lane):
-    """A batch of k tiles, split between decodes and prompts by the work that each side has."""
+@kernel()
+def paced(lane, at_hand, decodes):
+    """Prompt tokens of this batch while memory or sequence slots keep everybody else waiting.
+
+    One of the decodes finishes, and makes room for the next prompt, once in output / decodes batches. Prompts at hand
+    are spread over two such times, so that nearly every batch has some of them: run at once, they leave batches of few
+    decodes alone behind, which cost nearly as much as full ones.
+    """
+    return math.ceil(0.5 * at_hand * decodes / expected_output(lane.sim))
+
+
+@kernel()
+def tiles_around(lane, tokens, tile, most):
+    """Two multiples of the tile around `tokens` whose alternation to that mean costs least time; at most `most`."""
+    low = max(tile, tokens // tile * tile)
+    best, small, large = math.inf, low, min(low + tile, most)
+    for a in range(low, 0, -tile):
+        for b in range(low + tile, most + 1, tile):
+            cost = lane.linear_s[a] + (lane.linear_s[b] - lane.linear_s[a]) * (tokens - a) / (b - a)
+            if cost < best:
+                best, small, large = cost, a, b
+    return small, large
+
+
+@kernel()
+def form_batch(lane, tile, tiled, dynamic):
+    """A batch of k tiles, split between decodes and prompts by the work that each side has.
+
+    Not `tiled`: of all tokens that the budget allows, cut nowhere. Not `dynamic`: each side owns half, used or not.
+    """
     open_batch(lane)
-    sim, batch = lane.sim, lane.batch
+    sim = lane.sim
     if lane.memory[0] == 0.0:
-        lane.memory[0] = best_batch_tokens(lane, batch.token_room)
+        room = lane.batch.token_room
+        lane.memory[0] = best_batch_tokens(lane, room, tile) if tiled else room
     size = int(lane.memory[0])
     decodes, prompt_tokens = 0, sim.waiting_tokens
     for i in range(sim.num_running):
@@ -131,22 +160,37 @@ def rad(lane):
             prompt_tokens += remaining(request)
         else:
             decodes += 1
+    at_hand = place_prompts(lane, prompt_tokens, True) if prompt_tokens > 0 else 0
     work = decodes + prompt_tokens
     share = round(size * decodes / work) if work > 0 else 0
+    if dynamic and decodes > 0 and at_hand < prompt_tokens:
+        tokens = decodes + paced(lane, at_hand, decodes)
+        if tiled and tokens < size:
+            small, large = tiles_around(lane, max(tokens, tile), tile, size)
+            tokens = large if tokens > small and decodes + at_hand >= large else small
+        size = min(size, tokens)
+        share = decodes
     if decodes > 0:
         share = min(max(share, 1), decodes)
     if prompt_tokens > 0:
         share = min(share, size - 1)
-    # what prompts cannot use goes to decodes
-    prompts = place_prompts(lane, size - share, True) if prompt_tokens > 0 else 0
-    total = min(decodes, size - prompts) + prompts
-    tile = int(lane.coef_s[2])
-    if total > tile:
+    if not dynamic:
+        share = size // 2
+    # what one side cannot use goes to the other
+    prompts = min(at_hand, size - share)
+    most_decodes = min(decodes, size - prompts if dynamic else share)
+    total = most_decodes + prompts
+    if tiled and total > tile:
         total -= total % tile
-    prompts = max(0, min(prompts, total - min(decodes, size - prompts)))
+    prompts = max(0, min(prompts, total - most_decodes))
     if prompts > 0:
         prompts = place_prompts(lane, prompts, False)
-    add_oldest_decodes(lane, min(decodes, total - prompts))
+    add_oldest_decodes(lane, min(decodes if dynamic else share, total - prompts))
+
+
+def rad(lane):
+    """Whole tiles, no fixed split."""
+    form_batch(lane, int(lane.coef_s[2]), True, True)
 
 
 SCHEDULERS = {

@@ -44,6 +44,15 @@ def test_ttft_is_the_end_of_the_completing_pass_minus_arrival():
     assert run.requests[0].first_scheduled_s == 0.25
 
 
+def test_on_time_includes_the_deadline():
+    rows = [request(prompt=16, output=2, ttft=0.5, tbt=0.5), request(prompt=16, output=2, ttft=0.4375, tbt=0.4375)]
+    run = Run("sarathi", rows, backend=Durations(0.5))
+    run.drain()
+    assert run.requests["ttft_missed"][:2].tolist() == [0, 1]
+    assert run.requests["num_late_gaps"][:2].tolist() == [0, 1]
+    assert run.requests["lateness_s"][:2].tolist() == [0.0, 0.125]
+
+
 def test_gaps_include_the_passes_a_request_sits_out():
     batches = [{0: 16, 1: 16}, {0: 1}, {1: 1}, {0: 1, 1: 1}]
     run = Run(Scripted(*batches), [request(output=3, tbt=0.3)] * 2, backend=Durations(0.25, 0.5, 0.125, 0.0625))

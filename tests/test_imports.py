@@ -17,16 +17,16 @@ LEVELS = {
     "llmsched_gym.cost": 1,
     "llmsched_gym.engine": 2,
     "llmsched_gym.scheduler": 3,
-    "baselines": 4,
     "llmsched_gym.env": 4,
     "llmsched_gym.policies": 5,  # a learned policy sees what the environment shows
-    "llmsched_gym.evaluation": 6,
-    "llmsched_gym.theory": 7,
-    "real_backend": 7,
-    "agents": 7,
-    "llmsched_gym.results_page": 8,
-    "llmsched_gym.reproduce": 9,
-    "llmsched_gym.cli": 10,
+    "baselines": 6,
+    "llmsched_gym.evaluation": 7,
+    "llmsched_gym.theory": 8,
+    "real_backend": 8,
+    "agents": 8,
+    "llmsched_gym.results_page": 9,
+    "llmsched_gym.reproduce": 10,
+    "llmsched_gym.cli": 11,
 }
 # Resolved by name when asked for, never imported by the package.
 ON_REQUEST = ("baselines", "agents", "real_backend")

@@ -48,6 +48,12 @@ def test_srpt_as_an_order_of_the_packing_kernel():
     assert Run("sarathi[order=spf]", rows).drain() == [{0: 512}, {0: 488, 1: 24}, {1: 376}]
 
 
+def test_a_shorter_prompt_without_blocks_does_not_stop_the_started_one():
+    rows = [request(prompt=1000, output=1), request(0.01, prompt=400, output=1), request(0.01, prompt=450, output=1)]
+    run = Run("sarathi[order=srpt]", rows, num_kv_blocks=80)
+    assert run.drain() == [{0: 512}, {0: 488}, {1: 400, 2: 112}, {2: 338}]
+
+
 def test_a_decode_waits_until_two_capped_batches_before_its_deadline():
     # cap 95 ms by the strict decode; the relaxed one is critical from 0.5 s - 0.19 s behind its last token
     rows = [request(prompt=10, output=50, tbt=0.1), request(prompt=10, output=50), request(0.001, prompt=900, output=1)]

@@ -184,6 +184,14 @@ def test_a_bad_policy_is_one_clear_line(spec):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("policy", NAMES)
+def test_nobody_admits_beyond_the_sequence_limit(policy):
+    run = Run(policy, [request(prompt=3, output=3) for _ in range(12)], max_num_seqs=5)
+    batches = run.drain(1000)
+    assert max(len(batch) for batch in batches) <= 5
+    assert run.sim.num_finished == 12
+
+
 def test_install_resets_what_the_last_scheduler_left():
     run = Run("slai[budget=64,hold=true]", world(5))
     install(OnePrompt(), run.engine.state)

@@ -72,6 +72,12 @@ def test_the_last_schedulable_time_is_keyed_once():
     assert run.requests[0].last_token_s == 9 * TICK_S
 
 
+def test_every_token_is_keyed_anew():
+    run = Run("slai-spf-fixed", [request(prompt=256, output=9), request(prompt=LONG)])
+    # critical six batches behind each token: tokens at 1/32, 8/32 and 15/32 s
+    assert [k for k, batch in enumerate(run.steps(15)) if batch.get(0) == 1] == [7, 14]
+
+
 def test_a_decode_that_finds_the_budget_full_keeps_its_time():
     # eight critical decodes, room for four: the others follow in the next batch, unkeyed
     rows = [request(prompt=1, output=9, tbt=0.1) for _ in range(8)]
@@ -123,6 +129,15 @@ def test_shortest_prompt_first_does_not_overtake_a_started_one():
     rows = [request(prompt=1000, output=1), request(0.01, prompt=40, output=1), request(0.02, prompt=30, output=1)]
     for policy in ("slai", "sarathi-spf"):
         assert Run(policy, rows).drain() == [{0: 512}, {0: 488, 2: 24}, {2: 6, 1: 40}]
+
+
+def test_of_several_started_prompts_the_first_admitted_goes_on():
+    rows = [request(prompt=600, output=1), request(prompt=400, output=1)]
+    run = Run("sarathi-spf", rows)
+    scheduler, run.scheduler = run.scheduler, Scripted({0: 100, 1: 100})
+    run.step()
+    run.scheduler = scheduler
+    assert run.step() == {0: 500, 1: 12}
 
 
 def test_first_come_first_served_keeps_the_order_of_arrival():

@@ -119,8 +119,8 @@ class EnvCore:
             return
         if self._step(self.engine.handle, self.handle) and self.engine.noisy:
             sims = self.engine.state.sims
-            for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat):
-                self.engine.refill_noise(int(env))
+            for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat).tolist():
+                self.engine.refill_noise(env)
 
     def _step_outside(self, env: int) -> None:
         """The same decision with a backend or a reward that lives in Python."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 INK, FAINT, GRID = "#1c2733", "#68737f", "#dfe4ea"
 WIDTH = 5.8  # inches, of a single panel
@@ -85,8 +87,9 @@ def policy_styles(policies: Sequence[str]) -> dict[str, Style]:
     """The style of each policy: registered names have their own, others get what is left, then other markers."""
     spare = [style for name, style in reversed(STYLES.items()) if name not in policies]
     others = [p for p in policies if p not in STYLES]
-    again = [Style(s.colour, marker, "-") for marker in "vo^sDPX<>" for s in STYLES.values()]
-    given = dict(zip(others, [*spare, *again], strict=False))
+    taken = {(s.colour, s.marker) for s in STYLES.values()}
+    again = [Style(s.colour, m, "-") for m in "vo^sDPX<>" for s in STYLES.values() if (s.colour, m) not in taken]
+    given = dict(zip(others, itertools.cycle([*spare, *again]), strict=False))
     return {p: STYLES.get(p) or given[p] for p in policies}
 
 
@@ -95,15 +98,16 @@ def styled(function: Any) -> Any:
     return rc_context(RC)(function)
 
 
-def panel(title: str, num_entries: int, height: float = 3.55) -> tuple[Figure, Axes]:
-    """A figure of one panel with room for a legend of so many entries below it."""
-    figure = Figure(figsize=(WIDTH, height + 0.2 * math.ceil(num_entries / 4)), layout="constrained")
+def panel(title: str, height: float = 3.55) -> tuple[Figure, Axes]:
+    """A figure of one panel; a legend below it adds its own height (inches)."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     ax = figure.subplots()
     ax.set_title(title)
     return figure, ax
 
 
 def legend(figure: Figure, policies: Sequence[str], extra: Sequence[tuple[Any, str]] = ()) -> None:
+    """A legend below the figure, which grows by as much."""
     handles = [
         Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.dash, label=short(p))
         for p, s in policy_styles(policies).items()
@@ -114,7 +118,9 @@ def legend(figure: Figure, policies: Sequence[str], extra: Sequence[tuple[Any, s
     if not handles:
         return
     longest = max(len(str(h.get_label())) for h in handles)
-    ncols = max(1, min(4, int(84 / (longest + 6))))
+    num_rows = math.ceil(len(handles) / max(1, min(4, int(84 / (longest + 6)))))
+    ncols = math.ceil(len(handles) / num_rows)
+    figure.set_figheight(figure.get_figheight() + 0.2 * num_rows)
     figure.legend(handles=handles, loc="outside lower left", ncols=ncols, handlelength=2.4, columnspacing=1.4)
 
 
@@ -153,26 +159,29 @@ def _round_ticks(low: float, high: float) -> list[float]:
     return [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
 
 
-def lines(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, above: bool) -> None:
-    """A line with an interval band for each policy; infinite values become triangles on the upper edge."""
-    for z, (policy, style) in enumerate(policy_styles(policies).items()):
+def lines(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, floor: float = -math.inf) -> None:
+    """A line with an interval band for each policy; values that are infinite or below `floor` become triangles."""
+    above, below = [], []
+    for policy, style in policy_styles(policies).items():
         own = means[means["policy"] == policy].sort_values("load")
-        mean = own["mean"].where(np.isfinite(own["mean"]))
-        ax.fill_between(own["load"], own["low"], own["high"], color=style.colour, alpha=0.13, linewidth=0)
-        ax.plot(own["load"], mean, color=style.colour, marker=style.marker, linestyle=style.dash, zorder=3 + z / 100)
-        if above:
-            off_scale(ax, own["load"][np.isposinf(own["mean"])], style.colour, up=True)
+        shown = own.where(np.isfinite(own["mean"]) & (own["mean"] >= floor))
+        ax.fill_between(own["load"], shown["low"], shown["high"], color=style.colour, alpha=0.13, linewidth=0)
+        ax.plot(own["load"], shown["mean"], color=style.colour, marker=style.marker, linestyle=style.dash, zorder=3)
+        above.append((own["load"][np.isposinf(own["mean"])], style.colour))
+        below.append((own["load"][own["mean"] < floor], style.colour))
+    off_scale(ax, above, up=True)
+    off_scale(ax, below, up=False)
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
 
 
-def off_scale(ax: Axes, x: Any, colour: str, *, up: bool) -> None:
-    """Triangles on the edge of the axes for values beyond it."""
-    if len(x):
+def off_scale(ax: Axes, marks: Iterable[tuple[Any, str]], *, up: bool) -> None:
+    """Triangles on the edge of the axes for values beyond it, those of several policies (x, colour) side by side."""
+    marks = [(x, colour) for x, colour in marks if len(x)]
+    for i, (x, colour) in enumerate(marks):
+        beside = ScaledTranslation(6 / 72 * (i - (len(marks) - 1) / 2), 0, ax.figure.dpi_scale_trans)
+        kind: dict[str, Any] = dict(marker="^" if up else "v", linestyle="none", markerfacecolor="none", color=colour)
         y = [1.0 if up else 0.0] * len(x)
-        kind: dict[str, Any] = dict(
-            marker="^" if up else "v", linestyle="none", markerfacecolor="none", color=colour, clip_on=False
-        )
-        ax.plot(x, y, transform=ax.get_xaxis_transform(), zorder=4, **kind)
+        ax.plot(x, y, transform=ax.get_xaxis_transform() + beside, clip_on=False, zorder=4, **kind)
 
 
 def dots(ax: Axes, means: pd.DataFrame, policies: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ def plot_ttft(rows: pd.DataFrame, percentile: int = 50, slo_s: float = 0.5) -> F
     """A percentile of TTFT against load, on a log scale, with the TTFT SLO of an empty prompt."""
     name = "Median" if percentile == 50 else f"p{percentile}"
     title, label = f"{name} time to first token", f"{name} TTFT (s, log scale)"
-    return _against_load(rows, f"ttft_p{percentile}_s", title, label, log=True, line=(slo_s, f"{slo_s:g} s"))
+    return _against_load(rows, f"ttft_p{percentile}_s", title, label, log=True, line=(slo_s, f"TTFT {slo_s:g} s"))
 
 
 @draw.styled
@@ -83,12 +83,12 @@ def _against_load(
     policies = tables.policies_of(rows)
     single = means["load"].nunique() == 1
     if single:
-        figure, ax = draw.panel(title, 0, height=1.35 + 0.3 * len(policies))
+        figure, ax = draw.panel(title, 1.35 + 0.3 * len(policies))
         draw.dots(ax, means, policies)
         ax.set_xlabel(label)
     else:
-        figure, ax = draw.panel(title, len(policies) + (line is not None))
-        draw.lines(ax, means, policies, above=True)
+        figure, ax = draw.panel(title)
+        draw.lines(ax, means, policies)
         ax.set(xlabel="Load (requests/s)", ylabel=label)
     axis = ax.xaxis if single else ax.yaxis
     if log:
@@ -114,18 +114,13 @@ def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = tables.BASELINE
     low = max(-60.0, min(0.0, float(finite[["mean", "low"]].min().min())) * 1.1)
     high = min(100.0, max(60.0, float(finite[["mean", "high"]].max().max()) + 6))
     if means["load"].nunique() == 1:
-        figure, ax = draw.panel(title, 0, height=1.35 + 0.3 * len(policies))
+        figure, ax = draw.panel(title, 1.35 + 0.3 * len(policies))
         draw.dots(ax, means, policies)
         ax.set_xlabel(label)
         ax.axvline(0, color=draw.FAINT, linewidth=1)
         return figure
-    figure, ax = draw.panel(title, len(policies) + 2 * paper)
-    shown = means.assign(mean=means["mean"].where(means["mean"] >= low), low=means["low"].where(means["mean"] >= low))
-    draw.lines(ax, shown, policies, above=False)
-    for policy, style in draw.policy_styles(policies).items():
-        draw.off_scale(
-            ax, finite["load"][(finite["policy"] == policy) & (finite["mean"] < low)], style.colour, up=False
-        )
+    figure, ax = draw.panel(title)
+    draw.lines(ax, means, policies, floor=low)
     ax.axhline(0, color=draw.FAINT, linewidth=1)
     extra = []
     if paper:
@@ -157,9 +152,10 @@ def plot_ttft_by_prompt(
     edges = _prompt_edges(requests, num_bins)
     policies = tables.policies_of(requests)
     name = "Median" if quantile == 0.5 else f"p{100 * quantile:g}"
-    figure, ax = draw.panel(_titled(f"{name} TTFT by prompt length", at), len(policies) + (slo is not None))
+    figure, ax = draw.panel(_titled(f"{name} TTFT by prompt length", at))
     values: list[float] = []
     centres: list[float] = []
+    lost = []
     for policy, style in draw.policy_styles(policies).items():
         own = requests[requests["policy"] == policy]
         groups = own.assign(ttft_s=own["ttft_s"].fillna(np.inf)).groupby(_bins(own["prompt_tokens"], edges))
@@ -169,9 +165,10 @@ def plot_ttft_by_prompt(
         values += y[finite].tolist()
         centres += x.tolist()
         ax.plot(x, np.where(finite, y, np.nan), color=style.colour, marker=style.marker, linestyle=style.dash)
-        draw.off_scale(ax, x[~finite], style.colour, up=True)
+        lost.append((x[~finite], style.colour))
     if not values:
         raise draw.NothingToPlot("no first token")
+    draw.off_scale(ax, lost, up=True)
     extra = []
     low, high = min(centres) / 1.25, max(centres) * 1.25
     ax.set_xscale("log")
@@ -196,7 +193,7 @@ def plot_share_by_prompt(requests: pd.DataFrame, what: str = "attained", *, at: 
     hit = requests["attained"] if what == "attained" else requests["phase"].astype(str) == "finished"
     policies = tables.policies_of(requests)
     title = "Within all SLOs by prompt length" if what == "attained" else "Served by prompt length"
-    figure, ax = draw.panel(_titled(title, at), len(policies))
+    figure, ax = draw.panel(_titled(title, at))
     for policy, style in draw.policy_styles(policies).items():
         mine = requests["policy"] == policy
         shares = hit[mine].astype(float).groupby(_bins(requests["prompt_tokens"][mine], edges)).mean()
@@ -232,7 +229,7 @@ def _bins(lengths: pd.Series, edges: np.ndarray) -> np.ndarray:
 def plot_ttft_cdf(requests: pd.DataFrame, slo_s: float = 0.5, *, at: str = "") -> Figure:
     """Distribution of TTFT over all requests: one without a first token never reaches the line's top."""
     policies = tables.policies_of(requests)
-    figure, ax = draw.panel(_titled("Time to first token", at), len(policies) + 1)
+    figure, ax = draw.panel(_titled("Time to first token", at))
     shares = np.unique(np.concatenate([np.linspace(0.002, 0.99, 240), np.linspace(0.99, 1, 21)]))
     seen = []
     for policy, style in draw.policy_styles(policies).items():
@@ -256,7 +253,7 @@ def plot_ttft_cdf(requests: pd.DataFrame, slo_s: float = 0.5, *, at: str = "") -
     ax.set_ylim(PERCENT)
     ax.set_xlabel("TTFT (s, log scale)")
     ax.set_ylabel("Requests served that fast (%)")
-    draw.legend(figure, policies, [draw.guide(ax, slo_s, f"{slo_s:g} s", vertical=True)])
+    draw.legend(figure, policies, [draw.guide(ax, slo_s, f"TTFT {slo_s:g} s", vertical=True)])
     return figure
 
 
@@ -267,7 +264,7 @@ def plot_itl_cdf(itl: pd.DataFrame, slo_class: str = "strict", slo_s: float = 0.
     if own.empty:
         raise draw.NothingToPlot(f"no gaps of {slo_class} users")
     policies = tables.policies_of(itl)
-    figure, ax = draw.panel(_titled(f"Gaps between tokens, {slo_class} users", at), len(policies) + 2)
+    figure, ax = draw.panel(_titled(f"Gaps between tokens, {slo_class} users", at))
     for policy, style in draw.policy_styles(policies).items():
         mine = own[(own["policy"] == policy) & (own["prob"] < 0.99995)].sort_values("prob")
         every = (len(mine) // 3, max(1, len(mine) // 4))
@@ -355,7 +352,7 @@ def plot_capacity(capacity: pd.DataFrame, *, reference: Mapping[str, float] | No
         raise draw.NothingToPlot("no capacity")
     policies = [str(p) for p in own["policy"]]
     shown = {p: (reference or {})[p] for p in policies if p in (reference or {})}
-    figure, ax = draw.panel(f"Capacity ({own['criterion'].iloc[0]})", 2, height=1.3 + 0.34 * len(own))
+    figure, ax = draw.panel(f"Capacity ({own['criterion'].iloc[0]})", 1.3 + 0.34 * len(own))
     styles = draw.policy_styles(policies)
     right = float(max([*own["capacity_qps"], *own["ci_high"].dropna(), *shown.values()]))
     for y, bar in own.iterrows():

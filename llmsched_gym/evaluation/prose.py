@@ -1,24 +1,16 @@
-"""What a report says in words and cells: numbers as text, tables ready to print, sentences computed from figures.
-
-Text marks `code` with backticks and **strong** words with asterisks, in both kinds of report.
-"""
+"""Numbers as text, and tables ready to print, for both kinds of report."""
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.config import SUITES
 from llmsched_gym.evaluation import tables
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
-from llmsched_gym.evaluation.store import encode
 from llmsched_gym.evaluation.tables import METRICS, Metric
 
 BEST, TIED, GREY, HEAD = "best", "tied", "grey", "head"
@@ -63,7 +55,8 @@ def interval(low: float, high: float, digits: int) -> str:
     """The two ends, or nothing."""
     if not (np.isfinite(low) and np.isfinite(high)):
         return ""
-    return f"{number(low, digits)} to {number(high, digits)}"
+    between = "–" if low >= 0 else " to "
+    return f"{number(low, digits)}{between}{number(high, digits)}"
 
 
 def estimate(mean: float, low: float, high: float, unit: str = "", digits: int | None = None) -> str:
@@ -83,7 +76,7 @@ def load_label(rows: pd.DataFrame, load: float) -> str:
     """A load in words."""
     if rows["drawn"].any():
         return f"rates drawn per seed ({rows['qps'].min():.2f} to {rows['qps'].max():.2f} requests/s)"
-    return f"{load:g} requests/s"
+    return f"{load:.4g} request{'s' if load != 1 else ''}/s"
 
 
 def seeds_label(num_seeds: int) -> str:
@@ -100,7 +93,7 @@ def shown_metrics(table: pd.DataFrame) -> list[Metric]:
 def comparison_tables(rows: pd.DataFrame, table: pd.DataFrame) -> list[Table]:
     """One table per load from :func:`tables.comparison_table`."""
     metrics, policies = shown_metrics(table), tables.policies_of(rows)
-    labels = ["policy", *(f"{m.label} ({m.unit})" for m in metrics)]
+    labels = ["policy", *(f"{m.label} ({m.unit})".strip() for m in metrics)]
     found = []
     for load, own in table.groupby("load"):
         cells = own.set_index(["policy", "metric"])
@@ -142,66 +135,6 @@ def attainment_matrix(rows: pd.DataFrame) -> Table | None:
     return Table("SLO attainment (%) by load (requests/s)", [], labels, lines)
 
 
-def summary(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
-    """What was found at each load, one sentence or a few for each."""
-    means = table.set_index(["load", "metric", "policy"]).sort_index()
-    found = []
-    for load in sorted(rows["load"].unique()):
-        own = means.loc[(load, "slo_attainment")].reindex(tables.policies_of(rows)).dropna(subset=["mean"])
-        strict = None
-        if (load, "slo_attainment_strict") in means.index.droplevel(2):
-            strict = means.loc[(load, "slo_attainment_strict")]
-        longest = _longest(rows[rows["load"] == load])
-        label = load_label(rows, load)
-        found.append(f"**{label[0].upper() + label[1:]}:** {_at_load(own, strict, longest)}")
-    return found
-
-
-def _at_load(own: pd.DataFrame, strict: pd.DataFrame | None, longest: Mapping[str, float]) -> str:
-    order = own.sort_values("mean", ascending=False, kind="stable")
-    if len(order) == 1:
-        return f"`{order.index[0]}` has an SLO attainment of {_percent(order.iloc[0])}."
-    if order["mean"].nunique() == 1:
-        return f"all policies attain the same, {_percent(order.iloc[0])}."
-    leader = str(order.index[0])
-    text = f"`{leader}` has the highest SLO attainment, {_percent(order.iloc[0])}"
-    tied = [p for p in order.index if order.loc[p, "tied"]]
-    if order["num_seeds"].max() < MIN_SEEDS:
-        text += " (too few seeds to say that this is no chance)"
-    elif tied:
-        text += f"; {names(tied)} cannot be told apart from it"
-    others = [p for p in order.index if p != leader and p not in tied]
-    base = tables.BASELINE if tables.BASELINE in others else others[0] if others else None
-    if base is not None:
-        text += f"; `{base}` has {_percent(order.loc[base])}"
-    text += "."
-    if strict is not None and np.isfinite(strict["mean"]).sum() > 1:
-        first = str(strict["mean"].idxmax())
-        if (
-            first != leader
-            and strict.loc[first, "mean"] > strict.loc[leader, "mean"]
-            and not strict.loc[leader, "tied"]
-        ):
-            text += f" Strict users do best under `{first}`, {_percent(strict.loc[first])}"
-            text += f" against {_percent(strict.loc[leader])} under `{leader}`."
-    if longest.get(leader, 1.0) < 0.75 * order["mean"].iloc[0]:
-        text += f" Of the tenth with the longest prompts `{leader}` attains {100 * longest[leader]:.1f} %."
-    return text
-
-
-def _percent(line: pd.Series) -> str:
-    return estimate(100 * line["mean"], 100 * line["low"], 100 * line["high"], " %", 1)
-
-
-def _longest(group: pd.DataFrame) -> dict[str, float]:
-    """Mean attainment of the tenth with the longest prompts, by policy."""
-    if "attained_by_decile" not in group:
-        return {}
-    last = [v[-1] if isinstance(v, list | np.ndarray) and len(v) else None for v in group["attained_by_decile"]]
-    shares = pd.Series(last, index=group["policy"].to_numpy(), dtype=float).groupby(level=0).mean()
-    return {str(p): float(v) for p, v in shares.items() if not math.isnan(v)}
-
-
 def reduction_table(reduction: pd.DataFrame) -> Table | None:
     """SLAI's TTFT reduction beside the reference figures."""
     lines = []
@@ -232,10 +165,10 @@ def capacity_reference_table(capacity: pd.DataFrame) -> Table | None:
         )
     at = against.set_index("policy")
     if {"slai", tables.BASELINE} <= set(at.index):
-        ours, reference = (float(at.loc["slai", c] / at.loc[tables.BASELINE, c]) for c in ("ours", "reference"))
+        ratio, theirs = (float(at.loc["slai", c] / at.loc[tables.BASELINE, c]) for c in ("ours", "reference"))
         claim = 1 + tables.PAPER_CAPACITY_GAIN
-        difference = f"{ours - reference:+.2f}".replace("-", "−")
-        cells = [Cell(number(ours, 2), _ratio_interval(capacity)), Cell(number(reference, 2)), Cell(number(claim, 2))]
+        difference = f"{ratio - theirs:+.2f}".replace("-", "−")
+        cells = [Cell(number(ratio, 2), _ratio_interval(capacity)), Cell(number(theirs, 2)), Cell(number(claim, 2))]
         lines.append([Cell(f"slai / {tables.BASELINE}", kind=HEAD), *cells, Cell(difference)])
     labels = ["policy", "ours (requests/s)", "reference (requests/s)", "the paper", "difference from the reference"]
     return Table("Capacity: largest rate with a median TTFT below 0.5 s", [], labels, lines)
@@ -253,8 +186,8 @@ def capacity_table(criterion: str, own: pd.DataFrame) -> Table:
     """Capacities under one criterion, with who is served there where that was recorded."""
     labels = ["policy", "capacity (requests/s)"]
     shares = [s for s in ("attained", "refused", "abandoned") if s in own and own[s].notna().any()]
-    tenths = "attained_by_decile" in own and own["attained_by_decile"].notna().any()
-    limited = "limited_by" in own and own["limited_by"].notna().any()
+    tenths = bool("attained_by_decile" in own and own["attained_by_decile"].notna().any())
+    limited = bool("limited_by" in own and own["limited_by"].notna().any())
     labels += ["limited by"] * limited + [f"{s} (%)" for s in shares] + [f"{i}" for i in range(1, 11)] * tenths
     groups = [("", 2 + limited)]
     groups += [("Requests at capacity", len(shares))] if shares else []
@@ -265,44 +198,10 @@ def capacity_table(criterion: str, own: pd.DataFrame) -> Table:
         qps = line["capacity_qps"]
         text = str(note) if isinstance(note, str) and not np.isfinite(qps) else number(qps, 2)
         cells = [Cell(str(line["policy"]), kind=HEAD), Cell(text, interval(line["ci_low"], line["ci_high"], 2))]
-        cells += [Cell(line["limited_by"] if isinstance(line["limited_by"], str) else "–")] * limited
+        cells += [Cell(line["limited_by"] if isinstance(line["limited_by"], str) else "–")] if limited else []
         cells += [Cell(number(100 * line[s], 1)) for s in shares]
         values = line["attained_by_decile"] if tenths else []
         values = values if isinstance(values, list) else [None] * 10
         cells += [Cell(number(None if v is None else 100 * v, 0), heat=v) for v in values] if tenths else []
         lines.append(cells)
     return Table(f"Capacity under `{criterion}`", groups if len(groups) > 1 else [], labels, lines)
-
-
-FLAGS = ("profile", "workload", "trace", "trace_arrivals", "num_requests", "strict_share", "jitter", "cost_scale")
-FLAGS += ("length_hint", "tbt_rule")
-
-
-def command(config: Mapping[str, Any], directory: Path) -> str | None:
-    """The `llmsched evaluate` that makes `directory` again, from its config."""
-    if isinstance(config.get("command"), str):
-        return str(config["command"])
-    scenario = config.get("scenario")
-    if not isinstance(scenario, Mapping) or scenario.get("suite") not in SUITES or "policies" not in config:
-        return None
-    usual = json.loads(json.dumps(encode(SUITES[scenario["suite"]].scenario.to_dict())))
-    words = ["llmsched", "evaluate", "--suite", scenario["suite"], "--policy", ",".join(config["policies"])]
-    for name, value in scenario.items():
-        if value == usual.get(name) or name in ("suite", "num_requests"):
-            continue
-        if name in FLAGS and isinstance(value, str | int | float):
-            words += [f"--{name.replace('_', '-')}", f"{value}"]
-        elif name == "patience_s":
-            words += ["--patience", f"{value}"]
-        elif name == "allow_refusal":
-            words += ["--allow-refusal"]
-        else:
-            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    if config.get("qps"):
-        words += ["--qps", ",".join(f"{q:.12g}" for q in config["qps"])]
-    if scenario.get("num_requests") is not None:
-        words += ["--num-requests", str(scenario["num_requests"])]
-    words += ["--seeds", str(config.get("seeds", 20))]
-    if config.get("first_seed"):
-        words += ["--first-seed", str(config["first_seed"])]
-    return shlex.join([*words, "--out", directory.resolve().name])

@@ -10,24 +10,20 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
-import numpy as np
-import pandas as pd
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw, prose, tables
-from llmsched_gym.evaluation.sections import Results, findings, overview, remarks, sections, settings, suite_of
+from llmsched_gym.evaluation import draw, findings, prose, tables
+from llmsched_gym.evaluation.results import read_results
+from llmsched_gym.evaluation.sections import sections
 from llmsched_gym.evaluation.tables import ReportError
 
-REQUIRED = ("runs.parquet", "requests.parquet", "config.json")
-REQUEST_COLUMNS = ["policy", "qps", "seed", "prompt_tokens", "phase", "ttft_s", "attained"]
 PNG_DPI = 150
 
-__all__ = ["ReportError", "read_results", "write_report"]
+__all__ = ["ReportError", "write_report"]
 
 
 def write_report(directory: str | Path, *, title: str | None = None) -> Path:
@@ -37,7 +33,9 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     """
     results = read_results(Path(directory))
     table = tables.comparison_table(results.rows)
-    title = title or f"Schedulers compared: suite {suite_of(results)}"
+    policies = tables.policies_of(results.rows)
+    who = "Schedulers compared" if len(policies) > 1 else policies[0]
+    title = title or f"{who}: suite {results.suite}"
     parts = []
     for section in sections(results):
         figures = []
@@ -55,17 +53,16 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
             )
         if figures or section.tables:
             parts.append({"section": section, "figures": figures})
-    policies = tables.policies_of(results.rows)
     styles = draw.policy_styles(policies)
     context = {
         "title": title,
-        "summary": [overview(results), *prose.summary(results.rows, table), *findings(results)],
+        "summary": [findings.overview(results), *findings.summary(results.rows, table), *findings.overall(results)],
         "matrix": prose.attainment_matrix(results.rows),
         "parts": parts,
         "comparisons": prose.comparison_tables(results.rows, table),
-        "remarks": remarks(results, table),
-        "settings": settings(results),
-        "command": prose.command(results.config, results.directory),
+        "remarks": findings.remarks(results, table),
+        "settings": findings.settings(results),
+        "command": findings.command(results.config, results.directory),
         "config": json.dumps(results.config, indent=1, sort_keys=True),
         "chips": {p: f"var(--c{s.colour[1:]},{s.colour})" for p, s in styles.items()},
         "dark": _dark_colours([s.colour for s in styles.values()]),
@@ -76,68 +73,14 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     return results.directory / "report.html"
 
 
-def read_results(directory: Path) -> Results:
-    """Read a folder; one line of error if it cannot be."""
-    if not directory.is_dir():
-        raise ReportError(f"report: {directory} is no folder")
-    for name in REQUIRED:
-        if not (directory / name).is_file():
-            raise ReportError(f"report: {directory} has no {name}; expected a folder that `evaluate --out` finished")
-    name = "config.json"
-    try:
-        config = json.loads((directory / name).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"expected an object, got {type(config).__name__}")
-        name = "runs.parquet"
-        rows = tables.tidy(pd.read_parquet(directory / name))
-        drawn = bool(rows["drawn"].any())
-        focus, highest = tables.focus_load(rows), rows["load"].max()
-        rates = rows.loc[rows["load"].isin([focus, highest]), "qps"].unique().tolist()
-        name = "requests.parquet"
-        wanted = None if drawn else [("qps", "in", rates)]
-        requests = pd.read_parquet(directory / name, columns=REQUEST_COLUMNS, filters=wanted)
-        name = "itl.parquet"
-        itl = _optional(directory / name)
-        name = "steps.parquet"
-        steps = _optional(directory / name)
-        name = "capacity.json"
-        capacity = _capacities(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise ReportError(f"report: cannot read {directory / name}: {' '.join(str(error).split())}") from None
-    if not itl.empty:
-        itl = itl.rename(columns={"quantile": "prob"})
-        rate = "requested_qps" if "requested_qps" in itl else "qps"
-        itl = itl if drawn or itl[rate].isna().all() else itl[np.isclose(itl[rate], focus)]
-    if not steps.empty:
-        steps = steps[steps["seed"] == steps["seed"].min()]
-        steps = steps if drawn else steps[np.isin(steps["qps"], rows.loc[rows["load"] == focus, "qps"])]
-    return Results(directory, config, rows, focus, requests, itl, steps, capacity)
-
-
-def _optional(path: Path) -> pd.DataFrame:
-    return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
-
-
-def _capacities(directory: Path) -> pd.DataFrame:
-    """Rows of every capacity*.json: an array of rows, or an object that has them as its results."""
-    rows: list[Any] = []
-    for path in sorted(directory.glob("capacity*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        rows += found["results"] if isinstance(found, dict) else found
-    frame = pd.DataFrame(rows)
-    if frame.empty:
-        return frame
-    for column in ("capacity_qps", "ci_low", "ci_high"):
-        frame[column] = pd.to_numeric(frame[column]).astype(float)
-    return frame.drop_duplicates(["policy", "criterion"]).reset_index(drop=True)
-
-
 def _render(figure: Figure, name: str) -> tuple[bytes, str]:
     """The figure as PNG and as SVG to be put into a page."""
     png, svg = io.BytesIO(), io.StringIO()
     with rc_context(draw.RC):
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out now, once for both
+        layout = figure.get_layout_engine()
+        if layout is not None:
+            layout.execute(figure)
+            figure.set_layout_engine(None)  # laid out now, once for both
         figure.savefig(png, format="png", dpi=PNG_DPI, metadata={"Software": None})
         figure.savefig(svg, format="svg", facecolor="none", metadata={"Date": None})
     return png.getvalue(), _inline(svg.getvalue(), name)

@@ -96,7 +96,8 @@ def tidy(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         df[column] = pd.to_numeric(df[column]).astype(float).fillna(math.inf)
     for outcome in ("refused", "abandoned", "unfinished", "rejected"):
         df[f"{outcome}_share"] = df.get(f"num_{outcome}", 0.0) / df["num_requests"]
-    df["qps"] = df["qps"].astype(float)
+    for column in {m.column for m in METRICS} & set(df.columns) | {"qps", "throughput_tok_s"} & set(df.columns):
+        df[column] = pd.to_numeric(df[column]).astype(float)
     df["drawn"] = _rates_are_drawn(df)
     given = df["requested_qps"].astype(float).fillna(df["qps"]) if "requested_qps" in df else df["qps"]
     df["load"] = df["qps"].mean() if df["drawn"].any() else given
@@ -226,7 +227,7 @@ def ttft_reduction(df: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
     Columns load, policy, mean, low, high, num_seeds; intervals resample the pairs of runs.
     """
     policies, parts = policies_of(df), []
-    for load, group in df.groupby("load"):
+    for load, group in df.groupby("load") if baseline in policies else ():
         values = _by_seed(group, "ttft_p50_s", policies)
         base = values[policies.index(baseline)]
         for policy, own in zip(policies, values, strict=True):
@@ -237,7 +238,8 @@ def ttft_reduction(df: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
             mean = 1 - own[both].mean() / base[both].mean() if known else np.nan
             low, high = intervals.reduction(own[both].tolist(), base[both].tolist()) or (np.nan, np.nan)
             parts.append(dict(load=load, policy=policy, mean=mean, low=low, high=high, num_seeds=int(both.sum())))
-    return pd.DataFrame(parts, columns=["load", "policy", "mean", "low", "high", "num_seeds"])
+    found = pd.DataFrame(parts, columns=["load", "policy", "mean", "low", "high", "num_seeds"])
+    return found.astype({column: float for column in ("load", "mean", "low", "high")})
 
 
 def reduction_against_reference(reduction: pd.DataFrame) -> pd.DataFrame:

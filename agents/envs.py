@@ -1,0 +1,69 @@
+"""The environments agents train in: episodes are drawn from the training seeds, and the whole state can be saved."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.env.sb3 import LLMSchedVecEnv
+from llmsched_gym.env.vector import LLMSchedVectorEnv
+from llmsched_gym.workload import make_table
+
+TRAINING_SEEDS = range(1000, 2000)
+SELECTION_SEEDS = range(2000, 3000)
+
+
+class _SeededVectorEnv(LLMSchedVectorEnv):
+    """Every episode's seed is drawn from TRAINING_SEEDS by one generator."""
+
+    episodes: np.random.Generator
+
+    def _seed(self, env: int, seed: int | None) -> int:
+        return int(self.episodes.integers(TRAINING_SEEDS.start, TRAINING_SEEDS.stop)) if seed is None else seed
+
+
+class TrainingEnv(LLMSchedVecEnv):
+    """`num_envs` environments on episodes of the training seeds, chosen by `seed`.
+
+    The state between two steps is a dict of arrays (:meth:`get_state`); an environment of the same settings goes on
+    from it as if nothing had happened (:meth:`set_state`).
+    """
+
+    def __init__(self, num_envs: int, suite: str, seed: int, **fields: Any) -> None:
+        super().__init__(1, suite, **fields)
+        self.env: _SeededVectorEnv = _SeededVectorEnv(num_envs, suite, **fields)
+        self.num_envs = num_envs
+        self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
+        self.start_over(seed)
+
+    def start_over(self, seed: int) -> None:
+        """Choose episodes by `seed` from the next reset on."""
+        self.env.episodes = np.random.default_rng([seed, 1])
+        self._seeds = [None] * self.num_envs
+        self._options = [{} for _ in range(self.num_envs)]
+
+    def get_state(self) -> dict[str, Any]:
+        core = self.env.core
+        tables = [table.seed for table in core.tables if table is not None]
+        return {
+            "arrays": {name: array.copy() for name, array in core.engine.state._asdict().items()},
+            "outputs": {name: array.copy() for name, array in core.arrays._asdict().items()},
+            "tables": np.array(tables),
+            "returns": self._returns.copy(),
+            "lengths": self._lengths.copy(),
+            "episodes": json.dumps(self.env.episodes.bit_generator.state),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        core = self.env.core
+        core.engine.reserve(state["arrays"]["requests"].shape[1])
+        for arrays, saved in ((core.engine.state, state["arrays"]), (core.arrays, state["outputs"])):
+            for name, array in arrays._asdict().items():
+                array[...] = saved[name].view(array.dtype)
+        for env, seed in enumerate(state["tables"].tolist()):
+            core.tables[env] = make_table(self.env.config, seed)
+            core.engine._seeds[env] = seed
+        self._returns[:], self._lengths[:] = state["returns"], state["lengths"]
+        self.env.episodes.bit_generator.state = json.loads(state["episodes"])

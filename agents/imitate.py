@@ -1,0 +1,161 @@
+"""Imitate a scheduler: ``python -m agents.imitate --teacher slai --out runs/slai``; then warm-start a training with it.
+
+Behaviour cloning first: the teacher drives, the student learns its knobs. Then DAgger: the student drives, the teacher
+says what it would have done, and the student learns from everything seen so far. The teacher is any setting of the
+packing kernel whose values the knobs have (`slai`, `sarathi`, ...) or a policy folder with the knobs action. Writes
+weights.pt for ``agents.train --warm-start`` and `policy`, a policy folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agents.envs import TrainingEnv
+from agents.export import export, finish
+from agents.networks import normaliser_of
+from agents.options import fail_in_one_line, option, parse
+from agents.train import Config as TrainConfig
+from agents.train import evaluate, make_model
+from llmsched_gym.config import ConfigError, env_config
+from llmsched_gym.env.knobs import knobs_action
+from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
+
+Teacher = Callable[[TrainingEnv, Any], np.ndarray]
+"""From the environments and their observations to the actions it would take, (num_envs, num_knobs)."""
+
+
+@dataclass(frozen=True)
+class Config:
+    teacher: str = option("slai", "a setting of the packing kernel, or a policy folder with knobs")
+    out: str = option("runs/imitate", "folder to write")
+    seed: int = option(0, "of weights, minibatches and choice of episodes")
+    suite: str = option("default", "suite to imitate on")
+    set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
+    observation: str = option("features", "what the student sees", choices=("features", "slots"))
+    action_repeat: int = option(8, "batches that one action decides")
+    rounds: int = option(5, "rounds of DAgger after behaviour cloning")
+    steps: int = option(300, "decisions per environment and round")
+    num_envs: int = option(64, "environments side by side")
+    epochs: int = option(4, "passes over the data after each round")
+    batch_size: int = option(1024, "of a minibatch")
+    learning_rate: float = option(1e-3, "of Adam")
+    hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
+    width: int = option(32, "slots: width of a row's embedding")
+    layers: int = option(1, "slots: attention layers; 0 is deep sets")
+    eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
+    eval_requests: int = option(500, "measured requests of an evaluation run")
+
+    def training(self) -> TrainConfig:
+        """The training that can start from the student: same world, same network."""
+        shared = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
+        skip = {"out", "steps", "epochs", "batch_size", "learning_rate"}
+        return TrainConfig(**{name: getattr(self, name) for name in shared - skip})
+
+
+def make_teacher(name: str, env: TrainingEnv) -> Teacher:
+    """How to ask a scheduler for its knobs."""
+    scheduler, config = make_scheduler(name), env.env.config
+    if isinstance(scheduler, Compiled) and scheduler.function is pack_with_knobs:
+        try:
+            actions = [knobs_action(scheduler.knobs, usage, config) for usage in (0.0, 1.0)]
+        except ValueError as error:
+            raise ConfigError(f"teacher: {name}: {error}") from None
+        switch = float(scheduler.knobs["usage_switch"])
+
+        def compiled(env: TrainingEnv, observations: Any) -> np.ndarray:
+            usage = env.env.core.engine.state.sims["kv_cache_usage"]
+            return np.where((usage < switch)[:, None], *actions)
+
+        return compiled
+    theirs = getattr(scheduler, "config", None)
+    if theirs is None or (theirs.action, theirs.observation) != ("knobs", config.observation):
+        raise ConfigError(f"teacher: expected knobs and {config.observation} like the student's, or a kernel setting")
+
+    def learned(env: TrainingEnv, observations: Any) -> np.ndarray:
+        if isinstance(observations, dict):
+            each = ({k: v[i] for k, v in observations.items()} for i in range(env.num_envs))
+            return np.stack([scheduler.policy(one) for one in each])
+        return np.stack([scheduler.policy(one) for one in observations])
+
+    return learned
+
+
+def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> Path:
+    """Train a student; returns its policy folder."""
+    torch.set_num_threads(1)
+    training = config.training()
+    env_config(config.suite, **training.world())
+    env = TrainingEnv(config.num_envs, config.suite, config.seed, **training.world())
+    teacher = make_teacher(config.teacher, env)
+    model = make_model(training, env)
+    policy, rng, world = model.policy, np.random.default_rng([config.seed, 4]), env.env.config
+    optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    seen: dict[str, list[np.ndarray]] = {"label": []}
+    observations = env.reset()
+    for number in range(config.rounds + 1):
+        for _ in range(config.steps):
+            named = observations if isinstance(observations, dict) else {"": observations}
+            labels = teacher(env, observations)
+            for key, value in {**named, "label": labels}.items():
+                seen.setdefault(key, []).append(value)
+            actions = labels if number == 0 else _sample(policy, named)
+            observations = env.step(actions)[0]
+        data = {key: np.concatenate(value) for key, value in seen.items()}
+        if number == 0:
+            normaliser_of(policy).fit(data["features" if isinstance(observations, dict) else ""])
+        agreement = _fit(policy, optimizer, data, config, rng)
+        line = {"round": number, "agreement": agreement, **evaluate(policy, training, world)}
+        with open(out / "progress.jsonl", "a") as progress:
+            progress.write(json.dumps(line) + "\n")
+        say(f"{'behaviour cloning' if number == 0 else f'DAgger {number}'}: {line}")
+
+    torch.save(policy.state_dict(), out / "weights.pt")
+    summary = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
+    summary["teacher"] = Path(config.teacher).name  # a path is nobody else's
+    return finish(out / "policy", *export(policy, world, training={**summary, **line}))
+
+
+def _tensors(named: dict[str, np.ndarray], rows: Any = slice(None)) -> Any:
+    tensors = {k: torch.from_numpy(v[rows]) for k, v in named.items() if k != "label"}
+    return tensors.get("", tensors)
+
+
+def _sample(policy: Any, named: dict[str, np.ndarray]) -> np.ndarray:
+    with torch.no_grad():
+        return policy.get_distribution(_tensors(named)).sample().numpy()
+
+
+def _fit(policy: Any, optimizer: Any, data: dict[str, np.ndarray], config: Config, rng: np.random.Generator) -> float:
+    """Raise the likelihood of the labels; returns the share of decisions that agree in all knobs."""
+    n, labels, agreed = len(data["label"]), torch.from_numpy(data["label"]), 0
+    for epoch in range(config.epochs):
+        for rows in np.array_split(rng.permutation(n), max(1, n // config.batch_size)):
+            distribution = policy.get_distribution(_tensors(data, rows))
+            loss = -distribution.log_prob(labels[rows]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if epoch == config.epochs - 1:
+                agreed += int((distribution.mode() == labels[rows]).all(-1).sum())
+    return agreed / n
+
+
+def _main() -> None:
+    config = parse(Config, None, (__doc__ or "").split("\n\n")[0])
+    print(imitate(config, lambda line: print(line, file=sys.stderr)))
+
+
+if __name__ == "__main__":
+    sys.exit(fail_in_one_line(_main))

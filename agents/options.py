@@ -1,0 +1,83 @@
+"""A dataclass as command line and help: every field is an option, its metadata the help text."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llmsched_gym.config import ConfigError
+from llmsched_gym.scheduler import PolicyError
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """A field with its default and its line of help."""
+    metadata["help"] = help
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls: type, argv: Sequence[str] | None, description: str) -> Any:
+    """An instance of the dataclass from a command line."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
+        help = field.metadata["help"]
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+        elif kind == dict[str, Any]:
+            parser.add_argument(flag, action="append", type=_pair, metavar="FIELD=VALUE", help=help)
+        elif kind == tuple[int, ...]:
+            text = ",".join(map(str, field.default))  # type: ignore[arg-type]
+            parser.add_argument(flag, type=_integers, default=text, metavar="N,N,...", help=help)
+        else:
+            choices = field.metadata.get("choices")
+            read = _whole if kind is int else kind
+            parser.add_argument(flag, type=read, default=field.default, choices=choices, help=help)
+    values = vars(parser.parse_args(argv))
+    for name, kind in hints.items():
+        if kind == dict[str, Any]:
+            values[name] = dict(values[name] or ())
+    return cls(**values)
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def _whole(text: str) -> int:
+    value = float(text)  # 2e6 is a number of steps too
+    if value != int(value):
+        raise ValueError
+    return int(value)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def fail_in_one_line(main: Callable[[], Any]) -> int:
+    """Run `main`; what a user got wrong becomes one line and exit code 2."""
+    try:
+        main()
+    except (ConfigError, PolicyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,280 @@
+"""Train PPO or MaskablePPO on LLMSched: ``python -m agents.train --out runs/first``.
+
+A run folder holds config.json, checkpoints, progress.jsonl (one line per iteration), TensorBoard events, `best` (the
+policy folder with the highest mean utility on selection seeds so far) and at the end `policy` (the same, with its
+decision time measured). ``python -m agents.train --resume --out runs/first`` goes on after an interruption, on the
+curve that the run would have had without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger
+from torch.utils.tensorboard import SummaryWriter
+
+from agents.checkpoint import cut_progress, load_checkpoint, random_state, save_checkpoint, set_random_state
+from agents.envs import SELECTION_SEEDS, TrainingEnv
+from agents.export import export, finish
+from agents.networks import normaliser_of, policy_class, policy_kwargs
+from agents.options import fail_in_one_line, option, parse
+from agents.rollout import Discounts, buffer_class
+from llmsched_gym.config import ConfigError, EnvConfig, env_config
+from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = option("runs/train", "folder of the run")
+    resume: bool = option(False, "go on from the last checkpoint in --out, with the settings of its config.json")
+    seed: int = option(0, "of everything that is random: weights, actions, minibatches, choice of episodes")
+    # the world
+    suite: str = option("default", "suite to train on")
+    set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
+    action: str = option("knobs", "what the agent decides", choices=("knobs", "priority", "request"))
+    observation: str = option("features", "what it sees: MLP on features, or rows", choices=("features", "slots"))
+    action_repeat: int = option(8, "batches that one action decides (1 for request actions)")
+    reward_scale: float = option(0.02, "factor on the reward")
+    tau_s: float = option(120.0, "time constant of the per-second discount")
+    # the learner
+    algorithm: str = option("ppo", "maskable is for request actions", choices=("ppo", "maskable"))
+    steps: int = option(2_000_000, "decisions to train on, over all environments")
+    num_envs: int = option(128, "environments side by side")
+    n_steps: int = option(64, "decisions per environment and iteration")
+    batch_size: int = option(2048, "of a minibatch")
+    epochs: int = option(4, "passes over an iteration's data")
+    learning_rate: float = option(5e-4, "at the start")
+    anneal: bool = option(True, "let the learning rate fall to 0 linearly")
+    discount: str = option("second", "per second, exp(-duration / tau), or per step", choices=("second", "step"))
+    gamma: float = option(0.998, "discount of a step, with --discount step")
+    gae_lambda: float = option(0.97, "lambda of the advantage")
+    clip: float = option(0.2, "PPO's clip range")
+    entropy: float = option(0.002, "weight of the entropy bonus")
+    critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start")
+    warm_start: str = option("", "weights.pt of agents.imitate")
+    threads: int = option(1, "threads of torch; more pay only with large networks on idle cores")
+    # the network
+    hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
+    activation: str = option("tanh", "between layers", choices=("tanh", "relu"))
+    width: int = option(32, "slots: width of a row's embedding")
+    layers: int = option(1, "slots: attention layers; 0 is deep sets")
+    heads: int = option(2, "slots: attention heads")
+    # looking and saving
+    eval_every: int = option(250_000, "decisions between evaluations on selection seeds")
+    eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
+    eval_requests: int = option(500, "measured requests of an evaluation run")
+    checkpoint_every: int = option(250_000, "decisions between checkpoints")
+
+    def world(self) -> dict[str, Any]:
+        """Fields of the environment."""
+        return {
+            "action": self.action,
+            "observation": self.observation,
+            "action_repeat": 1 if self.action == "request" else self.action_repeat,
+            "reward_scale": self.reward_scale,
+            "tau_s": self.tau_s,
+            **self.set,
+        }
+
+
+def make_model(config: Config, env: TrainingEnv) -> PPO | MaskablePPO:
+    """An SB3 model with our buffer and policy; everything random in it comes from the seed."""
+    masks, slots = config.algorithm == "maskable", config.observation == "slots"
+    rate = config.learning_rate
+    return (MaskablePPO if masks else PPO)(
+        policy_class(masks=masks, slots=slots),
+        env,
+        learning_rate=(lambda remaining: rate * remaining) if config.anneal else rate,
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        clip_range=config.clip,
+        ent_coef=config.entropy,
+        rollout_buffer_class=buffer_class(masks=masks, slots=slots),
+        policy_kwargs=policy_kwargs(
+            slots=slots,
+            hidden=config.hidden,
+            activation=config.activation,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+        ),
+        seed=config.seed,
+        device="cpu",
+    )
+
+
+def typical_features(env: TrainingEnv, seed: int, steps: int = 200) -> np.ndarray:
+    """Features under random constant actions, for the normalisation; (steps * num_envs, num_features)."""
+    rng = np.random.default_rng([seed, 2])
+    env.start_over(seed)
+    env.reset()
+    env.action_space.seed(seed)
+    actions = np.stack([env.action_space.sample() for _ in range(env.num_envs)])
+    seen = []
+    for _ in range(steps):
+        if env.env.config.action == "request":
+            actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in env.action_masks()])
+        observation = env.step(actions)[0]
+        seen.append(observation["features"] if isinstance(observation, dict) else observation)
+    env.start_over(seed)
+    return np.concatenate(seen)
+
+
+def evaluate(policy: Any, config: Config, world: EnvConfig) -> dict[str, float]:
+    """Means over selection seeds of the runs that `llmsched evaluate` would make of the exported policy."""
+    spec, tensors = export(policy, world)
+    scenario = env_config(config.suite, **{"num_requests": config.eval_requests, **config.world()})
+    seeds = SELECTION_SEEDS[: config.eval_seeds]
+    rows = [row(simulate(scenario, LoadedPolicy(spec, tensors), seed)) for seed in seeds]
+    return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
+
+
+def set_actor_learning(policy: Any, learns: bool) -> None:
+    actor = [policy.action_net, getattr(policy.mlp_extractor, "policy_net", None)]
+    for module in filter(None, actor):
+        module.requires_grad_(learns)
+
+
+def train(config: Config) -> Path:
+    """Run or go on with a training; returns the folder of the policy."""
+    out = Path(config.out)
+    config = _open_run(config, out)
+    torch.set_num_threads(config.threads)
+    torch.distributions.Distribution.set_default_validate_args(False)  # a tenth of the time
+
+    env = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
+    world = env.env.config
+    model = make_model(config, env)
+    model.set_logger(Logger(folder=None, output_formats=[]))
+    callback: Any = Discounts(per_second=config.discount == "second")
+    best, last_eval, last_checkpoint = -np.inf, 0, 0
+
+    saved = load_checkpoint(out) if config.resume else None
+    if saved is None:
+        normaliser_of(model.policy).fit(typical_features(env, config.seed))
+        if config.warm_start:
+            model.policy.load_state_dict(torch.load(config.warm_start, weights_only=True))
+        _, callback = model._setup_learn(config.steps, callback)
+    else:
+        model._last_obs, model._last_episode_starts = saved["observation"], saved["episode_starts"]
+        model.num_timesteps, model._n_updates = saved["step"], saved["updates"]
+        _, callback = model._setup_learn(config.steps - saved["step"], callback, reset_num_timesteps=False)
+        model.policy.load_state_dict(saved["policy"])
+        model.policy.optimizer.load_state_dict(saved["optimizer"])
+        model.ep_info_buffer.extend(saved["episodes"])  # type: ignore[union-attr]
+        env.set_state(saved["env"])
+        set_random_state(saved["random"])
+        best, last_eval, last_checkpoint = saved["best"], saved["last_eval"], saved["step"]
+
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=model.num_timesteps + 1)
+    with open(cut_progress(out, model.num_timesteps), "a") as progress, _bar(config.steps) as bar:
+        task = bar.add_task("training", total=config.steps, completed=model.num_timesteps, best="-")
+        while model.num_timesteps < config.steps:
+            start, first = time.perf_counter(), model.num_timesteps
+            set_actor_learning(model.policy, first >= config.critic_warmup)
+            model.collect_rollouts(env, callback, model.rollout_buffer, n_rollout_steps=config.n_steps)
+            model._update_current_progress_remaining(model.num_timesteps, config.steps)
+            model.train()
+            step = model.num_timesteps
+
+            figures = {k: float(v) for k, v in model.logger.name_to_value.items()}
+            model.logger.name_to_value.clear()
+            returns = [episode["r"] for episode in model.ep_info_buffer or ()]
+            if returns:
+                figures["rollout/return"] = float(np.mean(returns))
+            figures["time/frames_per_s"] = (step - first) / (time.perf_counter() - start)
+            ends = step >= config.steps
+            if step - last_eval >= config.eval_every or ends:
+                last_eval = step
+                found = evaluate(model.policy, config, world)
+                figures |= {f"eval/{name}": value for name, value in found.items()}
+                if found["mean_utility"] > best:
+                    best = found["mean_utility"]
+                    summary = {
+                        **_plain(config),
+                        "warm_start": bool(config.warm_start),
+                        "step": step,
+                        "selection": found,
+                    }
+                    write_folder(out / "best", *export(model.policy, world, training=summary))
+            for name, value in figures.items():
+                writer.add_scalar(name, value, step)
+            progress.write(json.dumps({"step": step, **figures}) + "\n")
+            progress.flush()
+            bar.update(task, completed=step, best="-" if best == -np.inf else f"{best:.4f}")
+            if step - last_checkpoint >= config.checkpoint_every or ends:
+                last_checkpoint = step
+                state = {
+                    "step": step,
+                    "updates": model._n_updates,
+                    "policy": model.policy.state_dict(),
+                    "optimizer": model.policy.optimizer.state_dict(),
+                    "observation": model._last_obs,
+                    "episode_starts": np.asarray(model._last_episode_starts),
+                    "episodes": list(model.ep_info_buffer or ()),
+                    "env": env.get_state(),
+                    "random": random_state(),
+                    "best": best,
+                    "last_eval": last_eval,
+                }
+                writer.flush()
+                save_checkpoint(out, step, state)
+    writer.close()
+    return finish(out / "policy", *read_folder(out / "best"))
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")}
+
+
+def _open_run(config: Config, out: Path) -> Config:
+    """Start a folder, or read the settings of the one to go on with."""
+    path = out / "config.json"
+    if config.resume:
+        if not path.exists():
+            raise ConfigError(f"out: nothing to resume, there is no {path}")
+        settings = json.loads(path.read_text())
+        settings["hidden"] = tuple(settings["hidden"])
+        return Config(**settings, out=config.out, resume=True)
+    if path.exists():
+        raise ConfigError(f"out: {out} holds a run already; say --resume, or choose another folder")
+    if config.action == "request" and config.algorithm != "maskable":
+        raise ConfigError("algorithm: expected maskable for request actions, got ppo")
+    env_config(config.suite, **config.world())
+    out.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(_plain(config), indent=2) + "\n")
+    partial.replace(path)
+    return config
+
+
+def _bar(total: int) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("best {task.fields[best]}"),
+    )
+    return Progress(*columns, console=Console(stderr=True))
+
+
+if __name__ == "__main__":
+    sys.exit(fail_in_one_line(lambda: print(train(parse(Config, None, (__doc__ or "").split("\n\n")[0])))))

@@ -1,0 +1,255 @@
+"""Tune opponents by CMA-ES: ``python -m agents.tune --kind constant --suite drift --out runs/constant``.
+
+`constant` searches one setting of all knobs; `linear` a linear rule from features to knobs (scores of the knobs are
+weights times features plus a bias). Both choose among the values that a learner chooses from, see the features that it
+sees, and are charged for simulated decisions like it. ``--template "my:Scheduler[alpha=0..1,window=int:1..50]"`` tunes
+the bracket parameters of any scheduler instead and writes the best to best.json.
+
+A candidate's value is its mean utility over finite runs on training seeds, the same for all of a generation. Now and
+then the mean of the search distribution is judged on selection seeds, and the best is kept. ``--resume`` goes on after
+an interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cma
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from agents.checkpoint import cut_progress, load_checkpoint, save_checkpoint
+from agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
+from agents.export import finish
+from agents.options import fail_in_one_line, option, parse
+from llmsched_gym.config import ConfigError, EnvConfig, env_config
+from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.knobs import knobs_for
+from llmsched_gym.env.vector import LLMSchedVectorEnv
+from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.policies import read_folder, write_folder
+from llmsched_gym.policies.folder import spec_for
+from llmsched_gym.policies.knob_rules import KnobScores
+
+# What a linear rule looks at: load, backlog, urgency, and how the machine does.
+LINEAR_FEATURES = (
+    "kv_cache_usage",
+    "running_share",
+    "num_waiting",
+    "waiting_tokens",
+    "started_tokens",
+    "mean_batch",
+    "cost_ratio",
+    "arrivals_10s",
+    "arrivals_60s",
+    "smallest_tbt_slo",
+    "waiting_missed",
+    "waiting_feasible",
+)
+START_ACTION = {"token_budget": 512, "cap": 0.8, "margin": 2, "order": 5}  # feasible-first with a cap
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = option("runs/tune", "folder of the run")
+    resume: bool = option(False, "go on with the run in --out, with the settings of its config.json")
+    seed: int = option(0, "of the search and of the choice of episodes")
+    kind: str = option("constant", "what is tuned", choices=("constant", "linear"))
+    template: str = option("", "a scheduler with ranges for parameters, tuned instead")
+    suite: str = option("default", "suite to tune on")
+    set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
+    action_repeat: int = option(8, "batches that one decision holds")
+    steps: int = option(2_000_000, "simulated decisions to spend (one is action_repeat batches)")
+    population: int = option(0, "candidates of a generation; 0: CMA-ES's own choice")
+    sigma: float = option(0.3, "first step size; scores of knobs go from 0 to 1")
+    episodes: int = option(4, "runs of a candidate in a generation")
+    requests: int = option(300, "measured requests of a run")
+    eval_every: int = option(250_000, "decisions between looks at selection seeds")
+    eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
+    eval_requests: int = option(500, "measured requests of an evaluation run")
+
+
+class KnobRules:
+    """Candidates that set knobs, run side by side in one vector environment."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.world: EnvConfig = env_config(
+            config.suite,
+            **{"num_requests": config.requests, "action_repeat": config.action_repeat, **config.set},
+        )
+        self.scores = KnobScores(knobs_for(self.world))
+        names = [f.name for f in FEATURES]
+        used = LINEAR_FEATURES if config.kind == "linear" else ()
+        self.columns = np.array([names.index(name) for name in used], np.int64)
+        first = [_index(knob, START_ACTION) for knob in knobs_for(self.world)]
+        weights = np.zeros((self.scores.num_scores, len(self.columns)))
+        self.start = np.concatenate([self.scores.scores(np.array(first))[:, None], weights], 1).ravel()
+        self._envs: dict[int, LLMSchedVectorEnv] = {}
+
+    def _split(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        table = x.reshape(*x.shape[:-1], self.scores.num_scores, 1 + len(self.columns))
+        return table[..., 0], table[..., 1:]
+
+    def utilities(self, candidates: list[np.ndarray], seeds: list[int]) -> tuple[np.ndarray, int]:
+        """Mean utility of each candidate over `seeds`, and the decisions it took to find out."""
+        n, each = len(candidates), len(seeds)
+        if n not in self._envs:
+            self._envs[n] = LLMSchedVectorEnv(n * each, self.config.suite, **_fields(self.world))
+        env = self._envs[n]
+        bias, weight = (np.repeat(part, each, 0) for part in self._split(np.stack(candidates)))
+        observation, _ = env.reset(seed=list(seeds) * n)
+        totals, running, decisions = np.zeros(n * each), np.ones(n * each, bool), 0
+        while running.any():
+            scores = bias + np.einsum("eof,ef->eo", weight, observation[:, self.columns].astype(np.float64))
+            observation, rewards, terminated, truncated, _ = env.step(self.scores.actions(scores))
+            totals[running] += rewards[running]
+            decisions += int(running.sum())
+            running &= ~(terminated | truncated)
+        means = totals.reshape(n, each).mean(1) / (self.world.num_requests or 1) / self.world.reward_scale
+        return means, decisions
+
+    def write(self, x: np.ndarray, folder: Path, training: dict[str, Any]) -> str:
+        bias, weight = self._split(x)
+        if self.config.kind == "constant":
+            action = self.scores.actions(bias)
+            labels = {k.name: k.label(int(i)) for k, i in zip(knobs_for(self.world), action, strict=True)}
+            spec = spec_for(self.world, {"kind": "constant"}, training={**training, "knobs": labels})
+            return str(write_folder(folder, spec, {"action": action}))
+        spec = spec_for(self.world, {"kind": "linear"}, training=training)
+        spec = dataclasses.replace(spec, observation={**spec.observation, "features": list(LINEAR_FEATURES)})
+        tensors = {"weight": weight.astype(np.float32), "bias": bias.astype(np.float32)}
+        return str(write_folder(folder, spec, tensors))
+
+
+class TemplateRules:
+    """Candidates that set the parameters of a scheduler; one decision is one batch."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.world = env_config(config.suite, **{"num_requests": config.requests, **config.set})
+        pattern = r"(int:)?(-?[\d.]+(?:e-?\d+)?)\.\.(-?[\d.]+(?:e-?\d+)?)"
+        self.ranges = [(bool(m[1]), float(m[2]), float(m[3])) for m in re.finditer(pattern, config.template)]
+        if not self.ranges:
+            raise ConfigError(f"template: expected a range as in slai[budget=int:256..2048], got {config.template!r}")
+        self.parts = re.split(pattern, config.template)[::4]
+        self.start = np.full(len(self.ranges), 0.5)
+
+    def name(self, x: np.ndarray) -> str:
+        out = self.parts[0]
+        for value, (whole, low, high), after in zip(np.clip(x, 0, 1), self.ranges, self.parts[1:], strict=True):
+            number = low + (high - low) * float(value)
+            out += (str(round(number)) if whole else f"{number:.6g}") + after
+        return out
+
+    def utilities(self, candidates: list[np.ndarray], seeds: list[int]) -> tuple[np.ndarray, int]:
+        rows = [[row(simulate(self.world, self.name(x), seed)) for seed in seeds] for x in candidates]
+        means = np.array([np.mean([r["mean_utility"] for r in runs]) for runs in rows])
+        return means, sum(r["iterations"] for runs in rows for r in runs)
+
+    def write(self, x: np.ndarray, folder: Path, training: dict[str, Any]) -> str:
+        path = folder.with_suffix(".json")
+        path.write_text(json.dumps({"policy": self.name(x), "training": training}, indent=2) + "\n")
+        return self.name(x)
+
+
+def _fields(world: EnvConfig) -> dict[str, Any]:
+    return {k: v for k, v in world.to_dict().items() if k != "suite"}
+
+
+def _index(knob: Any, wanted: dict[str, float]) -> int:
+    return knob.values.index(wanted[knob.name]) if knob.name in wanted else 0
+
+
+def selection(policy: str, config: Config) -> dict[str, float]:
+    scenario = env_config(config.suite, **{"num_requests": config.eval_requests, **config.set})
+    rows = [row(simulate(scenario, policy, seed)) for seed in SELECTION_SEEDS[: config.eval_seeds]]
+    return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
+
+
+def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
+    """Run or go on with a search; returns the best policy: its folder, or its name."""
+    out = Path(config.out)
+    config = _open_run(config, out)
+    rules: Any = TemplateRules(config) if config.template else KnobRules(config)
+    options = {"seed": config.seed + 1, "verbose": -9}  # 0 would ask for the clock's
+    if config.population:
+        options["popsize"] = config.population
+    rng = np.random.default_rng([config.seed, 3])
+    search = cma.CMAEvolutionStrategy(rules.start, config.sigma, options)
+    spent, best, name, last_eval = 0, -np.inf, "", 0
+    saved = load_checkpoint(out) if config.resume else None
+    if saved is not None:
+        search = pickle.loads(saved["search"].tobytes())  # made by this program; policy folders never are
+        rng.bit_generator.state = json.loads(saved["rng"])
+        spent, best, name, last_eval = saved["spent"], saved["best"], saved["name"], saved["last_eval"]
+        np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
+
+    path = cut_progress(out, spent)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("tuning", total=config.steps, completed=spent)
+        while spent < config.steps:
+            seeds = rng.choice(TRAINING_SEEDS, config.episodes, replace=False).tolist()
+            candidates = search.ask()
+            found, decisions = rules.utilities(candidates, seeds)
+            search.tell(candidates, (-found).tolist())
+            spent += decisions
+            line = {"step": spent, "mean_utility": float(found.mean()), "best_utility": float(found.max())}
+            if spent - last_eval >= config.eval_every or spent >= config.steps:
+                last_eval = spent
+                summary = {**_plain(config), "step": spent}
+                judged = rules.write(search.mean, out / "candidate", summary)
+                figures = selection(judged, config)
+                line |= {f"eval/{k}": v for k, v in figures.items()}
+                if figures["mean_utility"] > best:
+                    best = figures["mean_utility"]
+                    name = rules.write(search.mean, out / "policy", {**summary, "selection": figures})
+            with open(path, "a") as progress:
+                progress.write(json.dumps(line) + "\n")
+            say(json.dumps(line))
+            bar.update(task, completed=min(spent, config.steps))
+            state = {
+                "search": np.frombuffer(search.pickle_dumps(), np.uint8),
+                "rng": json.dumps(rng.bit_generator.state),
+                "numpy": [v if isinstance(v, str) else np.asarray(v) for v in np.random.get_state()],  # noqa: NPY002
+                "spent": spent,
+                "best": best,
+                "name": name,
+                "last_eval": last_eval,
+            }
+            save_checkpoint(out, spent, state)
+    if config.kind == "linear" and not config.template:
+        finish(name, *read_folder(name))  # a rule in numpy takes time, a constant is compiled
+    return name
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")}
+
+
+def _open_run(config: Config, out: Path) -> Config:
+    path = out / "config.json"
+    if config.resume:
+        if not path.exists():
+            raise ConfigError(f"out: nothing to resume, there is no {path}")
+        return Config(**json.loads(path.read_text()), out=config.out, resume=True)
+    if path.exists():
+        raise ConfigError(f"out: {out} holds a run already; say --resume, or choose another folder")
+    env_config(config.suite, **config.set)
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_plain(config), indent=2) + "\n")
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(fail_in_one_line(lambda: print(tune(parse(Config, None, (__doc__ or "").split("\n\n")[0])))))

@@ -1,0 +1,85 @@
+"""A bound to compare with: who knows every output length and serves the shortest total work first."""
+
+import math
+
+from llmsched_gym.engine.batch import (
+    add_chunk,
+    can_admit,
+    chunk_room,
+    is_prefill,
+    open_batch,
+    smallest_tbt_slo_s,
+)
+from llmsched_gym.engine.batch import remaining_prefill as remaining
+from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.pack import SRPT, add_critical_decodes, add_deferred_decodes
+from llmsched_gym.engine.records import WAITING
+from llmsched_gym.engine.step import LATEST_LST
+from llmsched_gym.scheduler import Compiled
+
+PRICED_TOKENS = 512
+
+
+@kernel()
+def work_s(lane, r):
+    """Seconds that the rest of request `r` takes of the device: its tokens in batches of 512, and their attention."""
+    request = lane.requests[r]
+    tokens = min(PRICED_TOKENS, lane.sim.max_num_batched_tokens)
+    token_s = lane.linear_s[tokens] / tokens
+    prompt, computed = request.prefill_tokens, request.num_computed_tokens
+    left = request.length_hint - request.num_output_tokens
+    decodes = max(0.0, left - 1.0) if left == left else 0.0  # without a hint: its prompt alone
+    pairs = 0.5 * (prompt * (prompt + 1.0) - computed * (computed + 1.0))
+    kv_tokens = prompt + decodes * (prompt + 0.5 * (decodes + 1.0))
+    return token_s * (remaining(request) + decodes) + lane.coef_s[0] * pairs + lane.coef_s[1] * kv_tokens
+
+
+@kernel()
+def least_work(lane, admitting):
+    """The prompt, started or waiting, of the request with least work left; -1 if there is none."""
+    best = -1
+    best_s = math.inf
+    for i in range(lane.sim.num_running):
+        r = lane.running[i]
+        if is_prefill(lane.requests[r]) and lane.requests[r].num_scheduled_tokens == 0:
+            seconds = work_s(lane, r)
+            if seconds < best_s or (seconds == best_s and r < best):
+                best, best_s = r, seconds
+    if not admitting:
+        return best
+    for i in range(lane.sim.num_waiting):
+        r = lane.waiting[i]
+        if lane.requests[r].num_scheduled_tokens == 0:
+            seconds = work_s(lane, r)
+            if seconds < best_s or (seconds == best_s and r < best):
+                best, best_s = r, seconds
+    return best
+
+
+def shortest_total(lane):
+    """srpt-capped, its prompts ordered by the work that is left of the whole request, decodes included."""
+    open_batch(lane)
+    sim, batch, knobs = lane.sim, lane.batch, lane.knobs
+    margin_s = knobs.margin * knobs.cap * smallest_tbt_slo_s(lane) if knobs.cap < math.inf else math.inf
+    add_critical_decodes(lane, margin_s)
+    admitting = sim.num_waiting > 0
+    for _ in range(sim.max_num_seqs):
+        r = least_work(lane, admitting and sim.num_running + batch.num_admitted < sim.max_num_seqs)
+        n = chunk_room(lane, r) if r >= 0 else 0
+        if n <= 0:
+            break
+        if lane.requests[r].phase == WAITING and not can_admit(lane, r, n):
+            admitting = False
+            continue
+        add_chunk(lane, r, n)
+    add_deferred_decodes(lane, margin_s)
+
+
+SCHEDULERS = {
+    "shortest-total": Compiled(
+        "a bound that knows all output lengths: least total work first, batch time up to 0.95 of the tightest TBT SLO",
+        shortest_total,
+        {"order": SRPT, "token_budget": 8192, "cap": 0.95, "margin": 2.0, "victim": LATEST_LST},
+        clairvoyant=True,
+    ),
+}

@@ -1,0 +1,6 @@
+"""Learned policies at inference time: numpy only, loaded from folders that hold no code."""
+
+from llmsched_gym.policies.folder import PolicySpec, read_folder, write_folder
+from llmsched_gym.policies.load import LoadedPolicy, load_policy
+
+__all__ = ["LoadedPolicy", "PolicySpec", "load_policy", "read_folder", "write_folder"]

@@ -1,0 +1,202 @@
+"""The policy folder: ``policy.safetensors`` (numbers) and ``policy.json`` (what they mean). Neither can hold code.
+
+``policy.json`` has these fields::
+
+    format          "llmsched-policy/1"
+    architecture    {"kind": "mlp" | "rows" | "linear" | "constant", ...settings of the network}
+    action          {"kind", "repeat", "token_budget", "admission", "allow_refusal", "knobs": {name: [value, ...]}}
+    observation     {"kind", "features": [name, ...], "slots": [name, ...]}
+    decision_s      seconds that one decision takes, measured at export
+    training        what it was trained on and how it did; for people
+    tensors_sha256  of policy.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from llmsched_gym.config import ADMISSIONS, EnvConfig
+from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.knobs import knobs_for
+from llmsched_gym.env.slots import SLOT_FEATURES
+from llmsched_gym.scheduler import PolicyError
+
+FORMAT = "llmsched-policy/1"
+TENSORS, SPEC = "policy.safetensors", "policy.json"
+KINDS = ("mlp", "rows", "linear", "constant")
+MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The contents of ``policy.json``."""
+
+    architecture: Mapping[str, Any]
+    action: Mapping[str, Any]
+    observation: Mapping[str, Any]
+    decision_s: float = 0.0
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> EnvConfig:
+        """What of an environment's configuration the policy depends on."""
+        return EnvConfig(
+            action=self.action["kind"],
+            action_repeat=self.action["repeat"],
+            token_budget=self.action["token_budget"],
+            admission=self.action["admission"],
+            allow_refusal=self.action["allow_refusal"],
+            observation=self.observation["kind"],
+        )
+
+
+def spec_for(config: EnvConfig, architecture: Mapping[str, Any], **fields: Any) -> PolicySpec:
+    """The spec of a policy made for environments of `config`, as this version names features and knob values."""
+    action: dict[str, Any] = {
+        "kind": config.action,
+        "repeat": config.action_repeat,
+        "token_budget": config.token_budget,
+        "admission": config.admission,
+        "allow_refusal": config.allow_refusal,
+    }
+    if config.action == "knobs":
+        action["knobs"] = {k.name: [k.label(i) for i in range(len(k.values))] for k in knobs_for(config)}
+    observation: dict[str, Any] = {"kind": config.observation, "features": [f.name for f in FEATURES]}
+    if config.observation == "slots":
+        observation["slots"] = [f.name for f in SLOT_FEATURES]
+    return PolicySpec(architecture, action, observation, **fields)
+
+
+def write_folder(folder: str | Path, spec: PolicySpec, tensors: Mapping[str, np.ndarray]) -> Path:
+    """Write a policy folder; one that is there is replaced as a whole."""
+    folder = Path(folder)
+    data = save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
+    text = {"format": FORMAT, **vars(spec), "tensors_sha256": hashlib.sha256(data).hexdigest()}
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / TENSORS).write_bytes(data)
+    (partial / SPEC).write_text(json.dumps(text, indent=2, allow_nan=False) + "\n")
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(partial, folder)
+    return folder
+
+
+def read_folder(folder: str | Path) -> tuple[PolicySpec, dict[str, np.ndarray]]:
+    """Spec and tensors of a policy folder, checked; a fault raises one line that names the file and the field."""
+    folder = Path(folder)
+    where = f"policy {str(folder)!r}: {SPEC}"
+    try:
+        raw = json.loads(_read(folder, SPEC), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise PolicyError(f"{where}: not JSON: {str(error).splitlines()[0]}") from None
+    spec = _check(where, raw)
+    data = _read(folder, TENSORS)
+    where = f"policy {str(folder)!r}: {TENSORS}"
+    if hashlib.sha256(data).hexdigest() != raw["tensors_sha256"]:
+        raise PolicyError(f"{where}: damaged or of another policy: its digest is not {SPEC}'s tensors_sha256")
+    try:
+        tensors = load(data)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise PolicyError(f"{where}: not a safetensors file: {str(error).splitlines()[0]}") from None
+    for name, array in tensors.items():
+        if array.dtype.kind not in "fi" or not np.isfinite(array).all():
+            raise PolicyError(f"{where}: {name}: expected finite numbers")
+    return spec, tensors
+
+
+def _read(folder: Path, name: str) -> bytes:
+    path = folder / name
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise PolicyError(f"policy {str(folder)!r}: {name}: expected at most {MAX_BYTES >> 20} MiB")
+        return path.read_bytes()
+    except OSError as error:
+        raise PolicyError(f"policy {str(folder)!r}: {name}: cannot be read: {error.strerror}") from None
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _check(where: str, raw: Any) -> PolicySpec:
+    """The spec, if every field is there, of its kind, and understood by this version."""
+
+    def need(ok: bool, name: str, expected: str, got: Any) -> None:
+        if not ok:
+            raise PolicyError(f"{where}: {name}: expected {expected}, got {_short(got)}")
+
+    need(isinstance(raw, dict), "(file)", "an object", raw)
+    need(raw.get("format") == FORMAT, "format", repr(FORMAT), raw.get("format"))
+    for name in ("architecture", "action", "observation", "training"):
+        need(isinstance(raw.get(name), dict), name, "an object", raw.get(name))
+    need(isinstance(raw.get("tensors_sha256"), str), "tensors_sha256", "a digest", raw.get("tensors_sha256"))
+    decision_s = raw.get("decision_s")
+    number = isinstance(decision_s, int | float) and not isinstance(decision_s, bool)
+    need(
+        number and math.isfinite(decision_s) and 0 <= decision_s < 10, "decision_s", "seconds from 0 to 10", decision_s
+    )
+    kind = raw["architecture"].get("kind")
+    need(kind in KINDS, "architecture.kind", f"one of {', '.join(KINDS)}", kind)
+
+    action, observation = raw["action"], raw["observation"]
+    actions = ("knobs", "priority", "request") if kind in ("mlp", "rows") else ("knobs",)
+    need(action.get("kind") in actions, "action.kind", f"one of {', '.join(actions)}", action.get("kind"))
+    for name in ("repeat", "token_budget"):
+        value = action.get(name)
+        ok = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1 << 20
+        need(ok, f"action.{name}", "a whole number >= 1", value)
+    need(action.get("admission") in ADMISSIONS, "action.admission", f"one of {', '.join(ADMISSIONS)}", action)
+    need(isinstance(action.get("allow_refusal"), bool), "action.allow_refusal", "true or false", action)
+    wanted = "slots" if kind == "rows" else "features"
+    need(observation.get("kind") == wanted, "observation.kind", repr(wanted), observation.get("kind"))
+    spec = PolicySpec(raw["architecture"], action, observation, float(decision_s), raw["training"])
+    try:
+        config = spec.config
+    except ValueError as error:
+        raise PolicyError(f"{where}: action: {error}") from None
+
+    names = {"features": [f.name for f in FEATURES]}
+    if wanted == "slots":
+        names["slots"] = [f.name for f in SLOT_FEATURES]
+    for name, known in names.items():
+        _check_names(where, f"observation.{name}", observation.get(name), known)
+    if action["kind"] == "knobs":
+        knobs = action.get("knobs")
+        need(isinstance(knobs, dict), "action.knobs", "an object", knobs)
+        wanted_knobs = [k.name for k in knobs_for(config)]
+        need(list(knobs) == wanted_knobs, "action.knobs", ", ".join(wanted_knobs), list(knobs))
+        for knob in knobs_for(config):
+            known = [knob.label(i) for i in range(len(knob.values))]
+            _check_names(where, f"action.knobs.{knob.name}", knobs[knob.name], known)
+    return spec
+
+
+def _check_names(where: str, field_name: str, names: Any, known: list[str]) -> None:
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise PolicyError(f"{where}: {field_name}: expected a list of names, got {_short(names)}")
+    for name in names:
+        if name not in known:
+            raise PolicyError(f"{where}: {field_name}: this version has no {_short(name)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,193 @@
+"""From a policy folder to a scheduler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from llmsched_gym.engine.run import clear_batch_env
+from llmsched_gym.engine.view import Batch, View
+from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.knobs import Knob, knob_values, knobs_for, set_knobs
+from llmsched_gym.env.policy import PolicyScheduler
+from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
+from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder
+from llmsched_gym.policies.knob_rules import KnobScores
+from llmsched_gym.policies.networks import BadTensors, Mlp, Rows
+from llmsched_gym.scheduler import Compiled, PolicyError, default_knobs, with_options
+
+
+class LoadedPolicy(PolicyScheduler):
+    """A policy folder as a scheduler.
+
+    Args:
+        spec, tensors: of the folder.
+        name: for reports.
+        decision_s: charged on the clock for every step; None: what was measured at export.
+    """
+
+    def __init__(
+        self, spec: PolicySpec, tensors: dict[str, np.ndarray], name: str = "", decision_s: float | None = None
+    ) -> None:
+        super().__init__(make_policy(spec, tensors), spec.config, spec.decision_s if decision_s is None else decision_s)
+        self.spec, self.name = spec, name
+        self.what: str = f"a learned policy ({spec.architecture['kind']}, {spec.action['kind']} action)"
+
+    def schedule(self, view: View) -> Batch:
+        """The decision as a batch, for whoever has a view and no engine; the engine itself calls ``decide``."""
+        state, handle, env = view._state, view._handle, view._env
+        self.decide(cast(Any, SimpleNamespace(handle=handle, view=lambda env: view)), env)
+        formed = state.batches[env]
+        items = state.items[env, : formed.num_items]
+        batch = Batch(
+            dict(zip(items["request"].tolist(), items["tokens"].tolist(), strict=True)),
+            tuple(state.preempt[env, : formed.num_preempt].tolist()),
+            tuple(state.refuse[env, : formed.num_refuse].tolist()),
+        )
+        clear_batch_env(handle, env)
+        return batch
+
+
+def load_policy(path: str | Path, **options: str) -> Any:
+    """The scheduler in a policy folder. Nothing in the folder is executed; a fault raises a one-line PolicyError.
+
+    Options, as text: ``decision_s`` replaces the measured decision time. A constant policy takes what any compiled
+    scheduler takes (``hold``, ``limit``, ...). ``allow_pickle=true`` lets an SB3 zip be read, which can run code;
+    with it go ``repeat`` (batches per action, 1) and ``token_budget``.
+    """
+    path = Path(path)
+    if path.suffix == ".zip":
+        from llmsched_gym.policies.sb3_zip import load_zip
+
+        return load_zip(path, options)
+    spec, tensors = read_folder(path)
+    name = str(path)
+    if spec.architecture["kind"] == "constant":
+        return with_options(name, _constant(name, spec, tensors), options)
+    decision_s = _decision_s(name, options.pop("decision_s", None))
+    if options:
+        raise PolicyError(f"policy {name!r}: unknown parameter {next(iter(options))!r}, expected decision_s")
+    try:
+        return LoadedPolicy(spec, tensors, name, decision_s)
+    except BadTensors as error:
+        source = SPEC if str(error).startswith("architecture.") else TENSORS
+        raise PolicyError(f"policy {name!r}: {source}: {error}") from None
+
+
+def _decision_s(name: str, text: str | None) -> float | None:
+    try:
+        if text is None or 0.0 <= float(text) < 10.0:
+            return None if text is None else float(text)
+    except ValueError:
+        pass
+    raise PolicyError(f"policy {name!r}: decision_s: expected seconds from 0 to 10, got {text!r}")
+
+
+def folder_knobs(spec: PolicySpec) -> tuple[Knob, ...]:
+    """The knobs with the values that the folder lists, in its order."""
+    found = []
+    for knob in knobs_for(spec.config):
+        values = {knob.label(i): value for i, value in enumerate(knob.values)}
+        found.append(knob._replace(values=tuple(values[label] for label in spec.action["knobs"][knob.name])))
+    return tuple(found)
+
+
+def _now(spec: PolicySpec) -> list[np.ndarray]:
+    """For each knob, this version's index of each value that the folder lists."""
+    tables = []
+    for knob in knobs_for(spec.config):
+        labels = [knob.label(i) for i in range(len(knob.values))]
+        tables.append(np.array([labels.index(label) for label in spec.action["knobs"][knob.name]]))
+    return tables
+
+
+def _constant(name: str, spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Compiled:
+    tables = _now(spec)
+    action = tensors.get("action")
+    if list(tensors) != ["action"] or action is None or action.shape != (len(tables),) or action.dtype.kind != "i":
+        raise PolicyError(f"policy {name!r}: {TENSORS}: action: expected {len(tables)} integers and no other tensor")
+    if not all(0 <= i < len(table) for i, table in zip(action, tables, strict=True)):
+        raise PolicyError(f"policy {name!r}: {TENSORS}: action: expected indices of the listed knob values")
+    knobs = default_knobs().reshape(1).view(np.recarray)
+    set_knobs(knobs[0], np.array([table[i] for i, table in zip(action, tables, strict=True)]), knob_values())
+    settings = {field: knobs[field][0].item() for field in knobs.dtype.names}
+    labels = ", ".join(f"{k.name} {k.label(int(i))}" for k, i in zip(folder_knobs(spec), action, strict=True))
+    return Compiled(f"constant knobs: {labels}", settings=settings, admission=spec.action["admission"], name=name)
+
+
+def make_policy(spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Callable[..., Any]:
+    """The function from one observation (and, for request actions, the mask of legal ones) to one action."""
+    kind = spec.architecture["kind"]
+    names = [f.name for f in FEATURES]
+    columns = np.array([names.index(name) for name in spec.observation["features"]])
+    if kind == "linear":
+        return _linear(spec, tensors, columns)
+    decode, outputs = _decoder(spec)
+    if kind == "mlp":
+        mlp = Mlp(spec.architecture, tensors, len(columns), outputs)
+        if spec.action["kind"] == "request":
+            return lambda observation, mask: int(np.where(mask, mlp(observation[columns]), -math.inf).argmax())
+        return lambda observation: decode(mlp(observation[columns]))
+
+    slot_names = [f.name for f in SLOT_FEATURES]
+    slot_columns = np.array([slot_names.index(name) for name in spec.observation["slots"]])
+    action = spec.action["kind"]
+    outputs = {"knobs": outputs, "priority": 0, "request": 1}[action]
+    rows = Rows(spec.architecture, tensors, len(slot_columns), len(columns), outputs, per_row=action != "knobs")
+
+    def network(observation: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        used = int(observation["mask"].sum())  # rows in use come first
+        return rows(observation["slots"][:used, slot_columns], observation["features"][columns])
+
+    if action == "knobs":
+        return lambda observation: decode(network(observation)[1])
+
+    def priority(observation: dict[str, np.ndarray]) -> np.ndarray:
+        scores = np.full(NUM_SLOTS, -1.0, np.float32)
+        found = network(observation)[0]
+        scores[: len(found)] = np.clip(found, -1.0, 1.0)
+        return scores
+
+    def request(observation: dict[str, np.ndarray], mask: np.ndarray) -> int:
+        scores, close = network(observation)
+        logits = np.full(NUM_SLOTS + 1, -math.inf, np.float32)
+        logits[: len(scores)], logits[NUM_SLOTS] = scores, close[0]
+        return int(np.where(mask, logits, -math.inf).argmax())
+
+    return priority if action == "priority" else request
+
+
+def _decoder(spec: PolicySpec) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
+    """How a network's outputs become an action, and how many outputs there are."""
+    if spec.action["kind"] != "knobs":
+        scores = NUM_SLOTS + (spec.action["kind"] == "request")
+        return lambda outputs: np.clip(outputs, -1.0, 1.0), scores
+    tables = _now(spec)
+    ends = np.cumsum([len(table) for table in tables])
+    parts = [(slice(end - len(table), end), table) for end, table in zip(ends, tables, strict=True)]
+
+    def knobs(outputs: np.ndarray) -> np.ndarray:
+        return np.array([table[outputs[part].argmax()] for part, table in parts])
+
+    return knobs, int(ends[-1])
+
+
+def _linear(spec: PolicySpec, tensors: dict[str, np.ndarray], columns: np.ndarray) -> Callable[..., Any]:
+    scores, tables = KnobScores(folder_knobs(spec)), _now(spec)
+    shapes = {"weight": (scores.num_scores, len(columns)), "bias": (scores.num_scores,)}
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape:
+            got = tensors[name].shape if name in tensors else None
+            raise BadTensors(f"{name}: expected shape {shape}, got {got}")
+    weight, bias = tensors["weight"].astype(np.float64), tensors["bias"].astype(np.float64)
+
+    def rule(observation: np.ndarray) -> np.ndarray:
+        action = scores.actions(weight @ observation[columns].astype(np.float64) + bias)
+        return np.array([table[i] for i, table in zip(action, tables, strict=True)])
+
+    return rule

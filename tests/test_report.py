@@ -1,0 +1,439 @@
+"""The report: figures checked by hand on tiny frames, and whole reports of made-up folders, degenerate ones too."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from llmsched_gym.config import scenario
+from llmsched_gym.evaluation import draw, findings, plots, prose, tables
+from llmsched_gym.evaluation.report import ReportError, write_report
+from llmsched_gym.evaluation.results import read_results
+from llmsched_gym.evaluation.store import encode
+
+
+def row(policy, qps, seed, *, ttft_s=0.4, attained=0.9, strict=None, num_requests=100, requested=..., **fields):
+    """One run as `evaluate` reports it."""
+    by_class = {"strict": strict, "relaxed": attained}
+    gaps = {"strict": 0 if strict is None else 500, "relaxed": 20_000}
+    return {
+        "policy": policy,
+        "suite": "paper",
+        "profile": "rtx6000ada-mistral-7b",
+        "workload": "sharegpt",
+        "qps": qps,
+        "requested_qps": qps if requested is ... else requested,
+        "seed": seed,
+        "num_requests": num_requests,
+        "num_finished": num_requests,
+        "num_refused": 0,
+        "num_abandoned": 0,
+        "num_unfinished": 0,
+        "num_rejected": 0,
+        "ttft_p50_s": ttft_s,
+        "ttft_p99_s": None if ttft_s is None else 10 * ttft_s,
+        "itl_p99_s_by_class": {"strict": None if strict is None else 0.08, "relaxed": 0.3},
+        "slo_attainment": attained,
+        "slo_attainment_by_class": by_class,
+        "num_gaps_by_class": gaps,
+        "mean_utility": attained - 0.1,
+        "request_goodput": attained * qps,
+        "throughput_tok_s": 400.0 * qps,
+        "kv_cache_usage_max": 0.5,
+        "num_preemptions": 2,
+        "attained_by_decile": [attained] * 9 + [attained / 2],
+    } | fields
+
+
+def line(table, policy, metric, load=None):
+    own = table[(table["policy"] == policy) & (table["metric"] == metric)]
+    own = own if load is None else own[own["load"] == load]
+    assert len(own) == 1
+    return own.iloc[0]
+
+
+def test_means_are_over_seeds_and_need_ten_for_an_interval():
+    rows = [row("a", 1.0, s, ttft_s=0.1 * (s + 1)) for s in range(4)]
+    few = line(tables.comparison_table(rows), "a", "ttft_p50_s")
+    assert few["mean"] == pytest.approx(0.25) and few["num_seeds"] == 4
+    assert math.isnan(few["low"]) and math.isnan(few["high"])
+    rows = [row("a", 1.0, s, ttft_s=0.1 * (s + 1)) for s in range(10)]
+    many = line(tables.comparison_table(rows), "a", "ttft_p50_s")
+    assert many["mean"] == pytest.approx(0.55) and 0.3 < many["low"] < 0.55 < many["high"] < 0.8
+
+
+def test_classes_may_be_structs_or_text_and_are_left_out_where_there_is_nobody():
+    rows = [row("a", 1.0, 0, strict=0.5), row("a", 1.0, 1)]
+    as_text = [r | {k: json.dumps(v) for k, v in r.items() if k.endswith("_by_class")} for r in rows]
+    for given in (rows, as_text):
+        strict = line(tables.comparison_table(given), "a", "slo_attainment_strict")
+        assert strict["mean"] == 0.5 and strict["num_seeds"] == 1
+    table = tables.comparison_table([row("a", 1.0, 0)])
+    assert "slo_attainment_strict" not in set(table["metric"]) and "slo_attainment_relaxed" in set(table["metric"])
+
+
+def test_a_missing_percentile_of_ttft_is_infinite():
+    table = tables.comparison_table(
+        [row("a", 1.0, 0), row("a", 1.0, 1, ttft_s=None), row("b", 1.0, 0), row("b", 1.0, 1)]
+    )
+    lost = line(table, "a", "ttft_p50_s")
+    assert math.isinf(lost["mean"]) and not lost["best"]
+    assert prose.number(lost["mean"]) == "∞"
+
+
+@pytest.mark.parametrize(("num_requests", "grey"), [(999, True), (1000, False)])
+def test_a_percentile_is_grey_below_100_samples_beyond_it_in_all_runs(num_requests, grey):
+    rows = [
+        row(p, 1.0, s, strict=0.5, num_requests=num_requests, ttft_s=t)
+        for p, t in (("a", 0.4), ("b", 0.5))
+        for s in range(10)
+    ]
+    table = tables.comparison_table(rows)
+    p99 = line(table, "a", "ttft_p99_s")
+    assert p99["grey"] == grey and p99["best"] == (not grey)
+    assert not line(table, "a", "ttft_p50_s")["grey"]
+    assert line(table, "a", "itl_p99_s_strict")["grey"]  # 5,000 gaps: 50 beyond
+    assert not line(table, "a", "itl_p99_s_relaxed")["grey"]  # 200,000
+    cells = {label: cell for label, cell in zip(*_printed(rows, "a"), strict=True)}
+    assert (cells["p99 (s)"].kind == prose.GREY) == grey
+
+
+def _printed(rows, policy):
+    df = tables.tidy(rows)
+    table = prose.comparison_tables(df, tables.comparison_table(df))[0]
+    return table.labels, next(cells for cells in table.rows if cells[0].text == policy)
+
+
+def test_best_is_emphasised_and_what_cannot_be_told_apart_is_marked():
+    noise = np.linspace(-0.05, 0.05, 10)
+    rows = [row("best", 1.0, s, attained=0.90 + noise[s]) for s in range(10)]
+    rows += [row("same", 1.0, s, attained=0.899 - noise[s]) for s in range(10)]
+    rows += [row("worse", 1.0, s, attained=0.88 + noise[s]) for s in range(10)]  # paired: always 0.02 below
+    table = tables.comparison_table(rows)
+    found = {p: tuple(line(table, p, "slo_attainment")[["best", "tied"]]) for p in ("best", "same", "worse")}
+    assert found == {"best": (True, False), "same": (False, True), "worse": (False, False)}
+    assert not line(table, "best", "kv_cache_usage_max")["best"]  # neither more nor less is better
+    assert not table[table["metric"] == "itl_p99_s_relaxed"]["best"].any()  # all the same
+    text = findings.summary(tables.tidy(rows), table)[0]
+    assert "`best` has the highest SLO attainment, 90.0 %" in text and "`same` cannot be told apart" in text
+
+
+def test_ttft_reduction_is_the_ratio_of_means_over_common_seeds():
+    rows = [row("sarathi", 1.0, s, ttft_s=1.0 + s) for s in range(3)]
+    rows += [row("slai", 1.0, s, ttft_s=0.5 * (1.0 + s)) for s in range(4)]
+    found = tables.ttft_reduction(tables.tidy(rows))
+    assert found["policy"].tolist() == ["slai"]
+    assert found["mean"].iloc[0] == pytest.approx(0.5) and found["num_seeds"].iloc[0] == 3
+
+
+def test_figures_beside_the_paper():
+    rows = [row(p, q, 0, ttft_s=t) for q, t in ((1.6, 0.5), (1.8, 0.3)) for p, t in (("sarathi", 1.0), ("slai", t))]
+    beside = tables.reduction_against_reference(tables.ttft_reduction(tables.tidy(rows))).set_index("load")
+    assert beside.index.tolist() == [1.6, 1.73, 1.8]  # 1.0 and 1.36 lie outside what was run
+    assert beside.loc[1.6, "difference"] == pytest.approx(0.5 - 0.44)
+    assert beside.loc[1.73, "ours"] == pytest.approx(0.5 + 0.2 * 0.65) and beside.loc[1.73, "interpolated"]
+    capacity = pd.DataFrame(
+        [
+            {"policy": p, "criterion": "ttft-median", "capacity_qps": q, "ci_low": math.nan, "ci_high": math.nan}
+            for p, q in (("sarathi", 1.4), ("slai", 1.68), ("mine", 2.0))
+        ]
+    )
+    table = prose.capacity_reference_table(capacity)
+    assert [[cell.text for cell in cells] for cells in table.rows] == [
+        ["sarathi", "1.40", "1.36", "–", "+0.04"],
+        ["slai", "1.68", "1.68", "–", "+0.00"],
+        ["slai / sarathi", "1.20", "1.24", "1.26", "−0.04"],
+    ]
+
+
+def test_rates_drawn_per_seed_are_one_load_in_tables_and_bins_in_figures():
+    rates = np.linspace(1.0, 2.2, 12)
+    drawn = tables.tidy([row(p, rates[s], s, requested=None) for p in "ab" for s in range(12)])
+    assert drawn["load"].nunique() == 1
+    bins = tables.binned_loads(drawn)
+    assert bins.groupby("load")["seed"].nunique().tolist() == [3, 3, 3, 3]
+    assert bins["load"].min() == pytest.approx(rates[:3].mean())
+    without = [{k: v for k, v in r.items() if k != "requested_qps"} for r in drawn.to_dict("records")]
+    assert tables.tidy(without)["drawn"].all()
+    given = tables.tidy([row("a", q, s) for q in (1.0, 2.0) for s in range(3)])
+    assert sorted(given["load"].unique()) == [1.0, 2.0] and tables.binned_loads(given) is given
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [([], "policy"), ([{"policy": "a"}], "qps"), ([row("a", 1.0, 0), row("a", 1.0, 0)], "twice")],
+)
+def test_rows_that_make_no_table(rows, what):
+    with pytest.raises(ReportError, match=what):
+        tables.comparison_table(rows)
+
+
+def test_numbers_as_text():
+    assert [prose.number(v) for v in (0.09512, 0.4567, 12.34, 345.6, 12345.0, -0.5, math.nan)] == [
+        "0.0951", "0.457", "12.3", "346", "12,345", "−0.500", "–",
+    ]  # fmt: skip
+    assert prose.estimate(94.94, 93.8, 95.9, " %", 1) == "94.9 % [93.8–95.9]"
+    assert prose.estimate(1.0, -0.5, math.nan, "", 1) == "1.0"
+
+
+def test_every_policy_has_a_style_of_its_own():
+    policies = [*draw.STYLES, *(f"mine:Policy{i}" for i in range(20))]
+    styles = draw.policy_styles(policies)
+    assert len({(s.colour, s.marker) for s in styles.values()}) == len(policies)
+    assert styles["slai"] == draw.policy_styles(["slai", "x"])["slai"]
+
+
+def test_the_command_names_all_that_differs_from_the_suite(tmp_path):
+    world = scenario("paper", num_requests=300, strict_share=0.2, patience_s=30.0, watermark=0.02, jitter=0.1)
+    config = {"scenario": encode(world.to_dict()), "policies": ["slai[limit=6500,hold=true]", "sarathi"]}
+    config |= {"qps": [1.0, 1.65], "seeds": 3, "first_seed": 7}
+    command = findings.command(json.loads(json.dumps(config)), tmp_path / "out")
+    assert command == (
+        "llmsched evaluate --suite paper --policy 'slai[limit=6500,hold=true],sarathi' --strict-share 0.2 "
+        "--patience 30.0 --jitter 0.1 --set watermark=0.02 --qps 1,1.65 --num-requests 300 --seeds 3 "
+        "--first-seed 7 --out out"
+    )
+
+
+def requests_of(rows, num_requests, seed=0):
+    """Made-up requests for the runs of `rows`; a policy called never gets none served."""
+    rng = np.random.default_rng(seed)
+    frames = []
+    for r in rows:
+        served = np.full(num_requests, r["policy"] != "never")
+        frames.append(
+            pd.DataFrame(
+                {
+                    "policy": r["policy"],
+                    "qps": r["qps"],
+                    "seed": r["seed"],
+                    "prompt_tokens": rng.integers(1, 4000, num_requests),
+                    "slo_class": np.where(rng.random(num_requests) < 0.1, "strict", "relaxed"),
+                    "phase": np.where(served, "finished", "abandoned"),
+                    "ttft_s": np.where(served, rng.exponential(0.5, num_requests), np.nan),
+                    "attained": served & (rng.random(num_requests) < 0.8),
+                }
+            )
+        )
+    return pd.concat(frames)
+
+
+def steps_of(policies, qps, num_steps=600):
+    start = 0.05 * np.arange(num_steps)
+    base = {"qps": qps, "seed": 0, "start_s": start, "duration_s": 0.05, "predicted_s": 0.05, "kv_cache_usage": 0.3}
+    tokens = {"decode_tokens": 20, "prefill_tokens": np.arange(num_steps) % 400, "num_running": 20, "num_waiting": 3}
+    return pd.concat([pd.DataFrame({"policy": p, **base, **tokens}) for p in policies])
+
+
+def itl_of(policies, qps, classes=("strict", "relaxed")):
+    probs = np.linspace(0, 1, 101)
+    frames = [
+        pd.DataFrame({"policy": p, "qps": qps, "slo_class": c, "prob": probs, "itl_s": 0.02 + 0.1 * probs})
+        for p in policies
+        for c in classes
+    ]
+    return pd.concat(frames)
+
+
+def make_folder(folder: Path, rows, *, steps=None, itl=None, capacity=None, num_requests=60, **fields) -> Path:
+    folder.mkdir()
+    pd.DataFrame(rows).to_parquet(folder / "runs.parquet")
+    requests_of(rows, num_requests).to_parquet(folder / "requests.parquet")
+    config = {
+        "scenario": encode(scenario("paper", **fields).to_dict()),
+        "policies": sorted({r["policy"] for r in rows}),
+    }
+    (folder / "config.json").write_text(json.dumps(config | {"qps": sorted({r["qps"] for r in rows}), "seeds": 2}))
+    if steps is not None:
+        steps.to_parquet(folder / "steps.parquet")
+    if itl is not None:
+        itl.to_parquet(folder / "itl.parquet")
+    if capacity is not None:
+        (folder / "capacity.json").write_text(json.dumps(capacity))
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects what a page would load, its ids and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name in ("src", "srcset", "data", "action", "poster") or (name == "href" and tag == "link"):
+                self.loads.append(value)
+            if name == "id":
+                self.ids.append(value)
+            if name in ("href", "xlink:href") and tag != "link":
+                self.links.append(value)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A report of everything there can be: two policies, one of them with a name that needs escaping, two loads."""
+    policies = ("sarathi", "slai", "my:Sched<b>[a=1,b=2]")
+    rows = [
+        row(p, q, s, ttft_s=0.4 * q / (1 + i), attained=0.95 - 0.1 * q + 0.001 * s * i, strict=0.8)
+        for i, p in enumerate(policies)
+        for q in (1.0, 1.6)
+        for s in range(10)
+    ]
+    capacity = [
+        {"policy": p, "criterion": c, "capacity_qps": q, "ci_low": None, "ci_high": None, "note": n}
+        for c in ("ttft-median", "attainment:0.9")
+        for p, q, n in (("sarathi", 1.4, None), ("slai", 1.7, None), (policies[2], None, "not met at any rate"))
+    ]
+    folder = make_folder(
+        tmp_path_factory.mktemp("full") / "out",
+        rows,
+        steps=steps_of(policies, 1.0),
+        itl=itl_of(policies, 1.0),
+        capacity=capacity,
+    )
+    assert write_report(folder) == folder / "report.html"
+    return folder
+
+
+def test_the_page_loads_nothing_and_its_links_end_somewhere(full):
+    html = (full / "report.html").read_text()
+    page = Page(html)
+    assert page.loads == [] and "script" not in page.tags and "link" not in page.tags
+    assert not re.search(r"https?://|@import|url\((?!#)", html)
+    assert len(set(page.ids)) == len(page.ids)
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    used = set(re.findall(r"url\(#([^)]+)\)", html))
+    assert used and used <= set(page.ids)
+    assert "my:Sched&lt;b&gt;" in html and "Sched<b>" not in html
+    assert len(html) < 3_000_000
+
+
+def test_the_report_shows_every_part(full):
+    html, text = ((full / f"report.{kind}").read_text() for kind in ("html", "md"))
+    figures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(figures) == len(set(figures)) == html.count("<svg ")
+    assert all((full / figure).read_bytes().startswith(b"\x89PNG") for figure in figures)
+    for name in ("slo-attainment-strict", "ttft-reduction", "itl-cdf-relaxed", "batches", "capacity-ttft-median"):
+        assert f"figures/{name}.png" in figures
+    for part in (html, text):
+        assert "llmsched evaluate --suite paper" in part
+        assert "slai / sarathi" in part and "1.24" in part and "1.26" in part
+        assert "not met at any rate" in part
+        assert "the paper reports 53 %" in part
+        assert "Greyed out" in part
+    assert "| sarathi | 0.400 [0.400–0.400]" in text
+    assert not list(full.rglob("*.partial"))
+
+
+def test_markdown_tables_are_rectangular(full):
+    blocks, block = [], []
+    for text in [*(full / "report.md").read_text().splitlines(), ""]:
+        if text.startswith("|"):
+            block.append(len(re.findall(r"(?<!\\)\|", text)))
+        elif block:
+            blocks.append(block)
+            block = []
+    assert len(blocks) >= 5 and all(len(set(b)) == 1 and len(b) > 2 for b in blocks)
+
+
+def test_a_policy_that_never_serves_alone_at_one_load_is_still_a_report_and_always_the_same(tmp_path):
+    lost = {"num_finished": 0, "num_abandoned": 100, "itl_p99_s_by_class": {"strict": None, "relaxed": None}}
+    rows = [row("never", 1.5, 0, ttft_s=None, attained=0.0, mean_utility=-0.5, **lost)]
+    written = []
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        folder = make_folder(tmp_path / parent / "out", rows, strict_share=0.0)
+        write_report(folder, title="Nothing & nobody")
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        written.append({path.relative_to(folder): path.read_bytes() for path in files})
+    assert written[0] == written[1]
+    text = (folder / "report.md").read_text()
+    assert text.startswith("# Nothing & nobody") and "| never | ∞† | ∞† |" in text
+    assert "Nothing &amp; nobody" in (folder / "report.html").read_text()
+    assert "ttft" not in " ".join(path.name for path in (folder / "figures").iterdir())  # nothing to draw
+    assert "100.0 % under `never`" in text
+
+
+def test_figures_draw_what_there_is_and_say_when_there_is_nothing():
+    one = tables.tidy([row("a", 1.0, 0), row("never", 1.0, 0, ttft_s=None)])
+    assert [t.get_text() for t in plots.plot_ttft(one).axes[0].get_yticklabels()] == ["a", "never"]
+    two = tables.tidy([row(p, q, 0, ttft_s=t) for q in (1.0, 2.0) for p, t in (("a", 0.3), ("never", None))])
+    axes = plots.plot_ttft(two, 99).axes[0]
+    assert axes.get_yscale() == "log" and axes.get_xlabel() == "Load (requests/s)" and "(s" in axes.get_ylabel()
+    assert sum(artist.get_marker() == "^" for artist in axes.lines) >= 1  # infinite values, on the upper edge
+    for make in (
+        lambda: plots.plot_ttft(tables.tidy([row("never", 1.0, 0, ttft_s=None)])),
+        lambda: plots.plot_attainment(one, "strict"),
+        lambda: plots.plot_itl(one, "strict"),
+        lambda: plots.plot_ttft_cdf(requests_of([row("never", 1.0, 0)], 20)),
+        lambda: plots.plot_ttft_by_prompt(requests_of([row("never", 1.0, 0)], 20)),
+        lambda: plots.plot_itl_cdf(itl_of(["a"], 1.0, ["relaxed"]), "strict"),
+        lambda: plots.plot_batches(steps_of(["a"], 1.0), []),
+        lambda: plots.plot_ttft_reduction(tables.ttft_reduction(tables.tidy([row("sarathi", 1.0, 0)]))),
+    ):
+        with pytest.raises(draw.NothingToPlot):
+            make()
+
+
+def test_the_summary_says_up_to_which_load_gaps_are_in_time(tmp_path):
+    late = {"itl_p99_s_by_class": {"strict": 0.2, "relaxed": 0.3}}
+    lost = {"itl_p99_s_by_class": {"strict": None, "relaxed": None}}
+    rows = [row(p, q, 0, strict=0.5) for q in (1.0, 2.0) for p in ("good",)]
+    rows += [row("half", 1.0, 0, strict=0.5), row("half", 2.0, 0, strict=0.5, **late)]
+    rows += [row(p, q, 0, strict=0.5, **(late if p == "bad" else lost)) for q in (1.0, 2.0) for p in ("bad", "never")]
+    text = findings.overall(read_results(make_folder(tmp_path / "out", rows)))[0]
+    assert text.endswith("at all loads under `good`; up to 1 requests/s under `half`; at none under `bad` and `never`.")
+
+
+def test_shares_by_prompt_length_are_of_tenths():
+    lengths = np.arange(1, 101)
+    requests = pd.DataFrame({"policy": "a", "prompt_tokens": lengths, "attained": lengths <= 25, "phase": "finished"})
+    shares = plots.plot_share_by_prompt(requests).axes[0].lines[0].get_ydata()
+    assert shares == pytest.approx([100, 100, 50, 0, 0, 0, 0, 0, 0, 0])
+    same = requests.assign(prompt_tokens=7)
+    assert plots.plot_share_by_prompt(same).axes[0].lines[0].get_ydata() == pytest.approx([25])
+
+
+def test_batches_are_averaged_over_busy_time():
+    steps = pd.DataFrame({"start_s": [0.0, 1.5], "duration_s": [1.0, 0.5], "decode_tokens": [10, 30]})
+    assert plots._averaged(steps, "decode_tokens", np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx([10, 30, 0])
+    assert plots._averaged(steps, "decode_tokens", np.array([0.0, 2.0])) == pytest.approx([(10 + 15) / 1.5])
+
+
+@pytest.mark.parametrize("missing", ["runs.parquet", "requests.parquet", "config.json"])
+def test_a_folder_without_a_file_is_one_line(tmp_path, missing):
+    folder = make_folder(tmp_path / "out", [row("a", 1.0, 0)])
+    (folder / missing).unlink()
+    with pytest.raises(ReportError, match=missing) as error:
+        write_report(folder)
+    assert "\n" not in str(error.value) and isinstance(error.value, ValueError)
+
+
+def test_broken_files_and_no_folder_are_one_line(tmp_path):
+    with pytest.raises(ReportError, match="nowhere"):
+        write_report(tmp_path / "nowhere")
+    folder = make_folder(tmp_path / "out", [row("a", 1.0, 0)])
+    for name in ("config.json", "requests.parquet", "capacity.json"):
+        before = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(b"{ no")
+        with pytest.raises(ReportError, match=re.escape(name)) as error:
+            read_results(folder)
+        assert "\n" not in str(error.value)
+        if before is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(before)
+    assert read_results(folder).focus == 1.0

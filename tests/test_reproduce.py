@@ -1,0 +1,119 @@
+"""The whole of `llmsched reproduce` at toy size: every piece, the page and its figures; twice the same; resumed."""
+
+import json
+import re
+from functools import partial
+
+import pytest
+
+from llmsched_gym import reproduce as rep
+from llmsched_gym import results_page as page
+from llmsched_gym.config import scenario
+from llmsched_gym.evaluation import tables
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """(plan, data) of a run with three schedulers and some hundreds of requests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rep, "MAIN_POLICIES", ("sarathi", "slai"))
+        patch.setattr(rep, "BOUNDED_POLICIES", ("sarathi", "slai", "shortest-total"))
+        patch.setattr(rep, "STRICT_POLICIES", ("sarathi", "slai"))
+        waves = partial(rep.experiments.ablation, devices=(rep.experiments.WAVES,))
+        patch.setattr(rep.experiments, "ablation", waves)
+        patch.setattr(page.tables, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
+        plan = rep.Plan(
+            scenario("paper"),
+            tmp_path_factory.mktemp("paper"),
+            workers=1,
+            num_requests=300,
+            loads=(0.8, 1.2, 1.6, 2.0),
+            seeds=2,
+            short_requests=120,
+            drift_seeds=(0, 1),
+            drift_requests=120,
+        )
+        yield plan, rep.reproduce(plan)
+
+
+def test_every_piece_has_data(toy):
+    plan, data = toy
+    assert list(data) == list(rep.PIECES)
+    assert all(data.values())
+    assert len(data["main_table"]) == 2 * 4
+    assert len(data["seeds_table"]) == 3 * 3 * 2
+    assert not any(name in row for row in data["main_table"] for name in rep.UNREPEATABLE)
+    assert {row["strict_share"] for row in data["strict_shares"]} == set(rep.STRICT_SHARES)
+    assert (plan.out / "runs" / "runs.parquet").is_file()
+
+
+def test_a_second_run_takes_the_pieces_from_their_files(toy, monkeypatch):
+    plan, data = toy
+    for name in rep.PIECES:
+        monkeypatch.setitem(rep.PIECES, name, lambda plan, note: pytest.fail("ran again"))
+    assert rep.reproduce(plan) == data
+
+
+def test_another_plan_runs_again(toy):
+    plan, _ = toy
+    path = plan.out / "tiles.json"
+    before = json.loads(path.read_text())["key"]
+    longer = rep.Plan(plan.world, plan.out, 1, num_requests=301)
+    rep.reproduce(longer, ["tiles"])
+    assert json.loads(path.read_text())["key"] != before
+
+
+def test_runs_repeat_to_the_last_digit(toy, tmp_path):
+    plan, data = toy
+    other = rep.Plan(**{**plan.__dict__, "out": tmp_path})
+    again = rep.reproduce(other, ["fluid", "main_table", "budget_sweep", "tiles"])
+    for name, piece in again.items():
+        assert piece == data[name]
+
+
+def test_the_page_says_it_all_with_figures_that_exist(toy, tmp_path):
+    plan, data = toy
+    path = page.write_page(data, plan, tmp_path)
+    text = path.read_text()
+    assert "nan" not in text and "None" not in text and "inf" not in re.sub(r"\binf\w+", "", text)
+    assert "-53 %" in text and "+26 %" in text
+    shown = set(re.findall(r"\]\((figures/\w+\.png)\)", text))
+    assert shown == {f"figures/{p.name}" for p in (tmp_path / "figures").glob("*.png")}
+    assert not re.search(r"(?<![\w.])/(work|home|tmp)/", text)
+    for name in ("Stability", "Robustness", "Speed", "Share of strict users", "How far from the best"):
+        assert f"## {name}" in text
+
+
+def test_the_page_repeats(toy, tmp_path):
+    plan, data = toy
+    one, two = (page.write_page(data, plan, tmp_path / name) for name in "ab")
+    assert one.read_bytes() == two.read_bytes()
+    for figure in (tmp_path / "a" / "figures").glob("*.png"):
+        assert figure.read_bytes() == (tmp_path / "b" / "figures" / figure.name).read_bytes()
+
+
+def test_the_sweep_is_near_the_published_one():
+    points = rep.budget_sweep(None, lambda text: None)
+    for point, (chunk, ttft_ms, _) in zip(points, page.PUBLISHED_SWEEP, strict=True):
+        assert point["chunk"] == chunk
+        assert point["ttft_ms"] == pytest.approx(ttft_ms, rel=0.06)
+
+
+def test_a_long_runs_capacity_lies_between_its_loads():
+    rows = [dict(policy="sarathi", load=q, ttft_p50_s=t) for q, t in ((1.0, 0.3), (1.2, 0.4), (1.4, 0.8))]
+    frame = tables.pd.DataFrame(rows)
+    assert page.long_capacity(frame, "sarathi") == pytest.approx(1.25)
+    assert page.long_capacity(frame[:2], "sarathi") is None
+
+
+def test_agreement_in_words():
+    assert page.verdict(1.40, 1.36) == "agrees"
+    assert page.verdict(1.70, 1.36) == "25% higher"
+    assert page.verdict(1.02, 1.36) == "25% lower"
+
+
+@pytest.mark.parametrize("argv", [["--pieces", "nothing"], ["--seeds", "0"], ["--workers", "x"]])
+def test_usage_errors_exit_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        rep.main(argv)
+    assert stop.value.code == 2
