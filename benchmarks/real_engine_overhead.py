@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def requests(num_requests: int, output_tokens: int) -> RequestTable:
     )
 
 
-def measure(model: str, policy: str, running: int, steps: int, device: str | None = None) -> dict[str, float | str]:
+def measure(model: str, policy: str, running: int, steps: int, device: str | None = None) -> dict[str, Any]:
     """Milliseconds per step, own and the model's, over the steps in which `running` requests run."""
     length = PROMPT_TOKENS + 2 * steps + 64
     world = scenario("paper", max_num_seqs=running, max_model_len=length, max_num_batched_tokens=2048)

@@ -60,10 +60,11 @@ class Runner:
 
         ends = np.cumsum(work.num_tokens, dtype=np.int64)
         starts = ends - work.num_tokens
+        item: np.ndarray | slice  # of each row of the batch; (tokens,)
         if num_single == len(rows):
             item, positions = slice(None), work.num_computed
         else:
-            item = np.repeat(np.arange(len(rows)), work.num_tokens)  # (tokens,) item of each row of the batch
+            item = np.repeat(np.arange(len(rows)), work.num_tokens)
             positions = np.arange(ends[-1]) - starts[item] + work.num_computed[item]
         blocks = table.blocks[rows[item], positions // BLOCK_SIZE]
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE

@@ -131,9 +131,10 @@ def test_shortest_prompt_first_does_not_overtake_a_started_one():
         assert Run(policy, rows).drain() == [{0: 512}, {0: 488, 2: 24}, {2: 6, 1: 40}]
 
 
-def test_of_several_started_prompts_the_first_admitted_goes_on():
+@pytest.mark.parametrize("policy", ["sarathi-spf", "sarathi-spf[hold=true]"])
+def test_of_several_started_prompts_the_first_admitted_goes_on(policy):
     rows = [request(prompt=600, output=1), request(prompt=400, output=1)]
-    run = Run("sarathi-spf", rows)
+    run = Run(policy, rows)
     scheduler, run.scheduler = run.scheduler, Scripted({0: 100, 1: 100})
     run.step()
     run.scheduler = scheduler

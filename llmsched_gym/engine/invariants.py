@@ -59,6 +59,8 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     held = computed if sim.admission_chunk else np.maximum(computed, prefill)
     require(blocks[running] == -(-held[running] // BLOCK_SIZE), "blocks held != ceil(tokens held / block size)")
 
+    require(requests["num_preemptions"].sum() == sim.num_preemptions, "preemptions != sum over requests")
+
     emitted = requests["num_output_tokens"]
     require(emitted.sum() == sim.tokens_emitted, "tokens emitted != sum over requests")
     require((emitted >= 0) & (emitted <= outputs), "a request emitted more than its output")
@@ -79,6 +81,8 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(late_s < sim.patience_s + 1e-9 * (1.0 + sim.clock_s), "a client whose patience is over is still here")
     resolved = np.isin(phase, (FINISHED, REJECTED, REFUSED, ABANDONED))
     require(np.isnan(requests["resolved_s"]) == ~resolved, "resolved_s and phase disagree")
+    listed = np.sort(state.resolved[env][: sim.num_resolved])
+    require(np.array_equal(listed, np.flatnonzero(resolved)), "list of resolved requests and phases differ")
     cohort = slice(world.cohort_start, world.cohort_stop)
     require(np.sum(~resolved[cohort]) == world.num_unresolved, "unresolved count differs from the phases")
     return float(sim.clock_s)
