@@ -66,7 +66,7 @@ def test_formats(tmp_path, text, fmt, arrival_s, prompt, output, dress):
     data = {"crlf": text.replace("\n", "\r\n").encode(), "bom": b"\xef\xbb\xbf" + text.encode()}.get(
         dress, text.encode()
     )
-    trace = load_trace(write(tmp_path, gzip.compress(data) if dress == "gzip" else data, "any.name"))
+    trace = load_trace(write(tmp_path, gzip.compress(data, mtime=0) if dress == "gzip" else data, "any.name"))
     assert (trace.format, trace.name, trace.num_dropped, len(trace)) == (fmt, "any.name", 0, len(prompt))
     assert trace.prompt_tokens.tolist() == prompt and trace.output_tokens.tolist() == output
     assert trace.prompt_tokens.dtype == trace.output_tokens.dtype == np.int32
@@ -140,8 +140,8 @@ def vidur_with(line, row):
         ("\n \n", "trace.csv", "the file is empty"),
         (LENGTHS.split("\n")[0], "trace.csv", "no rows behind the header"),
         (b"\xff\xfe\x00\x01binary", "trace.csv", "not a text file"),
-        (gzip.compress(VIDUR.encode())[:-9], "trace.csv", "cannot read"),
-        (gzip.compress(VIDUR.encode())[:20] + b"\0" * 30, "trace.csv", "cannot read"),
+        (gzip.compress(VIDUR.encode(), mtime=0)[:-9], "trace.csv", "cannot read"),
+        (gzip.compress(VIDUR.encode(), mtime=0)[:20] + b"\0" * 30, "trace.csv", "cannot read"),
     ],
 )
 def test_bad_files(tmp_path, text, where, message):
