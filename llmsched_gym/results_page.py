@@ -213,7 +213,8 @@ def section_claims(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame
             [
                 policy,
                 number(own["capacity_qps"]) + between(own["ci_low"], own["ci_high"]),
-                percent(own["ratio"] - 1) + between(_gain(own["ratio_ci_low"]), _gain(own["ratio_ci_high"]), 0),
+                percent(own["ratio"] - 1 if own["ratio"] else None)
+                + between(_gain(own["ratio_ci_low"]), _gain(own["ratio_ci_high"]), 0),
                 number(reference),
                 percent(reference / tables.REFERENCE_CAPACITY_QPS["sarathi"] - 1),
                 verdict(own["capacity_qps"], reference),
@@ -233,7 +234,8 @@ def section_claims(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame
     ]
     ttft = table(["load, requests/s", "ours, SLAI against Sarathi-Serve", "reference"], lines)
     at = _load_of(slai, tables.PAPER_TTFT_REDUCTION)
-    gain = found["slai", "ttft-median"]["ratio"] - 1
+    ratio = found["slai", "ttft-median"]["ratio"]
+    gain = ratio - 1 if ratio else None
     reached = f"is reached at {at:.2f} requests/s" if at else "is not reached up to 2.0 requests/s"
     sarathi, ours = long_capacity(long, "sarathi"), long_capacity(long, "slai")
     long_gain = percent(ours / sarathi - 1) if sarathi and ours else "-"

@@ -27,11 +27,11 @@ def toy(tmp_path_factory):
             tmp_path_factory.mktemp("paper"),
             workers=1,
             num_requests=300,
-            loads=(0.8, 1.2, 1.6, 2.0),
+            loads=(0.8, 1.6, 2.0),
             seeds=2,
-            short_requests=120,
+            short_requests=100,
             drift_seeds=(0, 1),
-            drift_requests=120,
+            drift_requests=60,
         )
         yield plan, rep.reproduce(plan)
 
@@ -40,8 +40,8 @@ def test_every_piece_has_data(toy):
     plan, data = toy
     assert list(data) == list(rep.PIECES)
     assert all(data.values())
-    assert len(data["main_table"]) == 2 * 4
-    assert len(data["seeds_table"]) == 3 * 3 * 2
+    assert len(data["main_table"]) == 2 * 3
+    assert len(data["seeds_table"]) == 3 * 2 * 2
     assert not any(name in row for row in data["main_table"] for name in rep.UNREPEATABLE)
     assert {row["strict_share"] for row in data["strict_shares"]} == set(rep.STRICT_SHARES)
     assert (plan.out / "runs" / "runs.parquet").is_file()
@@ -75,8 +75,10 @@ def test_runs_repeat_to_the_last_digit(toy, tmp_path):
 def written(toy, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "DPI", 20)
-        folders = [tmp_path_factory.mktemp("docs") for _ in range(2)]
-        yield [page.write_page(toy[1], toy[0], folder) for folder in folders]
+        first = page.write_page(toy[1], toy[0], tmp_path_factory.mktemp("docs"))
+        every = page.all_figures
+        patch.setattr(page, "all_figures", lambda *data: dict(list(every(*data).items())[::4]))
+        yield first, page.write_page(toy[1], toy[0], tmp_path_factory.mktemp("docs"))
 
 
 def test_the_page_says_it_all_with_figures_that_exist(written):
@@ -93,8 +95,10 @@ def test_the_page_says_it_all_with_figures_that_exist(written):
 def test_the_page_repeats(written):
     one, two = written
     assert one.read_bytes() == two.read_bytes()
-    for figure in (one.parent / "figures").glob("*.png"):
-        assert figure.read_bytes() == (two.parent / "figures" / figure.name).read_bytes()
+    again = list((two.parent / "figures").glob("*.png"))
+    assert len(again) >= 4
+    for figure in again:
+        assert figure.read_bytes() == (one.parent / "figures" / figure.name).read_bytes()
 
 
 def test_the_sweep_is_near_the_published_one():
