@@ -38,7 +38,7 @@ format: install
 	$(VENV)/bin/ruff format .
 
 paper: $(DEMO_VENV)/.installed
-	$(DEMO_VENV)/bin/python -m llmsched_gym.reproduce
+	$(DEMO_VENV)/bin/llmsched reproduce
 
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) build dist out *.egg-info

@@ -1,4 +1,4 @@
-"""The command line: `llmsched evaluate | capacity | policies | suites | workloads | profiles | report | bench`.
+"""The command line: `llmsched COMMAND`, thin over the packages that do the work.
 
 Results go to stdout, progress and remarks to stderr. What cannot be done is said in one line, with exit code 2.
 Modules are imported by the commands that need them, so that listing things is quick.
@@ -291,6 +291,14 @@ def report(
     from llmsched_gym.evaluation.report import write_report
 
     print(f"llmsched: wrote {write_report(directory)}", file=sys.stderr)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def reproduce(context: typer.Context) -> None:
+    """Run the paper's whole evaluation and write docs/results.md; `llmsched reproduce --help` lists its options."""
+    from llmsched_gym.reproduce import main as run
+
+    raise typer.Exit(run(context.args))
 
 
 @app.command()

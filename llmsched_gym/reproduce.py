@@ -315,7 +315,9 @@ def reproduce(plan: Plan, pieces: list[str] | None = None) -> dict[str, Data]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="llmsched reproduce", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="llmsched reproduce", usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("out/paper"), help="folder of intermediate results")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of results.md and figures/")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
