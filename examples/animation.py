@@ -7,38 +7,38 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
-from PIL import Image
+from PIL import Image, ImageColor
 
 import llmsched_gym  # noqa: F401  registers the environments
-from llmsched_gym.env.picture import HISTORY_S, PALETTE
+from llmsched_gym.env.picture import FAINT, HISTORY_S, INK, PALETTE
+from llmsched_gym.env.policy import SchedulerPolicy
 from llmsched_gym.env.render import Viewer
-from llmsched_gym.scheduler import install, make_scheduler
 
-COLOURS = 64
-DRAWN_S = 0.09  # shortest time between two frames: a GIF of more is larger, not smoother
+SHADES = 16
+DRAWN_S = 0.04  # shortest time between two frames: browsers slow down what is faster
 
 
 def record(
     scheduler: str, qps: float, seed: int, start_s: float, seconds: float
 ) -> tuple[list[Image.Image], list[int]]:
     """Frames from `start_s` on and how many milliseconds each is shown: as long as it lasted."""
-    env = gym.make("LLMSched-v0", qps=qps, horizon_s=start_s + seconds + 1.0).unwrapped
+    env: Any = gym.make("LLMSched-v0", qps=qps, horizon_s=start_s + seconds + 1.0).unwrapped
     env.reset(seed=seed)
-    policy = make_scheduler(scheduler)
-    install(policy, env.core.engine.state, seed=seed)
+    policy = SchedulerPolicy(env, scheduler)
     viewer = Viewer(env.core, f"{scheduler} at {qps:g} requests/s")
     frames: list[Image.Image] = []
     times_s: list[float] = []
     clock_s = 0.0
     while clock_s < start_s + seconds:
-        _, _, terminated, truncated, info = env.step_scheduler(policy)
+        _, _, terminated, truncated, info = policy.step()
         clock_s += info["duration_s"]
         if terminated or truncated:
             break
         if clock_s > start_s - HISTORY_S:
-            image = viewer.render("rgb_array")
+            image: Any = viewer.render("rgb_array")
             if clock_s >= start_s and (not times_s or clock_s - times_s[-1] >= DRAWN_S):
                 frames.append(Image.fromarray(image))
                 times_s.append(clock_s)
@@ -47,13 +47,18 @@ def record(
     return frames, shown_ms
 
 
+def gif_colours() -> list[tuple[int, ...]]:
+    """The viewer's colours as they are, and the shades of its smoothed text."""
+    colours: list[tuple[int, ...]] = [ImageColor.getrgb(colour) for colour in PALETTE]
+    for colour in map(ImageColor.getrgb, (INK, FAINT)):
+        colours += [tuple(255 - (255 - c) * k // SHADES for c in colour) for k in range(1, SHADES)]
+    return colours
+
+
 def save(frames: list[Image.Image], shown_ms: list[int], out: Path) -> None:
     """Write a GIF in one palette, so that a frame stores what changed and nothing else."""
-    sample = Image.new("RGB", (frames[0].width, frames[0].height + 40))
-    sample.paste(frames[0])
-    for k, colour in enumerate(PALETTE):  # rare ones would else be averaged with their neighbours
-        sample.paste(colour, (40 * k, frames[0].height, 40 * (k + 1), frames[0].height + 40))
-    palette = sample.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([channel for colour in gif_colours() for channel in colour])
     first, *others = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     out.parent.mkdir(parents=True, exist_ok=True)
     first.save(out, save_all=True, append_images=others, duration=shown_ms, loop=0, disposal=1)

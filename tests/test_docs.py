@@ -1,12 +1,16 @@
 """The generated page is what the generator makes, and what the pages show runs."""
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
 from llmsched_gym.env import LLMSchedEnv
-from llmsched_gym.env.docs import fields, page
+from llmsched_gym.env.docs import fields, page, worked_steps
+from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.knobs import KNOBS
+from llmsched_gym.env.slots import SLOT_FEATURES
 from llmsched_gym.evaluation.run import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,10 +22,29 @@ def test_the_environment_page_is_up_to_date():
     )
 
 
-def test_every_setting_is_on_the_page():
-    listed = fields()
+def test_every_setting_entry_and_value_is_on_the_page():
+    listed, text = fields(), page()
     for name in LLMSchedEnv().config.to_dict():
         assert f"`{name}`" in listed, name
+    for entry in (*FEATURES, *SLOT_FEATURES, *KNOBS):
+        assert f"| `{entry.name}` |" in text, entry.name
+    for knob in KNOBS:
+        assert f"{len(knob.values) - 1}: {knob.label(len(knob.values) - 1)} |" in text, knob.name
+
+
+def test_tables_have_as_many_cells_in_every_row():
+    for block in re.findall(r"(?:^\|.*\n)+", page(), re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, block
+
+
+def test_the_worked_steps_add_up():
+    """Each reward on the page is the sum of its parts on the page; the steps show a gain, nothing and a loss."""
+    rows = [line.split(" | ") for line in worked_steps().splitlines() if re.match(r"\| \d+ \| `\[", line)]
+    numbers = [[float(cell.strip(" |")) for cell in row[5:]] for row in rows]
+    assert len(numbers) == 3
+    for on_time, expired, lateness, reward in numbers:
+        assert reward == pytest.approx(on_time + expired + lateness, abs=1e-6)
+    assert [n[:2] for n in numbers] == [[1.0, 0.0], [0.0, 0.0], [2.0, -1.0]]
 
 
 @pytest.mark.parametrize("name", ["custom_reward", "custom_observation"])

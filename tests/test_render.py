@@ -1,9 +1,13 @@
-"""Frames of every mode, before the first step and after it, for every kind of action."""
+"""Frames of every mode, before the first step and after it, for every kind of action; what they say is true."""
 
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
+from PIL import Image
 
+from examples import animation
 from llmsched_gym.env import LLMSchedEnv
+from llmsched_gym.env.policy import SchedulerPolicy
 
 
 @pytest.mark.parametrize("action", ["knobs", "priority", "request"])
@@ -23,7 +27,26 @@ def test_every_mode_gives_what_gymnasium_expects(action, capsys):
             assert frames[0].dtype == np.uint8
             assert not np.array_equal(*frames)
         if mode == "ansi":
-            assert "KV" in frames[1] and frames[0] != frames[1]
+            assert "none yet" in frames[0] and "ms" in frames[1]
+            assert max(len(line) for frame in frames for line in frame.splitlines()) <= 76  # 80 with the panel's frame
+
+
+@pytest.mark.parametrize("mode", ["ansi", "rgb_array", "human"])
+def test_gymnasiums_checker_accepts_every_mode(mode, capsys):
+    env = LLMSchedEnv(horizon_s=2.0, render_mode=mode)
+    check_env(env, skip_close_check=True)
+    env.close()
+
+
+def test_the_panel_shows_its_last_frame_once_where_there_is_no_terminal(capsys):
+    env = LLMSchedEnv(qps=2.0, render_mode="human")
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(np.zeros(7, np.int64))
+    env.close()
+    env.close()
+    out = capsys.readouterr().out
+    assert out.count("arrived") == 1 and "batch 20" in out
 
 
 def test_the_text_frame_counts_what_the_engine_counts():
@@ -35,4 +58,70 @@ def test_the_text_frame_counts_what_the_engine_counts():
     frame = env.render()
     assert f"arrived {sim.num_arrived}" in frame
     assert f"finished {sim.num_finished}" in frame
-    assert f"waiting {sim.num_waiting} prompts" in frame
+    assert f"{sim.num_waiting} waiting" in frame
+    assert f"{sim.last_batch_decodes} decode" in frame
+
+
+def test_counts_of_a_resolved_run_are_its_return():
+    """With beta 0 the return counts the requests that attained: the ones "on time"."""
+    env = LLMSchedEnv("paper", qps=2.0, num_requests=30, beta=0.0, render_mode="ansi")
+    env.reset(seed=0)
+    total, done = 0.0, False
+    while not done:
+        _, reward, terminated, truncated, _ = env.step(np.zeros(7, np.int64))
+        total += reward
+        done = terminated or truncated
+    frame = env.render()
+    assert terminated and 0 < total < 30
+    assert f"on time {total:.0f}   late {30 - total:.0f}" in frame
+    assert "decodes 0" in frame and "0 started, 0 waiting" in frame
+
+
+def test_looking_changes_nothing():
+    def run(looks):
+        env = LLMSchedEnv(action="request", qps=2.0, render_mode="rgb_array")
+        env.reset(seed=3)
+        rng = np.random.default_rng(0)
+        seen = []
+        for _ in range(150):
+            action = rng.choice(np.flatnonzero(env.action_masks()))
+            seen.append([env.step(action)[1], *env.core.observation(0)])
+            if looks:
+                env.render()
+        return np.array(seen)
+
+    assert np.array_equal(run(True), run(False))
+
+
+def test_a_new_episode_forgets_the_last_ones_history():
+    env = LLMSchedEnv(qps=2.0, render_mode="rgb_array")
+    env.reset(seed=5)
+    first = env.render()
+    for _ in range(60):
+        env.step(np.zeros(7, np.int64))
+        env.render()
+    env.reset(seed=5)
+    assert np.array_equal(env.render(), first)
+
+
+def test_a_decodes_bar_keeps_its_place():
+    env = LLMSchedEnv(qps=2.0, render_mode="rgb_array")
+    env.reset(seed=2)
+    policy = SchedulerPolicy(env, "slai")
+    last = {}
+    for _ in range(300):
+        policy.step()
+        env.render()
+        places = env._viewer._places
+        assert len(set(places.values())) == len(places)
+        assert all(last[r] == place for r, place in places.items() if r in last)
+        last = dict(places)
+    assert len(last) > 5
+
+
+def test_the_animation_is_made(tmp_path, capsys):
+    out = tmp_path / "clip.gif"
+    animation.main(["--out", str(out), "--start", "3", "--seconds", "1"])
+    with Image.open(out) as clip:
+        assert clip.size == (960, 540) and clip.n_frames > 5
+        assert 800 <= sum(clip.info["duration"] for k in range(clip.n_frames) if clip.seek(k) is None) <= 1300

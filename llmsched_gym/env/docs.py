@@ -10,27 +10,56 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import SUITES, EnvConfig, Scenario
+from llmsched_gym.config import SUITES, EnvConfig, Scenario, env_config
 from llmsched_gym.env import reward
+from llmsched_gym.env.core import action_space
 from llmsched_gym.env.features import FEATURES, Feature
-from llmsched_gym.env.knobs import KNOBS
+from llmsched_gym.env.knobs import KNOBS, TOKEN_BUDGET
 from llmsched_gym.env.single import LLMSchedEnv
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+WORKED: dict[str, Any] = {"qps": 2.0, "jitter": 0.0, "max_backlog": 4}
+WORKED_SEED, WORKED_BUDGETS = 4, (512, 2048, 8192)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
-    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
-    return "\n".join(lines)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def specification() -> str:
     """The docstring of the environment, as Markdown."""
-    text = inspect.cleandoc(LLMSchedEnv.__doc__ or "")
-    text = re.sub(r":class:`~?[\w.]*?(\w+)`", r"`\1`", text.split("\nArgs:")[0])
-    return text.replace("``", "`")
+    text = inspect.cleandoc(LLMSchedEnv.__doc__ or "").split("\nArgs:")[0].strip()
+    return re.sub(r":class:`~?[\w.]*?(\w+)`", r"`\1`", text).replace("``", "`")
+
+
+def suites() -> str:
+    """The registered environments and what sets each apart from the first."""
+    usual = SUITES["default"].scenario.to_dict()
+    rows = []
+    for name, suite in sorted(SUITES.items(), key=lambda item: item[0] != "default"):
+        other = [f"`{k}={v!r}`" for k, v in suite.scenario.to_dict().items() if v != usual[k] and k != "suite"]
+        rows.append([f"`{suite.env_id}`", f"`{name}`", suite.what, ", ".join(other) or "-"])
+    return table(["environment", "suite", "what", f"unlike `{SUITES['default'].env_id}`"], rows)
+
+
+def actions() -> str:
+    what = {
+        "knobs": "one setting of each knob below",
+        "priority": f"one score per visible slot, highest first; the {NUM_SLOTS} slots are those of the observation",
+        "request": f"add the request of slot 0 to {NUM_SLOTS - 1} to the batch, or {NUM_SLOTS}: close it",
+    }
+    spaces = {kind: action_space(EnvConfig(action=kind)) for kind in what}
+    return table(["`action=`", "space", "one action"], [[f"`{k}`", f"`{spaces[k]}`", what[k]] for k in what])
+
+
+def knobs() -> str:
+    rows = []
+    for i, knob in enumerate(KNOBS):
+        values = ", ".join(f"{k}: {knob.label(k).replace('nan', 'off')}" for k in range(len(knob.values)))
+        rows.append([str(i), f"`{knob.name}`", knob.what, values])
+    return table(["#", "knob", "meaning", "index: value"], rows)
 
 
 def features(entries: tuple[Feature, ...]) -> str:
@@ -38,71 +67,80 @@ def features(entries: tuple[Feature, ...]) -> str:
     return table(["#", "name", "range", "meaning"], rows)
 
 
-def knobs() -> str:
-    rows = []
-    for i, knob in enumerate(KNOBS):
-        values = ", ".join(f"{k} = {knob.label(k)}" for k in range(len(knob.values)))
-        rows.append([str(i), f"`{knob.name}`", knob.what, values.replace("nan", "off")])
-    return table(["#", "knob", "meaning", "index = value"], rows)
-
-
 def fields() -> str:
-    """Every field with its default and the comment on its line."""
-    rows = []
-    for cls in (Scenario, EnvConfig):
+    """Every field of the configuration with its default and the comment on its line, in the groups of the source."""
+    groups: dict[str, list[list[str]]] = {}
+    for cls, group in ((Scenario, "scenario"), (EnvConfig, "agent")):
         for line in inspect.getsource(cls).splitlines():
-            match = re.match(r"    (\w+): ([^=]+) = (.+?)  # (.+)", line)
-            if match:
-                rows.append([f"`{match[1]}`", f"`{match[3]}`", match[4]])
-            elif match := re.match(r"    (\w+): (float|int|bool|str) = ([^#]+)$", line):
-                rows.append(
-                    [f"`{match[1]}`", f"`{match[3].strip()}`", match[1].replace("_s", " (s)").replace("_", " ")]
-                )
-    return table(["field", "default", "meaning"], rows)
+            if match := re.fullmatch(r"    # (.+)", line):
+                group = match[1]
+            elif match := re.fullmatch(r"    (\w+): (.+?) = (.+?)(?:  # (.+))?", line):
+                code = [f"`{match[k]}`".replace("|", "or") for k in (1, 2, 3)]
+                groups.setdefault(group, []).append([*code, match[4] or _words(match[1])])
+    header = ["field", "type", "default", "meaning"]
+    return "\n\n".join(f"### {name.capitalize()}\n\n{table(header, rows)}" for name, rows in groups.items())
 
 
-def suites() -> str:
-    rows = [[f"`{suite.env_id}`", f"`{name}`", suite.what] for name, suite in SUITES.items()]
-    return table(["environment", "suite", "what"], rows)
+def _words(name: str) -> str:
+    """A field's name as words: what there is to say of a field that has no comment."""
+    stem, unit = (name[:-2], ", seconds") if name.endswith("_s") else (name, "")
+    return " ".join(w.upper() if w in ("slo", "tbt", "ttft", "kv") else w for w in stem.split("_")) + unit
 
 
 def _number(value: float) -> str:
-    return f"{value:.6g}" if math.isfinite(value) else str(value)
+    """Six digits: enough to check the arithmetic, few enough to be the same on every machine."""
+    return f"{round(value, 9) + 0.0:.6g}"
+
+
+def _changes(env: LLMSchedEnv, before: np.ndarray) -> list[str]:
+    """What a step changed in the utility of each request, in words and numbers."""
+    config, lines = env.config, []
+    after = env.core.engine.state.requests[0]
+    for r in range(env.core.engine.state.sims[0].num_arrived):
+        was, now = before[r], after[r]
+        if was["num_output_tokens"] == 0 and now["num_output_tokens"] == 1:
+            ttft_s, slo_s = now["first_token_s"] - now["arrival_s"], now["ttft_slo_s"]
+            verdict = "late" if now["ttft_missed"] else "+1"
+            lines.append(f"request {r}: first token after {_number(ttft_s)} s, TTFT SLO {_number(slo_s)} s: {verdict}")
+        elif now["num_late_gaps"] > was["num_late_gaps"]:
+            gap_s, slo_s = now["last_token_s"] - was["last_token_s"], now["tbt_slo_s"]
+            late = f"{_number(config.beta)} x {_number(gap_s - slo_s)} / {_number(config.patience_s)}"
+            lines.append(
+                f"request {r}: next token after {_number(gap_s)} s, TBT SLO {_number(slo_s)} s: -1, and -{late} = "
+                f"{_number(-config.beta * (gap_s - slo_s) / config.patience_s)} for being late"
+            )
+        elif now["num_output_tokens"] > was["num_output_tokens"]:
+            gap_s = now["last_token_s"] - was["last_token_s"]
+            lines.append(f"request {r}: next token after {_number(gap_s)} s: in time, 0")
+    return lines
 
 
 def worked_steps() -> str:
-    """Three steps of one environment, with what was in each batch and what it paid."""
-    env = LLMSchedEnv("paper", qps=2.0, num_requests=40)
-    env.reset(seed=0)
-    action = np.zeros(len(KNOBS) - 1, np.int64)
-    lines: list[str] = []
-    told = 0
-    for step in range(10_000):
-        *_, paid, _, _, info = (None, *env.step(action)[1:])
-        batch, sim = env.core.engine.state.batches[0], env.core.engine.state.sims[0]
-        terms: dict[str, Any] = info["reward_terms"]
-        interesting = (
-            (told == 0 and batch.num_tokens == 0)
-            or (told == 1 and batch.num_tokens > 0)
-            or (told == 2 and terms["on_time"] > 0)
-        )
-        if not interesting:
-            continue
-        told += 1
-        what = "nothing to run: the clock moves to the first arrival"
-        if batch.num_tokens:
-            what = f"{batch.num_decodes} decodes and {batch.num_tokens - batch.num_decodes} prompt tokens"
-        lines.append(
-            f"{told}. Step {step}: {what}. It took {_number(1e3 * info['duration_s'])} ms, the discount is "
-            f"{_number(info['discount'])}; the reward is {_number(paid)} (first tokens in time "
-            f"{_number(terms['on_time'])}, expired {_number(terms['expired'])}, "
-            f"lateness {_number(terms['lateness'])}). "
-            f"The clock stands at {_number(float(sim.clock_s))} s with {sim.num_running} running and "
-            f"{sim.num_waiting} waiting."
-        )
-        if told == 3:
-            break
-    return "\n".join(lines)
+    """Three steps of one environment: the action, the batch, its time and what it paid, as run just now."""
+    env = LLMSchedEnv(**WORKED)
+    env.reset(seed=WORKED_SEED)
+    state = env.core.engine.state
+    first = state.requests[0, : state.sims[0].num_arrived]
+    waiting = [
+        [str(i), f"{r['prompt_tokens']:,}", _number(r["ttft_slo_s"]), _number(r["tbt_slo_s"])]
+        for i, r in enumerate(first)
+    ]
+    rows, told = [], []
+    for k, budget in enumerate(WORKED_BUDGETS, 1):
+        action = np.zeros(env.action_space.shape or (), np.int64)
+        action[TOKEN_BUDGET] = KNOBS[TOKEN_BUDGET].values.index(budget)
+        before = state.requests[0].copy()
+        _, paid, _, _, info = env.step(action)
+        batch = state.items[0, : state.batches[0].num_items].tolist()
+        decoding = before["num_computed_tokens"] >= before["prefill_tokens"]
+        items = [f"{r}: decode" if decoding[r] else f"{r}: {n:,} prompt tokens" for r, n in batch]
+        terms = [_number(info["reward_terms"][name]) for name in ("on_time", "expired", "lateness")]
+        time = [_number(info["duration_s"]), _number(info["discount"])]
+        rows.append([str(k), f"`{action.tolist()}`", "; ".join(items), *time, *terms, _number(paid)])
+        told += [f"- Step {k}, {line}" for line in _changes(env, before)]
+    requests = table(["request", "prompt tokens", "TTFT SLO (s)", "TBT SLO (s)"], waiting)
+    header = ["step", "action", "batch", "duration (s)", "discount", "on_time", "expired", "lateness", "reward"]
+    return f"{requests}\n\n{table(header, rows)}\n\n" + "\n".join(told)
 
 
 def example(name: str) -> str:
@@ -112,9 +150,12 @@ def example(name: str) -> str:
 def page() -> str:
     """The whole page."""
     derivation = inspect.cleandoc(reward.__doc__ or "").split("\n\n", 1)[1]
+    usual = env_config()
+    settings = ", ".join(f"{k}={v!r}" for k, v in WORKED.items())
+    half_s = -usual.tau_s * math.log(0.5)
     return f"""# The environment
 
-*This page is made by `python -m llmsched_gym.env.docs`.*
+*This page is made by `python -m llmsched_gym.env.docs > docs/environment.md`.*
 
 {specification()}
 
@@ -122,28 +163,47 @@ def page() -> str:
 
 {suites()}
 
-`gymnasium.make_vec(id, num_envs=N, vectorization_mode="vector_entry_point")` gives the native vector environment, and
-`llmsched_gym.env.sb3.LLMSchedVecEnv(N)` its Stable-Baselines3 face. Environment i of `reset(seed=s)` equals the single
-environment with seed s + i. Autoreset is SAME_STEP, with `final_obs` in the infos.
+Any field of the [settings](#settings) can be given to `gym.make`, for every id. A wrong one raises a `ConfigError` of
+one line that names it.
 
-## Knobs
+## Actions
+
+{actions()}
+
+### Knobs
 
 Every combination is legal. All zeros is Sarathi-Serve; `order` = spf with `offset` = 5 (10 while KV use is at least
-96 %) is SLAI, whose offset reads `kv_cache_usage_last_batch`. A knob set in step t + 1 keys the tokens emitted in
+96 %) is SLAI, whose offset reads `kv_cache_usage_last_batch`. The offset set in step t + 1 keys the tokens emitted in
 batch t, once.
 
 {knobs()}
 
 `refuse` is there only with `allow_refusal=True`.
 
-## Observation: features
+### Priority and request
+
+Batches of both hold at most `token_budget` tokens; running decodes beyond the visible slots are added last. Under
+`priority` a request with a score below 0 is left out, ties go by slot, and a prompt gets what is left of the budget.
+Under `request` a prompt gets the same, rounded down to a tile of the cost profile unless that finishes it. Adding takes
+no time and pays nothing; closing runs the batch. A slot that cannot be added closes the batch too:
+`action_masks()` says beforehand which can. For knobs the mask is all true; priorities have none.
+
+## Observation
+
+"Log scale to S" stands for min(1, log(1 + x) / log(1 + S)). Everything is bounded, so that no running statistics are
+needed.
+
+### Features
+
+`Box({len(FEATURES)},)`, float32:
 
 {features(FEATURES)}
 
-## Observation: slots
+### Slots
 
-`slots` has {NUM_SLOTS} rows: running requests by admission, then waiting ones by arrival, preempted ones first. `mask`
-says which rows are in use, and `features` summarises the rest.
+`Dict(slots=Box({NUM_SLOTS}, {len(SLOT_FEATURES)}), mask=MultiBinary({NUM_SLOTS}), features=Box({len(FEATURES)},))`.
+The rows are running requests by admission, then waiting ones by arrival, preempted ones first. `mask` says which rows
+are in use; `features` sums up the rest.
 
 {features(SLOT_FEATURES)}
 
@@ -151,16 +211,67 @@ says which rows are in use, and `features` summarises the rest.
 
 {derivation}
 
-Rejected requests, which no decision could have saved, count 0. With `beta=0` the return is the number of requests that
-attained.
+Let U_i be 0 until request i arrives, and t_0 < t_1 < ... < t_n the times at which steps end. Step k pays
+
+    r_k = reward_scale * sum_i [ U_i(t_k) - U_i(t_(k-1)) ]
+
+over the measured requests i. Summed over the episode everything between the first and the last time cancels:
+
+    r_1 + ... + r_n = reward_scale * sum_i [ U_i(t_n) - U_i(t_0) ] = reward_scale * sum_i U_i(t_n)
+
+which neither the length of the steps nor `action_repeat` changes. From the moment request i is resolved U_i stands
+still, at
+
+| end of the request | U_i |
+| --- | --- |
+| finished | 1 if it attained, else 0, minus beta * min(1, L_i / patience) |
+| client left | -beta |
+| refused | -beta |
+| rejected on arrival, as it can never fit: no decision could have saved it | 0 |
+
+and the return over a resolved cohort is `reward_scale` times the sum of these, to rounding. With `beta=0` it is the
+number of requests that attained: divided by the number that arrived, the SLO attainment. Without patience
+(`patience_s=inf`) lateness costs nothing. With `credit="finish"` the sum is the same and each U_i is paid when its
+request is resolved. `tbt_rule` says which tokens count as late: any gap over the TBT SLO (`every-gap`), more than a
+share 1 - X of the gaps (`fraction:X`), or token k after TTFT SLO + k * TBT SLO (`deadline`).
+
+`info["reward_terms"]` has the parts, before `reward_scale`: `on_time` (+1 each), `expired` (-1 each), `lateness`,
+`refused`.
+
+## Time
+
+A step lasts as long as its batches. `info["duration_s"]` is how far the clock moved and `info["discount"]` is
+exp(-duration / tau_s), to be used in place of a constant gamma: with tau_s = {usual.tau_s:g} s a reward counts half
+after {half_s:.0f} s, however many batches went by. Decisions that take no time (adding a request to a batch) have
+discount 1. An empty batch moves the clock to the next arrival, or by `idle_step_s` while work is pending, if that is
+sooner.
+
+## Episodes
+
+- **Seed.** `reset(seed=s)` fixes the requests, their SLOs and the noise: those of `llmsched evaluate` for seed s. Every
+  purpose has a random stream of its own, so that a seed has the same requests at every load. `info` has `seed` and
+  `qps`, the true rate: for logs, not for agents.
+- **Reset without a seed** draws the next episode's seed from `np_random`, which the last `reset(seed=s)` has set.
+- **Continuing** episodes (`num_requests=None`) start with up to `max_backlog` waiting requests and are truncated at
+  `horizon_s`. They never terminate: bootstrap the value of the last observation.
+- **Finite** episodes measure `num_requests` arrivals from `warmup_s` on and terminate when all of these are resolved.
+  They are truncated `drain_s` after the last one's arrival. Requests outside the cohort take part and pay nothing.
+- **Vector.** `gym.make_vec(id, num_envs=N, vectorization_mode="vector_entry_point")` steps all environments in compiled
+  code; environment i of `reset(seed=s)` equals the single one with seed s + i. Autoreset is SAME_STEP: the observation
+  after the end is the next episode's first, `info["final_obs"]` has the last.
+- **Stable-Baselines3.** `llmsched_gym.env.sb3.LLMSchedVecEnv(N)` is the same with `terminal_observation` and
+  `TimeLimit.truncated`, and with `action_masks` for sb3-contrib.
 
 ## Three worked steps
 
-Suite `paper` at 2 requests/s, seed 0, all knobs 0:
+`gym.make("LLMSched-v0", {settings})`, `reset(seed={WORKED_SEED})`; the token budget is raised from step to
+step, all other knobs are 0. At time 0 there wait
 
 {worked_steps()}
 
-## All settings
+The third batch is the lesson: computing two prompts at once gave two first tokens in time and cost request 0 its SLO.
+
+## Settings
 
 {fields()}
 

@@ -34,6 +34,10 @@ from llmsched_gym.env.snapshot import Shown, Snapshot, snapshot
 FRAMES_PER_S = 20  # of the live panel in a terminal
 
 
+def _count(number: int, unit: str) -> str:
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"
+
+
 def _gauge(shares: list[tuple[float, str]], cells: int) -> str:
     """Shares of one row of cells, each drawn with its character."""
     row, done = "", 0.0
@@ -45,41 +49,41 @@ def _gauge(shares: list[tuple[float, str]], cells: int) -> str:
 
 def _rows(text: Any, shown: list[Shown], unit: str, rest: int) -> None:
     for s in shown:
-        text.append(f"  #{s.request:<6}{'strict' if s.is_strict else 'relaxed':8} {s.tokens:>6,} {unit:7}")
-        text.append(_gauge([(max(0.0, s.left), "━")], 20), SLACK_STYLES[s.level])
-        text.append(f" {s.left_s:7.3f} s of {s.slo_s:.3g} s{'   late before' if s.is_late and s.left_s >= 0 else ''}\n")
+        user, state = "strict" if s.is_strict else "relaxed", "  was late" if s.is_late and s.left_s >= 0.0 else ""
+        text.append(f"  #{s.request:<5} {user:7} {s.tokens:>6,} {unit} ")
+        text.append(_gauge([(max(0.0, s.left), "━")], 16), SLACK_STYLES[s.level])
+        text.append(f" {s.left_s:7.3f} of {s.slo_s:.3g} s{state}\n")
     if rest > 0:
         text.append(f"  and {rest:,} more\n", "dim")
 
 
 def frame_text(shot: Snapshot, caption: str, most: int = 6) -> Any:
-    """A frame as rich text: clock, KV cache, batch, the running requests next due, the head of the queue."""
+    """A frame as rich text: clock, counts, KV cache, batch, the decodes next due, the head of the queue."""
     from rich.text import Text
 
     text = Text(no_wrap=True)
     text.append(f"{caption}   t = {shot.clock_s:.3f} s   batch {shot.num_batches:,}\n", "bold")
-    text.append("   ".join(f"{k} {v:,}" for k, v in _counts(shot)) + "\n")
+    text.append("   ".join(f"{name} {count:,}" for name, count in _counts(shot)) + "\n")
     usage = shot.used_blocks / max(1, shot.total_blocks)
-    text.append(f"KV      {_gauge([(usage, '█')], 40)} {100 * usage:3.0f} % of {shot.total_blocks:,} blocks\n")
+    text.append(f"KV      {_gauge([(usage, '█')], 24)} {100 * usage:.0f} % of {shot.total_blocks:,} blocks\n")
     text.append("batch   ")
     if shot.num_batches == 0:
         text.append("none yet\n")
     else:
-        tokens = shot.decode_tokens + shot.prefill_tokens
-        shares = [(shot.decode_tokens / max(1, tokens), "█"), (shot.prefill_tokens / max(1, tokens), "▒")]
-        text.append(_gauge(shares, 40), "blue")
-        text.append(f" █ {shot.decode_tokens} decodes + ▒ {shot.prefill_tokens:,} prompt tokens,")
-        text.append(f" {1e3 * shot.duration_s:.1f} ms (predicted {1e3 * shot.predicted_s:.1f})\n")
+        decodes, prefill = shot.decode_tokens, shot.prefill_tokens
+        total = max(1, decodes + prefill)
+        text.append(_gauge([(decodes / total, "█"), (prefill / total, "▒")], 24), "blue")
+        text.append(
+            f" {_count(decodes, 'decode')} + {_count(prefill, 'prompt token')}, {1e3 * shot.duration_s:.1f} ms\n"
+        )
     if shot.forming is not None:
-        text.append(f"forming {shot.forming[0]} decodes + {shot.forming[1]:,} prompt tokens\n")
-    text.append(f"running {len(shot.decodes)} decodes, {len(shot.started)} prompts; time left to the next token:\n")
+        text.append(f"forming {_count(shot.forming[0], 'decode')} + {_count(shot.forming[1], 'prompt token')}\n")
     urgent = sorted(shot.decodes, key=lambda s: (s.left_s, s.request))
+    text.append(f"decodes {len(urgent)}, the next due first: time left to the next token\n")
     _rows(text, urgent[:most], "emitted", len(urgent) - most)
-    text.append(
-        f"waiting {len(shot.waiting)} prompts; started ones and the head of the queue, time left to the first token:\n"
-    )
     prompts = [*shot.started, *shot.waiting]
-    _rows(text, prompts[:most], "tokens", len(prompts) - most)
+    text.append(f"prompts {len(shot.started)} started, {len(shot.waiting)} waiting: time left to the first token\n")
+    _rows(text, prompts[:most], "tokens ", len(prompts) - most)
     text.rstrip()
     return text
 
