@@ -8,7 +8,7 @@ class ShortestFirst:
 
     def schedule(self, view: View) -> Batch:
         tokens = {r.index: 1 for r in view.decodes}
-        room, free = 512 - len(tokens), view.free_blocks - view.watermark_blocks
+        room, free = 512 - len(tokens), view.free_blocks - view.watermark_blocks - len(tokens)
         for r in [*view.prefills, *sorted(view.waiting, key=lambda r: r.prefill_tokens)]:
             blocks = 0 if r.num_blocks else -(-r.prefill_tokens // 16)
             if room <= 0 or blocks > free or len(tokens) >= view.max_num_seqs:

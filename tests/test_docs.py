@@ -53,10 +53,11 @@ def test_examples_run(name, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_the_custom_scheduler_runs_and_serves_everybody():
-    world = LLMSchedEnv("paper", qps=1.5, num_requests=40).config
-    episode = simulate(world, "examples.custom_scheduler:ShortestFirst", 0)
-    assert episode.sim.num_finished == 40
+@pytest.mark.parametrize("seed", range(4))
+def test_the_custom_scheduler_serves_everybody_where_memory_is_short(seed):
+    world = LLMSchedEnv("paper", qps=3.0, num_requests=150, num_kv_blocks=2000).config
+    episode = simulate(world, "examples.custom_scheduler:ShortestFirst", seed)
+    assert episode.sim.num_finished == 150
 
 
 def test_the_readme_shows_the_examples_as_they_are():

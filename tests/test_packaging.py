@@ -27,7 +27,7 @@ def project():
 def test_the_core_depends_on_nothing_of_the_extras():
     config = project()["project"]
     core = {re.match(r"[\w-]+", name)[0].lower() for name in config["dependencies"]}
-    known = "gymnasium, numpy, numba, pandas, pyarrow, scipy, matplotlib, jinja2, typer, rich, safetensors"
+    known = "gymnasium, numpy, numba, pandas, pyarrow, scipy, matplotlib, jinja2, typer, rich, safetensors, pillow"
     assert core == set(known.split(", "))
     assert {"agents", "real", "ray", "dev"} <= set(config["optional-dependencies"])
 

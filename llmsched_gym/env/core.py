@@ -104,9 +104,13 @@ class EnvCore:
         self.engine.reset(table, env)
         self.tables[env] = table
         install(None, self.engine.state, env, seed)
+        self.reopen(env)
+        self.observe(env)
+
+    def reopen(self, env: int) -> None:
+        """Start the batch that request actions fill next."""
         if self.config.action == "request":
             kernels.reopen_env(self.engine.handle, self.handle, env)
-        self.observe(env)
 
     def observe(self, env: int) -> None:
         kernels.observe_env(self.engine.handle, self.handle, env)

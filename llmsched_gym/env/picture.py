@@ -16,9 +16,9 @@ WIDTH, HEIGHT = 960, 540  # pixels
 HISTORY_S = 20.0  # what the strips show
 
 WHITE, INK, FAINT, GRID, EMPTY = "#ffffff", "#1c2733", "#68737f", "#dfe4ea", "#f1f3f6"
-PREFILL, DECODE, MEMORY, SPOILED = "#e69f00", "#0072b2", "#5a6b7d", "#b9c1ca"
-# Tol's muted palette: apart in hue and in lightness, and the bars' lengths say the same again
-SLACK_COLOURS = ("#882255", "#cc6677", "#ddcc77", "#44aa99")
+PREFILL, DECODE, MEMORY, SPOILED = "#e69f00", "#0072b2", "#5a6b7d", "#8c97a3"
+# apart in lightness too: CIELAB distances of 35 and more under every form of colour blindness
+SLACK_COLOURS = ("#5c1033", "#c2493d", "#e6d27a", "#5bbcae")
 SLACK_LABELS = ("overdue", "< 20 %", "20-50 %", "> 50 %")
 PALETTE = (WHITE, INK, FAINT, GRID, EMPTY, PREFILL, DECODE, MEMORY, SPOILED, *SLACK_COLOURS)
 SLACK_STYLES = ("bold red", "magenta", "yellow", "green")
@@ -123,7 +123,8 @@ def draw_batch(canvas: Canvas, shot: Snapshot, is_idle: bool, top: int) -> None:
         canvas.text(end, BATCH.top - 10, "none yet")
     else:
         what = f"just run: {tokens:,} tokens in {1e3 * shot.duration_s:.0f} ms"
-        canvas.text(end, BATCH.top - 10, what if not is_idle else "engine idle; the last one:")
+        what = "engine idle; the last one:" if is_idle else what
+        canvas.text(end, BATCH.top - 10, what if shot.forming is None else f"{what}; thin: being formed")
     parts = ((f"{shot.prefill_tokens:,} prompt tokens", PREFILL), (f"{shot.decode_tokens} decodes", DECODE))
     for (label, colour), right in zip(parts, (BATCH.right, BATCH.right - 150), strict=True):
         canvas.text(right, BATCH.top - 10, label, size=11, anchor="rs")
@@ -141,19 +142,19 @@ def draw_batch(canvas: Canvas, shot: Snapshot, is_idle: bool, top: int) -> None:
         middle, end = BATCH.x(min(1.0, decodes / top)), BATCH.x(min(1.0, (decodes + prefill) / top))
         canvas.rect(BATCH.left, BATCH.bottom + 1, middle, BATCH.bottom + 5, DECODE)
         canvas.rect(middle, BATCH.bottom + 1, end, BATCH.bottom + 5, PREFILL)
-    label = "tokens" if shot.forming is None else "tokens; thin bar: the batch being formed"
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         anchor = "ls" if share == 0.0 else "rs" if share == 1.0 else "ms"
-        text = f"{share * top:,.0f}" + (f" {label}" if share == 0.0 else "")
-        canvas.text(BATCH.x(share), BATCH.bottom + 15, text, size=10, fill=FAINT, anchor=anchor)
+        label = f"{share * top:,.0f}" if share else "0 tokens"
+        canvas.text(BATCH.x(share), BATCH.bottom + 15, label, size=10, fill=FAINT, anchor=anchor)
 
 
 def draw_legend(canvas: Canvas, y: int) -> None:
     x: float = WIDTH - 16
-    for label, colour in (("can no longer attain", SPOILED), *zip(SLACK_LABELS, SLACK_COLOURS, strict=True)):
+    filled = [(label, colour, None) for label, colour in zip(SLACK_LABELS, SLACK_COLOURS, strict=True)]
+    for label, fill, outline in (("can no longer attain", WHITE, SPOILED), *filled):
         x -= font_of(11).getlength(label)
         canvas.text(x, y, label, size=11)
-        canvas.rect(x - 15, y - 9, x - 5, y + 1, colour)
+        canvas.rect(x - 15, y - 9, x - 5, y + 1, fill, outline)
         x -= 28
     x -= font_of(11).getlength("strict user")
     canvas.text(x, y, "strict user", size=11)
@@ -176,9 +177,10 @@ def draw_running(canvas: Canvas, shot: Snapshot, places: dict[int, int]) -> None
         right = round(box.left + 1 + (places[s.request] + 1) * pitch) - 1
         if right > box.right:
             continue
-        colour = SPOILED if s.is_late and s.left_s >= 0.0 else SLACK_COLOURS[s.level]
+        colour = SLACK_COLOURS[s.level]
         if s.left_s >= 0.0:
-            canvas.rect(left, min(box.y(s.left), box.bottom - 2), right, box.bottom, colour)
+            fill, outline = (WHITE, SPOILED) if s.is_late else (colour, None)
+            canvas.rect(left, min(box.y(s.left), box.bottom - 2), right, box.bottom, fill, outline)
         else:
             canvas.rect(left, box.bottom + 1, right, max(box.bottom + 4, box.bottom - s.left * BELOW), colour)
         if s.is_strict:

@@ -13,7 +13,7 @@ from llmsched_gym.env import kernels
 from llmsched_gym.env.arrays import make_arrays
 from llmsched_gym.env.knobs import knobs_action
 from llmsched_gym.env.slots import NUM_SLOTS
-from llmsched_gym.scheduler import Compiled, install, make_scheduler
+from llmsched_gym.scheduler import Compiled, make_scheduler
 
 
 class SchedulerPolicy:
@@ -38,9 +38,6 @@ class SchedulerPolicy:
 
     def step(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step of the environment with the scheduler's batch."""
-        core = self.env.core
-        if core.engine.state.sims[0].clock_s == 0.0 and core.engine.state.sims[0].num_batches == 0:
-            install(self.scheduler, core.engine.state, 0, core.tables[0].seed)
         return self.env.step_scheduler(self.scheduler)
 
     def action(self) -> np.ndarray:

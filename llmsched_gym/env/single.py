@@ -11,6 +11,7 @@ from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.reward import TERMS
+from llmsched_gym.scheduler import install
 
 RENDER_MODES = ("ansi", "rgb_array", "human")
 
@@ -69,6 +70,7 @@ class LLMSchedEnv(gym.Env):
         self.action_space = self.core.action_space
         self.observation_space = self.core.observation_space
         self._viewer: Any = None
+        self._scheduler: Any = None  # whose settings the engine holds, see step_scheduler
 
     @property
     def feature_names(self) -> list[str]:
@@ -79,6 +81,7 @@ class LLMSchedEnv(gym.Env):
         super().reset(seed=seed)
         episode = int(self.np_random.integers(2**62)) if seed is None else seed
         self.core.reset(0, episode)
+        self._scheduler = None
         if self.render_mode == "human":
             self.render()
         return self.core.observation(0), {"seed": episode, "qps": self._qps()}
@@ -97,9 +100,13 @@ class LLMSchedEnv(gym.Env):
     def step_scheduler(self, scheduler: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step with the next batch formed by a scheduler instead of an action."""
         core = self.core
+        if scheduler is not self._scheduler:
+            install(scheduler, core.engine.state, 0, core.tables[0].seed if core.tables[0] is not None else 0)
+            self._scheduler = scheduler
         sim = core.engine.state.sims[0]
         start_s, resolved = float(sim.clock_s), int(sim.num_resolved)
         core.engine.step(scheduler)
+        core.reopen(0)
         core.settle(0, start_s, resolved)
         return self._outcome()
 
