@@ -13,6 +13,7 @@ from llmsched_gym.engine.batch import (
     can_admit,
     can_make_ttft,
     chunk_room,
+    insert_sorted,
     is_prefill,
     open_batch,
 )
@@ -97,24 +98,16 @@ def place_prompts(lane, tokens, dry):
 @kernel()
 def add_oldest_decodes(lane, count):
     """Let the `count` decodes whose last token is the oldest decode, ties by request index."""
-    scratch = lane.scratch
     n = 0
     for i in range(lane.sim.num_running):
         r = lane.running[i]
         request = lane.requests[r]
         if is_prefill(request) or request.num_scheduled_tokens != 0:
             continue
-        j = n - 1
-        while j >= 0:
-            other_s = lane.requests[scratch[j]].last_token_s
-            if other_s < request.last_token_s or (other_s == request.last_token_s and scratch[j] < r):
-                break
-            scratch[j + 1] = scratch[j]
-            j -= 1
-        scratch[j + 1] = r
+        insert_sorted(lane, n, r, request.last_token_s)
         n += 1
     for i in range(min(count, n)):
-        add_decode(lane, scratch[i])
+        add_decode(lane, lane.scratch[i])
 
 
 @kernel()

@@ -9,6 +9,7 @@ from llmsched_gym.engine.batch import (
     can_admit,
     chunk_room,
     decode_fits,
+    insert_sorted,
     is_prefill,
     open_batch,
 )
@@ -33,15 +34,7 @@ def edf(lane):
     batch, requests, scratch = lane.batch, lane.requests, lane.scratch
     for i in range(lane.sim.num_running):
         r = lane.running[i]
-        due_s = deadline_s(requests[r])
-        j = i - 1
-        while j >= 0:
-            other_s = deadline_s(requests[scratch[j]])
-            if other_s < due_s or (other_s == due_s and scratch[j] < r):
-                break
-            scratch[j + 1] = scratch[j]
-            j -= 1
-        scratch[j + 1] = r
+        insert_sorted(lane, i, r, deadline_s(requests[r]))
     hold, limit = admission_filters(lane)
     waiting = next_waiting(lane, EDF, hold, limit)
     i = 0

@@ -10,7 +10,17 @@ from helpers import TICK_S, Durations, Run, Scripted, profile, request, table
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import Batch, Engine, IllegalBatch, InvariantError, StalledScheduler, check
 from llmsched_gym.engine import core as engine_core
-from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import (
+    ABANDONED,
+    CACHE_LINE,
+    FINISHED,
+    PENDING,
+    REFUSED,
+    REJECTED,
+    REQUEST,
+    RUNNING,
+    WAITING,
+)
 from llmsched_gym.scheduler import install, make_scheduler
 from llmsched_gym.workload import NOISE_BLOCK, noise_block
 
@@ -511,3 +521,9 @@ def test_a_table_larger_than_the_engine_is_an_error():
     engine = Engine(scenario("paper"), 2, profile=profile())
     with pytest.raises(ValueError, match="table: expected at most 2 requests, got 3"):
         engine.reset(table([request()] * 3))
+
+
+def test_records_of_requests_start_at_cache_lines():
+    run = Run("sarathi", [request(0.0, 10, 2)])
+    assert REQUEST.itemsize % CACHE_LINE == 0
+    assert run.engine.state.requests.ctypes.data % CACHE_LINE == 0

@@ -209,6 +209,19 @@ def refuse(lane, r):
 
 
 @kernel()
+def insert_sorted(lane, count, r, key):
+    """Insert `r` into ``lane.scratch[:count]``, sorted by key with ties by request index."""
+    scratch, keys = lane.scratch, lane.keys
+    j = count - 1
+    while j >= 0 and (keys[j] > key or (keys[j] == key and scratch[j] > r)):
+        scratch[j + 1] = scratch[j]
+        keys[j + 1] = keys[j]
+        j -= 1
+    scratch[j + 1] = r
+    keys[j + 1] = key
+
+
+@kernel()
 def is_free(lane, r):
     """Whether `r` is not yet part of this batch."""
     return lane.requests[r].num_scheduled_tokens == 0

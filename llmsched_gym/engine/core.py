@@ -164,7 +164,7 @@ class Engine:
                 execution = self.backend.execute(self.scheduled(env, preempted_before))
                 if not 0.0 <= execution.duration_s < math.inf:
                     raise ValueError(f"backend: expected a duration in seconds >= 0, got {execution.duration_s!r}")
-        if kernels.commit_env(handle, env, execution.duration_s) and kernels.noise_due(handle, env):
+        if kernels.commit_env(handle, env, execution.duration_s) and kernels.noise_due_env(handle, env):
             self.refill_noise(env)
         return execution
 
@@ -186,7 +186,7 @@ class Engine:
             if compiled is not None and self.backend is None:
                 run = kernels.with_scheduler("run")
                 left -= run(self.handle, env, compiled, min(RUN_CHUNK, left), MAX_IDLE_STEPS)
-                if kernels.noise_due(self.handle, env):
+                if kernels.noise_due_env(self.handle, env):
                     self.refill_noise(env)
             else:
                 self.step(scheduler, env)

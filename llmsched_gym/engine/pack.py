@@ -11,10 +11,12 @@ from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
     add_decodes,
+    batch_s,
     can_admit,
     can_make_ttft,
     chunk_room,
     decode_fits,
+    insert_sorted,
     is_prefill,
     open_batch,
     refuse,
@@ -49,19 +51,10 @@ def _is_critical(lane, r, margin_s):
 
 @kernel()
 def _sort_by_urgency(lane, count, margin_s):
-    """Sort ``lane.scratch[:count]`` by urgency, ties by request index: insertion, for lists nearly sorted already."""
-    scratch = lane.scratch
-    for i in range(1, count):
-        r = scratch[i]
-        key = _urgency(lane, r, margin_s)
-        j = i - 1
-        while j >= 0:
-            other = _urgency(lane, scratch[j], margin_s)
-            if other < key or (other == key and scratch[j] < r):
-                break
-            scratch[j + 1] = scratch[j]
-            j -= 1
-        scratch[j + 1] = r
+    """Sort ``lane.scratch[:count]`` by urgency, ties by request index."""
+    for i in range(count):
+        r = lane.scratch[i]
+        insert_sorted(lane, i, r, _urgency(lane, r, margin_s))
 
 
 @kernel()
@@ -107,11 +100,29 @@ def add_critical_decodes(lane, margin_s):
 
 
 @kernel()
+def _all_fit(lane, count):
+    """Whether the decodes ``lane.scratch[:count]`` fit in whatever order they come: then none needs to be found."""
+    batch = lane.batch
+    if count > batch.token_room or count > batch.free_blocks:
+        return False
+    if batch.cap_s == math.inf:
+        return True
+    kv_tokens = batch.kv_tokens
+    linear_s = 0.0  # a staircase may fall, so the largest on the way
+    for i in range(count):
+        kv_tokens += lane.requests[lane.scratch[i]].num_computed_tokens + 1
+        linear_s = max(linear_s, lane.linear_s[batch.num_tokens + 1 + i])
+    return linear_s + lane.coef_s[0] * batch.pairs + lane.coef_s[1] * kv_tokens <= batch.cap_s
+
+
+@kernel()
 def add_deferred_decodes(lane, margin_s):
     """Add the other decodes in order of urgency while tokens and time last."""
     batch = lane.batch
     if batch.num_deferred == 0 or batch.token_room <= 0:
         return
+    if batch_s(lane.linear_s, lane.coef_s, batch.num_tokens + 1, batch.pairs, batch.kv_tokens) > batch.cap_s:
+        return  # prompts have filled the batch: not even a decode without a context fits
     count = 0
     for i in range(lane.sim.num_running):
         r = lane.running[i]
@@ -119,7 +130,7 @@ def add_deferred_decodes(lane, margin_s):
         if not is_prefill(request) and request.num_scheduled_tokens == 0 and not _is_critical(lane, r, margin_s):
             lane.scratch[count] = r
             count += 1
-    if batch.cap_s == math.inf and count <= batch.token_room and count <= batch.free_blocks:
+    if _all_fit(lane, count):
         add_decodes(lane, count)
         return
     _sort_by_urgency(lane, count, margin_s)

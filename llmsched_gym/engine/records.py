@@ -9,6 +9,9 @@ PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
 PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
 
 
+CACHE_LINE = 64  # bytes
+
+
 def record_dtype(fields: list[tuple[str, str]]) -> np.dtype:
     # np.record, so that the same attribute access works with and without compilation
     return np.dtype((np.record, np.dtype(fields, align=True)))
@@ -16,7 +19,7 @@ def record_dtype(fields: list[tuple[str, str]]) -> np.dtype:
 
 REQUEST = record_dtype(
     [
-        # what every step reads comes first: it fits two cache lines
+        # what every step reads comes first: it fits two of three cache lines
         ("last_token_s", "f8"),  # nan until emitted
         ("tbt_slo_s", "f8"),
         ("lst_s", "f8"),  # SLAI's last schedulable time; nan until keyed
@@ -46,6 +49,7 @@ REQUEST = record_dtype(
         ("prompt_tokens", "i4"),
         ("num_cached_tokens", "i4"),  # of the computed tokens, found in the prefix cache
         ("num_preemptions", "i4"),
+        ("padding", "i8"),  # makes the size a multiple of a cache line
     ]
 )
 

@@ -8,13 +8,13 @@ from typing import Any
 from numba import types
 
 from llmsched_gym.engine.batch import batch_s
-from llmsched_gym.engine.jit import JIT_ENABLED, entry
+from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.lifecycle import arrive
-from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, lane_of
+from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, lane_of, unpack
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
 
 
-@entry()
+@kernel()
 def execute_s(s, env, lane, world):
     """Duration of the applied batch on the simulated device (rule 13)."""
     batch = lane.batch
@@ -23,14 +23,14 @@ def execute_s(s, env, lane, world):
     return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
 
 
-@entry()
+@kernel()
 def noise_due(s, env):
     """Whether the batch just done was the last of its noise block."""
     size = s.noise.shape[1]
     return size > 1 and s.sims[env].num_batches % (size // 2) == 0
 
 
-@entry()
+@kernel()
 def log_step(s, env, lane, start_s, duration_s):
     k = lane.sim.num_batches - 1
     if k < s.steps.shape[1]:
@@ -45,7 +45,7 @@ def log_step(s, env, lane, start_s, duration_s):
         step.num_waiting = lane.sim.num_waiting
 
 
-@entry()
+@kernel()
 def book(s, env, lane, duration_s):
     """Commit the applied batch, or idle if it is empty; returns whether a batch ran."""
     world, output_tokens = s.worlds[env], s.output_tokens[env]
@@ -59,7 +59,7 @@ def book(s, env, lane, duration_s):
     return True
 
 
-@entry()
+@kernel()
 def advance(s, env, lane):
     """Run the scheduled batch on the simulated device: the part of a step behind the decision."""
     world = s.worlds[env]
@@ -85,13 +85,20 @@ def apply_env(s, env):
 @entry()
 def execute_env(s, env):
     """Duration of the applied batch on the simulated device."""
-    return execute_s(s, env, lane_of(s, env), s.worlds[env])
+    state = unpack(s)
+    return execute_s(state, env, lane_of(state, env), state.worlds[env])
 
 
 @entry()
 def commit_env(s, env, duration_s):
     """Second half of a step: `duration_s` is what the batch took; an empty one idles. Returns whether a batch ran."""
-    return book(s, env, lane_of(s, env), duration_s)
+    state = unpack(s)
+    return book(state, env, lane_of(state, env), duration_s)
+
+
+@entry()
+def noise_due_env(s, env):
+    return noise_due(unpack(s), env)
 
 
 @entry()
@@ -113,12 +120,8 @@ def schedule_env(s, env, schedule):
         schedule(lane)
 
 
-@entry()
-def run(s, env, schedule, max_steps, max_idle_steps):
-    """Step until the run is over, `max_steps` are done, a noise block is used up or nothing moves any more.
-
-    Returns the number of steps done. An idle engine skips the scheduler and jumps to the next arrival.
-    """
+@kernel()
+def _run(s, env, schedule, max_steps, max_idle_steps):
     lane = lane_of(s, env)
     world = s.worlds[env]
     for i in range(max_steps):
@@ -130,6 +133,15 @@ def run(s, env, schedule, max_steps, max_idle_steps):
         if advance(s, env, lane) and noise_due(s, env):
             return i + 1
     return max_steps
+
+
+@entry()
+def run(s, env, schedule, max_steps, max_idle_steps):
+    """Step until the run is over, `max_steps` are done, a noise block is used up or nothing moves any more.
+
+    Returns the number of steps done. An idle engine skips the scheduler and jumps to the next arrival.
+    """
+    return _run(unpack(s), env, schedule, max_steps, max_idle_steps)
 
 
 _POINTER_SIGNATURES = {

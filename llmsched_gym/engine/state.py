@@ -18,7 +18,7 @@ from numba.np.numpy_support import from_dtype
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
-from llmsched_gym.engine.records import BATCH, ITEM, KNOBS, REQUEST, SIM, STEP, WORLD
+from llmsched_gym.engine.records import BATCH, CACHE_LINE, ITEM, KNOBS, REQUEST, SIM, STEP, WORLD
 from llmsched_gym.workload import RequestTable
 
 MEMORY_SIZE = 8
@@ -40,6 +40,7 @@ class State(NamedTuple):
     preempt: Any  # (num_envs, max_num_seqs) int32
     refuse: Any  # (num_envs, capacity) int32
     scratch: Any  # (num_envs, max_num_seqs) int32
+    keys: Any  # (num_envs, max_num_seqs) float64, sort keys of scratch
     resolved: Any  # (num_envs, capacity) int32, requests in the order they were resolved
     noise: Any  # (num_envs, 1 or NOISE_BLOCK) float64, factors on batch times
     linear_s: Any  # (max_num_batched_tokens + 1,) float64, the executing profile
@@ -64,6 +65,7 @@ class Lane(NamedTuple):
     preempt: Any
     refuse: Any
     scratch: Any
+    keys: Any
     resolved: Any
     linear_s: Any
     coef_s: Any
@@ -84,6 +86,7 @@ _STATE_FIELDS = {
     "preempt": (_I4, 2),
     "refuse": (_I4, 2),
     "scratch": (_I4, 2),
+    "keys": (_F8, 2),
     "resolved": (_I4, 2),
     "noise": (_F8, 2),
     "linear_s": (_F8, 1),
@@ -106,7 +109,7 @@ def _array_type(field: str, drop: int = 0) -> Any:
 
 STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
 _LANE_SOURCES = ["sims", "requests", "waiting", "running", "knobs", "memory", "batches", "items"]
-_LANE_SOURCES += ["preempt", "refuse", "scratch", "resolved"]
+_LANE_SOURCES += ["preempt", "refuse", "scratch", "keys", "resolved"]
 LANE_TYPE = types.NamedTuple(
     [_array_type(name, drop=1) for name in _LANE_SOURCES] + [_array_type("own_linear_s"), _array_type("own_coef_s")],
     Lane,
@@ -135,7 +138,7 @@ def _make_handle(state):
     s.sims, s.worlds, s.requests, s.output_tokens = state.sims, state.worlds, state.requests, state.output_tokens
     s.waiting, s.running, s.knobs, s.memory = state.waiting, state.running, state.knobs, state.memory
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
-    s.scratch, s.resolved, s.noise = state.scratch, state.resolved, state.noise
+    s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
     s.gaps, s.steps = state.gaps, state.steps
     s.linear_s, s.coef_s, s.own_linear_s, s.own_coef_s = (
         state.linear_s,
@@ -144,6 +147,35 @@ def _make_handle(state):
         state.own_coef_s,
     )
     return s
+
+
+@kernel(inline="always")
+def unpack(s):
+    """The state behind a handle, once per call: each array taken from a handle counts its references atomically."""
+    return State(
+        s.sims,
+        s.worlds,
+        s.requests,
+        s.output_tokens,
+        s.waiting,
+        s.running,
+        s.knobs,
+        s.memory,
+        s.batches,
+        s.items,
+        s.preempt,
+        s.refuse,
+        s.scratch,
+        s.keys,
+        s.resolved,
+        s.noise,
+        s.linear_s,
+        s.coef_s,
+        s.own_linear_s,
+        s.own_coef_s,
+        s.gaps,
+        s.steps,
+    )
 
 
 def make_handle(state: State) -> Any:
@@ -166,10 +198,20 @@ def lane_of(s, env):
         s.preempt[env],
         s.refuse[env],
         s.scratch[env],
+        s.keys[env],
         s.resolved[env],
         s.own_linear_s,
         s.own_coef_s,
     )
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros that start at a cache line: a request's record is then read with as few lines as it has."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + CACHE_LINE, np.uint8)
+    start = -raw.ctypes.data % CACHE_LINE
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def allocate(
@@ -190,7 +232,7 @@ def allocate(
     return State(
         sims=np.zeros(n, SIM),
         worlds=np.zeros(n, WORLD),
-        requests=np.zeros((n, capacity), REQUEST),
+        requests=aligned_zeros((n, capacity), REQUEST),
         output_tokens=np.zeros((n, capacity), np.int32),
         waiting=np.zeros((n, capacity), np.int32),
         running=np.zeros((n, seqs), np.int32),
@@ -201,6 +243,7 @@ def allocate(
         preempt=np.zeros((n, seqs), np.int32),
         refuse=np.zeros((n, capacity), np.int32),
         scratch=np.zeros((n, seqs), np.int32),
+        keys=np.zeros((n, seqs)),
         resolved=np.zeros((n, capacity), np.int32),
         noise=np.ones((n, noise_size)),
         linear_s=np.array(profile.linear_table_s(limit)),  # a copy: kernels take writeable arrays only
@@ -217,7 +260,7 @@ def grow(state: State, capacity: int) -> State:
     fields = state._asdict()
     for name in ("requests", "output_tokens", "waiting", "refuse", "resolved"):
         old = fields[name]
-        fields[name] = np.zeros((old.shape[0], capacity), old.dtype)
+        fields[name] = aligned_zeros((old.shape[0], capacity), old.dtype)
         fields[name][:, : old.shape[1]] = old
     return State(**fields)
 

@@ -101,7 +101,7 @@ def apply_batch(lane, world):
             sim.free_blocks -= need
 
 
-@kernel()
+@kernel(inline="always")
 def _emit(sim, request, gaps, end_s):
     """Hand one token to the request's client at `end_s`; False if its patience ran out before.
 

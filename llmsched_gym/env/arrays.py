@@ -73,6 +73,12 @@ def _make_handle(arrays):
     return a
 
 
+@kernel(inline="always")
+def unpack_arrays(a):
+    """The arrays behind a handle; see :func:`llmsched_gym.engine.state.unpack`."""
+    return Arrays(a.knob_actions, a.scores, a.slots, a.values, a.rules, a.outcomes, a.features, a.rows, a.masks)
+
+
 def make_arrays(config: EnvConfig, num_envs: int) -> tuple[Arrays, Any]:
     """Zeroed arrays for `num_envs` environments, and their handle."""
     with_slots = num_envs if config.observation == "slots" else 0

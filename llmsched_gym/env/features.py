@@ -13,7 +13,7 @@ import numpy as np
 
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.env.reward import pay_live
+from llmsched_gym.env.reward import has_changed, pay_live
 
 
 class Feature(NamedTuple):
@@ -114,7 +114,7 @@ def observe_features(lane, out, pays, world, rules, terms):
     sim, requests = lane.sim, lane.requests
     cohort_start, cohort_stop = (world.cohort_start, world.cohort_stop) if pays else (0, 0)
     paid = 0.0
-    now_s = sim.clock_s
+    now_s, tbt_rule = sim.clock_s, rules.tbt_rule
     out[:NUM_FEATURES] = 0.0
     started = started_tokens = 0
     context = 0
@@ -122,7 +122,7 @@ def observe_features(lane, out, pays, world, rules, terms):
     for i in range(sim.num_running):
         r = lane.running[i]
         request = requests[r]
-        if cohort_start <= r < cohort_stop:
+        if cohort_start <= r < cohort_stop and has_changed(now_s, tbt_rule, request):
             paid += pay_live(sim, rules, request, terms)
         if is_prefill(request):
             started += 1
@@ -151,7 +151,7 @@ def observe_features(lane, out, pays, world, rules, terms):
     for i in range(sim.num_waiting):
         r = lane.waiting[i]
         request = requests[r]
-        if cohort_start <= r < cohort_stop:
+        if cohort_start <= r < cohort_stop and has_changed(now_s, tbt_rule, request):
             paid += pay_live(sim, rules, request, terms)
         left_s = request.ttft_slo_s - (now_s - request.arrival_s)
         if request.num_output_tokens > 0:

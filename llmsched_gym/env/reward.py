@@ -100,15 +100,19 @@ def _pay_resolved(sim, rules, request, terms):
 
 
 @kernel()
+def has_changed(now_s, tbt_rule, request):
+    """False for a waiting or running request that surely owes nothing: the common case, small enough to be inlined."""
+    if request.num_output_tokens == 0:
+        return now_s - request.arrival_s > request.ttft_slo_s
+    if tbt_rule != EVERY_GAP or now_s - request.last_token_s > request.tbt_slo_s:
+        return True
+    spoiled = request.ttft_missed or request.num_late_gaps > 0
+    return request.lateness_s != request.paid_lateness_s or (request.paid_attained == 0.0) != spoiled
+
+
+@kernel()
 def pay_live(sim, rules, request, terms):
     """What the utility of a waiting or running request has changed since it was last paid."""
-    if request.num_output_tokens == 0:
-        if sim.clock_s - request.arrival_s <= request.ttft_slo_s:
-            return 0.0
-    elif rules.tbt_rule == EVERY_GAP and sim.clock_s - request.last_token_s <= request.tbt_slo_s:
-        spoiled = request.ttft_missed or request.num_late_gaps > 0
-        if request.lateness_s == request.paid_lateness_s and (request.paid_attained == 0.0) == spoiled:
-            return 0.0  # nothing has changed
     lateness_s = request.lateness_s + open_lateness_s(request, sim.clock_s)
     return _pay(sim, rules, request, attains(request, rules, sim.clock_s), lateness_s, 0.0, terms)
 

@@ -115,6 +115,8 @@ def _environments(quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     figures = {
         "single_env_steps_per_s": _single(ours, steps),
         "vector_env_steps_per_s": {str(n): _vector(ours, n, steps) for n in NUM_ENVS},
+        # random knobs serve badly, so more requests run at once and a step costs more
+        "vector_env_steps_per_s_with_sarathi_knobs": {str(n): _vector(ours, n, steps, constant=True) for n in NUM_ENVS},
     }
     return figures, {
         "cartpole_single_env_steps_per_s": _single(theirs, steps),
@@ -142,13 +144,13 @@ def _single(name: str, steps: int) -> float:
     return steps / seconds
 
 
-def _vector(name: str, num_envs: int, steps: int) -> float:
-    """Environment steps per second of the native vector env with random actions drawn beforehand."""
+def _vector(name: str, num_envs: int, steps: int, constant: bool = False) -> float:
+    """Environment steps per second of the native vector env with random actions drawn beforehand, or with action 0."""
     import gymnasium as gym
 
     envs = gym.make_vec(name, num_envs=num_envs, vectorization_mode="vector_entry_point")
     envs.action_space.seed(0)
-    actions = [envs.action_space.sample() for _ in range(16)]
+    actions = [envs.action_space.sample() * (not constant) for _ in range(16)]
     envs.reset(seed=0)
 
     def run(calls: int) -> None:
