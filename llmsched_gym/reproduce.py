@@ -25,9 +25,9 @@ from llmsched_gym.evaluation import capacity as capacities
 from llmsched_gym.evaluation.bench import PlainSarathi, machine
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.scheduler import install, make_scheduler
 from llmsched_gym.theory import experiments
-from llmsched_gym.theory.fluid import fluid_capacity
 from llmsched_gym.workload import RequestTable
 
 PAPER_POLICIES = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "vllm-v0")
@@ -276,8 +276,9 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[1]
     patterns = [f"llmsched_gym/{name}/*.py" for name in ("cost", "workload", "engine")]
-    patterns += [f"llmsched_gym/theory/{name}.py" for name in ("fluid", "stability", "experiments")]
-    for pattern in (*patterns, "llmsched_gym/config.py", "llmsched_gym/data/**/*.json", "baselines/*.py"):
+    patterns += [f"llmsched_gym/theory/{name}.py" for name in ("stability", "experiments")]
+    patterns += [f"llmsched_gym/{name}.py" for name in ("config", "fluid")]
+    for pattern in (*patterns, "llmsched_gym/data/**/*.json", "baselines/*.py"):
         for file in sorted(root.glob(pattern)):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

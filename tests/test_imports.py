@@ -15,6 +15,7 @@ LEVELS = {
     "llmsched_gym.config": 0,
     "llmsched_gym.workload": 1,
     "llmsched_gym.cost": 1,
+    "llmsched_gym.fluid": 2,
     "llmsched_gym.engine": 2,
     "llmsched_gym.scheduler": 3,
     "llmsched_gym.env": 4,

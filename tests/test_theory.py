@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from helpers import Run, profile, request
 
+from llmsched_gym import fluid
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile, roofline
+from llmsched_gym.fluid import fluid_capacity, mean_work
 from llmsched_gym.scheduler import make_scheduler
-from llmsched_gym.theory import Drift, experiments, figures, fluid, stability
-from llmsched_gym.theory.fluid import fluid_capacity, mean_work
+from llmsched_gym.theory import Drift, experiments, figures, stability
 
 PAPER = scenario("paper")
 

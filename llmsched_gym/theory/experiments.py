@@ -15,7 +15,7 @@ import numpy as np
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile, load_profile, roofline
-from llmsched_gym.theory.fluid import fluid_capacity
+from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.theory.stability import NUM_REQUESTS, SEEDS, Drift, boundary, drift, trajectory
 
 ABLATION = "baselines.rad_ablation:"
