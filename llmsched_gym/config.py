@@ -89,8 +89,8 @@ class Scenario:
     switch_every_s: tuple[float, float] = (60.0, 120.0)  # time between rate changes, mmpp and switching
     # service-level objectives
     strict_share: float | tuple[float, float] = 0.05  # share of strict users; a range is drawn from per episode
-    strict_tbt_slo_s: float = 0.1
-    relaxed_tbt_slo_s: float = 0.5
+    strict_tbt_slo_s: float = 0.1  # TBT SLO of strict users
+    relaxed_tbt_slo_s: float = 0.5  # TBT SLO of all others
     ttft_slo_s: float = 0.5  # TTFT SLO of an empty prompt
     ttft_slo_per_token_s: float = 0.0005  # added per prompt token
     ttft_class_scales: tuple[float, ...] = (1.0,)  # each request's TTFT SLO is scaled by one of these, uniformly
@@ -100,7 +100,7 @@ class Scenario:
     cost_scale: float | tuple[float, float] = 1.0  # hidden factor on every batch time; a range is drawn from
     jitter: float = 0.05  # sigma of the log-normal factor on batch times
     straggler_share: float = 0.0  # share of batches that take straggler_factor times longer
-    straggler_factor: float = 3.0
+    straggler_factor: float = 3.0  # how much longer they take
     # episode
     num_requests: int | None = None  # finite run over so many measured arrivals; None: continuing
     warmup_s: float = 120.0  # finite runs: arrivals before this are not measured
@@ -111,12 +111,12 @@ class Scenario:
     # engine
     num_kv_blocks: int | None = None  # None: the profile's
     watermark: float = 0.01  # share of blocks that admission leaves free
-    max_model_len: int = 8192
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 8192
+    max_model_len: int = 8192  # requests with more prompt and output tokens are rejected
+    max_num_seqs: int = 128  # largest number of running requests
+    max_num_batched_tokens: int = 8192  # largest number of tokens in a batch
     admission: str = "prompt"  # blocks taken at admission: the whole prompt's, or the first chunk's
     idle_step_s: float = 0.01  # how far an empty batch moves the clock while work is pending
-    allow_refusal: bool = False
+    allow_refusal: bool = False  # whether a policy may refuse requests
     length_hint: str = "none"  # none, noisy:SIGMA, oracle
 
     def __post_init__(self) -> None:

@@ -116,6 +116,12 @@ def test_same_step_autoreset_starts_the_next_episode():
             i = int(np.argmax(truncated))
             assert envs.core.engine.state.sims[i].clock_s == 0.0
             assert not np.array_equal(info["final_obs"][i], observations[i])
+            last = info["final_info"]
+            assert last["duration_s"][i] == info["duration_s"][i]
+            assert {name: v[i] for name, v in last["reward_terms"].items()} == {
+                name: v[i] for name, v in info["reward_terms"].items()
+            }
+            assert all(last[f"_{name}"][i] for name in ("duration_s", "discount", "reward_terms"))
             return
     pytest.fail("no episode ended")
 

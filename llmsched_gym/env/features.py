@@ -162,8 +162,7 @@ def observe_features(lane, out, pays, world, rules, terms):
             k += left_s >= TTFT_SLACK_EDGES_S[3]
             if can_make_ttft(lane, r):
                 out[first + 10] += 1.0
-        else:
-            worst = max(worst, request.lateness_s - left_s)
+        worst = max(worst, request.lateness_s + max(0.0, -left_s))
         out[first + k] += 1.0
         n = request.prefill_tokens
         k = 5 + (n > PROMPT_EDGES[0]) + (n > PROMPT_EDGES[1]) + (n > PROMPT_EDGES[2]) + (n > PROMPT_EDGES[3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,9 +112,8 @@ class LLMSchedVectorEnv(VectorEnv):
         return self._observations(), outcomes[:, REWARD], terminated, truncated, info
 
     def _final_info(self, info: dict[str, Any], done: np.ndarray) -> dict[str, Any]:
-        return {name: info[name].copy() for name in ("duration_s", "discount")} | {
-            f"_{name}": done.copy() for name in ("duration_s", "discount")
-        }
+        names = ("duration_s", "discount", "reward_terms")
+        return copy.deepcopy({name: info[name] for name in names}) | {f"_{name}": done.copy() for name in names}
 
     def action_masks(self) -> np.ndarray:
         """Legal actions of all environments, bool: (num_envs, 65) for request actions."""
