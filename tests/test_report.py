@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 
 from llmsched_gym.config import scenario
-from llmsched_gym.evaluation import draw, findings, plots, prose, tables
+from llmsched_gym.evaluation import bounds, draw, findings, plots, prose, tables
 from llmsched_gym.evaluation.report import ReportError, write_report
 from llmsched_gym.evaluation.results import read_results
 from llmsched_gym.evaluation.store import encode
+from llmsched_gym.fluid import fluid_capacity
 
 
 def row(policy, qps, seed, *, ttft_s=0.4, attained=0.9, strict=None, num_requests=100, requested=..., **fields):
@@ -196,10 +197,12 @@ def test_the_command_names_all_that_differs_from_the_suite(tmp_path):
     config |= {"qps": [1.0, 1.65], "seeds": 3, "first_seed": 7}
     command = findings.command(json.loads(json.dumps(config)), tmp_path / "out")
     assert command == (
-        "llmsched evaluate --suite paper --policy 'slai[limit=6500,hold=true],sarathi' --strict-share 0.2 "
+        "llmsched evaluate --suite paper --policy 'slai[limit=6500,hold=true],sarathi' --no-bound --strict-share 0.2 "
         "--patience 30.0 --jitter 0.1 --set watermark=0.02 --qps 1,1.65 --num-requests 300 --seeds 3 "
         "--first-seed 7 --out out"
     )
+    config["policies"].append("shortest-total[cap=0.9]")
+    assert "--no-bound" not in findings.command(config, tmp_path)
 
 
 def requests_of(rows, num_requests, seed=0):
@@ -394,8 +397,84 @@ def test_the_summary_says_up_to_which_load_gaps_are_in_time(tmp_path):
     rows = [row(p, q, 0, strict=0.5) for q in (1.0, 2.0) for p in ("good",)]
     rows += [row("half", 1.0, 0, strict=0.5), row("half", 2.0, 0, strict=0.5, **late)]
     rows += [row(p, q, 0, strict=0.5, **(late if p == "bad" else lost)) for q in (1.0, 2.0) for p in ("bad", "never")]
-    text = findings.overall(read_results(make_folder(tmp_path / "out", rows)))[0]
+    text = findings.overall(read_results(make_folder(tmp_path / "out", rows)))[1]
     assert text.endswith("at all loads under `good`; up to 1 requests/s under `half`; at none under `bad` and `never`.")
+
+
+def bounded_rows(better=0.0):
+    """Two schedulers and the clairvoyant one, which attains 4 points more than slai, less `better`, at both loads."""
+    attained = {"sarathi": 0.7, "slai": 0.9 + better, "shortest-total": 0.94}
+    return [
+        row(p, q, s, attained=a + 0.001 * s, strict=0.5)
+        for p, a in attained.items()
+        for q in (1.8, 2.2)
+        for s in range(10)
+    ]
+
+
+def test_a_report_says_how_far_from_the_best(tmp_path):
+    folder = make_folder(tmp_path / "out", bounded_rows())
+    write_report(folder)
+    text = (folder / "report.md").read_text()
+    html = re.sub(r"</?(strong|code)>", "", (folder / "report.html").read_text())
+    for part in (re.sub(r"[`*]", "", text), html):
+        assert "sustains more than 2.01 requests/s" in part and "so does KV memory" in part
+        assert "The highest load that was run is 110 % of it." in part
+        assert "the best of the others attains 4.0 points [4.0–4.0] less at 2.2 requests/s (slai)" in part
+        assert "slai has the highest SLO attainment" in part and "more is possible" not in part
+        assert "shortest-total (oracle) is told every output length" in part
+        assert "1.8 (90 %)" in part and "2.2 (110 %)" in part
+    assert "| slai | **−4.0** [−4.0 to −4.0] | **−4.0** [−4.0 to −4.0] |" in text
+    assert "| shortest-total | 94.4 | 94.4 |" in text  # never emphasised
+    assert html.count("fluid capacity, 2.01 requests/s") == 6 + 1  # figures, and the note below the table
+
+
+def test_a_scheduler_may_attain_more_than_the_clairvoyant_one(tmp_path):
+    results = read_results(make_folder(tmp_path / "out", [r for r in bounded_rows(0.05) if r["seed"] < 3]))
+    text = findings.overall(results)[1]
+    assert "attains 1.0 points more at 2.2 requests/s (`slai`)." in text and "more is possible" in text
+    gaps = tables.attainment_gap(results.rows)
+    assert gaps["policy"].tolist() == ["sarathi", "slai"] * 2
+    assert gaps["mean"].tolist() == pytest.approx([-0.24, 0.01] * 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scenario": None},
+        {"scenario": {"trace": "no/such/trace.csv"}},
+        {"scenario": {"frob": 1}},
+        {"scenario": {"profile": "no-such-profile"}},
+        {"scenario": {"backend": "transformers"}},
+    ],
+)
+def test_without_a_fluid_capacity_there_is_still_a_report(tmp_path, change):
+    folder = make_folder(tmp_path / "out", [row(p, q, 0) for p in ("slai", "sarathi") for q in (1.8, 2.2)])
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    scenario_fields = change["scenario"] and config["scenario"] | change["scenario"]
+    path.write_text(json.dumps(config | {"scenario": scenario_fields}))
+    assert read_results(folder).fluid is None
+    text = write_report(folder).read_text()
+    assert "luid capacity" not in text and "How far from the best" not in text
+
+
+def test_figures_show_the_fluid_capacity_near_their_loads():
+    fluid = fluid_capacity(scenario("paper"))
+    assert bounds.shown_capacity(fluid, [1.0, 1.8]) == fluid.qps
+    assert bounds.shown_capacity(fluid, [1.0, 1.6]) is bounds.shown_capacity(fluid, [3.0]) is None
+    assert bounds.shown_capacity(None, [1.8]) is None
+    two = tables.tidy([row(p, q, 0) for q in (1.0, 1.8) for p in ("a", "shortest-total")])
+    for plot in (plots.plot_attainment, plots.plot_ttft, plots.plot_throughput, plots.plot_goodput):
+        figure = plot(two, fluid_qps=2.0)
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert "fluid capacity, 2.00 requests/s" in labels and "shortest-total (oracle)" in labels
+        ax = figure.axes[0]
+        level = plot is plots.plot_goodput
+        ends = [tuple(line.get_ydata() if level else line.get_xdata()) for line in ax.lines]
+        low, high = ax.get_ylim() if level else ax.get_xlim()
+        assert (2.0, 2.0) in ends and low < 2.0 < high
+    assert "fluid" not in str([t.get_text() for t in plots.plot_goodput(two).legends[0].get_texts()])
 
 
 def test_shares_by_prompt_length_are_of_tenths():

@@ -16,8 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from llmsched_gym.evaluation.bounds import is_clairvoyant
+
 INK, FAINT, GRID = "#1c2733", "#68737f", "#dfe4ea"
 WIDTH = 5.8  # inches, of a single panel
+LEGEND_LETTERS = 84  # that fit into its legend side by side, handles counted as six
 RC = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
@@ -80,6 +83,7 @@ STYLES = {
     "srpt-capped": Style("#332288", "8", "-"),
     "feasible-first": Style("#6f63c4", "s", "-"),
     "learned": Style("#c4003c", "*", "-"),
+    "shortest-total": Style("#333333", "H", "-"),
 }
 
 
@@ -109,7 +113,7 @@ def panel(title: str, height: float = 3.55) -> tuple[Figure, Axes]:
 def legend(figure: Figure, policies: Sequence[str], extra: Sequence[tuple[Any, str]] = ()) -> None:
     """A legend below the figure, which grows by as much."""
     handles = [
-        Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.dash, label=short(p))
+        Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.dash, label=name_in_figure(p))
         for p, s in policy_styles(policies).items()
     ]
     for handle, label in extra:
@@ -117,11 +121,22 @@ def legend(figure: Figure, policies: Sequence[str], extra: Sequence[tuple[Any, s
         handles.append(handle)
     if not handles:
         return
-    longest = max(len(str(h.get_label())) for h in handles)
-    num_rows = math.ceil(len(handles) / max(1, min(4, int(84 / (longest + 6)))))
-    ncols = math.ceil(len(handles) / num_rows)
-    figure.set_figheight(figure.get_figheight() + 0.2 * num_rows)
+    ncols = _columns([len(str(h.get_label())) for h in handles])
+    figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(handles) / ncols))
     figure.legend(handles=handles, loc="outside lower left", ncols=ncols, handlelength=2.4, columnspacing=1.4)
+
+
+def _columns(lengths: Sequence[int]) -> int:
+    """Columns of a legend whose labels have so many letters: as many as fit, up to four, filled one after another."""
+    for ncols in range(min(4, len(lengths)), 1, -1):
+        if sum(max(column) + 6 for column in np.array_split(lengths, ncols)) <= LEGEND_LETTERS:
+            return ncols
+    return 1
+
+
+def name_in_figure(policy: str) -> str:
+    """A policy's name in a figure, which says so if it is told output lengths."""
+    return short(policy) + (" (oracle)" if is_clairvoyant(policy) else "")
 
 
 def short(name: str, most: int = 34) -> str:
@@ -195,6 +210,6 @@ def dots(ax: Axes, means: pd.DataFrame, policies: Sequence[str]) -> None:
         else:
             text = "infinite" if np.isposinf(own["mean"]) else "none"
             ax.text(0.995, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", color=style.colour)
-    ax.set_yticks(range(len(policies)), [short(p) for p in policies])
+    ax.set_yticks(range(len(policies)), [name_in_figure(p) for p in policies])
     ax.tick_params(axis="y", length=0, labelcolor=INK)
     ax.set_ylim(len(policies) - 0.5, -0.5)

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.config import SUITES
-from llmsched_gym.evaluation import prose, tables
+from llmsched_gym.evaluation import distance, prose, tables
+from llmsched_gym.evaluation.bounds import is_clairvoyant, ordinary
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
 from llmsched_gym.evaluation.prose import load_label, names, number
 from llmsched_gym.evaluation.results import Results
@@ -52,10 +53,10 @@ def summary(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     means = table.set_index(["load", "metric", "policy"]).sort_index()
     found = []
     for load in sorted(rows["load"].unique()):
-        own = means.loc[(load, "slo_attainment")].reindex(tables.policies_of(rows)).dropna(subset=["mean"])
+        own = means.loc[(load, "slo_attainment")].reindex(ordinary(tables.policies_of(rows))).dropna(subset=["mean"])
         strict = None
         if (load, "slo_attainment_strict") in means.index.droplevel(2):
-            strict = means.loc[(load, "slo_attainment_strict")]
+            strict = means.loc[(load, "slo_attainment_strict")].reindex(own.index)
         longest = _longest(rows[rows["load"] == load])
         label = load_label(rows, load)
         found.append(f"**{label[0].upper() + label[1:]}:** {_at_load(own, strict, longest)}")
@@ -105,8 +106,8 @@ def _longest(group: pd.DataFrame) -> dict[str, float]:
 
 
 def overall(results: Results) -> list[str]:
-    """What holds over all loads: gaps between tokens, requests lost, the paper's two claims where it is repeated."""
-    return [*_gaps(results), *_lost(results), *_claims(results)]
+    """What holds over all loads: bounds, gaps between tokens, requests lost, the paper's claims if it is repeated."""
+    return [*distance.findings(results), *_gaps(results), *_lost(results), *_claims(results)]
 
 
 def _gaps(results: Results) -> list[str]:
@@ -233,6 +234,12 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
         found.append(
             f"Greyed out (†): a percentile with fewer than {MIN_SAMPLES_BEYOND} samples beyond it in all runs together."
         )
+    told = [p for p in tables.policies_of(rows) if is_clairvoyant(p)]
+    if told:
+        found.append(
+            f"{names(told)} (oracle) is told every output length: a bound to compare with, not a policy that can be "
+            "had, and never emphasised beside others."
+        )
     lost = [o for o in ("refused", "abandoned", "unfinished") if not rows[f"{o}_share"].any()]
     if lost:
         found.append(f"Requests that were {' or '.join(lost)}: none, in any run.")
@@ -270,6 +277,8 @@ def command(config: Mapping[str, Any], directory: Path) -> str | None:
         return None
     usual = json.loads(json.dumps(encode(SUITES[scenario["suite"]].scenario.to_dict())))
     words = ["llmsched", "evaluate", "--suite", scenario["suite"], "--policy", ",".join(config["policies"])]
+    if not any(map(is_clairvoyant, config["policies"])):
+        words += ["--no-bound"]
     for name, value in scenario.items():
         if value == usual.get(name) or name in ("suite", "num_requests"):
             continue

@@ -19,26 +19,30 @@ from llmsched_gym.evaluation import draw, tables
 
 PREFILL, DECODE = "#e69f00", "#0072b2"
 PERCENT = (0, 101.5)
+FLUID = (0, (7, 2, 1, 2))
+"""Dash of a line at the fluid capacity."""
 
 
 @draw.styled
-def plot_attainment(rows: pd.DataFrame, slo_class: str | None = None) -> Figure:
-    """SLO attainment against load, of all requests or of one class."""
+def plot_attainment(rows: pd.DataFrame, slo_class: str | None = None, *, fluid_qps: float | None = None) -> Figure:
+    """SLO attainment against load, of all requests or of one class, with the fluid capacity."""
     column = f"slo_attainment_{slo_class}" if slo_class else "slo_attainment"
     whose = f", {slo_class} users" if slo_class else ""
-    return _against_load(rows, column, f"SLO attainment{whose}", "Requests within all SLOs (%)", percent=True)
+    title, label = f"SLO attainment{whose}", "Requests within all SLOs (%)"
+    return _against_load(rows, column, title, label, percent=True, fluid_qps=fluid_qps)
 
 
 @draw.styled
-def plot_goodput(rows: pd.DataFrame) -> Figure:
-    """Requests within all SLOs per second against load."""
-    return _against_load(rows, "request_goodput", "Goodput", "Within all SLOs (requests/s)")
+def plot_goodput(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
+    """Requests within all SLOs per second against load, with the fluid capacity as a level."""
+    line = (fluid_qps, _fluid_label(fluid_qps)) if fluid_qps else None
+    return _against_load(rows, "request_goodput", "Goodput", "Within all SLOs (requests/s)", line=line, dash=FLUID)
 
 
 @draw.styled
-def plot_throughput(rows: pd.DataFrame) -> Figure:
-    """Output tokens per second against load."""
-    return _against_load(rows, "throughput_tok_s", "Throughput", "Output (tokens/s)")
+def plot_throughput(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
+    """Output tokens per second against load, with the fluid capacity."""
+    return _against_load(rows, "throughput_tok_s", "Throughput", "Output (tokens/s)", fluid_qps=fluid_qps)
 
 
 @draw.styled
@@ -48,11 +52,14 @@ def plot_utility(rows: pd.DataFrame) -> Figure:
 
 
 @draw.styled
-def plot_ttft(rows: pd.DataFrame, percentile: int = 50, slo_s: float = 0.5) -> Figure:
-    """A percentile of TTFT against load, on a log scale, with the TTFT SLO of an empty prompt."""
+def plot_ttft(
+    rows: pd.DataFrame, percentile: int = 50, slo_s: float = 0.5, *, fluid_qps: float | None = None
+) -> Figure:
+    """A percentile of TTFT against load, on a log scale, with the SLO of an empty prompt and the fluid capacity."""
     name = "Median" if percentile == 50 else f"p{percentile}"
     title, label = f"{name} time to first token", f"{name} TTFT (s, log scale)"
-    return _against_load(rows, f"ttft_p{percentile}_s", title, label, log=True, line=(slo_s, f"TTFT {slo_s:g} s"))
+    line = (slo_s, f"TTFT {slo_s:g} s")
+    return _against_load(rows, f"ttft_p{percentile}_s", title, label, log=True, line=line, fluid_qps=fluid_qps)
 
 
 @draw.styled
@@ -72,7 +79,10 @@ def _against_load(
     percent: bool = False,
     log: bool = False,
     line: tuple[float, str] | None = None,
+    dash: Any = (0, (4, 3)),
+    fluid_qps: float | None = None,
 ) -> Figure:
+    """A column against load, or its values at the only load; `line` is a level of the column, `fluid_qps` a load."""
     if column not in rows:
         raise draw.NothingToPlot(f"{column}: no such column")
     means = tables.seed_means(tables.binned_loads(rows), column)
@@ -96,10 +106,16 @@ def _against_load(
     elif percent:
         ax.set(**{f"{axis.axis_name}lim": PERCENT})
     elif finite["mean"].min() >= 0:
-        ax.set(**{f"{axis.axis_name}lim": (0, None)})
-    guides = [draw.guide(ax, *line, vertical=single)] if line else []
+        ax.set(**{f"{axis.axis_name}lim": (0, 1.06 * line[0] if line and line[0] > finite["mean"].max() else None)})
+    guides = [draw.guide(ax, *line, vertical=single, dash=dash)] if line else []
+    if fluid_qps and not single:
+        guides.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
     draw.legend(figure, [] if single else policies, guides)
     return figure
+
+
+def _fluid_label(qps: float) -> str:
+    return f"fluid capacity, {qps:.2f} requests/s"
 
 
 @draw.styled
@@ -370,7 +386,7 @@ def plot_capacity(capacity: pd.DataFrame, *, reference: Mapping[str, float] | No
     if shown:
         entries.append((Line2D([], [], **dotted), "reference figure"))
     draw.legend(figure, [], entries)
-    ax.set_yticks(range(len(own)), [draw.short(p) for p in policies])
+    ax.set_yticks(range(len(own)), [draw.name_in_figure(p) for p in policies])
     ax.tick_params(axis="y", length=0, labelcolor=draw.INK)
     ax.grid(False, axis="y")
     ax.set_ylim(len(own) - 0.4, -0.6)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.evaluation import tables
+from llmsched_gym.evaluation.bounds import ordinary
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
 from llmsched_gym.evaluation.tables import METRICS, Metric
 
@@ -126,11 +127,10 @@ def attainment_matrix(rows: pd.DataFrame) -> Table | None:
     drawn = bool(rows["drawn"].any())
     labels = ["policy", *(f"{'about ' if drawn else ''}{load:.3g}" for load in wide.columns)]
     lines = []
+    rivals = wide.loc[ordinary(wide.index)]
     for policy, own in wide.iterrows():
-        cells = [
-            Cell(number(100 * v, 1), "", BEST if len(wide) > 1 and v == wide[load].max() else "", float(v))
-            for load, v in own.items()
-        ]
+        best = rivals.max() if policy in rivals.index and len(rivals) > 1 else {}
+        cells = [Cell(number(100 * v, 1), "", BEST if v == best.get(load) else "", float(v)) for load, v in own.items()]
         lines.append([Cell(str(policy), kind=HEAD), *cells])
     return Table("SLO attainment (%) by load (requests/s)", [], labels, lines)
 

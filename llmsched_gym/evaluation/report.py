@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from llmsched_gym.evaluation import draw, findings, prose, tables
+from llmsched_gym.evaluation.bounds import ordinary
 from llmsched_gym.evaluation.results import read_results
 from llmsched_gym.evaluation.sections import sections
 from llmsched_gym.evaluation.tables import ReportError
@@ -34,7 +35,8 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     results = read_results(Path(directory))
     table = tables.comparison_table(results.rows)
     policies = tables.policies_of(results.rows)
-    who = "Schedulers compared" if len(policies) > 1 else policies[0]
+    judged = ordinary(policies)
+    who = "Schedulers compared" if len(judged) > 1 else judged[0]
     title = title or f"{who}: suite {results.suite}"
     parts = []
     for section in sections(results):

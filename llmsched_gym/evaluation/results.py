@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.evaluation import tables
+from llmsched_gym.evaluation.bounds import fluid_of
 from llmsched_gym.evaluation.tables import BASELINE, ReportError
+from llmsched_gym.fluid import Fluid
 
 REQUIRED = ("runs.parquet", "requests.parquet", "config.json")
 REQUEST_COLUMNS = ["policy", "qps", "seed", "prompt_tokens", "phase", "ttft_s", "attained"]
@@ -29,6 +31,7 @@ class Results:
     itl: pd.DataFrame  # of the focus load; empty if there is none
     steps: pd.DataFrame  # of the focus load and one seed; empty if there is none
     capacity: pd.DataFrame  # empty if there is none
+    fluid: Fluid | None = None  # of the scenario, where it can be had
 
     @property
     def suite(self) -> str:
@@ -112,7 +115,7 @@ def read_results(directory: Path) -> Results:
     if not steps.empty:
         steps = steps[steps["seed"] == steps["seed"].min()]
         steps = steps if drawn else steps[np.isin(steps["qps"], rows.loc[rows["load"] == focus, "qps"])]
-    return Results(directory, config, rows, focus, requests, itl, steps, capacity)
+    return Results(directory, config, rows, focus, requests, itl, steps, capacity, fluid_of(config))
 
 
 def _optional(path: Path) -> pd.DataFrame:

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import plots, prose, tables
+from llmsched_gym.evaluation import distance, plots, prose, tables
+from llmsched_gym.evaluation.bounds import ordinary, shown_capacity
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
 from llmsched_gym.evaluation.prose import Table, names
 from llmsched_gym.evaluation.results import Results
@@ -41,28 +42,38 @@ class Section:
 
 def sections(results: Results) -> list[Section]:
     """Figures and tables in their order, all but the comparison tables."""
-    return [_against_load(results), _against_paper(results), _capacity(results), _at_focus(results), _batches(results)]
+    return [
+        _against_load(results),
+        _against_bound(results),
+        _against_paper(results),
+        _capacity(results),
+        _at_focus(results),
+        _batches(results),
+    ]
 
 
 def _against_load(results: Results) -> Section:
     rows = results.rows
     slo_s = results.ttft_slo()[0]
+    fluid_qps = shown_capacity(results.fluid, tables.binned_loads(rows)["load"])
+    attainment = partial(plots.plot_attainment, rows, fluid_qps=fluid_qps)
+    ttft = partial(plots.plot_ttft, rows, slo_s=slo_s, fluid_qps=fluid_qps)
+    goodput = partial(plots.plot_goodput, rows, fluid_qps=fluid_qps)
+    throughput = partial(plots.plot_throughput, rows, fluid_qps=fluid_qps)
     dashed = "Dashed: the TTFT SLO of an empty prompt"
     strict = "The same among strict users, whose gaps between tokens have the tighter SLO."
     exhibits = [
-        Exhibit(
-            "slo-attainment", partial(plots.plot_attainment, rows), "Share of arrived requests that meet all SLOs."
-        ),
-        Exhibit("slo-attainment-strict", partial(plots.plot_attainment, rows, "strict"), strict),
-        Exhibit("ttft-median", partial(plots.plot_ttft, rows, 50, slo_s), f"{dashed}, and the paper's limit."),
-        Exhibit("ttft-p99", partial(plots.plot_ttft, rows, 99, slo_s), f"{dashed}.{_infinite(rows)}"),
+        Exhibit("slo-attainment", attainment, "Share of arrived requests that meet all SLOs."),
+        Exhibit("slo-attainment-strict", partial(attainment, "strict"), strict),
+        Exhibit("ttft-median", partial(ttft, 50), f"{dashed}, and the paper's limit."),
+        Exhibit("ttft-p99", partial(ttft, 99), f"{dashed}.{_infinite(rows)}"),
     ]
     for name, tbt_s in results.tbt_slos_s().items():
         text = f"Gaps between tokens of {name} users, preemptions included. Dashed: their TBT SLO."
         exhibits.append(Exhibit(f"itl-p99-{name}", partial(plots.plot_itl, rows, name, tbt_s), text))
     exhibits += [
-        Exhibit("goodput", partial(plots.plot_goodput, rows), "Requests within all SLOs, per second of run."),
-        Exhibit("throughput", partial(plots.plot_throughput, rows), "All tokens sent, in time or not."),
+        Exhibit("goodput", goodput, "Requests within all SLOs, per second of run."),
+        Exhibit("throughput", throughput, "All tokens sent, in time or not."),
     ]
     if "mean_utility" in rows and not np.allclose(rows["mean_utility"], rows["slo_attainment"], atol=5e-4):
         text = "1 for a request within all SLOs, less up to one half for its late seconds."
@@ -74,12 +85,25 @@ def _against_load(results: Results) -> Section:
     text = "One seed." if results.num_seeds == 1 else text
     if rows["drawn"].any() and results.num_loads > 1:
         text = "Every seed draws its own rate: a point is the mean over the seeds of one of a few bins of rates."
+    if fluid_qps:
+        text += " Dash-dotted: the fluid capacity, which no scheduler sustains more than."
     return Section("load", title, text, exhibits)
 
 
 def _infinite(rows: pd.DataFrame) -> str:
     lost = "ttft_p99_s" in rows and np.isposinf(rows["ttft_p99_s"]).any()
     return " Triangles on the upper edge: infinite, as 1 % or more never got a first token." if lost else ""
+
+
+def _against_bound(results: Results) -> Section:
+    table = distance.gap_table(results)
+    if table is None:
+        return Section("bound", "")
+    text = (
+        "Against a scheduler that is told every output length, serves the least work left first and caps the predicted "
+        "time of a batch. Differences are paired by seed."
+    )
+    return Section("bound", "How far from the best", text, tables=[table])
 
 
 def _reduction(rows: pd.DataFrame, *, paper: bool = False) -> Exhibit:
@@ -162,6 +186,7 @@ def _batches(results: Results) -> Section:
         return Section("batches", "")
     rows = results.rows[results.rows["load"] == results.focus]
     best = rows.groupby("policy")["slo_attainment"].mean().sort_values(ascending=False, kind="stable").index
+    best = ordinary(best)
     logged = set(results.steps["policy"].astype(str))
     order = [p for p in dict.fromkeys([BASELINE, "slai", *best]) if p in logged]
     families = {re.split(r"[-\[]", p)[0]: p for p in reversed(order)}  # the first of each

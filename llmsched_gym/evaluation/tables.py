@@ -18,6 +18,7 @@ import pandas as pd
 
 from llmsched_gym.config import SLO_CLASSES, ConfigError
 from llmsched_gym.evaluation import intervals
+from llmsched_gym.evaluation.bounds import is_clairvoyant, ordinary
 
 MIN_SAMPLES_BEYOND = 100
 """A percentile with fewer samples beyond it, in all runs together, is greyed out."""
@@ -175,7 +176,7 @@ def comparison_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.Dat
 
     Columns: load, policy, metric (a column of METRICS), mean and its interval (low, high) over num_seeds seeds, grey
     (a percentile with fewer than MIN_SAMPLES_BEYOND samples beyond it), best, tied (its paired difference from the
-    best has an interval that includes 0).
+    best has an interval that includes 0). A clairvoyant policy is neither, where there are others.
     """
     df = rows if isinstance(rows, pd.DataFrame) and "load" in rows else tidy(rows)
     policies, parts = policies_of(df), []
@@ -187,7 +188,7 @@ def comparison_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.Dat
             part = _summarise(load, policies, values)
             part.insert(2, "metric", metric.column)
             part["grey"] = samples_beyond(group, metric, policies) < MIN_SAMPLES_BEYOND
-            part["best"], part["tied"] = _best(metric, values, part)
+            part["best"], part["tied"] = _best(metric, values, part, np.isin(policies, ordinary(policies)))
             parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
@@ -207,11 +208,13 @@ def samples_beyond(group: pd.DataFrame, metric: Metric, policies: list[str]) -> 
     return np.floor(samples * share + 1e-6)  # 1 - 0.99 is a little less than 0.01
 
 
-def _best(metric: Metric, values: np.ndarray, part: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Which policies have the best mean, and which others a paired interval cannot tell from it."""
+def _best(
+    metric: Metric, values: np.ndarray, part: pd.DataFrame, eligible: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the eligible policies have the best mean, and which others a paired interval cannot tell from it."""
     nobody = np.zeros(len(values), bool)
     mean = part["mean"].to_numpy()
-    eligible = np.isfinite(mean) & ~part["grey"].to_numpy()
+    eligible = eligible & np.isfinite(mean) & ~part["grey"].to_numpy()
     if metric.better == 0 or eligible.sum() < 2 or np.ptp(mean[eligible]) == 0:
         return nobody, nobody
     best = eligible & (mean == (mean[eligible].max() if metric.better > 0 else mean[eligible].min()))
@@ -242,6 +245,23 @@ def ttft_reduction(df: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
     return found.astype({column: float for column in ("load", "mean", "low", "high")})
 
 
+def attainment_gap(df: pd.DataFrame) -> pd.DataFrame:
+    """SLO attainment of each policy less that of the first clairvoyant one, over the seeds that both ran.
+
+    Columns load, policy, mean, low, high, num_seeds; intervals resample the pairs of runs. Empty without such a policy.
+    """
+    policies, parts = policies_of(df), []
+    bound = next((p for p in policies if is_clairvoyant(p)), None)
+    for load, group in df.groupby("load") if bound else ():
+        values = _by_seed(group, "slo_attainment", policies)
+        differences = values - values[policies.index(bound)]
+        parts.append(_summarise(load, policies, differences))
+    if not parts:
+        return pd.DataFrame(columns=["load", "policy", "mean", "low", "high", "num_seeds"])
+    found = pd.concat(parts, ignore_index=True)
+    return found[~found["policy"].map(is_clairvoyant).astype(bool)].reset_index(drop=True)
+
+
 def reduction_against_reference(reduction: pd.DataFrame) -> pd.DataFrame:
     """SLAI's TTFT reduction beside the reference figures: load, ours, low, high, reference, difference, interpolated.
 
@@ -269,6 +289,7 @@ def capacity_against_reference(capacity: pd.DataFrame) -> pd.DataFrame:
 
 def focus_load(df: pd.DataFrame) -> float:
     """The load that distributions are shown at: the largest one at which some policy still attains 90 %."""
+    df = df[df["policy"].isin(ordinary(policies_of(df)))]
     best = df.groupby(["load", "policy"])["slo_attainment"].mean().groupby("load").max()
     good = best[best >= 0.9]
     return float(good.index.max() if len(good) else best.index.min())

@@ -1,0 +1,49 @@
+"""What a report measures schedulers against: the fluid capacity, and a scheduler that knows every output length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from llmsched_gym.evaluation.store import scenario_from_json
+from llmsched_gym.fluid import Fluid, fluid_capacity
+from llmsched_gym.scheduler import registry
+
+CLAIRVOYANT = "shortest-total"
+NEAR = 0.15
+"""Share of a load by which the fluid capacity may lie beyond it and still be shown."""
+
+
+def is_clairvoyant(policy: str) -> bool:
+    """Whether a registered scheduler, with or without parameters in brackets, is told output lengths."""
+    return bool(getattr(registry().get(policy.partition("[")[0].strip()), "clairvoyant", False))
+
+
+def ordinary(policies: Iterable[str]) -> list[str]:
+    """The policies that know no output length; all of them if there is no such policy."""
+    policies = list(policies)
+    return [p for p in policies if not is_clairvoyant(p)] or policies
+
+
+def with_bound(policies: Sequence[str]) -> list[str]:
+    """The policies, and the clairvoyant one if none of them is."""
+    return [*policies] if any(map(is_clairvoyant, policies)) else [*policies, CLAIRVOYANT]
+
+
+def fluid_of(config: Mapping[str, Any]) -> Fluid | None:
+    """The fluid capacity of a folder's scenario; None where it cannot be had: no scenario, no cost model, no trace."""
+    fields = config.get("scenario")
+    if not isinstance(fields, dict) or not fields or fields.get("backend", "simulated") != "simulated":
+        return None
+    try:
+        return fluid_capacity(scenario_from_json(fields))
+    except (ValueError, TypeError, OSError):
+        return None
+
+
+def shown_capacity(fluid: Fluid | None, loads: Iterable[float]) -> float | None:
+    """The fluid capacity, requests/s, if it lies within the loads or a little beyond them."""
+    loads = list(loads)
+    if fluid is None or not min(loads) * (1 - NEAR) <= fluid.qps <= max(loads) * (1 + NEAR):
+        return None
+    return fluid.qps

@@ -1,0 +1,96 @@
+"""How far from the best: what a report says of the fluid capacity and of the scheduler that knows output lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from llmsched_gym.evaluation import prose, tables
+from llmsched_gym.evaluation.bounds import is_clairvoyant
+from llmsched_gym.evaluation.prose import BEST, HEAD, Cell, Table, interval, load_label, number
+from llmsched_gym.evaluation.results import Results
+from llmsched_gym.fluid import Fluid
+
+
+def findings(results: Results) -> list[str]:
+    """Sentences on the fluid capacity and on the distance to the clairvoyant policy, as far as there are any."""
+    found = []
+    if results.fluid is not None:
+        top = float(results.rows["load"].max())
+        which = "highest load" if results.rows["load"].nunique() > 1 else "load"
+        share = f"The {which} that was run is {100 * top / results.fluid.qps:.0f} % of it."
+        found.append(f"**Fluid capacity:** {capacity_text(results.fluid)} {share}")
+    gaps = tables.attainment_gap(results.rows)
+    loads = dict.fromkeys((results.focus, float(results.rows["load"].max())))
+    parts = [part for load in loads if (part := _at_load(results.rows, gaps, load))]
+    if parts:
+        bound = next(p for p in tables.policies_of(results.rows) if is_clairvoyant(p))
+        text = f"**How far from the best:** against `{bound}`, which knows every output length, the best of the others "
+        found.append(f"{text}attains {' and '.join(parts)}.")
+        if gaps["mean"].max() > 0:
+            found[-1] += f" `{bound}` looks at no deadline but serves the least work left first: more is possible."
+    return found
+
+
+def capacity_text(fluid: Fluid) -> str:
+    """What the capacity is, what it means and what limits it."""
+    text = (
+        f"no scheduler that serves everybody sustains more than {fluid.qps:.2f} requests/s in the long run on this "
+        f"machine with these lengths. Computing limits it"
+    )
+    if fluid.limited_by == "computing":
+        return f"{text} alone, in batches of {fluid.mean_batch_tokens:,.0f} tokens."
+    what, more, price = "KV memory", "KV blocks", fluid.memory_price
+    if fluid.limited_by == "max_num_seqs":
+        what, more, price = "`max_num_seqs`", "running requests", fluid.seqs_price
+    batches = f"which keeps batches at {fluid.mean_batch_tokens:,.0f} tokens"
+    return f"{text}, and so does {what}, {batches}: a tenth more {more} would raise it by about {10 * price:.1f} %."
+
+
+def _at_load(rows: pd.DataFrame, gaps: pd.DataFrame, load: float) -> str:
+    """The best policy, and SLAI, against the bound at one load; nothing if none can be compared."""
+    own = gaps[(gaps["load"] == load) & gaps["mean"].notna()].set_index("policy")
+    if own.empty:
+        return ""
+    best = str(own["mean"].idxmax())
+    who = f"`{best}`"
+    if "slai" in own.index and best != "slai":
+        who += f"; `slai` {points(own.loc['slai'])}"
+    return f"{points(own.loc[best])} at {load_label(rows, load)} ({who})"
+
+
+def points(line: pd.Series) -> str:
+    """A difference in attainment in words: 3.1 points [2.6–3.7] less."""
+    sign = -1 if line["mean"] < 0 else 1
+    ends = sorted((100 * sign * line["low"], 100 * sign * line["high"]))
+    return prose.estimate(100 * sign * line["mean"], *ends, " points", 1) + (" less" if sign < 0 else " more")
+
+
+def gap_table(results: Results) -> Table | None:
+    """SLO attainment of each policy less that of the clairvoyant one, percentage points by load."""
+    gaps = tables.attainment_gap(tables.binned_loads(results.rows))
+    if gaps.empty:
+        return None
+    bound = next(p for p in tables.policies_of(results.rows) if is_clairvoyant(p))
+    wide = gaps.set_index(["policy", "load"])
+    loads, policies = list(gaps["load"].unique()), list(gaps["policy"].unique())
+    top = gaps.groupby("load")["mean"].max()
+    lines = []
+    for policy in policies:
+        cells = []
+        for load in loads:
+            line = wide.loc[(policy, load)]
+            kind = BEST if len(policies) > 1 and line["mean"] == top[load] else ""
+            ends = interval(100 * line["low"], 100 * line["high"], 1)
+            cells.append(Cell(_signed(100 * line["mean"]), ends, kind))
+        lines.append([Cell(policy, kind=HEAD), *cells])
+    labels, notes = ["policy", *(f"{load:.3g}" for load in loads)], []
+    if results.fluid is not None:
+        labels = ["policy", *(f"{load:.3g} ({100 * load / results.fluid.qps:.0f} %)" for load in loads)]
+        notes = [f"In brackets: the load as a share of the fluid capacity, {results.fluid.qps:.2f} requests/s."]
+    title = f"SLO attainment less that of {bound} (percentage points) by load (requests/s)"
+    return Table(title, [], labels, lines, notes)
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value, 1) if np.isfinite(value) else number(value)
