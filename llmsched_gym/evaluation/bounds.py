@@ -19,6 +19,11 @@ def is_clairvoyant(policy: str) -> bool:
     return bool(getattr(registry().get(policy.partition("[")[0].strip()), "clairvoyant", False))
 
 
+def bound_of(policies: Iterable[str]) -> str | None:
+    """The first clairvoyant policy, if there is one."""
+    return next(filter(is_clairvoyant, policies), None)
+
+
 def ordinary(policies: Iterable[str]) -> list[str]:
     """The policies that know no output length; all of them if there is no such policy."""
     policies = list(policies)
@@ -27,7 +32,7 @@ def ordinary(policies: Iterable[str]) -> list[str]:
 
 def with_bound(policies: Sequence[str]) -> list[str]:
     """The policies, and the clairvoyant one if none of them is."""
-    return [*policies] if any(map(is_clairvoyant, policies)) else [*policies, CLAIRVOYANT]
+    return [*policies, CLAIRVOYANT] if bound_of(policies) is None else [*policies]
 
 
 def fluid_of(config: Mapping[str, Any]) -> Fluid | None:

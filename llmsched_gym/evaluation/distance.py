@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.evaluation import prose, tables
-from llmsched_gym.evaluation.bounds import is_clairvoyant
+from llmsched_gym.evaluation.bounds import bound_of
 from llmsched_gym.evaluation.prose import BEST, HEAD, Cell, Table, interval, load_label, number
 from llmsched_gym.evaluation.results import Results
 from llmsched_gym.fluid import Fluid
@@ -24,7 +24,7 @@ def findings(results: Results) -> list[str]:
     loads = dict.fromkeys((results.focus, float(results.rows["load"].max())))
     parts = [part for load in loads if (part := _at_load(results.rows, gaps, load))]
     if parts:
-        bound = next(p for p in tables.policies_of(results.rows) if is_clairvoyant(p))
+        bound = bound_of(tables.policies_of(results.rows))
         text = f"**How far from the best:** against `{bound}`, which knows every output length, the best of the others "
         found.append(f"{text}attains {' and '.join(parts)}.")
         if gaps["mean"].max() > 0:
@@ -62,8 +62,8 @@ def _at_load(rows: pd.DataFrame, gaps: pd.DataFrame, load: float) -> str:
 def points(line: pd.Series) -> str:
     """A difference in attainment in words: 3.1 points [2.6–3.7] less."""
     sign = -1 if line["mean"] < 0 else 1
-    ends = sorted((100 * sign * line["low"], 100 * sign * line["high"]))
-    return prose.estimate(100 * sign * line["mean"], *ends, " points", 1) + (" less" if sign < 0 else " more")
+    low, high = sorted((100 * sign * line["low"], 100 * sign * line["high"]))
+    return prose.estimate(100 * sign * line["mean"], low, high, " points", 1) + (" less" if sign < 0 else " more")
 
 
 def gap_table(results: Results) -> Table | None:
@@ -71,7 +71,7 @@ def gap_table(results: Results) -> Table | None:
     gaps = tables.attainment_gap(tables.binned_loads(results.rows))
     if gaps.empty:
         return None
-    bound = next(p for p in tables.policies_of(results.rows) if is_clairvoyant(p))
+    bound = bound_of(tables.policies_of(results.rows))
     wide = gaps.set_index(["policy", "load"])
     loads, policies = list(gaps["load"].unique()), list(gaps["policy"].unique())
     top = gaps.groupby("load")["mean"].max()

@@ -17,7 +17,7 @@ import pandas as pd
 
 from llmsched_gym.config import SUITES
 from llmsched_gym.evaluation import distance, prose, tables
-from llmsched_gym.evaluation.bounds import is_clairvoyant, ordinary
+from llmsched_gym.evaluation.bounds import bound_of, is_clairvoyant, ordinary
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
 from llmsched_gym.evaluation.prose import load_label, names, number
 from llmsched_gym.evaluation.results import Results
@@ -277,7 +277,7 @@ def command(config: Mapping[str, Any], directory: Path) -> str | None:
         return None
     usual = json.loads(json.dumps(encode(SUITES[scenario["suite"]].scenario.to_dict())))
     words = ["llmsched", "evaluate", "--suite", scenario["suite"], "--policy", ",".join(config["policies"])]
-    if not any(map(is_clairvoyant, config["policies"])):
+    if bound_of(config["policies"]) is None:
         words += ["--no-bound"]
     for name, value in scenario.items():
         if value == usual.get(name) or name in ("suite", "num_requests"):

@@ -18,7 +18,7 @@ import pandas as pd
 
 from llmsched_gym.config import SLO_CLASSES, ConfigError
 from llmsched_gym.evaluation import intervals
-from llmsched_gym.evaluation.bounds import is_clairvoyant, ordinary
+from llmsched_gym.evaluation.bounds import bound_of, is_clairvoyant, ordinary
 
 MIN_SAMPLES_BEYOND = 100
 """A percentile with fewer samples beyond it, in all runs together, is greyed out."""
@@ -251,11 +251,10 @@ def attainment_gap(df: pd.DataFrame) -> pd.DataFrame:
     Columns load, policy, mean, low, high, num_seeds; intervals resample the pairs of runs. Empty without such a policy.
     """
     policies, parts = policies_of(df), []
-    bound = next((p for p in policies if is_clairvoyant(p)), None)
-    for load, group in df.groupby("load") if bound else ():
+    bound = bound_of(policies)
+    for load, group in df.groupby("load") if bound is not None else ():
         values = _by_seed(group, "slo_attainment", policies)
-        differences = values - values[policies.index(bound)]
-        parts.append(_summarise(load, policies, differences))
+        parts.append(_summarise(load, policies, values - values[policies.index(str(bound))]))
     if not parts:
         return pd.DataFrame(columns=["load", "policy", "mean", "low", "high", "num_seeds"])
     found = pd.concat(parts, ignore_index=True)
