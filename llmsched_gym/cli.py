@@ -6,6 +6,7 @@ Modules are imported by the commands that need them, so that listing things is q
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -47,6 +48,13 @@ Patience = Annotated[float | None, typer.Option(help="Lateness at which a client
 CostScale = Annotated[float | None, typer.Option(help="Hidden factor on batch times.")]
 LengthHint = Annotated[str | None, typer.Option(help="Output length told to policies: none, noisy:SIGMA, oracle.")]
 TbtRule = Annotated[str | None, typer.Option(help="every-gap, fraction:X or deadline.")]
+BackendName = Annotated[
+    str | None, typer.Option("--backend", help="What executes batches: simulated, or transformers for a real model.")
+]
+Model = Annotated[str | None, typer.Option(help="With transformers: a folder, a hub id, random:tiny.")]
+CountHostTime = Annotated[
+    bool, typer.Option("--count-host-time", help="With transformers: let the scheduler's own time count.")
+]
 AllowRefusal = Annotated[bool, typer.Option("--allow-refusal", help="Let policies refuse requests.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the scenario.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
@@ -114,7 +122,8 @@ def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception],
     from llmsched_gym.scheduler import PolicyError
     from llmsched_gym.workload import TraceError
 
-    return (ConfigError, PolicyError, TraceError, ProfileError), (
+    backend_error = importlib.import_module("real_backend").BackendError
+    return (ConfigError, PolicyError, TraceError, ProfileError, backend_error), (
         IllegalBatch,
         StalledScheduler,
         BrokenExecutor,
@@ -145,6 +154,9 @@ def evaluate(
     cost_scale: CostScale = None,
     length_hint: LengthHint = None,
     tbt_rule: TbtRule = None,
+    backend: BackendName = None,
+    model: Model = None,
+    count_host_time: CountHostTime = False,
     allow_refusal: AllowRefusal = False,
     set_: Set = None,
     workers: Workers = None,
@@ -301,6 +313,25 @@ def reproduce(context: typer.Context) -> None:
     raise typer.Exit(run(context.args))
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def calibrate(context: typer.Context) -> None:
+    """Measure a real model's batches and fit a cost profile; `llmsched calibrate --help` lists its options."""
+    raise typer.Exit(_on_real_model("calibrate", context.args))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def sim2real(context: typer.Context) -> None:
+    """Compare the simulator with a real model; `llmsched sim2real --help` lists its options."""
+    raise typer.Exit(_on_real_model("sim2real", context.args))
+
+
+def _on_real_model(name: str, args: list[str]) -> int:
+    """Run a command of `real_backend`, which nothing here imports by itself; returns its exit code."""
+    function = getattr(importlib.import_module(f"real_backend.{name}"), f"{name}_command")
+    code: int = importlib.import_module("real_backend.command").call(function, f"llmsched {name}", args)
+    return code
+
+
 @app.command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller grid; the keys say so.")] = False,
@@ -339,11 +370,13 @@ def _scenario(options: dict[str, Any]) -> Scenario:
     if options["trace"] is None and options["trace_arrivals"] is not None:
         raise ConfigError("trace_arrivals: needs --trace")
     names = "profile workload trace trace_arrivals num_requests strict_share jitter cost_scale length_hint tbt_rule"
-    fields = {name: options[name] for name in names.split() if options[name] is not None}
+    names += " backend model"
+    fields = {name: options[name] for name in names.split() if options.get(name) is not None}
     if options["patience"] is not None:
         fields["patience_s"] = options["patience"]
-    if options["allow_refusal"]:
-        fields["allow_refusal"] = True
+    for name in ("allow_refusal", "count_host_time"):
+        if options.get(name):
+            fields[name] = True
     for text in options["set_"] or []:
         name, equals, value = text.partition("=")
         if not equals:

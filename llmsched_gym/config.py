@@ -18,7 +18,12 @@ BLOCK_SIZE = 16
 SLO_CLASSES = ("strict", "relaxed")
 ARRIVALS = ("poisson", "gamma", "mmpp", "switching", "replay")
 ADMISSIONS = ("prompt", "chunk")
+BACKENDS = ("simulated", "transformers")
 TBT_RULES = ("every-gap", "deadline")  # and "fraction:X"
+
+
+MEASURED = {"jitter": 0.0, "straggler_share": 0.0, "cost_scale": 1.0}
+"""What only the simulated device knows, and its values where times are measured."""
 
 
 class ConfigError(ValueError):
@@ -118,6 +123,10 @@ class Scenario:
     idle_step_s: float = 0.01  # how far an empty batch moves the clock while work is pending
     allow_refusal: bool = False  # whether a policy may refuse requests
     length_hint: str = "none"  # none, noisy:SIGMA, oracle
+    # what executes batches
+    backend: str = "simulated"  # simulated, transformers
+    model: str | None = None  # transformers: a local folder, a hub id, random:tiny or random:mistral-7b
+    count_host_time: bool = False  # transformers: whether the scheduler's own time counts, too
 
     def __post_init__(self) -> None:
         self._validate()
@@ -215,11 +224,27 @@ class Scenario:
         self._check_integer("num_kv_blocks", 1, none=True)
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
             self._check_integer(name, 1)
-        for name in ("arrivals_continue", "allow_refusal"):
+        for name in ("arrivals_continue", "allow_refusal", "count_host_time"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.num_requests is None and math.isinf(self.horizon_s):
             raise ConfigError("horizon_s: expected a finite time when num_requests is None, got inf")
+        self._check_choice("backend", BACKENDS)
+        if self.backend == "transformers":
+            self._check_measured()
+        elif self.model is not None or self.count_host_time:
+            name = "model" if self.model is not None else "count_host_time"
+            raise ConfigError(f"{name}: needs backend='transformers', got backend={self.backend!r}")
+
+    def _check_measured(self) -> None:
+        """A model to run, and no noise: what a batch takes is measured."""
+        if not isinstance(self.model, str):
+            what = "expected a folder, a hub id or random:tiny with backend='transformers'"
+            raise ConfigError(f"model: {what}, got {self.model!r}")
+        for name, neutral in MEASURED.items():
+            if getattr(self, name) != neutral:
+                what = f"expected {neutral:g} with backend='transformers', whose times are measured"
+                raise ConfigError(f"{name}: {what}, got {getattr(self, name)!r}")
 
 
 def check_names(cls: type, fields: dict[str, Any]) -> None:
@@ -235,7 +260,6 @@ def check_names(cls: type, fields: dict[str, Any]) -> None:
 ACTIONS = ("knobs", "priority", "request")
 OBSERVATIONS = ("features", "slots")
 CREDITS = ("early", "finish")
-BACKENDS = ("simulated", "transformers")
 
 
 @dataclass(frozen=True)
@@ -251,8 +275,6 @@ class EnvConfig(Scenario):
     credit: str = "early"  # pay utility as it is earned and lost, or at each request's finish
     tau_s: float = 120.0  # time constant of info["discount"]
     token_budget: int = 512  # of a batch formed by priority or request actions
-    backend: str = "simulated"  # simulated, transformers
-    model: str | None = None  # transformers: a local folder, a hub id, random:tiny or random:mistral-7b
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -263,7 +285,6 @@ class EnvConfig(Scenario):
         self._check_integer("token_budget", 1)
         self._check_choice("action", ACTIONS)
         self._check_choice("credit", CREDITS)
-        self._check_choice("backend", BACKENDS)
         if not hasattr(self.observation, "observe"):
             self._check_choice("observation", OBSERVATIONS)
         if not callable(self.reward):
@@ -324,10 +345,15 @@ def scenario(suite: str = "default", **fields: Any) -> Scenario:
     """The scenario of a named suite with some fields replaced."""
     if suite not in SUITES:
         raise ConfigError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
-    return SUITES[suite].scenario.replace(**fields)
+    return SUITES[suite].scenario.replace(**_measured(fields))
 
 
 def env_config(suite: str = "default", **fields: Any) -> EnvConfig:
     """The environment of a named suite with some fields replaced; raises :class:`ConfigError` naming a bad one."""
     check_names(EnvConfig, fields)
-    return EnvConfig(**{**scenario(suite).to_dict(), **fields})
+    return EnvConfig(**{**scenario(suite).to_dict(), **_measured(fields)})
+
+
+def _measured(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that replace a suite's; those for the transformers backend leave out its simulated noise."""
+    return {**MEASURED, **fields} if fields.get("backend") == "transformers" else fields

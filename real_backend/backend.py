@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import transformers
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.engine import Execution, ScheduledBatch
 from llmsched_gym.workload import RequestTable
 from real_backend.attention import KVCache
 from real_backend.block_table import NOBODY, BlockTable
+from real_backend.ceilings import device_name
 from real_backend.errors import BackendError, one_line
 from real_backend.memory import Stopwatch, fitting_blocks, is_out_of_memory, release_memory
 from real_backend.runner import Runner, Work
@@ -32,7 +36,7 @@ def make_backend(
     *,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    count_host_time: bool = False,
+    count_host_time: bool | None = None,
     clock: str = "wall",
 ) -> TransformersBackend:
     """A warmed-up backend for engines of `scenario` (or one with other rates, SLOs, lengths, but equal limits).
@@ -44,9 +48,12 @@ def make_backend(
         device: "cuda", "cuda:1", "cpu"; None is the GPU if there is one.
         dtype: of weights and KV; None is bfloat16 on a GPU, float32 on the CPU.
         seed: of random weights.
-        count_host_time: whether the time between two batches (scheduling, the engine's own books) counts as well.
+        count_host_time: whether the time between two batches (scheduling, the engine's own books) counts as well;
+            None is as `scenario` says.
         clock: "wall", or on a CPU with one torch thread "cpu": a measure for machines that others use too.
     """
+    if count_host_time is None:
+        count_host_time = scenario.count_host_time
     loaded = load_model(model, find_device(device), dtype, seed)
     backend = TransformersBackend(loaded, scenario, count_host_time=count_host_time, clock=clock)
     backend.warm_up()
@@ -90,7 +97,10 @@ class TransformersBackend:
         config = loaded.model.config
         longest = getattr(config, "max_position_embeddings", None)
         if longest and scenario.max_model_len > longest:
-            raise BackendError(f"max_model_len {scenario.max_model_len}: {loaded.name} knows {longest} positions")
+            raise BackendError(
+                f"max_model_len {scenario.max_model_len}: {loaded.name} knows {longest} positions; set "
+                f"max_model_len={longest}, which rejects longer requests"
+            )
         spec = loaded.spec
         shape = (spec.num_kv_heads, spec.head_dim, loaded.dtype, loaded.device)
         # A cache of the scratch block alone, to see what the largest pass needs beside the KV.
@@ -109,6 +119,23 @@ class TransformersBackend:
         self.tokens = TokenStore(np.zeros(0, np.int64), np.zeros(0, np.int64), 0, spec.vocab_size)
         self._ended_s: float | None = None
         self._is_poisoned = False
+
+    @property
+    def setup(self) -> str:
+        """Model, device and versions in one line: results of another setup must not be mixed in."""
+        parts = [
+            Path(self.loaded.name).name,
+            str(self.loaded.dtype).removeprefix("torch."),
+            device_name(self.device),
+            platform.machine(),
+            f"torch {torch.__version__}",
+            f"transformers {transformers.__version__}",
+        ]
+        if self.device.type == "cuda":
+            parts.insert(3, f"CUDA {torch.version.cuda}")
+        if self.clock != "wall":
+            parts.append(f"{self.clock} time")
+        return ", ".join(parts)
 
     def reset(self, table: RequestTable) -> None:
         """Forget everything and take the requests of a new episode; their prompts come from the table's seed."""

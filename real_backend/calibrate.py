@@ -7,7 +7,6 @@ The rows are written one by one; a killed run goes on where it stopped when star
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ def calibrate(
     from real_backend.ceilings import measured_device
 
     backend.runner.cache.fill_random(seed)
-    sheet = Sheet(Path(csv), setup(backend))
+    sheet = Sheet(Path(csv), backend.setup)
     batches = plan(limits, backend.num_kv_blocks, seed)
     run_sweep(backend.measure, batches, sheet, rounds=rounds, repeats=repeats, progress=progress)
     device = measured_device(backend.device, backend.loaded.dtype)
@@ -98,28 +97,6 @@ def fit(
             "The per-batch overhead is part of the table: times of whole batches cannot tell it apart.",
         ),
     )
-
-
-def setup(backend: TransformersBackend) -> str:
-    """Model, device and versions in one line: rows of another setup must not be mixed in."""
-    import torch
-    import transformers
-
-    from real_backend.ceilings import device_name
-
-    parts = [
-        Path(backend.loaded.name).name,
-        str(backend.loaded.dtype).removeprefix("torch."),
-        device_name(backend.device),
-        platform.machine(),
-        f"torch {torch.__version__}",
-        f"transformers {transformers.__version__}",
-    ]
-    if backend.device.type == "cuda":
-        parts.insert(3, f"CUDA {torch.version.cuda}")
-    if backend.clock != "wall":
-        parts.append(f"{backend.clock} time")
-    return ", ".join(parts)
 
 
 def backend_for(

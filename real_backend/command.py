@@ -17,12 +17,18 @@ from real_backend.errors import BackendError
 USAGE, INTERRUPTED = 2, 130
 
 
-def run(function: Callable[..., None], program: str, argv: Sequence[str] | None = None) -> int:
-    """Run one typer command; returns its exit code."""
+def call(function: Callable[..., None], program: str, argv: Sequence[str] | None = None) -> int:
+    """Run one typer command; returns its exit code, and raises what is wrong."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(function)
+    code = typer.main.get_command(app).main(args=argv, prog_name=program, standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def run(function: Callable[..., None], program: str, argv: Sequence[str] | None = None) -> int:
+    """Run one typer command and say in one line what is wrong; returns its exit code."""
     try:
-        code = typer.main.get_command(app).main(args=argv, prog_name=program, standalone_mode=False)
+        return call(function, program, argv)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; what is measured is kept, and the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
@@ -36,7 +42,6 @@ def run(function: Callable[..., None], program: str, argv: Sequence[str] | None 
         if not hasattr(error, "format_message"):
             raise
         return _fail(error.format_message())
-    return code if isinstance(code, int) else 0
 
 
 def _fail(message: str) -> int:

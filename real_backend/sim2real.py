@@ -25,7 +25,7 @@ from llmsched_gym.evaluation.run import Episode, simulate
 from llmsched_gym.scheduler import make_scheduler
 from real_backend import command, page
 from real_backend.agreement import summary
-from real_backend.calibrate import calibrate, describe, limits_for, setup
+from real_backend.calibrate import calibrate, describe, limits_for
 from real_backend.errors import BackendError
 from real_backend.small_world import SmallWorld, limits, make_world
 
@@ -89,7 +89,7 @@ def compare(
                 rows += [{**metrics.row(e), **run, "backend": side} for side, e in (("real", real), ("sim", sim))]
                 steps.append(steps_of(real).assign(**run))
     progress(total, total)
-    return Comparison(pd.DataFrame(rows), pd.concat(steps, ignore_index=True), profile, setup(backend), world)
+    return Comparison(pd.DataFrame(rows), pd.concat(steps, ignore_index=True), profile, backend.setup, world)
 
 
 def steps_of(episode: Episode) -> pd.DataFrame:

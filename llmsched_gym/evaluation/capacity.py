@@ -20,6 +20,7 @@ from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.grid import check, finite, seed_range
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
+from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.store import dumps, grid_config, make_folder, write_text
 
 STEP = 1.02
@@ -299,7 +300,7 @@ def capacity(
     if out is not None:
         make_folder(Path(out))
     done = planned = 0
-    with Runner(scenario, workers) as runner:
+    with Runner(scenario, workers, backend=make_backend(scenario, workers)) as runner:
 
         def simulate(policy: str, runs: Sequence[tuple[float, int]]) -> list[Row]:
             nonlocal done, planned

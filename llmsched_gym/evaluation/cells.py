@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config import Scenario
+from llmsched_gym.engine import Backend
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import Compiled, make_scheduler
@@ -38,12 +39,14 @@ class Cell:
     frames: tuple[str, ...] = ()  # of requests, steps, itl: what to write besides the row
 
 
-def run_cell(scenario: Scenario, cell: Cell, folder: Path | None = None) -> dict[str, Any]:
+def run_cell(
+    scenario: Scenario, cell: Cell, folder: Path | None = None, backend: Backend | None = None
+) -> dict[str, Any]:
     """The row of one cell; the frames it asks for are written to `folder`."""
     if cell.qps is not None:
         scenario = scenario.replace(qps=cell.qps)
     steps = LOGGED_STEPS if "steps" in cell.frames else 0
-    episode = simulate(scenario, cell.policy, cell.seed, num_steps=steps)
+    episode = simulate(scenario, cell.policy, cell.seed, num_steps=steps, backend=backend)
     outcomes = Outcomes(episode)
     gaps = gaps_of(episode, outcomes)
     figures = row(episode, outcomes, gaps)
@@ -79,11 +82,20 @@ def write_part(folder: Path, kind: str, index: int, frame: Any) -> None:
 
 
 class Runner:
-    """Runs cells, in worker processes where that is quicker. A context manager: leaving it ends the workers."""
+    """Runs cells, in worker processes where that is quicker; a real `backend` runs them all in this one.
 
-    def __init__(self, scenario: Scenario, workers: int | None = 1, folder: Path | None = None) -> None:
-        self.scenario, self.folder = scenario, folder
-        self.workers = workers or os.cpu_count() or 1
+    A context manager: leaving it ends the workers.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        workers: int | None = 1,
+        folder: Path | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        self.scenario, self.folder, self.backend = scenario, folder, backend
+        self.workers = 1 if backend is not None else workers or os.cpu_count() or 1
         self._pool: ProcessPoolExecutor | None = None
         self._before: set[Any] = set()
         self._each_s: dict[str, float] = {}  # seconds a request costs, by policy
@@ -108,7 +120,7 @@ class Runner:
         gain_s = total_s * (1 - 1 / self.workers) - (SPAWN_S if self._pool is None else 0.0)
         if gain_s <= 0 or len(cells) < 2:
             for cell in cells:
-                yield cell, run_cell(self.scenario, cell, self.folder)
+                yield cell, run_cell(self.scenario, cell, self.folder, self.backend)
             return
         chunk_s = min(CHUNK_S, total_s / (4 * self.workers))
         futures: list[Future] = []

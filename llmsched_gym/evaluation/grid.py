@@ -11,6 +11,7 @@ from typing import Any
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.cells import Cell, Runner
+from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.store import Store, digest, grid_config
 from llmsched_gym.scheduler import make_scheduler
 from llmsched_gym.workload import make_table
@@ -70,7 +71,8 @@ def evaluate(
         policies: as `make_scheduler` takes them.
         qps: mean arrival rates, 1/s; None: the scenario's own, drawn per seed where it says so.
         seeds, first_seed: seeds first_seed, first_seed + 1, ...
-        workers: processes; None: one per core. More than one needs a script's ``if __name__ == "__main__"``.
+        workers: processes; None: one per core, and one with a real backend. More than one needs a script's
+            ``if __name__ == "__main__"``.
         out: folder for results; one that an interrupted run of the same grid left is completed.
         progress: called after each run.
     """
@@ -81,16 +83,20 @@ def evaluate(
     check(scenario, policies, rates, first_seed)
     cells = grid(policies, rates, numbers, scenario.num_requests or NUM_REQUESTS, frames=out is not None)
 
+    backend = make_backend(scenario, workers)
+
     store, done = None, {}
     if out is not None:
-        settings = {"qps": None if qps is None else rates, "seeds": seeds, "first_seed": first_seed}
+        settings: dict[str, Any] = {"qps": None if qps is None else rates, "seeds": seeds, "first_seed": first_seed}
+        if backend is not None:
+            settings["setup"] = backend.setup
         store = Store(out, grid_config(scenario, policies, **settings))
         done = store.open()
     label = digest({k: v for k, v in dataclasses.asdict(scenario).items() if k != "qps"})
     left = [cell for cell in cells if cell.index not in done]
     if progress is not None:
         progress(len(done), len(cells))
-    with Runner(scenario, workers, store.partial if store else None) as runner:
+    with Runner(scenario, workers, store.partial if store else None, backend) as runner:
         for cell, row in runner.run(left):
             done[cell.index] = row | {"config_hash": label}
             if store is not None:

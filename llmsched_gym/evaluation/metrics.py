@@ -144,6 +144,8 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
     return {
         "policy": episode.policy,
         "suite": scenario.suite,
+        "backend": scenario.backend,
+        "model": scenario.model,
         "profile": scenario.profile,
         "workload": Path(scenario.trace).name if scenario.trace else scenario.workload,
         "qps": float(table.qps),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import Scenario
-from llmsched_gym.cost import Profile
+from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import Backend, Engine
 from llmsched_gym.scheduler import install, make_scheduler
 from llmsched_gym.workload import RequestTable, make_table
+
+HOST_WARM_UP_STEPS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,20 @@ def scenario_for(scenario: Scenario, scheduler: Any) -> Scenario:
     return scenario.replace(admission=admission) if admission else scenario
 
 
+def make_backend(scenario: Scenario, workers: int | None = 1) -> Any:
+    """What executes the batches of all runs of `scenario`: its model, loaded; None is the simulated device.
+
+    Without `num_kv_blocks` the cache has the profile's blocks, as the simulated device has: what memory holds may be
+    another number tomorrow. A model serves one run at a time, so more `workers` than one are refused.
+    """
+    if scenario.backend == "simulated":
+        return None
+    if workers not in (None, 1):
+        raise ConfigError(f"workers: expected 1 with backend={scenario.backend!r}, got {workers}")
+    blocks = scenario.num_kv_blocks or load_profile(scenario.profile).num_kv_blocks
+    return importlib.import_module("real_backend").make_backend(scenario.replace(num_kv_blocks=blocks), scenario.model)
+
+
 def simulate(
     scenario: Scenario,
     policy: str | Any,
@@ -53,8 +70,11 @@ def simulate(
 ) -> Episode:
     """Run `policy` (a name or a scheduler) on the requests of `seed` to the end; the first `num_steps` are logged.
 
-    Clairvoyant schedulers need a scenario with ``length_hint``; they get an oracle's if it has none.
+    Clairvoyant schedulers need a scenario with ``length_hint``; they get an oracle's if it has none. A scenario for the
+    real backend needs one, see `make_backend`.
     """
+    if scenario.backend != "simulated" and backend is None:
+        raise ConfigError(f"backend: expected what make_backend gives for {scenario.backend!r}, got None")
     scheduler = make_scheduler(policy) if isinstance(policy, str) else policy
     name = policy if isinstance(policy, str) else type(policy).__name__
     scenario = scenario_for(scenario, scheduler)
@@ -74,6 +94,12 @@ def simulate(
     engine.reset(table)
     install(scheduler, engine.state, seed=seed)
     engine.prepare(scheduler)
+    if scenario.count_host_time:
+        # The first steps compile or load kernels, which is not to count. Nor do decisions count twice.
+        engine.run(scheduler, max_steps=HOST_WARM_UP_STEPS)
+        engine.reset(table)
+        install(scheduler, engine.state, seed=seed)
+        engine.state.sims[0].decision_s = 0.0
     start = time.perf_counter()
     engine.run(scheduler)
     wall_time_s = time.perf_counter() - start
