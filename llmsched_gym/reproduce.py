@@ -31,7 +31,9 @@ from llmsched_gym.theory import experiments
 from llmsched_gym.workload import RequestTable
 
 PAPER_POLICIES = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "vllm-v0")
-MAIN_POLICIES = (*PAPER_POLICIES, "rad-512", "srpt-capped")
+BUILT_IN_POLICIES = (*PAPER_POLICIES, "rad-512", "srpt-capped")
+LEARNED_POLICIES = ("learned",)  # networks in numpy, several times as slow: timed apart
+MAIN_POLICIES = (*BUILT_IN_POLICIES, *LEARNED_POLICIES)
 BOUNDED_POLICIES = (*MAIN_POLICIES, "feasible-first", "shortest-total")
 STRICT_POLICIES = ("sarathi", "slai", "slai-priority", "srpt-capped", "feasible-first")
 LOADS = tuple(round(0.2 * k, 1) for k in range(1, 11))
@@ -41,6 +43,7 @@ TRACE = "traces/openchat_sharegpt4.csv"
 SWEPT_QPS = 1.6
 ROBUST_SHARE = 0.8  # of the fluid capacity, in every world of the robustness piece
 UNREPEATABLE = ("wall_time_s", "config_hash")
+WALL_TIME = "main_table_wall_s.json"
 
 Data = Any
 Note = Callable[[str], None]
@@ -78,14 +81,21 @@ def _rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main_table(plan: Plan, note: Note) -> Data:
     """Every scheduler at every load, one long run each."""
     world = plan.world.replace(num_requests=plan.num_requests)
-    start = time.perf_counter()
-    rows = evaluate(
-        world, MAIN_POLICIES, qps=plan.loads, seeds=1, workers=plan.workers, progress=lambda i, n: note(f"{i}/{n} runs")
-    )
-    took_s = time.perf_counter() - start
-    note(f"{took_s:.0f} s")
-    path = plan.out / "main_table_wall_s.json"
-    path.write_text(json.dumps({"wall_s": took_s, "workers": plan.workers, "runs": len(rows)}), encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    timed: dict[str, Any] = {"workers": plan.workers}
+    for kind, policies in (("built_in", BUILT_IN_POLICIES), ("learned", LEARNED_POLICIES)):
+        start = time.perf_counter()
+        found = evaluate(
+            world,
+            policies,
+            qps=plan.loads,
+            seeds=1,
+            workers=plan.workers,
+            progress=lambda i, n, kind=kind: note(f"{kind.replace('_', '-')}: {i}/{n} runs"),
+        )
+        timed[kind] = {"wall_s": time.perf_counter() - start, "runs": len(found)}
+        rows += found
+    (plan.out / WALL_TIME).write_text(json.dumps(timed), encoding="utf-8")
     return _rows(rows)
 
 
@@ -275,11 +285,11 @@ def code_digest() -> str:
     """Digest of the code that runs depend on: not of how they are asked for, which the plan says, or shown."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parents[1]
-    patterns = [f"llmsched_gym/{name}/*.py" for name in ("cost", "workload", "engine")]
+    patterns = [f"llmsched_gym/{name}/*.py" for name in ("cost", "workload", "engine", "env", "policies")]
     patterns += [f"llmsched_gym/theory/{name}.py" for name in ("stability", "experiments")]
     patterns += [f"llmsched_gym/{name}.py" for name in ("config", "fluid")]
-    for pattern in (*patterns, "llmsched_gym/data/**/*.json", "baselines/*.py"):
-        for file in sorted(root.glob(pattern)):
+    for pattern in (*patterns, "llmsched_gym/data/**/*", "baselines/*.py"):
+        for file in sorted(path for path in root.glob(pattern) if path.is_file()):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -310,6 +320,7 @@ def reproduce(plan: Plan, pieces: list[str] | None = None) -> dict[str, Data]:
     """Data of all pieces, by name."""
     plan.out.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in plan.__dict__.items() if k not in ("out", "workers", "world")}
+    settings["policies"] = (MAIN_POLICIES, BOUNDED_POLICIES, STRICT_POLICIES)
     world = plan.world.to_dict() | {"trace": Path(plan.world.trace).name if plan.world.trace else None}
     key = hashlib.sha256(json.dumps([settings, world, code_digest()], default=str).encode()).hexdigest()[:16]
     return {name: run_piece(name, plan, key) for name in pieces or PIECES}

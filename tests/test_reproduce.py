@@ -7,21 +7,22 @@ from functools import partial
 import pytest
 
 from llmsched_gym import reproduce as rep
-from llmsched_gym import results_page as page
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation import tables
+from llmsched_gym.results_page import claims, figures, page, text
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """(plan, data) of a run with three schedulers and some hundreds of requests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rep, "MAIN_POLICIES", ("sarathi", "slai"))
+        patch.setattr(rep, "BUILT_IN_POLICIES", ("sarathi", "slai"))
+        patch.setattr(rep, "MAIN_POLICIES", ("sarathi", "slai", "learned"))
         patch.setattr(rep, "BOUNDED_POLICIES", ("sarathi", "slai", "shortest-total"))
         patch.setattr(rep, "STRICT_POLICIES", ("sarathi", "slai"))
         waves = partial(rep.experiments.ablation, devices=(rep.experiments.WAVES,))
         patch.setattr(rep.experiments, "ablation", waves)
-        patch.setattr(page.tables, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
+        patch.setattr(claims.tables, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
         plan = rep.Plan(
             scenario("paper"),
             tmp_path_factory.mktemp("paper"),
@@ -40,7 +41,9 @@ def test_every_piece_has_data(toy):
     plan, data = toy
     assert list(data) == list(rep.PIECES)
     assert all(data.values())
-    assert len(data["main_table"]) == 2 * 3
+    assert len(data["main_table"]) == (2 + 1) * 3
+    timed = json.loads((plan.out / rep.WALL_TIME).read_text())
+    assert (timed["built_in"]["runs"], timed["learned"]["runs"]) == (2 * 3, 3)
     assert len(data["seeds_table"]) == 3 * 2 * 2
     assert not any(name in row for row in data["main_table"] for name in rep.UNREPEATABLE)
     assert {row["strict_share"] for row in data["strict_shares"]} == set(rep.STRICT_SHARES)
@@ -103,7 +106,7 @@ def test_the_page_repeats(written):
 
 def test_the_sweep_is_near_the_published_one():
     points = rep.budget_sweep(None, lambda text: None)
-    for point, (chunk, ttft_ms, _) in zip(points, page.PUBLISHED_SWEEP, strict=True):
+    for point, (chunk, ttft_ms, _) in zip(points, figures.PUBLISHED_SWEEP, strict=True):
         assert point["chunk"] == chunk
         assert point["ttft_ms"] == pytest.approx(ttft_ms, rel=0.06)
 
@@ -111,14 +114,14 @@ def test_the_sweep_is_near_the_published_one():
 def test_a_long_runs_capacity_lies_between_its_loads():
     rows = [dict(policy="sarathi", load=q, ttft_p50_s=t) for q, t in ((1.0, 0.3), (1.2, 0.4), (1.4, 0.8))]
     frame = tables.pd.DataFrame(rows)
-    assert page.long_capacity(frame, "sarathi") == pytest.approx(1.25)
-    assert page.long_capacity(frame[:2], "sarathi") is None
+    assert claims.long_capacity(frame, "sarathi") == pytest.approx(1.25)
+    assert claims.long_capacity(frame[:2], "sarathi") is None
 
 
 def test_agreement_in_words():
-    assert page.verdict(1.40, 1.36) == "agrees"
-    assert page.verdict(1.70, 1.36) == "25% higher"
-    assert page.verdict(1.02, 1.36) == "25% lower"
+    assert text.verdict(1.40, 1.36) == "agrees"
+    assert text.verdict(1.70, 1.36) == "25% higher"
+    assert text.verdict(1.02, 1.36) == "25% lower"
 
 
 @pytest.mark.parametrize("argv", [["--pieces", "nothing"], ["--seeds", "0"], ["--workers", "x"]])

@@ -1,0 +1,66 @@
+"""How far the figures can be trusted, and what they cost: robustness of the ranking, speed."""
+
+# ruff: noqa: E501  (lines of prose)
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.results_page.text import number, table
+
+
+def section_robustness(data: dict[str, Any]) -> str:
+    from scipy.stats import kendalltau
+
+    base = data["robustness"][0]["attainment"]
+    policies = list(base)
+    rng = np.random.default_rng(0)
+
+    def tau(a: dict[str, Any], b: dict[str, Any], pick: np.ndarray | None = None) -> float:
+        means = [[np.mean(np.asarray(x[p])[pick] if pick is not None else x[p]) for p in policies] for x in (a, b)]
+        return float(kendalltau(*means).statistic)
+
+    lines = []
+    seeds = len(base[policies[0]])
+    for entry in data["robustness"]:
+        own = entry["attainment"]
+        draws = [tau(base, own, rng.integers(seeds, size=seeds)) for _ in range(500)]
+        ends = f"[{np.quantile(draws, 0.025):.2f}, {np.quantile(draws, 0.975):.2f}]" if seeds >= 10 else ""
+        order = [policies[i] for i in np.argsort([-np.mean(own[p]) for p in policies], kind="stable")]
+        top = ", ".join(f"{p} {100 * np.mean(own[p]):.1f}" for p in order[:3])
+        shown = (f"{100 * np.mean(own[p]):.1f}" for p in ("slai", "sarathi", "srpt-capped") if p in own)
+        lines.append([entry["world"], number(entry["qps"]), f"{tau(base, own):.2f} {ends}", top, " / ".join(shown)])
+    return f"""## Robustness of the ranking
+
+Schedulers ranked by SLO attainment at 80 % of each world's fluid capacity, where the cost model is wrong in one way or another;
+Kendall's tau against the ranking as modelled (1: the same order), with bootstrap intervals over seeds. The second line, the
+same world with other seeds, is how well a ranking repeats itself: several schedulers lie within a point of each other. What
+never changes is that SLAI beats Sarathi-Serve. What does is the place of the schedulers that cap a batch's predicted time at
+0.95 of the TBT SLO (srpt-capped, feasible-first, shortest-total): the cap has no margin, so a device that is slower or noisier
+than predicted costs them their strict users.
+
+{table(["world", "requests/s", "Kendall's tau", "best three, attainment in %", "slai / sarathi / srpt-capped"], lines)}
+"""
+
+
+def section_speed(data: dict[str, Any], plan: Any) -> str:
+    speed = data["speed"]
+    ratio = speed["compiled"]["iterations_per_s"] / speed["python"]["iterations_per_s"]
+    same = speed["compiled"]["sim_time_s"] == speed["python"]["sim_time_s"]
+    wall = plan.out / "main_table_wall_s.json"
+    took = ""
+    if wall.is_file():
+        timed = json.loads(wall.read_text(encoding="utf-8"))
+        own, learned = timed["built_in"], timed["learned"]
+        took = f"""
+The main table's {own["runs"]} runs of built-in schedulers took {own["wall_s"]:.0f} s with {timed["workers"]} processes, the {learned["runs"]} of the learned policy, a network in
+numpy, {learned["wall_s"]:.0f} s more."""
+    return f"""## Speed
+
+Measured on {speed["machine"]["cpu"]} ({speed["machine"]["cores"]} cores), the only figures here that another run does not repeat. Sarathi-Serve compiled:
+{speed["compiled"]["iterations_per_s"]:,.0f} iterations/s; the same rules as a plain-Python scheduler on the same engine and requests:
+{speed["python"]["iterations_per_s"]:,.0f}; ratio **{ratio:,.0f}**. {"Both runs end at the same simulated instant." if same else "The two differ in when they admit."}{took}
+"""
