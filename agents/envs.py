@@ -32,7 +32,8 @@ class TrainingEnv(LLMSchedVecEnv):
     """
 
     def __init__(self, num_envs: int, suite: str, seed: int, **fields: Any) -> None:
-        super().__init__(1, suite, **fields)
+        # The spaces need no model: it is loaded once.
+        super().__init__(1, suite, **{**fields, "backend": "simulated", "model": None, "count_host_time": False})
         self.env: _SeededVectorEnv = _SeededVectorEnv(num_envs, suite, **fields)
         self.num_envs = num_envs
         self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)

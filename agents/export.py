@@ -1,4 +1,7 @@
-"""From a torch model to a policy folder: ``python -m agents.export MODEL.zip FOLDER`` for SB3 zips of one's own."""
+"""From a torch model to a policy folder: ``python -m agents.export MODEL.zip FOLDER`` for SB3 zips of one's own.
+
+And back: :func:`load_actor` lets a training go on from a folder.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +22,44 @@ from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env.features import NUM_FEATURES
 from llmsched_gym.policies import LoadedPolicy, PolicySpec, write_folder
-from llmsched_gym.policies.folder import spec_for
+from llmsched_gym.policies.folder import read_folder, spec_for
 from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable
 
 
 def export(policy: Any, config: EnvConfig, **fields: Any) -> tuple[PolicySpec, dict[str, np.ndarray]]:
     """Spec and tensors of an SB3 policy trained on `config`; `fields` (training, decision_s) go into the spec."""
-    if isinstance(policy.features_extractor, RowsExtractor):
-        architecture, tensors = _rows(policy)
-    else:
-        architecture, tensors = _mlp(policy)
+    architecture, tensors = _actor(policy)
     arrays = {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in tensors.items()}
     return spec_for(config, architecture, **fields), arrays
+
+
+def load_actor(policy: Any, config: EnvConfig, folder: str | Path) -> None:
+    """Give an SB3 policy for `config` the decisions of a policy folder; the critic, which folders lack, stays as it is.
+
+    Raises :class:`PolicyError` with one line if the folder's actions, observations or network are others.
+    """
+    spec, arrays = read_folder(folder)
+    architecture, tensors = _actor(policy)
+    wanted = spec_for(config, architecture)
+    for name in ("action", "observation", "architecture"):
+        theirs, ours = dict(getattr(spec, name)), dict(getattr(wanted, name))
+        for key in sorted({*theirs, *ours}, key=lambda key: (key != "kind", key)):
+            if theirs.get(key) != ours.get(key):
+                differs = f"{name}.{key} is {theirs.get(key)!s:.60}, this training's {ours.get(key)!s:.60}"
+                raise PolicyError(f"policy {str(folder)!r}: {differs}")
+    for name, tensor in tensors.items():
+        if name not in arrays or arrays[name].shape != tuple(tensor.shape):
+            got = arrays[name].shape if name in arrays else None
+            raise PolicyError(f"policy {str(folder)!r}: {name} is {got}, this training's network {tuple(tensor.shape)}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(torch.from_numpy(arrays[name]))
+
+
+def _actor(policy: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Architecture and weights of what decides, by their names in a folder; the tensors are the policy's own."""
+    return _rows(policy) if isinstance(policy.features_extractor, RowsExtractor) else _mlp(policy)
 
 
 def _linear(name: str, layer: nn.Linear) -> dict[str, torch.Tensor]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import importlib
 import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmsched_gym.config import ConfigError
+from llmsched_gym.cost import ProfileError
 from llmsched_gym.scheduler import PolicyError
+from llmsched_gym.workload import TraceError
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -72,9 +75,10 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def fail_in_one_line(main: Callable[[], Any]) -> int:
     """Run `main`; what a user got wrong becomes one line and exit code 2."""
+    backend_error = importlib.import_module("real_backend").BackendError
     try:
         main()
-    except (ConfigError, PolicyError) as error:
+    except (ConfigError, PolicyError, ProfileError, TraceError, backend_error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -4,6 +4,9 @@ A run folder holds config.json, checkpoints, progress.jsonl (one line per iterat
 policy folder with the highest mean utility on selection seeds so far) and at the end `policy` (the same, with its
 decision time measured). ``python -m agents.train --resume --out runs/first`` goes on after an interruption, on the
 curve that the run would have had without it.
+
+``python -m agents.train --backend transformers --model random:tiny --warm-start runs/first --out runs/real`` goes on
+with a policy trained in simulation on a real model: one environment, whose clock is the model's.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -27,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from agents.checkpoint import cut_progress, load_checkpoint, random_state, save_checkpoint, set_random_state
 from agents.envs import SELECTION_SEEDS, TrainingEnv
-from agents.export import export, finish
+from agents.export import export, finish, load_actor
 from agents.networks import normaliser_of, policy_class, policy_kwargs
 from agents.options import fail_in_one_line, option, parse
 from agents.rollout import Discounts, buffer_class
@@ -43,6 +47,8 @@ class Config:
     resume: bool = option(False, "go on from the last checkpoint in --out, with the settings of its config.json")
     seed: int = option(0, "of everything that is random: weights, actions, minibatches, choice of episodes")
     # the world
+    backend: str = option("simulated", "what executes batches", choices=("simulated", "transformers"))
+    model: str = option("", "transformers: a folder, a hub id, random:tiny")
     suite: str = option("default", "suite to train on")
     set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
     action: str = option("knobs", "what the agent decides", choices=("knobs", "priority", "request"))
@@ -53,7 +59,7 @@ class Config:
     # the learner
     algorithm: str = option("ppo", "maskable is for request actions", choices=("ppo", "maskable"))
     steps: int = option(2_000_000, "decisions to train on, over all environments")
-    num_envs: int = option(128, "environments side by side")
+    num_envs: int = option(128, "environments side by side; always 1 on a real model")
     n_steps: int = option(64, "decisions per environment and iteration")
     batch_size: int = option(2048, "of a minibatch")
     epochs: int = option(4, "passes over an iteration's data")
@@ -65,7 +71,7 @@ class Config:
     clip: float = option(0.2, "PPO's clip range")
     entropy: float = option(0.002, "weight of the entropy bonus")
     critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start")
-    warm_start: str = option("", "weights.pt of agents.imitate")
+    warm_start: str = option("", "run to start from, weights.pt of agents.imitate, or policy folder (actor only)")
     threads: int = option(1, "threads of torch; more pay only with large networks on idle cores")
     # the network
     hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
@@ -87,8 +93,15 @@ class Config:
             "action_repeat": 1 if self.action == "request" else self.action_repeat,
             "reward_scale": self.reward_scale,
             "tau_s": self.tau_s,
+            "backend": self.backend,
+            "model": self.model or None,
             **self.set,
         }
+
+    @property
+    def is_real(self) -> bool:
+        """Whether a real model executes the batches."""
+        return self.world()["backend"] != "simulated"
 
 
 def make_model(config: Config, env: TrainingEnv) -> PPO | MaskablePPO:
@@ -100,7 +113,7 @@ def make_model(config: Config, env: TrainingEnv) -> PPO | MaskablePPO:
         env,
         learning_rate=(lambda remaining: rate * remaining) if config.anneal else rate,
         n_steps=config.n_steps,
-        batch_size=config.batch_size,
+        batch_size=min(config.batch_size, config.n_steps * env.num_envs),
         n_epochs=config.epochs,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
@@ -137,12 +150,30 @@ def typical_features(env: TrainingEnv, seed: int, steps: int = 200) -> np.ndarra
     return np.concatenate(seen)
 
 
-def evaluate(policy: Any, config: Config, world: EnvConfig) -> dict[str, float]:
+def warm_start(policy: Any, world: EnvConfig, source: Path) -> None:
+    """Start from a run (its last checkpoint, critic and all), a file of weights, or a policy folder's actor."""
+    saved = load_checkpoint(source) if source.is_dir() else None
+    if source.is_dir() and saved is None:
+        load_actor(policy, world, source)
+        return
+    try:
+        policy.load_state_dict(torch.load(source, weights_only=True) if saved is None else saved["policy"])
+    except (OSError, RuntimeError, EOFError, TypeError, UnpicklingError) as error:
+        what = "expected a run, a policy folder (agents.export makes one of an SB3 zip) or weights.pt, of this network"
+        raise ConfigError(f"warm_start: {source}: {what} ({' '.join(str(error).split())[:120]})") from None
+
+
+def start_episodes(model: PPO | MaskablePPO, env: TrainingEnv) -> None:
+    """Begin anew between two iterations."""
+    model._last_obs, model._last_episode_starts = env.reset(), np.ones(env.num_envs, bool)  # type: ignore[assignment]
+
+
+def evaluate(policy: Any, config: Config, world: EnvConfig, backend: Any = None) -> dict[str, float]:
     """Means over selection seeds of the runs that `llmsched evaluate` would make of the exported policy."""
     spec, tensors = export(policy, world)
     scenario = env_config(config.suite, **{"num_requests": config.eval_requests, **config.world()})
     seeds = SELECTION_SEEDS[: config.eval_seeds]
-    rows = [row(simulate(scenario, LoadedPolicy(spec, tensors), seed)) for seed in seeds]
+    rows = [row(simulate(scenario, LoadedPolicy(spec, tensors), seed, backend=backend)) for seed in seeds]
     return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
 
 
@@ -159,7 +190,7 @@ def train(config: Config) -> Path:
     torch.set_num_threads(config.threads)
     torch.distributions.Distribution.set_default_validate_args(False)  # a tenth of the time
 
-    env = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
+    env = TrainingEnv(1 if config.is_real else config.num_envs, config.suite, config.seed, **config.world())
     world = env.env.config
     model = make_model(config, env)
     model.set_logger(Logger(folder=None, output_formats=[]))
@@ -168,9 +199,11 @@ def train(config: Config) -> Path:
 
     saved = load_checkpoint(out) if config.resume else None
     if saved is None:
-        normaliser_of(model.policy).fit(typical_features(env, config.seed))
         if config.warm_start:
-            model.policy.load_state_dict(torch.load(config.warm_start, weights_only=True))
+            warm_start(model.policy, world, Path(config.warm_start))
+        else:
+            normaliser_of(model.policy).fit(typical_features(env, config.seed))
+        _write_config(config, out)
         _, callback = model._setup_learn(config.steps, callback)
     else:
         model._last_obs, model._last_episode_starts = saved["observation"], saved["episode_starts"]
@@ -180,6 +213,8 @@ def train(config: Config) -> Path:
         model.policy.optimizer.load_state_dict(saved["optimizer"])
         model.ep_info_buffer.extend(saved["episodes"])  # type: ignore[union-attr]
         env.set_state(saved["env"])
+        if config.is_real:  # no checkpoint holds a model's KV
+            start_episodes(model, env)
         set_random_state(saved["random"])
         best, last_eval, last_checkpoint = saved["best"], saved["last_eval"], saved["step"]
 
@@ -203,13 +238,16 @@ def train(config: Config) -> Path:
             ends = step >= config.steps
             if step - last_eval >= config.eval_every or ends:
                 last_eval = step
-                found = evaluate(model.policy, config, world)
+                found = evaluate(model.policy, config, world, env.env.core.engine.backend)
+                if config.is_real:  # the model has served the evaluation's requests
+                    start_episodes(model, env)
                 figures |= {f"eval/{name}": value for name, value in found.items()}
                 if found["mean_utility"] > best:
                     best = found["mean_utility"]
                     summary = {
                         **_plain(config),
                         "warm_start": bool(config.warm_start),
+                        "model": Path(config.model).name,
                         "step": step,
                         "selection": found,
                     }
@@ -245,7 +283,7 @@ def _plain(config: Config) -> dict[str, Any]:
 
 
 def _open_run(config: Config, out: Path) -> Config:
-    """Start a folder, or read the settings of the one to go on with."""
+    """The settings, checked; those of the run to go on with are read from its folder."""
     path = out / "config.json"
     if config.resume:
         if not path.exists():
@@ -258,11 +296,15 @@ def _open_run(config: Config, out: Path) -> Config:
     if config.action == "request" and config.algorithm != "maskable":
         raise ConfigError("algorithm: expected maskable for request actions, got ppo")
     env_config(config.suite, **config.world())
-    out.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(_plain(config), indent=2) + "\n")
-    partial.replace(path)
     return config
+
+
+def _write_config(config: Config, out: Path) -> None:
+    """Make the folder a run's; until here nothing is written, so that the same command can be given again."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "config.partial"
+    partial.write_text(json.dumps(_plain(config), indent=2) + "\n")
+    partial.replace(out / "config.json")
 
 
 def _bar(total: int) -> Progress:
