@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -145,13 +147,40 @@ def test_a_folder_gets_tables_and_a_report(tmp_path, capsys):
     out = tmp_path / "new" / "results"
     assert main([*RUN, "--out", str(out), "--json"]) == 0
     printed, err = capsys.readouterr()
-    assert len(json.loads(printed)) == 2 and "report.html" in err
+    assert [row["policy"] for row in json.loads(printed)] == ["slai"] * 2 + ["shortest-total"] * 2
+    assert err.count("\n") == 2 and "--no-bound" in err.splitlines()[0] and "report.html" in err.splitlines()[1]
     names = {path.name for path in out.iterdir()}
     assert names >= {"runs.parquet", "requests.parquet", "config.json", "report.html", "report.md"}
     assert not [name for name in names if "partial" in name]
     (out / "report.html").unlink()
     assert main(["report", str(out)]) == 0
     assert (out / "report.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("named", "options", "run"),
+    [
+        ("slai", ["--no-bound"], ["slai"]),
+        ("slai,shortest-total", [], ["slai", "shortest-total"]),
+        ("shortest-total[cap=0.8],slai", [], ["shortest-total[cap=0.8]", "slai"]),
+    ],
+)
+def test_the_bound_stays_out_when_told_to_or_named_already(tmp_path, capsys, named, options, run):
+    assert main([*RUN[:2], named, *RUN[3:], *options, "--out", str(tmp_path), "--json"]) == 0
+    printed, err = capsys.readouterr()
+    assert list(dict.fromkeys(row["policy"] for row in json.loads(printed))) == run
+    assert err.count("\n") == 1 and ("--no-bound" in (tmp_path / "report.md").read_text()) == bool(options)
+
+
+def test_the_command_of_a_report_makes_the_same_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*RUN, "--strict-share", "0.3", "--out", "one"]) == 0
+    command = next(line for line in Path("one/report.md").read_text().splitlines() if line.startswith("llmsched "))
+    words = shlex.split(command)
+    assert main([*words[1:-1], "two"]) == 0
+    capsys.readouterr()
+    assert Path("one/config.json").read_text() == Path("two/config.json").read_text()
+    assert Path("one/report.md").read_text() == Path("two/report.md").read_text().replace("--out two", "--out one")
 
 
 def test_settings_reach_the_run(tmp_path, capsys):

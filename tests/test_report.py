@@ -201,6 +201,9 @@ def test_the_command_names_all_that_differs_from_the_suite(tmp_path):
         "--patience 30.0 --jitter 0.1 --set watermark=0.02 --qps 1,1.65 --num-requests 300 --seeds 3 "
         "--first-seed 7 --out out"
     )
+    on_model = config | {"scenario": config["scenario"] | {"backend": "transformers", "model": "random:tiny"}}
+    assert "--backend transformers --model random:tiny" in findings.command(on_model, tmp_path)
+    assert "--no-bound" not in findings.command(on_model, tmp_path)
     config["policies"].append("shortest-total[cap=0.9]")
     assert "--no-bound" not in findings.command(config, tmp_path)
 

@@ -263,6 +263,8 @@ FLAGS = frozenset(
         "cost_scale",
         "length_hint",
         "tbt_rule",
+        "backend",
+        "model",
     ]
 )
 """Fields of a scenario that have an option of their own."""
@@ -277,7 +279,7 @@ def command(config: Mapping[str, Any], directory: Path) -> str | None:
         return None
     usual = json.loads(json.dumps(encode(SUITES[scenario["suite"]].scenario.to_dict())))
     words = ["llmsched", "evaluate", "--suite", scenario["suite"], "--policy", ",".join(config["policies"])]
-    if bound_of(config["policies"]) is None:
+    if bound_of(config["policies"]) is None and scenario.get("backend", "simulated") == "simulated":
         words += ["--no-bound"]
     for name, value in scenario.items():
         if value == usual.get(name) or name in ("suite", "num_requests"):
