@@ -6,8 +6,9 @@ sees, and are charged for simulated decisions like it. ``--template "my:Schedule
 the bracket parameters of any scheduler instead and writes the best to best.json.
 
 A candidate's value is its mean utility over finite runs on training seeds, the same for all of a generation. Now and
-then the mean of the search distribution is judged on selection seeds, and the best is kept. ``--resume`` goes on after
-an interruption.
+then the mean of the search distribution is judged on selection seeds, and the best is kept. A search that has converged
+starts again with twice the population (IPOP, Auger and Hansen, CEC 2005) while decisions are left. ``--resume`` goes on
+after an interruption.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ LINEAR_FEATURES = (
     "waiting_missed",
     "waiting_feasible",
 )
-START_ACTION = {"token_budget": 512, "cap": 0.8, "margin": 2, "order": 5}  # feasible-first with a cap
+START_ACTION = {"token_budget": 512, "cap": 0.8, "order": 5, "hold": 1}  # feasible prompts first, every decode, capped
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Config:
     steps: int = option(2_000_000, "simulated decisions to spend (one is action_repeat batches)")
     population: int = option(0, "candidates of a generation; 0: CMA-ES's own choice")
     sigma: float = option(0.3, "first step size; scores of knobs go from 0 to 1")
-    episodes: int = option(4, "runs of a candidate in a generation")
-    requests: int = option(300, "measured requests of a run")
+    episodes: int = option(6, "runs of a candidate in a generation")
+    requests: int = option(600, "measured requests of a run")
     eval_every: int = option(250_000, "decisions between looks at selection seeds")
-    eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
-    eval_requests: int = option(500, "measured requests of an evaluation run")
+    eval_seeds: int = option(8, "selection seeds (2000, 2001, ...)")
+    eval_requests: int = option(1000, "measured requests of an evaluation run")
 
 
 class KnobRules:
@@ -177,22 +178,31 @@ def selection(policy: str, config: Config) -> dict[str, float]:
     return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
 
 
+def new_search(rules: Any, config: Config, restarts: int) -> cma.CMAEvolutionStrategy:
+    """A search from the start; each restart doubles the population."""
+    usual = 4 + int(3 * np.log(len(rules.start)))  # CMA-ES's own choice
+    options = {
+        "seed": config.seed + 1 + 1000 * restarts,  # 0 would ask for the clock's
+        "popsize": (config.population or usual) * 2**restarts,
+        "verbose": -9,
+    }
+    return cma.CMAEvolutionStrategy(rules.start, config.sigma, options)
+
+
 def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
     """Run or go on with a search; returns the best policy: its folder, or its name."""
     out = Path(config.out)
     config = _open_run(config, out)
     rules: Any = TemplateRules(config) if config.template else KnobRules(config)
-    options = {"seed": config.seed + 1, "verbose": -9}  # 0 would ask for the clock's
-    if config.population:
-        options["popsize"] = config.population
     rng = np.random.default_rng([config.seed, 3])
-    search = cma.CMAEvolutionStrategy(rules.start, config.sigma, options)
+    search, restarts = new_search(rules, config, 0), 0
     spent, best, name, last_eval = 0, -np.inf, "", 0
     saved = load_checkpoint(out) if config.resume else None
     if saved is not None:
         search = pickle.loads(saved["search"].tobytes())  # made by this program; policy folders never are
         rng.bit_generator.state = json.loads(saved["rng"])
         spent, best, name, last_eval = saved["spent"], saved["best"], saved["name"], saved["last_eval"]
+        restarts = saved["restarts"]
         np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
 
     path = cut_progress(out, spent)
@@ -205,7 +215,8 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
             search.tell(candidates, (-found).tolist())
             spent += decisions
             line = {"step": spent, "mean_utility": float(found.mean()), "best_utility": float(found.max())}
-            if spent - last_eval >= config.eval_every or spent >= config.steps:
+            converged = bool(search.stop())
+            if converged or spent - last_eval >= config.eval_every or spent >= config.steps:
                 last_eval = spent
                 summary = {**_plain(config), "step": spent}
                 judged = rules.write(search.mean, out / "candidate", summary)
@@ -214,6 +225,10 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
                 if figures["mean_utility"] > best:
                     best = figures["mean_utility"]
                     name = rules.write(search.mean, out / "policy", {**summary, "selection": figures})
+            if converged:
+                restarts += 1
+                search = new_search(rules, config, restarts)
+                line["restarts"] = restarts
             with open(path, "a") as progress:
                 progress.write(json.dumps(line) + "\n")
             say(json.dumps(line))
@@ -223,6 +238,7 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
                 "rng": json.dumps(rng.bit_generator.state),
                 "numpy": [v if isinstance(v, str) else np.asarray(v) for v in np.random.get_state()],  # noqa: NPY002
                 "spent": spent,
+                "restarts": restarts,
                 "best": best,
                 "name": name,
                 "last_eval": last_eval,

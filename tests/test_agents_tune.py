@@ -12,10 +12,12 @@ pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("cma", reason="cma is not installed")
 
+from agents.compare import Config as CompareConfig
+from agents.compare import compare, interquartile_mean, winners
 from agents.imitate import Config as ImitateConfig
 from agents.imitate import imitate
-from agents.tune import Config, KnobRules, tune
-from llmsched_gym.config import ConfigError, env_config
+from agents.tune import Config, KnobRules, new_search, tune
+from llmsched_gym.config import ConfigError, env_config, scenario
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import read_folder
@@ -115,3 +117,43 @@ def test_what_cannot_teach(tmp_path):
     for teacher in ("rad", "srpt-capped[budget=333]"):
         with pytest.raises(ConfigError, match="teacher"):
             imitate(ImitateConfig(teacher=teacher, out=str(tmp_path), num_envs=2))
+
+
+def test_a_converged_search_starts_again_with_twice_the_population(tmp_path):
+    # steps so small that all candidates are the same constant: a flat fitness ends the search
+    lines = []
+    tune(
+        replace(TINY, sigma=1e-9, steps=16_000, out=str(tmp_path / "flat")), lambda line: lines.append(json.loads(line))
+    )
+    assert [line["restarts"] for line in lines if "restarts" in line][:1] == [1]
+    sizes = [new_search(KnobRules(TINY), TINY, restarts).popsize for restarts in (0, 1, 2)]
+    assert sizes == [4, 8, 16]
+
+
+def test_agents_are_compared_with_the_best_opponent_on_the_same_seeds(tmp_path):
+    config = CompareConfig(
+        agents="sarathi-spf,slai",
+        opponents="faster-transformer,sarathi",
+        suite="paper",
+        set={"qps": 1.8},
+        seeds=10,
+        requests=100,
+        workers=1,
+        out=str(tmp_path / "compare"),
+    )
+    text = compare(config)
+    assert text == compare(config) == (tmp_path / "compare" / "table.md").read_text()
+    found = json.loads((tmp_path / "compare" / "table.json").read_text())
+    lines = {line["policy"]: line for line in found["lines"]}
+    assert found["best_opponent"] == "sarathi" and lines["sarathi"]["difference"] == 0.0
+    world = scenario("paper", qps=1.8, num_requests=100)
+    ours = [row(simulate(world, "slai", seed))["mean_utility"] for seed in range(3000, 3010)]
+    base = [row(simulate(world, "sarathi", seed))["mean_utility"] for seed in range(3000, 3010)]
+    assert lines["slai"]["difference"] == pytest.approx(np.mean(ours) - np.mean(base))
+    low, high = lines["slai"]["difference_interval"]
+    assert low < lines["slai"]["difference"] < high
+    assert winners(found, -1.0) == sum(line["difference_interval"][0] > 0 for line in found["lines"] if line["agent"])
+    assert winners(found, 1.0) == 0
+    assert interquartile_mean([0.0, 1.0, 2.0, 10.0]) == 1.5
+    with pytest.raises(ConfigError, match="agents: expected policies that are no opponents"):
+        compare(replace(config, agents="sarathi"))

@@ -1,0 +1,132 @@
+"""Agents of several training seeds against their opponents, on seeds that nothing was trained, tuned or chosen on.
+
+``python -m agents.compare --agents runs/a/policy,runs/b/policy --opponents tuned-constant,tuned-linear,slai``
+
+Every policy serves the same requests; differences are paired by seed, against the opponent with the highest mean
+utility, with 95 % bootstrap intervals. The interquartile mean over agents (Agarwal et al., NeurIPS 2021) says what
+training gives, not what the best of a few trainings gave. ``--out`` holds the runs, an interrupted one goes on, and
+table.md and table.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from scipy.stats import trim_mean
+
+from agents.options import fail_in_one_line, option, parse
+from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.evaluation import intervals
+from llmsched_gym.evaluation.grid import evaluate
+
+METRIC = "mean_utility"
+
+
+@dataclass(frozen=True)
+class Config:
+    agents: str = option("learned", "policies trained with different seeds, separated by commas")
+    opponents: str = option("tuned-constant,tuned-linear,slai,sarathi", "policies to beat, separated by commas")
+    suite: str = option("drift", "suite")
+    set: dict[str, Any] = option({}, "any other field of Scenario, as --set qps=1.8; may be repeated")  # noqa: RUF009
+    seeds: int = option(20, "seeds of a policy")
+    first_seed: int = option(3000, "the first; below 3,000 seeds are for training and selection")
+    requests: int = option(20_000, "measured requests of a run")
+    margin: float = option(0.02, "gain in mean utility that counts as winning")
+    workers: int = option(2, "processes")
+    out: str = option("runs/compare", "folder of the runs and of the table")
+
+
+def interquartile_mean(values: Sequence[float]) -> float:
+    """Mean without the lowest and the highest quarter."""
+    return float(trim_mean(values, 0.25))
+
+
+def table(rows: Sequence[dict[str, Any]], agents: Sequence[str], opponents: Sequence[str]) -> dict[str, Any]:
+    """Means, intervals and paired differences of all policies from the best opponent."""
+    by_policy = {p: [r for r in rows if r["policy"] == p] for p in (*opponents, *agents)}
+    utility = {p: [r[METRIC] for r in own] for p, own in by_policy.items()}
+    best = max(opponents, key=lambda p: intervals.mean(utility[p]) or 0.0)
+    lines = []
+    for policy, own in by_policy.items():
+        mean, base = intervals.mean(utility[policy]), intervals.mean(utility[best])
+        assert mean is not None and base is not None  # utilities are finite
+        lines.append(
+            {
+                "policy": policy,
+                "agent": policy in agents,
+                METRIC: mean,
+                "interval": intervals.interval(utility[policy]),
+                "slo_attainment": intervals.mean([r["slo_attainment"] for r in own]),
+                "difference": mean - base,
+                "difference_interval": None if policy == best else intervals.difference(utility[policy], utility[best]),
+            }
+        )
+    gains = [line["difference"] for line in lines if line["agent"]]
+    return {"best_opponent": best, "lines": lines, "interquartile_mean": interquartile_mean(gains)}
+
+
+def winners(found: dict[str, Any], margin: float) -> int:
+    """Agents ahead of the best opponent by `margin`, with an interval clear of zero."""
+    return sum(
+        line["agent"] and line["difference"] >= margin and (line["difference_interval"] or (0.0,))[0] > 0.0
+        for line in found["lines"]
+    )
+
+
+def markdown(found: dict[str, Any], config: Config) -> str:
+    """The table as a page shows it."""
+
+    def bounds(pair: Sequence[float] | None, digits: int) -> str:
+        return "" if pair is None else f" [{pair[0]:.{digits}f}, {pair[1]:.{digits}f}]"
+
+    best = found["best_opponent"]
+    text = [f"| policy | mean utility | attainment | against `{best}` |", "|---|---|---|---|"]
+    for line in sorted(found["lines"], key=lambda line: line[METRIC]):
+        against = "-"
+        if line["policy"] != best:
+            against = f"{line['difference']:+.4f}{bounds(line['difference_interval'], 4)}"
+        utility = f"{line[METRIC]:.4f}{bounds(line['interval'], 3)}"
+        text.append(f"| `{line['policy']}` | {utility} | {line['slo_attainment']:.4f} | {against} |")
+    num_agents = sum(line["agent"] for line in found["lines"])
+    text += [
+        "",
+        f"Interquartile mean of the agents' differences: {found['interquartile_mean']:+.4f}; "
+        f"{winners(found, config.margin)} of {num_agents} gain {config.margin:g} or more, interval clear of zero.",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def compare(config: Config) -> str:
+    """Run what is missing and write the tables; returns the Markdown one."""
+    agents, opponents = config.agents.split(","), config.opponents.split(",")
+    if set(agents) & set(opponents):
+        raise ConfigError(f"agents: expected policies that are no opponents, got {config.agents!r}")
+    world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
+    out = Path(config.out)
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("runs", total=None)
+        rows = evaluate(
+            world,
+            [*opponents, *agents],
+            seeds=config.seeds,
+            first_seed=config.first_seed,
+            workers=config.workers,
+            out=out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    found = table(rows, agents, opponents)
+    text = markdown(found, config)
+    (out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "table.md").write_text(text)
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(fail_in_one_line(lambda: print(compare(parse(Config, None, (__doc__ or "").split("\n\n")[0])), end="")))
