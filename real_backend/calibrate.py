@@ -1,6 +1,6 @@
 """Measure what batches take on a real model, and fit a cost profile to it.
 
-    python -m real_backend.calibrate --model random:tiny --out profile.json [--csv rows.csv]
+    llmsched calibrate --model random:tiny --out profile.json [--csv rows.csv]
 
 The rows are written one by one; a killed run goes on where it stopped when started again.
 """

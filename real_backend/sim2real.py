@@ -1,6 +1,6 @@
 """The same seeds, loads and policies on the real backend and in the simulator, and a page that compares them.
 
-    python -m real_backend.sim2real --model random:tiny --out out/sim2real [--threads 1 --clock cpu]
+    llmsched sim2real --model random:tiny --out out/sim2real [--threads 1 --clock cpu]
 
 Without `--profile` the model is calibrated first (`OUT/profile.json`); its rows are kept, so a second run is quick.
 On a CPU the world is scaled down: requests a sixteenth as long, SLOs as many batch times as in the default suite.

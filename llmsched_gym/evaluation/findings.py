@@ -201,7 +201,12 @@ def settings(results: Results) -> list[tuple[str, str]]:
     found.append(("Strict users", _range(get("strict_share", 0.05), 100) + " %"))
     patience = get("patience_s", "inf")
     found.append(("Patience", "infinite" if patience == "inf" else f"{patience:g} s late"))
-    found.append(("Batch times", f"jitter {get('jitter', 0.0):g}, cost scale {_range(get('cost_scale', 1.0), 1)}"))
+    times = f"jitter {get('jitter', 0.0):g}, cost scale {_range(get('cost_scale', 1.0), 1)}"
+    if get("backend", "simulated") != "simulated":
+        times = f"measured on {results.config.get('setup', get('model', 'a model'))}; the profile is for predictions"
+        if get("count_host_time", False):
+            times += "; the scheduler's own time counts"
+    found.append(("Batch times", times))
     return found
 
 
