@@ -83,16 +83,13 @@ def main_table(plan: Plan, note: Note) -> Data:
     world = plan.world.replace(num_requests=plan.num_requests)
     rows: list[dict[str, Any]] = []
     timed: dict[str, Any] = {"workers": plan.workers}
+
+    def progress(done: int, runs: int) -> None:
+        note(f"{done}/{runs} runs")
+
     for kind, policies in (("built_in", BUILT_IN_POLICIES), ("learned", LEARNED_POLICIES)):
         start = time.perf_counter()
-        found = evaluate(
-            world,
-            policies,
-            qps=plan.loads,
-            seeds=1,
-            workers=plan.workers,
-            progress=lambda i, n, kind=kind: note(f"{kind.replace('_', '-')}: {i}/{n} runs"),
-        )
+        found = evaluate(world, policies, qps=plan.loads, seeds=1, workers=plan.workers, progress=progress)
         timed[kind] = {"wall_s": time.perf_counter() - start, "runs": len(found)}
         rows += found
     (plan.out / WALL_TIME).write_text(json.dumps(timed), encoding="utf-8")

@@ -25,10 +25,15 @@ def findings(results: Results) -> list[str]:
     parts = [part for load in loads if (part := _at_load(results.rows, gaps, load))]
     if parts:
         bound = bound_of(tables.policies_of(results.rows))
-        text = f"**How far from the best:** against `{bound}`, which knows every output length, the best of the others "
-        found.append(f"{text}attains {' and '.join(parts)}.")
+        who = "the best of the others" if gaps["policy"].nunique() > 1 else "the other one"
+        text = f"**How far from the best:** against `{bound}`, which knows every output length, {who} attains "
+        found.append(f"{text}{' and '.join(parts)}.")
         if gaps["mean"].max() > 0:
-            found[-1] += f" `{bound}` looks at no deadline but serves the least work left first: more is possible."
+            found[-1] += (
+                f" More than `{bound}` is possible: it serves the least work left first and looks at no deadline"
+            )
+            noisy = results.setting("jitter", 0.0) > 0
+            found[-1] += ", and batches up to its cap become late by jitter." if noisy else "."
     return found
 
 
