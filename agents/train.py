@@ -111,7 +111,7 @@ def make_model(config: Config, env: TrainingEnv) -> PPO | MaskablePPO:
     return (MaskablePPO if masks else PPO)(
         policy_class(masks=masks, slots=slots),
         env,
-        learning_rate=(lambda remaining: rate * remaining) if config.anneal else rate,
+        learning_rate=(lambda remaining: rate * max(0.0, remaining)) if config.anneal else rate,
         n_steps=config.n_steps,
         batch_size=min(config.batch_size, config.n_steps * env.num_envs),
         n_epochs=config.epochs,
