@@ -83,7 +83,7 @@ STYLES = {
     "srpt-capped": Style("#332288", "8", "-"),
     "feasible-first": Style("#6f63c4", "s", "-"),
     "learned": Style("#c4003c", "*", "-"),
-    "shortest-total": Style("#333333", "H", "-"),
+    "shortest-total": Style("#333333", "H", (0, (2, 1.4))),
 }
 
 
