@@ -494,3 +494,14 @@ def test_unknown_profiles(tmp_path):
         load_profile(tmp_path / "gone.json")
     with pytest.raises(ProfileError, match="cannot read"):
         Profile.from_json(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rtx6000ada-mistral-7b", "a100-mistral-7b"])
+def test_a_scaled_profile_takes_so_much_longer(name):
+    profile = load_profile(name)
+    slower = profile.scaled(1.25)
+    for chunks, contexts in ([((0, 512),), ()], [((100, 37),), (500, 900)], [(), (10,)]):
+        assert slower.predict_s(chunks, contexts) == pytest.approx(
+            1.25 * profile.predict_s(chunks, contexts), rel=1e-12
+        )
+    assert slower.num_kv_blocks == profile.num_kv_blocks

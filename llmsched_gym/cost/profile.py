@@ -18,7 +18,7 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,18 @@ class Profile:
     def linear_table_s(self, max_tokens: int) -> np.ndarray:
         """Overhead plus linear layers of 0..max_tokens tokens, seconds; read-only, (max_tokens + 1,), and [0] is 0."""
         return _linear_table_s(self.linear, self.overhead_ms, max_tokens)
+
+    def scaled(self, factor: float) -> Profile:
+        """The profile of a device on which everything takes `factor` times as long."""
+        linear: TableLinear | SmoothLinear
+        if isinstance(self.linear, SmoothLinear):
+            linear = replace(
+                self.linear, weight_ms=factor * self.linear.weight_ms, token_ms=factor * self.linear.token_ms
+            )
+        else:
+            linear = replace(self.linear, ms=tuple(factor * ms for ms in self.linear.ms))
+        times = {name: factor * getattr(self, name) for name in ("overhead_ms", "pair_ms", "kv_ms")}
+        return replace(self, linear=linear, fit=None, **times)
 
     def predict_s(self, chunks: Sequence[tuple[int, int]], decode_contexts: Sequence[int]) -> float:
         """Seconds that a batch takes: prefill chunks as (computed, n) tokens, decodes as context lengths in tokens.
