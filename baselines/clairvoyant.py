@@ -5,16 +5,15 @@ import math
 from llmsched_gym.engine.batch import (
     add_chunk,
     can_admit,
+    can_make_ttft,
     chunk_room,
     is_prefill,
     open_batch,
-    smallest_tbt_slo_s,
 )
 from llmsched_gym.engine.batch import remaining_prefill as remaining
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import SRPT, add_critical_decodes, add_deferred_decodes
+from llmsched_gym.engine.pack import SRPT, add_all_decodes, admission_filters
 from llmsched_gym.engine.records import WAITING
-from llmsched_gym.engine.step import LATEST_LST
 from llmsched_gym.scheduler import Compiled
 
 PRICED_TOKENS = 512
@@ -35,13 +34,15 @@ def work_s(lane, r):
 
 
 @kernel()
-def least_work(lane, admitting):
+def least_work(lane, admitting, hold, limit):
     """The prompt, started or waiting, of the request with least work left; -1 if there is none."""
     best = -1
     best_s = math.inf
     for i in range(lane.sim.num_running):
         r = lane.running[i]
         if is_prefill(lane.requests[r]) and lane.requests[r].num_scheduled_tokens == 0:
+            if hold and not can_make_ttft(lane, r):
+                continue
             seconds = work_s(lane, r)
             if seconds < best_s or (seconds == best_s and r < best):
                 best, best_s = r, seconds
@@ -50,6 +51,8 @@ def least_work(lane, admitting):
     for i in range(lane.sim.num_waiting):
         r = lane.waiting[i]
         if lane.requests[r].num_scheduled_tokens == 0:
+            if (hold and not can_make_ttft(lane, r)) or (limit and lane.requests[r].prefill_tokens > lane.knobs.limit):
+                continue
             seconds = work_s(lane, r)
             if seconds < best_s or (seconds == best_s and r < best):
                 best, best_s = r, seconds
@@ -57,14 +60,14 @@ def least_work(lane, admitting):
 
 
 def shortest_total(lane):
-    """srpt-capped, its prompts ordered by the work that is left of the whole request, decodes included."""
+    """Every decode, then prompts by the work that is left of the whole request, decodes included; in capped batches."""
     open_batch(lane)
-    sim, batch, knobs = lane.sim, lane.batch, lane.knobs
-    margin_s = knobs.margin * knobs.cap * smallest_tbt_slo_s(lane) if knobs.cap < math.inf else math.inf
-    add_critical_decodes(lane, margin_s)
+    sim, batch = lane.sim, lane.batch
+    add_all_decodes(lane)
+    hold, limit = admission_filters(lane)
     admitting = sim.num_waiting > 0
     for _ in range(sim.max_num_seqs):
-        r = least_work(lane, admitting and sim.num_running + batch.num_admitted < sim.max_num_seqs)
+        r = least_work(lane, admitting and sim.num_running + batch.num_admitted < sim.max_num_seqs, hold, limit)
         n = chunk_room(lane, r) if r >= 0 else 0
         if n <= 0:
             break
@@ -72,14 +75,14 @@ def shortest_total(lane):
             admitting = False
             continue
         add_chunk(lane, r, n)
-    add_deferred_decodes(lane, margin_s)
 
 
 SCHEDULERS = {
     "shortest-total": Compiled(
-        "a bound that knows all output lengths: least total work first, batch time up to 0.95 of the tightest TBT SLO",
+        "a bound that knows all output lengths: least total work first, batch time up to 0.8 of the tightest TBT SLO",
         shortest_total,
-        {"order": SRPT, "token_budget": 8192, "cap": 0.95, "margin": 2.0, "victim": LATEST_LST},
+        # a cap that jitter of 5 % leaves intact; prompts that are hopeless wait while others are not
+        {"order": SRPT, "token_budget": 1024, "cap": 0.8, "hold": 1},
         clairvoyant=True,
     ),
 }

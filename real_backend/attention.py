@@ -1,13 +1,16 @@
 """Attention of a hybrid batch over a paged KV cache, hooked into transformers by name.
 
-A forward pass gets all tokens of the batch as one sequence, and a :class:`Segments` that says whose they are. This
-is the portable path, SDPA: per prompt chunk, and per group of decodes with contexts of about the same length.
+A forward pass gets all tokens of the batch as one sequence, and a :class:`Segments` that says whose they are. On a GPU
+with triton the kernel of :mod:`real_backend.paged_attention` attends; here is the portable path, SDPA: per prompt
+chunk, and per group of decodes with contexts of about the same length.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +19,40 @@ from transformers import AttentionInterface
 from llmsched_gym.config import BLOCK_SIZE
 from real_backend.errors import BackendError
 
+if TYPE_CHECKING:
+    from real_backend.paged_attention import PagedBatch
+
 NAME = "llmsched_paged"
 """The attention implementation's name; transformers knows no mask for it, so it builds none."""
+KINDS = ("auto", "sdpa", "triton")
+MIN_COMPUTE_CAPABILITY = (8, 0)
+"""GPUs below have no bfloat16 matrix units; the kernel is not for them."""
+MIN_HEAD_DIM = 16
+"""The least that a matrix product in triton takes."""
+
+
+def choose_attention(kind: str, device: torch.device, head_dim: int) -> str:
+    """`kind` with "auto" resolved: triton on GPUs that can run it, sdpa elsewhere.
+
+    Asking for triton where it cannot run raises :class:`BackendError`; TRITON_INTERPRET=1 lets it run on a CPU, slowly.
+    """
+    if kind not in KINDS:
+        raise BackendError(f"attention: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "sdpa":
+        return kind
+    lacks = None
+    if importlib.util.find_spec("triton") is None:
+        lacks = "triton is not installed (pip install triton)"
+    elif head_dim < MIN_HEAD_DIM:
+        lacks = f"the model's heads have {head_dim} dimensions, the kernel needs {MIN_HEAD_DIM}"
+    elif device.type != "cuda":
+        interprets = kind == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        lacks = None if interprets else f"the kernel needs a GPU, the model is on {device}"
+    elif torch.cuda.get_device_capability(device) < MIN_COMPUTE_CAPABILITY:
+        lacks = f"{torch.cuda.get_device_name(device)} is too old for the kernel"
+    if kind == "triton" and lacks:
+        raise BackendError(f"attention 'triton': {lacks}; use auto or sdpa")
+    return "sdpa" if lacks else "triton"
 
 
 class KVCache:
@@ -53,6 +88,10 @@ class KVCache:
         self.keys[layer].view(-1, *key.shape[1:]).index_copy_(0, slots, key)
         self.values[layer].view(-1, *value.shape[1:]).index_copy_(0, slots, value)
         self.num_writes += 1
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer, each (blocks, BLOCK_SIZE, kv_heads, head_dim)."""
+        return self.keys[layer], self.values[layer]
 
     def read(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of sequences' blocks (sequences, blocks), each (sequences, kv_heads, tokens, head_dim)."""
@@ -116,12 +155,13 @@ class Chunk:
 
 @dataclass
 class Segments:
-    """Whose token each row of the batch is, and where its KV goes."""
+    """Whose token each row of the batch is, and where its KV goes; `paged`, or decodes and chunks, says the former."""
 
     cache: KVCache
     slots: torch.Tensor  # (tokens,) int64, block * 16 + offset
-    decodes: list[DecodeGroup]
-    chunks: list[Chunk]
+    decodes: list[DecodeGroup] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    paged: PagedBatch | None = None
 
 
 def paged_attention(
@@ -149,6 +189,12 @@ def paged_attention(
     _, heads, tokens, dim = query.shape
     kv_heads = key.shape[1]
     out = query.new_empty((tokens, heads, value.shape[-1]))
+    if segments.paged is not None:
+        from real_backend.paged_attention import attend  # triton is optional
+
+        scale = dim**-0.5 if scaling is None else scaling
+        attend(query[0].transpose(0, 1), *cache.layer(layer), out, segments.paged, scale, sliding_window)
+        return out.unsqueeze(0), None
     for group in segments.decodes:
         # The query heads that share a KV head stand in for queries: no KV is repeated.
         q = query[0, :, group.start : group.stop].transpose(0, 1).reshape(-1, kv_heads, heads // kv_heads, dim)

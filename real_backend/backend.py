@@ -14,10 +14,11 @@ import transformers
 from llmsched_gym.config import Scenario
 from llmsched_gym.engine import Execution, ScheduledBatch
 from llmsched_gym.workload import RequestTable
-from real_backend.attention import KVCache
+from real_backend.attention import KVCache, choose_attention
 from real_backend.block_table import NOBODY, BlockTable
 from real_backend.ceilings import device_name
 from real_backend.errors import BackendError, one_line
+from real_backend.graphs import DecodeGraphs
 from real_backend.memory import Stopwatch, fitting_blocks, is_out_of_memory, release_memory
 from real_backend.runner import Runner, Work
 from real_backend.tokens import TokenStore
@@ -38,6 +39,8 @@ def make_backend(
     seed: int = 0,
     count_host_time: bool | None = None,
     clock: str = "wall",
+    attention: str = "auto",
+    graphs: bool | None = None,
 ) -> TransformersBackend:
     """A warmed-up backend for engines of `scenario` (or one with other rates, SLOs, lengths, but equal limits).
 
@@ -51,11 +54,16 @@ def make_backend(
         count_host_time: whether the time between two batches (scheduling, the engine's own books) counts as well;
             None is as `scenario` says.
         clock: "wall", or on a CPU with one torch thread "cpu": a measure for machines that others use too.
+        attention: "triton", the paged kernel; "sdpa", the portable path; "auto" is triton where it can run on a GPU.
+        graphs: whether batches of decodes alone are padded to fixed sizes and replayed as CUDA graphs; None is yes on a
+            GPU with the paged kernel. On a CPU they are padded, but there is nothing to replay.
     """
     if count_host_time is None:
         count_host_time = scenario.count_host_time
     loaded = load_model(model, find_device(device), dtype, seed)
-    backend = TransformersBackend(loaded, scenario, count_host_time=count_host_time, clock=clock)
+    backend = TransformersBackend(
+        loaded, scenario, count_host_time=count_host_time, clock=clock, attention=attention, graphs=graphs
+    )
     backend.warm_up()
     return backend
 
@@ -87,7 +95,14 @@ class TransformersBackend:
     """
 
     def __init__(
-        self, loaded: LoadedModel, scenario: Scenario, *, count_host_time: bool = False, clock: str = "wall"
+        self,
+        loaded: LoadedModel,
+        scenario: Scenario,
+        *,
+        count_host_time: bool = False,
+        clock: str = "wall",
+        attention: str = "auto",
+        graphs: bool | None = None,
     ) -> None:
         self._watch = Stopwatch(loaded.device, clock)
         self.clock = clock
@@ -102,9 +117,13 @@ class TransformersBackend:
                 f"max_model_len={longest}, which rejects longer requests"
             )
         spec = loaded.spec
+        self.attention = choose_attention(attention, self.device, spec.head_dim)
+        on_gpu = self.device.type == "cuda"
+        if graphs and on_gpu and self.attention != "triton":
+            raise BackendError("graphs: the portable attention cannot be recorded; leave graphs out, or use triton")
         shape = (spec.num_kv_heads, spec.head_dim, loaded.dtype, loaded.device)
         # A cache of the scratch block alone, to see what the largest pass needs beside the KV.
-        probe = Runner(loaded, KVCache(spec.num_layers, 0, *shape))
+        probe = Runner(loaded, KVCache(spec.num_layers, 0, *shape), self.attention)
         self._check_hook(probe)
         largest = probe.scratch_inputs(scenario.max_num_batched_tokens)
         self.num_kv_blocks = scenario.num_kv_blocks or fitting_blocks(scenario, spec, self.device, probe.run, largest)
@@ -114,8 +133,10 @@ class TransformersBackend:
             if not is_out_of_memory(error):
                 raise
             raise BackendError(f"num_kv_blocks {self.num_kv_blocks}: more than the memory of {self.device}") from None
-        self.runner = Runner(loaded, cache)
+        self.runner = Runner(loaded, cache, self.attention)
         self.blocks = BlockTable(self.num_kv_blocks, scenario.max_num_seqs, scenario.max_model_len)
+        if graphs or (graphs is None and on_gpu and self.attention == "triton"):
+            self.runner.graphs = DecodeGraphs(self.runner, scenario.max_num_seqs, self.blocks.blocks.shape[1])
         self.tokens = TokenStore(np.zeros(0, np.int64), np.zeros(0, np.int64), 0, spec.vocab_size)
         self._ended_s: float | None = None
         self._is_poisoned = False
@@ -133,6 +154,10 @@ class TransformersBackend:
         ]
         if self.device.type == "cuda":
             parts.insert(3, f"CUDA {torch.version.cuda}")
+        if self.attention != "sdpa":
+            parts.append(f"{self.attention} attention")
+        if self.runner.graphs is not None:
+            parts.append("decode graphs")
         if self.clock != "wall":
             parts.append(f"{self.clock} time")
         return ", ".join(parts)
@@ -188,6 +213,8 @@ class TransformersBackend:
 
     def warm_up(self) -> None:
         """Run a few passes that leave no trace, so that the first measured batch pays for no set-up."""
+        if self.runner.graphs is not None:
+            self.runner.graphs.record()
         for num_tokens in (1, 64, 256):
             for _ in range(WARM_UP_PASSES):
                 self.runner.run(self.runner.scratch_inputs(num_tokens))
@@ -219,7 +246,7 @@ class TransformersBackend:
     def _run(self, work: Work) -> dict[int, int]:
         """Emitted tokens by request; a pass that runs out of memory is split in two, down to single tokens."""
         try:
-            return self._pass(work)
+            return self.runner.step(work, self.blocks, self.tokens)
         except BackendError:
             self._is_poisoned = True
             raise
@@ -242,11 +269,6 @@ class TransformersBackend:
         release_memory(self.device)
         first, second = split(work)
         return {**self._run(first), **self._run(second)}
-
-    def _pass(self, work: Work) -> dict[int, int]:
-        inputs = self.runner.lay_out(work, self.blocks, self.tokens)
-        ids = self.runner.run(inputs)
-        return dict(zip(inputs.emitting.tolist(), ids.tolist(), strict=True))
 
     def _book(self, tokens: dict[int, int]) -> None:
         """Remember what was emitted; requests with all their tokens leave."""

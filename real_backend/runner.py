@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,10 @@ from real_backend.block_table import SCRATCH, BlockTable, blocks_of
 from real_backend.errors import BackendError
 from real_backend.tokens import TokenStore
 from real_backend.weights import LoadedModel
+
+if TYPE_CHECKING:
+    from real_backend.graphs import DecodeGraphs
+    from real_backend.paged_attention import PagedBatch
 
 MAX_PADDED_TOKENS = 1 << 16
 """KV tokens, padding included, that one group of decodes gathers at a time: bounds the portable path's memory."""
@@ -42,11 +46,29 @@ class Inputs(NamedTuple):
 
 
 class Runner:
-    """A loaded model and its KV cache."""
+    """A loaded model and its KV cache.
 
-    def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
+    Attributes:
+        attention: "sdpa", or "triton" for the paged kernel.
+        graphs: runs batches of decodes with static shapes, where set.
+    """
+
+    def __init__(self, loaded: LoadedModel, cache: KVCache, attention: str = "sdpa") -> None:
         self.loaded, self.cache = loaded, cache
         self.device = loaded.device
+        self.attention = attention
+        self.graphs: DecodeGraphs | None = None
+
+    def step(self, work: Work, table: BlockTable, tokens: TokenStore) -> dict[int, int]:
+        """Run one batch; the greedy token of each emitting request. Blocks and prompts must be there."""
+        if self.graphs is not None and self.graphs.fit(work):
+            best, ids = self.graphs.run(work, table, tokens)
+            emitting = work.request[work.emits]
+            ids = self._finite(best[work.emits], ids[work.emits], emitting)
+        else:
+            inputs = self.lay_out(work, table, tokens)
+            emitting, ids = inputs.emitting, self.run(inputs)
+        return dict(zip(emitting.tolist(), ids.tolist(), strict=True))
 
     def lay_out(self, work: Work, table: BlockTable, tokens: TokenStore) -> Inputs:
         """The batch as tensors; blocks and prompts must be there."""
@@ -69,16 +91,18 @@ class Runner:
         blocks = table.blocks[rows[item], positions // BLOCK_SIZE]
         slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
         ids = tokens.read(work.request[item], positions)
-        segments = Segments(
-            cache=self.cache,
-            slots=self._tensor(slots),
-            decodes=[
+        segments = Segments(self.cache, self._tensor(slots))
+        if self.attention == "triton":
+            widest = int(num_blocks.max())
+            segments.paged = self._paged(table.blocks[rows, :widest], work.num_tokens, work.num_computed)
+        else:
+            segments.decodes = [
                 DecodeGroup(
                     a, b, self._tensor(table.blocks[rows[a:b], : num_blocks[b - 1]]), self._tensor(lengths[a:b])
                 )
                 for a, b in group_decodes(num_blocks[:num_single])
-            ],
-            chunks=[
+            ]
+            segments.chunks = [
                 Chunk(
                     int(starts[i]),
                     int(ends[i]),
@@ -86,8 +110,7 @@ class Runner:
                     self._tensor(table.blocks[rows[i] : rows[i] + 1, : num_blocks[i]]),
                 )
                 for i in range(num_single, len(rows))
-            ],
-        )
+            ]
         return Inputs(
             input_ids=self._tensor(ids)[None],
             position_ids=self._tensor(positions)[None],
@@ -115,9 +138,13 @@ class Runner:
         """Run the pass; the greedy token of each emitting request, (num_emitting,)."""
         with torch.inference_mode():
             best, ids = greedy(self.forward(inputs))
+        return self._finite(best, ids, inputs.emitting)
+
+    def _finite(self, best: np.ndarray, ids: np.ndarray, emitting: np.ndarray) -> np.ndarray:
+        """The tokens, if the logits they were chosen by are numbers."""
         finite = np.isfinite(best)
         if not finite.all():
-            names = ", ".join(str(r) for r in inputs.emitting[~finite].tolist()[:5])
+            names = ", ".join(str(r) for r in emitting[~finite].tolist()[:5])
             raise BackendError(
                 f"request {names}: the model's logits are not finite (nan or inf); check the weights of "
                 f"{self.loaded.name}, or use another dtype than {str(self.loaded.dtype).removeprefix('torch.')}"
@@ -127,13 +154,26 @@ class Runner:
     def scratch_inputs(self, num_tokens: int) -> Inputs:
         """A prompt of so many tokens that writes to the scratch block only: for warm-up and for measuring memory."""
         positions = np.arange(num_tokens)
-        chunk = Chunk(0, num_tokens, 0, self._tensor(np.full((1, blocks_of(num_tokens)), SCRATCH)))
+        segments = Segments(self.cache, self._tensor(positions % BLOCK_SIZE))
+        blocks = np.full((1, blocks_of(num_tokens)), SCRATCH)
+        if self.attention == "triton":
+            segments.paged = self._paged(blocks, np.array([num_tokens]), np.zeros(1, np.int64))
+        else:
+            segments.chunks = [Chunk(0, num_tokens, 0, self._tensor(blocks))]
         return Inputs(
             input_ids=self._tensor(np.ones(num_tokens, np.int64))[None],
             position_ids=self._tensor(positions)[None],
             last_rows=self._tensor(positions[-1:]),
-            segments=Segments(self.cache, self._tensor(positions % BLOCK_SIZE), [], [chunk]),
+            segments=segments,
             emitting=np.zeros(1, np.int64),
+        )
+
+    def _paged(self, blocks: np.ndarray, num_tokens: np.ndarray, num_computed: np.ndarray) -> PagedBatch:
+        from real_backend.paged_attention import lay_out  # triton is optional
+
+        spec, device = self.loaded.spec, self.device
+        return lay_out(
+            blocks, num_tokens, num_computed, heads=spec.num_heads, kv_heads=spec.num_kv_heads, device=device
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -8,8 +8,10 @@ from helpers import Run, Scripted, profile, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmsched_gym.config import scenario
 from llmsched_gym.engine import Batch
 from llmsched_gym.engine.batch import batch_s
+from llmsched_gym.evaluation.run import simulate
 
 # n tokens take n + 0.4 ms: the cap of 0.95 * 100 ms admits 94
 LINEAR = profile((1.4, 2.4))
@@ -214,3 +216,11 @@ def test_the_capped_token_count_is_the_largest_that_fits():
             n = run.decide()[0]
             assert view.predict_s({0: n}) <= cap * 0.1 < view.predict_s({0: n + 1})
             run.engine.execute()
+
+
+@pytest.mark.parametrize(("qps", "seed"), [(1.0, 2), (1.4, 0)])
+def test_nobody_is_late_when_the_last_strict_decode_finishes_and_the_cap_grows(qps, seed):
+    episode = simulate(scenario("paper", qps=qps, num_requests=600), "srpt-capped", seed)
+    assert set(episode.requests["slo_class"].tolist()) == {0, 1}
+    assert not episode.requests["num_preemptions"].any()
+    assert not episode.requests["num_late_gaps"].any()

@@ -58,7 +58,7 @@ def open_batch(lane):
     batch.kv_tokens = 0.0
     batch.cap_s = math.inf
     if lane.knobs.cap < math.inf:
-        batch.cap_s = lane.knobs.cap * smallest_tbt_slo_s(lane)
+        batch.cap_s = lane.knobs.cap * min(smallest_tbt_slo_s(lane), next_deadline_s(lane))
 
 
 @kernel()
@@ -70,6 +70,23 @@ def smallest_tbt_slo_s(lane):
         if not is_prefill(request):
             smallest = min(smallest, request.tbt_slo_s)
     return smallest if smallest < math.inf else lane.sim.strict_tbt_slo_s
+
+
+@kernel()
+def next_deadline_s(lane):
+    """Seconds until the first deadline of a running decode that can still be met; at least a strict user's TBT SLO.
+
+    When the last strict decode finishes, the cap grows from one batch to the next; a decode that was deferred under the
+    small cap would be late by the end of a batch as long as the large one allows.
+    """
+    earliest_s = math.inf
+    now_s = lane.sim.clock_s
+    for i in range(lane.sim.num_running):
+        request = lane.requests[lane.running[i]]
+        left_s = request.last_token_s + request.tbt_slo_s - now_s
+        if not is_prefill(request) and left_s > 0.0:
+            earliest_s = min(earliest_s, left_s)
+    return max(earliest_s, lane.sim.strict_tbt_slo_s)
 
 
 @kernel()

@@ -32,8 +32,7 @@ def findings(results: Results) -> list[str]:
             found[-1] += (
                 f" More than `{bound}` is possible: it serves the least work left first and looks at no deadline"
             )
-            noisy = results.setting("jitter", 0.0) > 0
-            found[-1] += ", and batches up to its cap become late by jitter." if noisy else "."
+            found[-1] += "."
     return found
 
 
