@@ -1,0 +1,119 @@
+"""Batches of decodes at fixed sizes: which size, what the padding holds, and that it changes nothing."""
+
+import numpy as np
+import pytest
+
+# ruff: noqa: E402 - a missing torch is to skip these tests before anything imports it
+torch = pytest.importorskip("torch", reason="the real backend needs torch")
+pytest.importorskip("transformers", reason="the real backend needs transformers")
+from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_model
+
+from real_backend import BackendError, make_backend
+from real_backend.attention import choose_attention
+from real_backend.graphs import DecodeGraphs, padded_size, sizes_up_to
+from real_backend.runner import Work
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+
+def test_sizes_by_hand():
+    assert sizes_up_to(1) == [1] and sizes_up_to(8) == [1, 2, 4, 8] and sizes_up_to(20) == [1, 2, 4, 8, 16, 20]
+    assert sizes_up_to(256)[-2:] == [192, 256] and sizes_up_to(1000)[-1] == 256
+    sizes = sizes_up_to(20)
+    assert [padded_size(n, sizes) for n in (1, 3, 9, 17, 20, 21)] == [1, 4, 16, 20, 20, None]
+
+
+def prefilled(graphs, lengths=(40, 17, 33)):
+    """A backend that holds the KV of sequences, and the batch that decodes one token of each."""
+    backend = make_backend(WORLD, tiny_model(), "cpu", graphs=graphs)
+    n = len(lengths)
+    table = random_table(n)
+    table.prompt_tokens[:] = lengths
+    backend.reset(table)
+    request, computed = np.arange(n), np.array(lengths)
+    prompts = backend._take_blocks(request, computed, np.zeros(n, np.int32), np.ones(n, bool))
+    backend.tokens.make_prompts(request)
+    backend._book(backend._run(prompts))
+    return backend, backend._take_blocks(request, np.ones(n, np.int64), computed, np.ones(n, bool))
+
+
+def test_padding_goes_to_the_scratch_block_and_changes_nothing():
+    backend, work = prefilled(graphs=True)
+    graphs, cache = backend.runner.graphs, backend.runner.cache
+    before = [part.clone() for part in cache.keys]
+    exact = DecodeGraphs(backend.runner, 3, backend.blocks.blocks.shape[1])
+    best, ids = exact.run(work, backend.blocks, backend.tokens)
+    assert exact.sizes[-1] == 3 and graphs.sizes == [1, 2, 4, 8]
+    for poison in (0.0, 7.0):  # what the scratch block holds must not matter
+        for part in (*cache.keys, *cache.values):
+            part[0] = poison
+        for size in (4, 8):
+            graphs.sizes = [size]
+            padded_best, padded_ids = graphs.run(work, backend.blocks, backend.tokens)
+            np.testing.assert_allclose(padded_best, best, rtol=1e-5)
+            assert padded_ids.tolist() == ids.tolist()
+    held = sorted({int(b) for row in work.row for b in backend.blocks.blocks[row]} - {0})
+    free = [b for b in range(1, backend.num_kv_blocks + 1) if b not in held]
+    for part, old in zip(cache.keys, before, strict=True):
+        assert torch.equal(part[free], old[free]), "padding wrote to a block that is not scratch"
+        new = [(int(r), int(c)) for r, c in zip(work.row, work.num_computed, strict=True)]
+        slots = [backend.blocks.blocks[r, c // 16] * 16 + c % 16 for r, c in new]
+        changed = (part != old).flatten(2).any(-1).flatten().nonzero().flatten().tolist()
+        assert set(changed) - set(range(16)) == set(slots), "one new token of each sequence is written"
+
+
+def test_static_shapes_give_what_the_eager_path_gives():
+    steps = []
+    for graphs in (True, False):
+        backend, work = prefilled(graphs)
+        assert (backend.runner.graphs is not None) == graphs
+        steps.append(backend.runner.step(work, backend.blocks, backend.tokens))
+    assert steps[0] == steps[1] and len(steps[0]) == 3
+
+
+def test_only_batches_of_single_tokens_fit():
+    graphs = make_backend(WORLD, tiny_model(), "cpu", graphs=True).runner.graphs
+
+    def work(*num_tokens):
+        n = np.array(num_tokens)
+        return Work(np.arange(len(n)), np.arange(len(n)), n, n, n > 0)
+
+    assert graphs.fit(work(1)) and graphs.fit(work(*[1] * 8))
+    assert not graphs.fit(work(1, 2)) and not graphs.fit(work(*[1] * 9))
+
+
+@pytest.mark.parametrize("name", ["mistral", "mistral, window"])
+def test_tokens_with_static_shapes_equal_generate(name):
+    backend = make_backend(WORLD, tiny_model(name), "cpu", graphs=True)
+    runs = []
+    run = backend.runner.graphs.run
+    backend.runner.graphs.run = lambda *args: runs.append(len(args[0].request)) or run(*args)
+    table = random_table(10)
+    run_chaos(backend, table, seed=5, admission="prompt")
+    assert len(runs) > 20 and {1, 3} <= set(runs)
+    alone = tiny_model(name)
+    for r in range(len(table)):
+        answer = backend.tokens.answer(r).tolist()
+        assert answer == generated(alone, backend.tokens.prompt(r), int(table.output_tokens[r]))
+
+
+def test_the_attention_is_chosen_by_device():
+    assert choose_attention("auto", CPU, 64) == "sdpa" and choose_attention("sdpa", CPU, 64) == "sdpa"
+    with pytest.raises(BackendError, match="attention: expected one of auto, sdpa, triton, got 'flash'"):
+        choose_attention("flash", CPU, 64)
+
+
+@pytest.mark.parametrize(("installed", "reason"), [(False, "not installed"), (True, "needs a GPU")])
+def test_triton_where_it_cannot_run_is_one_clear_line(installed, reason, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    with pytest.raises(BackendError, match=reason) as error:
+        choose_attention("triton", CPU, 64)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plain_backend_on_a_cpu_has_neither():
+    backend = make_backend(WORLD, tiny_model(), "cpu")
+    assert backend.attention == "sdpa" and backend.runner.graphs is None
+    assert "graphs" not in backend.setup and "attention" not in backend.setup
