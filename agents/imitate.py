@@ -2,14 +2,17 @@
 
 Behaviour cloning first: the teacher drives, the student learns its knobs. Then DAgger: the student drives, the teacher
 says what it would have done, and the student learns from everything seen so far. The teacher is any setting of the
-packing kernel whose values the knobs have (`slai`, `sarathi`, ...) or a policy folder with the knobs action. Writes
-weights.pt for ``agents.train --warm-start`` and `policy`, a policy folder.
+packing kernel whose values the knobs have (`slai`, `sarathi`, ...) or a policy folder with the knobs action. With
+``--told`` the teacher knows what nobody can see, the device's cost scale, and the student learns to tell it from what
+everybody sees (privileged teachers: Chen et al., Learning by Cheating, CoRL 2019). Writes weights.pt for
+``agents.train --warm-start`` and `policy`, a policy folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from agents.options import fail_in_one_line, option, parse
 from agents.train import Config as TrainConfig
 from agents.train import evaluate, make_model
 from llmsched_gym.config import ConfigError, env_config
-from llmsched_gym.env.knobs import knobs_action
+from llmsched_gym.env.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
 
 Teacher = Callable[[TrainingEnv, Any], np.ndarray]
@@ -36,6 +39,7 @@ Teacher = Callable[[TrainingEnv, Any], np.ndarray]
 @dataclass(frozen=True)
 class Config:
     teacher: str = option("slai", "a setting of the packing kernel, or a policy folder with knobs")
+    told: bool = option(False, "tell the teacher the hidden cost scale: its cap is divided by it")
     out: str = option("runs/imitate", "folder to write")
     seed: int = option(0, "of weights, minibatches and choice of episodes")
     suite: str = option("default", "suite to imitate on")
@@ -61,21 +65,28 @@ class Config:
         return TrainConfig(**{name: getattr(self, name) for name in shared - skip})
 
 
-def make_teacher(name: str, env: TrainingEnv) -> Teacher:
-    """How to ask a scheduler for its knobs."""
+def make_teacher(name: str, env: TrainingEnv, *, told: bool = False) -> Teacher:
+    """How to ask a scheduler for its knobs; one that is told the cost scale must be a setting of the kernel."""
     scheduler, config = make_scheduler(name), env.env.config
     if isinstance(scheduler, Compiled) and scheduler.function is pack_with_knobs:
         try:
             actions = [knobs_action(scheduler.knobs, usage, config) for usage in (0.0, 1.0)]
         except ValueError as error:
             raise ConfigError(f"teacher: {name}: {error}") from None
-        switch = float(scheduler.knobs["usage_switch"])
+        switch, cap = float(scheduler.knobs["usage_switch"]), float(scheduler.knobs["cap"])
+        if told and math.isinf(cap):
+            raise ConfigError(f"told: expected a teacher with a cap, got {name!r}")
 
         def compiled(env: TrainingEnv, observations: Any) -> np.ndarray:
-            usage = env.env.core.engine.state.sims["kv_cache_usage"]
-            return np.where((usage < switch)[:, None], *actions)
+            state = env.env.core.engine.state
+            labels = np.where((state.sims["kv_cache_usage"] < switch)[:, None], *actions)
+            if told:
+                labels[:, CAP] = nearest_cap(cap / state.worlds["cost_scale"])
+            return labels
 
         return compiled
+    if told:
+        raise ConfigError(f"told: expected a setting of the packing kernel as teacher, got {name!r}")
     theirs = getattr(scheduler, "config", None)
     if theirs is None or (theirs.action, theirs.observation) != ("knobs", config.observation):
         raise ConfigError(f"teacher: expected knobs and {config.observation} like the student's, or a kernel setting")
@@ -89,13 +100,19 @@ def make_teacher(name: str, env: TrainingEnv) -> Teacher:
     return learned
 
 
+def nearest_cap(caps: np.ndarray) -> np.ndarray:
+    """Index of the knob's value nearest to each cap, int64; no cap at all is never the nearest."""
+    values = np.array(KNOBS[CAP].values)
+    return np.abs(np.asarray(caps)[:, None] - values).argmin(1)
+
+
 def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> Path:
     """Train a student; returns its policy folder."""
     torch.set_num_threads(1)
     training = config.training()
     env_config(config.suite, **training.world())
     env = TrainingEnv(config.num_envs, config.suite, config.seed, **training.world())
-    teacher = make_teacher(config.teacher, env)
+    teacher = make_teacher(config.teacher, env, told=config.told)
     model = make_model(training, env)
     policy, rng, world = model.policy, np.random.default_rng([config.seed, 4]), env.env.config
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)

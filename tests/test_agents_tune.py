@@ -14,10 +14,12 @@ pytest.importorskip("cma", reason="cma is not installed")
 
 from agents.compare import Config as CompareConfig
 from agents.compare import compare, interquartile_mean, winners
+from agents.envs import TrainingEnv
 from agents.imitate import Config as ImitateConfig
-from agents.imitate import imitate
+from agents.imitate import imitate, make_teacher
 from agents.tune import Config, KnobRules, new_search, tune
 from llmsched_gym.config import ConfigError, env_config, scenario
+from llmsched_gym.env.knobs import CAP, KNOBS
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import read_folder
@@ -111,6 +113,20 @@ def test_a_student_learns_its_teacher(tmp_path, observation):
     # the student of a student: a policy folder teaches too
     again = replace(config, teacher=str(folder), out=str(tmp_path / "again"), rounds=0)
     imitate(again)
+
+
+def test_a_teacher_that_is_told_the_cost_scale_divides_its_cap_by_it():
+    env = TrainingEnv(6, "drift", 1, action_repeat=4)
+    teacher = make_teacher("sarathi[order=feasible,hold=true,cap=0.8]", env, told=True)
+    labels = teacher(env, env.reset())
+    scale = env.env.core.engine.state.worlds["cost_scale"]
+    assert len(set(scale.tolist())) > 1
+    for label, cap in zip(labels, 0.8 / scale, strict=True):
+        chosen = KNOBS[CAP].values[label[CAP]]
+        assert all(abs(cap - chosen) <= abs(cap - value) for value in KNOBS[CAP].values)
+    untold = make_teacher("sarathi[order=feasible,hold=true,cap=0.8]", env)(env, env.reset())
+    assert set(untold[:, CAP].tolist()) == {KNOBS[CAP].values.index(0.8)}
+    assert np.array_equal(np.delete(labels, CAP, 1), np.delete(untold, CAP, 1))
 
 
 def test_what_cannot_teach(tmp_path):

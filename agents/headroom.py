@@ -1,0 +1,124 @@
+"""What adapting could gain over the best constant: ``python -m agents.headroom --constant tuned-constant``.
+
+Three policies that nobody could run, each on the same requests as the constant:
+
+- `machine`: the same kind of constant, told the device's hidden cost scale, so that its predictions are right; its cap
+  and its token budget are chosen on selection seeds.
+- `lengths`: `shortest-total` told the cost scale and every output length.
+- `hindsight`: for each seed the best of ``--settings`` random constants, chosen on the very requests that it is judged
+  on; this flatters it.
+
+Differences are paired by seed, with 95 % bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from agents.envs import SELECTION_SEEDS
+from agents.options import fail_in_one_line, option, parse
+from llmsched_gym.config import Scenario, scenario
+from llmsched_gym.cost import load_profile
+from llmsched_gym.evaluation import intervals
+from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.workload import make_table
+
+CAPS, BUDGETS = (0.7, 0.75, 0.8, 0.85), (512, 768, 1024)
+FEASIBLE = "sarathi[order=feasible,hold=true,cap={cap},budget={budget}]"
+LENGTHS = "shortest-total[cap={cap},budget={budget}]"
+
+
+@dataclass(frozen=True)
+class Config:
+    constant: str = option("tuned-constant", "the policy to compare with")
+    suite: str = option("drift", "suite")
+    set: dict[str, Any] = option({}, "any other field of Scenario, as --set qps=1.8; may be repeated")  # noqa: RUF009
+    seeds: int = option(20, "seeds of a policy")
+    first_seed: int = option(3000, "the first")
+    selection_seeds: int = option(8, "selection seeds (2000, 2001, ...)")
+    requests: int = option(2000, "measured requests of a run")
+    settings: int = option(200, "random constants that hindsight chooses from")
+    workers: int = option(2, "processes")
+    out: str = option("runs/headroom.json", "file to write")
+
+
+def utility(world: Scenario, told: bool, policy: str, seed: int) -> float:
+    """Mean utility of one run; with `told` the policy predicts with the device's true cost scale."""
+    own = load_profile(world.profile).scaled(make_table(world, seed).cost_scale) if told else None
+    return float(row(simulate(world, policy, seed, own_profile=own))["mean_utility"])
+
+
+def random_constants(count: int, seed: int = 0) -> list[str]:
+    """Settings of the packing kernel around the good ones."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        order = rng.choice(["feasible", "feasible", "srpt", "edf", "spf"])
+        options = {"budget": rng.choice([192, 256, 320, 384, 448, 512, 640, 768, 1024]), "order": order}
+        options |= {"hold": rng.choice(["true", "true", "false"]), "cap": rng.choice([0.6, 0.7, 0.8, 0.9, 0.95, "inf"])}
+        options |= {"offset": rng.choice(["inf", "inf", "inf", "3", "7", "10"])}
+        options |= {"limit": rng.choice([8192, 8192, 6500, 5500, 4500, 3500])}
+        found.append("sarathi[" + ",".join(f"{name}={value}" for name, value in options.items()) + "]")
+    return list(dict.fromkeys(found))
+
+
+def headroom(config: Config) -> dict[str, Any]:
+    """Run everything; returns the table and writes it."""
+    world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    chosen_on = SELECTION_SEEDS[: config.selection_seeds]
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+
+        def run(what: str, told: bool, policies: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+            """Utilities, (len(policies), len(seeds))."""
+            cells = list(itertools.product(policies, seeds))
+            function: Callable[..., float] = functools.partial(utility, world, told)
+            runs = pool.map(function, *zip(*cells, strict=True), chunksize=8)
+            values = list(track(runs, what, len(cells), console=Console(stderr=True)))
+            return np.array(values).reshape(len(policies), len(seeds))
+
+        base = run("constant", False, [config.constant], seeds)[0]
+        found: dict[str, tuple[str, np.ndarray]] = {}
+        for name, template in (("machine", FEASIBLE), ("lengths", LENGTHS)):
+            choices = [template.format(cap=cap, budget=budget) for cap in CAPS for budget in BUDGETS]
+            best = choices[int(run(f"{name}: choosing", True, choices, chosen_on).mean(1).argmax())]
+            found[name] = best, run(name, True, [best], seeds)[0]
+        table = run("hindsight", False, [config.constant, *random_constants(config.settings)], seeds)
+        found["hindsight"] = f"the best of {len(table)} for each seed", table.max(0)
+    result = {
+        "config": config.__dict__,
+        "constant": float(base.mean()),
+        "policies": {
+            name: {
+                "what": what,
+                "mean_utility": float(values.mean()),
+                "difference": float((values - base).mean()),
+                "interval": intervals.difference(values.tolist(), base.tolist()),
+            }
+            for name, (what, values) in found.items()
+        },
+    }
+    path = Path(config.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(
+        fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, None, (__doc__ or "").split("\n\n")[0])))))
+    )
