@@ -38,6 +38,7 @@ _RESULT_SOURCES = (
     "workload",
     "cost",
     "engine",
+    "env",
     "policies",
     "data",
     "evaluation/run.py",
