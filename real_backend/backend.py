@@ -118,12 +118,14 @@ class TransformersBackend:
             )
         spec = loaded.spec
         self.attention = choose_attention(attention, self.device, spec.head_dim)
-        on_gpu = self.device.type == "cuda"
-        if graphs and on_gpu and self.attention != "triton":
-            raise BackendError("graphs: the portable attention cannot be recorded; leave graphs out, or use triton")
         shape = (spec.num_kv_heads, spec.head_dim, loaded.dtype, loaded.device)
         # A cache of the scratch block alone, to see what the largest pass needs beside the KV.
         probe = Runner(loaded, KVCache(spec.num_layers, 0, *shape), self.attention)
+        if attention == "auto" and self.attention == "triton":
+            self.attention = probe.attention = _attention_that_runs(probe)
+        on_gpu = self.device.type == "cuda"
+        if graphs and on_gpu and self.attention != "triton":
+            raise BackendError("graphs: the portable attention cannot be recorded; leave graphs out, or use triton")
         self._check_hook(probe)
         largest = probe.scratch_inputs(scenario.max_num_batched_tokens)
         self.num_kv_blocks = scenario.num_kv_blocks or fitting_blocks(scenario, spec, self.device, probe.run, largest)
@@ -192,6 +194,24 @@ class TransformersBackend:
 
         The running episode is forgotten; what counts as computed is whatever the cache holds.
         """
+        request, num_tokens, computed = self._make_up(chunks, decode_contexts, seed)
+        self._ended_s = None
+        self._watch.start()
+        work = self._take_blocks(request, num_tokens, computed, np.ones(len(request), bool))
+        self._book(self._run(work))
+        duration_s = self._watch.stop()
+        self.blocks.clear(0)
+        return duration_s
+
+    def made_up(self, chunks: list[tuple[int, int]], decode_contexts: list[int], seed: int = 0) -> Work:
+        """The batch that :meth:`measure` would run, its blocks and prompts in place."""
+        request, num_tokens, computed = self._make_up(chunks, decode_contexts, seed)
+        return self._take_blocks(request, num_tokens, computed, np.ones(len(request), bool))
+
+    def _make_up(
+        self, chunks: list[tuple[int, int]], decode_contexts: list[int], seed: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Request, tokens to compute and tokens computed of a made-up batch, instead of the running episode."""
         if len(chunks) + len(decode_contexts) > len(self.blocks.owner):
             raise BackendError(
                 f"a batch of {len(chunks) + len(decode_contexts)} sequences; at most {len(self.blocks.owner)}"
@@ -203,13 +223,7 @@ class TransformersBackend:
         self.blocks.grow(self.blocks.occupy(request), computed)
         self.tokens = TokenStore(computed + num_tokens, np.ones(len(items), int), seed, self.loaded.spec.vocab_size)
         self.tokens.make_prompts(request)
-        self._ended_s = None
-        self._watch.start()
-        work = self._take_blocks(request, num_tokens, computed, np.ones(len(items), bool))
-        self._book(self._run(work))
-        duration_s = self._watch.stop()
-        self.blocks.clear(0)
-        return duration_s
+        return request, num_tokens, computed
 
     def warm_up(self) -> None:
         """Run a few passes that leave no trace, so that the first measured batch pays for no set-up."""
@@ -279,6 +293,7 @@ class TransformersBackend:
 
     def _check_hook(self, runner: Runner) -> None:
         """Refuse a model whose layers do not all come to the paged attention."""
+        runner.cache.num_writes = 0
         try:
             runner.run(runner.scratch_inputs(1))
         except (TypeError, AttributeError, BackendError) as error:
@@ -288,6 +303,18 @@ class TransformersBackend:
                 f"model {self.loaded.name!r}: {runner.cache.num_writes} of {self.loaded.spec.num_layers} layers use "
                 "the attention interface; expected a decoder-only model such as Mistral, Llama or Qwen2"
             )
+
+
+def _attention_that_runs(probe: Runner) -> str:
+    """triton if its kernel compiles and runs here (it needs a C compiler, for one thing), else sdpa with a warning."""
+    try:
+        probe.run(probe.scratch_inputs(1))
+    except (TypeError, AttributeError, BackendError):
+        pass  # the model's fault, which the check of the hook explains
+    except Exception as error:
+        warnings.warn(f"the paged kernel does not run here ({one_line(error)}); using sdpa", stacklevel=2)
+        return "sdpa"
+    return "triton"
 
 
 def split(work: Work) -> tuple[Work, Work]:

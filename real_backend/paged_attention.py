@@ -151,7 +151,7 @@ def attend(
             WINDOW=window is not None,
             SPLIT=splits > 1,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=4,
+            num_warps=8 if block_rows >= 128 else 4,
             num_stages=3,
         )
         if splits > 1:

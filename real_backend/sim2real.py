@@ -116,6 +116,11 @@ def save(comparison: Comparison, out: Path) -> dict[str, Any]:
     return found
 
 
+def kv_blocks(scale: float) -> int | None:
+    """Blocks of a world at a scale; at full scale as many as memory holds."""
+    return max(int(DEFAULT_BLOCKS * scale), 2 * limits(scale)["max_model_len"] // BLOCK_SIZE) if scale < 1 else None
+
+
 def prepare(
     model: str,
     out: Path,
@@ -134,8 +139,8 @@ def prepare(
     scale = scale if scale is not None else (CPU_SCALE if on_cpu else 1.0)
     if not 0.0 < scale <= 1.0:
         raise ConfigError(f"scale: expected a number > 0 and <= 1, got {scale:g}")
-    blocks = max(int(DEFAULT_BLOCKS * scale), 2 * limits(scale)["max_model_len"] // BLOCK_SIZE) if scale < 1 else None
-    backend = make_backend(scenario("default", num_kv_blocks=blocks, **limits(scale)), model, device, clock=clock)
+    world = scenario("default", num_kv_blocks=kv_blocks(scale), **limits(scale))
+    backend = make_backend(world, model, device, clock=clock)
     if profile is not None:
         measured = load_profile(profile)
     else:

@@ -117,3 +117,14 @@ def test_a_plain_backend_on_a_cpu_has_neither():
     backend = make_backend(WORLD, tiny_model(), "cpu")
     assert backend.attention == "sdpa" and backend.runner.graphs is None
     assert "graphs" not in backend.setup and "attention" not in backend.setup
+
+
+def test_a_kernel_that_does_not_compile_is_done_without(monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr("real_backend.backend.choose_attention", lambda *_: "triton")
+    monkeypatch.setattr("real_backend.runner.Runner._paged", no_compiler)
+    with pytest.warns(UserWarning, match="no C compiler"):
+        backend = make_backend(WORLD, tiny_model(), "cpu")
+    assert backend.attention == backend.runner.attention == "sdpa"
