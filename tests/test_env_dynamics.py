@@ -16,6 +16,7 @@ from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import make_scheduler
+from llmsched_gym.workload import NOISE_BLOCK
 
 PACKED = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority")
 TEN = (*PACKED, "vllm-v0", "orca", "edf", "srpt-capped")
@@ -330,3 +331,21 @@ def test_worst_patience_counts_what_a_preempted_request_waited_before():
         if truncated:
             break
     assert earlier > 0
+
+
+@pytest.mark.parametrize("action", ["knobs", "priority"])
+def test_batches_of_one_action_run_in_compiled_code_as_one_by_one(action, monkeypatch):
+    config = env_config("drift", action=action, action_repeat=5, num_requests=300, drain_s=100.0)
+    space = LLMSchedEnv("drift", action=action).action_space
+
+    def policy(observation):
+        """Some function of all that is seen."""
+        rng = np.random.default_rng((1e6 * observation).astype(np.int64))
+        return rng.integers(space.nvec) if action == "knobs" else rng.random(space.shape)
+
+    together = simulate(config, PolicyScheduler(policy, config), 3)
+    assert together.sim.num_batches > NOISE_BLOCK
+    monkeypatch.delattr(PolicyScheduler, "run_steps")
+    one_by_one = simulate(config, PolicyScheduler(policy, config), 3)
+    assert_same_run(final(together.requests), final(one_by_one.requests))
+    assert together.sim.clock_s == one_by_one.sim.clock_s

@@ -188,6 +188,10 @@ class Engine:
                 left -= run(self.handle, env, compiled, min(RUN_CHUNK, left), MAX_IDLE_STEPS)
                 if kernels.noise_due_env(self.handle, env):
                     self.refill_noise(env)
+            elif env == 0 and self.backend is None and hasattr(scheduler, "run_steps"):
+                left -= scheduler.run_steps(self, left, MAX_IDLE_STEPS)
+                if kernels.noise_due_env(self.handle, env):
+                    self.refill_noise(env)
             else:
                 self.step(scheduler, env)
                 left -= 1

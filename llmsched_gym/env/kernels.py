@@ -275,6 +275,48 @@ def settle(s, a, env, start_s):
     end_step(lane_of(state, env), state.worlds[env], unpack_arrays(a), env, start_s)
 
 
+# Several batches of one decision, for policies that the engine runs.
+
+
+@kernel()
+def _run_knobs(s, a, env, max_steps, max_idle_steps):
+    lane, world = lane_of(s, env), s.worlds[env]
+    for i in range(max_steps):
+        if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
+            return i
+        decide_by_knobs(lane, a.knob_actions[env], a.values)
+        if advance(s, env, lane) and noise_due(s, env):
+            return i + 1
+    return max_steps
+
+
+@entry()
+def run_knobs(s, a, env, max_steps, max_idle_steps):
+    """Step under the same knobs until `max_steps` are done, the run is over or a noise block is used up.
+
+    Returns the number of steps done; see :func:`llmsched_gym.engine.run.run`.
+    """
+    return _run_knobs(unpack(s), unpack_arrays(a), env, max_steps, max_idle_steps)
+
+
+@kernel()
+def _run_priority(s, a, env, max_steps, max_idle_steps):
+    lane, world = lane_of(s, env), s.worlds[env]
+    for i in range(max_steps):
+        if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
+            return i
+        decide_by_score(lane, a.scores[env], a.rules[0])
+        if advance(s, env, lane) and noise_due(s, env):
+            return i + 1
+    return max_steps
+
+
+@entry()
+def run_priority(s, a, env, max_steps, max_idle_steps):
+    """:func:`run_knobs` under the same scores."""
+    return _run_priority(unpack(s), unpack_arrays(a), env, max_steps, max_idle_steps)
+
+
 # The decision alone, for batches that the engine executes.
 
 

@@ -87,16 +87,32 @@ class PolicyScheduler:
                 self._arrays.slots[0] = NUM_SLOTS
                 kernels.decide_request(handle, self._handle, env)
             return
+        self._act(engine)
+        self._left -= 1
+        decide = kernels.decide_knobs if kind == "knobs" else kernels.decide_priority
+        decide(handle, self._handle, env)
+
+    def run_steps(self, engine: Engine, max_steps: int, max_idle_steps: int) -> int:
+        """Step environment 0 of the simulated engine under one action; returns the number of steps done, 1 or more.
+
+        The same as deciding and executing one batch after the other, but the batches of an action run in compiled code.
+        """
+        if self.config.action == "request":
+            engine.step(self)
+            return 1
+        self._act(engine)
+        run = kernels.run_knobs if self.config.action == "knobs" else kernels.run_priority
+        steps = int(run(engine.handle, self._handle, 0, min(self._left, max_steps), max_idle_steps))
+        self._left -= steps
+        return steps
+
+    def _act(self, engine: Engine) -> None:
+        """Put the action into the arrays: a new one if the last has been held for its number of batches."""
         if self._left == 0:
             self._action = np.asarray(self.policy(self._observe(engine)))
             self._left = self.config.action_repeat
-        self._left -= 1
-        if kind == "knobs":
-            self._arrays.knob_actions[0] = self._action
-            kernels.decide_knobs(handle, self._handle, env)
-        else:
-            self._arrays.scores[0] = self._action
-            kernels.decide_priority(handle, self._handle, env)
+        held = self._arrays.knob_actions if self.config.action == "knobs" else self._arrays.scores
+        held[0] = self._action
 
     def _observe(self, engine: Engine) -> Any:
         if hasattr(self.config.observation, "observe"):
