@@ -52,7 +52,7 @@ def measure(model: str, policy: str, running: int, steps: int, device: str | Non
     """Milliseconds per step, own and the model's, over the steps in which `running` requests run."""
     length = PROMPT_TOKENS + 2 * steps + 64
     world = scenario("paper", max_num_seqs=running, max_model_len=length, max_num_batched_tokens=2048)
-    backend = make_backend(world, model, device)
+    backend = make_backend(world, model, device, graphs=False)  # a replay would not pass through `forward`
     forward, spent = backend.runner.forward, [0.0, 0.0]
 
     def timed(inputs):

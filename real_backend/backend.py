@@ -122,7 +122,8 @@ class TransformersBackend:
         # A cache of the scratch block alone, to see what the largest pass needs beside the KV.
         probe = Runner(loaded, KVCache(spec.num_layers, 0, *shape), self.attention)
         if attention == "auto" and self.attention == "triton":
-            self.attention = probe.attention = _attention_that_runs(probe)
+            probe.try_kernel()
+            self.attention = probe.attention
         on_gpu = self.device.type == "cuda"
         if graphs and on_gpu and self.attention != "triton":
             raise BackendError("graphs: the portable attention cannot be recorded; leave graphs out, or use triton")
@@ -227,6 +228,8 @@ class TransformersBackend:
 
     def warm_up(self) -> None:
         """Run a few passes that leave no trace, so that the first measured batch pays for no set-up."""
+        if self.attention == "triton":
+            self.runner.compile_kernel()
         if self.runner.graphs is not None:
             self.runner.graphs.record()
         for num_tokens in (1, 64, 256):
@@ -303,18 +306,6 @@ class TransformersBackend:
                 f"model {self.loaded.name!r}: {runner.cache.num_writes} of {self.loaded.spec.num_layers} layers use "
                 "the attention interface; expected a decoder-only model such as Mistral, Llama or Qwen2"
             )
-
-
-def _attention_that_runs(probe: Runner) -> str:
-    """triton if its kernel compiles and runs here (it needs a C compiler, for one thing), else sdpa with a warning."""
-    try:
-        probe.run(probe.scratch_inputs(1))
-    except (TypeError, AttributeError, BackendError):
-        pass  # the model's fault, which the check of the hook explains
-    except Exception as error:
-        warnings.warn(f"the paged kernel does not run here ({one_line(error)}); using sdpa", stacklevel=2)
-        return "sdpa"
-    return "triton"
 
 
 def split(work: Work) -> tuple[Work, Work]:

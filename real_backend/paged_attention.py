@@ -98,6 +98,23 @@ def lay_out(
     return PagedBatch(table, launches)
 
 
+def warm_up(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, windows: set[int | None]
+) -> None:
+    """Compile all that batches of a model may need, so that no measured one pays for it."""
+    query = torch.zeros((2, heads, head_dim), dtype=dtype, device=device)
+    cache = torch.zeros((1, BLOCK_SIZE, kv_heads, head_dim), dtype=dtype, device=device)
+    out = torch.empty_like(query)
+    for num_tokens in (np.array([1, 1]), np.array([2])):
+        blocks, computed = np.zeros((len(num_tokens), 1)), np.zeros(len(num_tokens), np.int64)
+        batch = lay_out(blocks, num_tokens, computed, heads=heads, kv_heads=kv_heads, device=device)
+        for exponent in range(MAX_SPLITS.bit_length()):
+            for launch in batch.launches:
+                launch.splits = 1 << exponent
+            for window in windows:
+                attend(query, cache, cache, out, batch, head_dim**-0.5, window)
+
+
 def num_units(device: torch.device) -> int:
     """Multiprocessors of a GPU; the interpreter is one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

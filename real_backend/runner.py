@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from llmsched_gym.config import BLOCK_SIZE
 from real_backend.attention import Chunk, DecodeGroup, KVCache, Segments
 from real_backend.block_table import SCRATCH, BlockTable, blocks_of
-from real_backend.errors import BackendError
+from real_backend.errors import BackendError, one_line
 from real_backend.tokens import TokenStore
 from real_backend.weights import LoadedModel
 
@@ -69,6 +70,26 @@ class Runner:
             inputs = self.lay_out(work, table, tokens)
             emitting, ids = inputs.emitting, self.run(inputs)
         return dict(zip(emitting.tolist(), ids.tolist(), strict=True))
+
+    def try_kernel(self) -> None:
+        """Go back to sdpa, with a warning, if the paged kernel does not run here (without a C compiler, say)."""
+        try:
+            for num_tokens in (1, 64):  # a tile of each shape
+                self.run(self.scratch_inputs(num_tokens))
+        except (TypeError, AttributeError, BackendError):
+            pass  # the model's fault, which the backend's check explains
+        except Exception as error:  # compilers and drivers raise many kinds
+            warnings.warn(f"the paged kernel does not run here ({one_line(error)}); using sdpa", stacklevel=2)
+            self.attention = "sdpa"
+
+    def compile_kernel(self) -> None:
+        """Compile all that batches may need of the paged kernel, so that no measured one pays for it."""
+        from real_backend import paged_attention  # triton is optional
+
+        spec, windows = self.loaded.spec, {None, getattr(self.loaded.model.config, "sliding_window", None)}
+        paged_attention.warm_up(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, self.loaded.dtype, self.device, windows
+        )
 
     def lay_out(self, work: Work, table: BlockTable, tokens: TokenStore) -> Inputs:
         """The batch as tensors; blocks and prompts must be there."""

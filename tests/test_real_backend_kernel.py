@@ -99,6 +99,20 @@ def test_few_tiles_are_split_over_many_programs():
     assert [kernel.choose_splits(tiles, 8, 132) for tiles in (1, 4, 16, 33, 64, 128)] == [32, 16, 4, 2, 1, 1]
 
 
+def test_the_warm_up_meets_every_number_of_splits(monkeypatch):
+    seen = set()
+    attend = kernel.attend
+
+    def spy(*args):
+        seen.add((args[4].launches[0].tile_tokens > 1, args[4].launches[0].splits, args[6] if len(args) > 6 else None))
+        attend(*args)
+
+    monkeypatch.setattr(kernel, "attend", spy)
+    kernel.warm_up(4, 2, 16, torch.float32, DEVICE, {None, 8})
+    splits = {kernel.choose_splits(tiles, 1, 132) for tiles in range(1, 600)}
+    assert seen == {(prefill, n, window) for prefill in (False, True) for n in splits for window in (None, 8)}
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen2, one layer with a window"])
 def test_tokens_through_the_kernel_equal_generate(name):
     model = tiny_model(name)
