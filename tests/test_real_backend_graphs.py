@@ -9,9 +9,10 @@ pytest.importorskip("transformers", reason="the real backend needs transformers"
 from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_model
 
 from real_backend import BackendError, make_backend
-from real_backend.attention import choose_attention
+from real_backend.attention import NAME, KVCache, choose_attention
 from real_backend.graphs import DecodeGraphs, padded_size, sizes_up_to
-from real_backend.runner import Work
+from real_backend.runner import Runner, Work
+from real_backend.weights import LoadedModel, model_spec
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -128,3 +129,16 @@ def test_a_kernel_that_does_not_compile_is_done_without(monkeypatch):
     with pytest.warns(UserWarning, match="no C compiler"):
         backend = make_backend(WORLD, tiny_model(), "cpu")
     assert backend.attention == backend.runner.attention == "sdpa"
+
+
+def test_nothing_in_a_pass_of_decodes_waits_for_the_device():
+    """On the meta device every look at a value raises, as it would while a graph is recorded."""
+    meta = torch.device("meta")
+    model = tiny_model().to(meta)
+    model.set_attn_implementation(NAME)
+    spec = model_spec("meta", model.config, torch.float32)
+    cache = KVCache(spec.num_layers, 4, spec.num_kv_heads, spec.head_dim, torch.float32, meta)
+    runner = Runner(LoadedModel("meta", model, spec, torch.float32, meta), cache)
+    with torch.inference_mode():
+        best, ids = DecodeGraphs(runner, 8, blocks_per_seq=4)._forward(8)
+    assert best.shape == ids.shape == (8,) and best.device == meta and cache.num_writes == spec.num_layers
