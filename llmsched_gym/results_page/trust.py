@@ -37,8 +37,8 @@ def section_robustness(data: dict[str, Any]) -> str:
 
 Schedulers ranked by SLO attainment at 80 % of each world's fluid capacity, where the cost model is wrong in one way or another;
 Kendall's tau against the ranking as modelled (1: the same order), with bootstrap intervals over seeds. The second line, the
-same world with other seeds, is how well a ranking repeats itself: several schedulers lie within a point of each other. What
-never changes is that SLAI beats Sarathi-Serve. What does is the place of the schedulers that cap a batch's predicted time at
+same world with other seeds, is how well a ranking repeats itself. What never changes is that SLAI beats Sarathi-Serve. What
+does is the place of the schedulers that cap a batch's predicted time at
 0.95 of the TBT SLO (srpt-capped, feasible-first): the cap has no margin, so a device that is slower or noisier
 than predicted costs them their strict users.
 
