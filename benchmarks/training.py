@@ -1,10 +1,10 @@
 """How fast agents train and decide on this machine, beside PPO on CartPole in the same run.
 
-    python -m benchmarks.training [--steps 400000] [--policy learned]
+    python -m benchmarks.training [--steps 400000] [--policy learned] [--threads 2 --n-steps 128 --batch-size 8192]
 
-prints one JSON line: decisions per second of `agents.train` with its defaults (simulation, forward passes and updates;
-one decision is eight batches) and of Stable-Baselines3's PPO on CartPole-v1 with the same network, rollouts and
-minibatches; and the time of one decision of a policy at 128 running and 256 waiting requests, milliseconds.
+prints one JSON line: decisions per second of `agents.train` with these sizes, else its defaults (simulation, forward
+passes and updates; one decision is eight batches) and of Stable-Baselines3's PPO on CartPole-v1 with the same network,
+rollouts and minibatches; and the milliseconds of one decision of a policy at 128 running and 256 waiting requests.
 """
 
 from __future__ import annotations
@@ -61,15 +61,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=400_000, help="decisions to train on")
     parser.add_argument("--policy", default="learned", help="policy folder or name whose decisions are timed")
+    sizes = {name: getattr(Config, name) for name in ("threads", "n_steps", "batch_size")}
+    for name, default in sizes.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help="as of agents.train")
     args = parser.parse_args()
-    config = Config(suite="drift", steps=args.steps, eval_every=args.steps, eval_seeds=1, eval_requests=50)
+    chosen = {name: getattr(args, name) for name in sizes}
+    config = Config(suite="drift", steps=args.steps, eval_every=args.steps, eval_seeds=1, eval_requests=50, **chosen)
     policy = make_scheduler(args.policy)
     if not isinstance(policy, LoadedPolicy):
         parser.error(f"--policy: expected a policy folder with a network or a linear rule, got {args.policy!r}")
     figures = {
         "train_frames_per_s": training_frames_per_s(config),
         "cartpole_frames_per_s": cartpole_frames_per_s(config, args.steps // 4),
-        "torch_threads": torch.get_num_threads(),
+        "sizes": {**chosen, "num_envs": config.num_envs, "torch_threads": torch.get_num_threads()},
         "decision_ms": {k.removesuffix("_s"): 1e3 * v for k, v in measure_decision_s(policy).items()},
         "machine": machine(),
     }
