@@ -30,7 +30,7 @@ def findings(results: Results) -> list[str]:
         found.append(f"{text}{' and '.join(parts)}.")
         if gaps["mean"].max() > 0:
             found[-1] += (
-                f" More than `{bound}` is possible: it serves the least work left first and looks at no deadline"
+                f" More than `{bound}` is possible: it serves the least work left first, whatever is due"
             )
             found[-1] += "."
     return found
