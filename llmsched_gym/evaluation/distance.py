@@ -29,10 +29,7 @@ def findings(results: Results) -> list[str]:
         text = f"**How far from the best:** against `{bound}`, which knows every output length, {who} attains "
         found.append(f"{text}{' and '.join(parts)}.")
         if gaps["mean"].max() > 0:
-            found[-1] += (
-                f" More than `{bound}` is possible: it serves the least work left first, whatever is due"
-            )
-            found[-1] += "."
+            found[-1] += f" More than `{bound}` is possible: it serves the least work left first, whatever is due."
     return found
 
 
