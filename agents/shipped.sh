@@ -26,3 +26,16 @@ done
 $python -m agents.headroom --constant "$out/tuned-constant/policy" --settings 100 --out "$out/headroom.json"
 $python -m agents.compare --agents "${agents#,}" --out "$out/compare" \
   --opponents "$out/tuned-constant/policy,$out/tuned-linear/policy,slai,sarathi"
+curves=$(for seed in 1 2 3 4 5; do printf ',%s' "$out/drift-$seed"; done)
+level=$($python -c "import json; print(json.load(open('$out/tuned-constant/policy/policy.json'))['training']['selection']['mean_utility'])")
+$python -m agents.curves --runs "${curves#,}" --level "$level" --out "$out/learned_curves.png"
+
+# the other criteria, and worlds that nobody was trained for: with the policies that the package ships
+$python -m agents.robustness --policy learned,tuned-constant,slai --out "$out/robustness.json"
+capacity="llmsched capacity --first-seed 3000 --policy"
+$capacity "slai,slai[hold=true],tuned-constant,tuned-linear,learned" --suite default --criterion serve-all:0.9 --qps 0.8,2.6
+$capacity "slai,tuned-constant,srpt-capped,learned" --suite paper --criterion paper --qps 0.9,2.6
+$python -m agents.tune --kind constant --suite default --set allow_refusal=True --steps 3e6 --seed 1 --out "$out/refusing"
+$capacity "slai,$out/refusing/policy,tuned-constant,learned" --suite default --criterion attainment:0.9 --allow-refusal \
+  --qps 0.8,3
+llmsched evaluate --suite paper --qps 1.6 --first-seed 3000 --policy slai,tuned-constant,learned

@@ -92,6 +92,8 @@ def check_command(
     run_sections(check, names, left_s, lambda line: print(line, file=sys.stderr))
     fates = {name: entry["fate"] for name, entry in check.results["sections"].items()}
     print(json.dumps({"summary": str(out / "summary.md"), **fates}))
+    if any(fate.startswith("failed") for fate in fates.values()):
+        raise typer.Exit(1)  # what the other sections measured is kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -145,3 +145,17 @@ def test_tables_of_markdown_by_hand():
         "| a | b |\n| --- | --- |\n| 1.235 | - |\n| x/y | True |"
     )
     assert gpu_report.table([]) == "none"
+
+
+def test_a_failed_section_is_told_by_the_exit_code(tmp_path, capsys):
+    arguments = [
+        "--model",
+        str(tmp_path / "none"),
+        "--out",
+        str(tmp_path / "out"),
+        "--sections",
+        "versions,correctness",
+    ]
+    assert gpu_check.main(arguments) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["versions"] == "done" and "no such folder" in printed["correctness"]
