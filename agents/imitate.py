@@ -29,8 +29,9 @@ from agents.options import fail_in_one_line, option, parse
 from agents.train import Config as TrainConfig
 from agents.train import evaluate, make_model
 from llmsched_gym.config import ConfigError, env_config
-from llmsched_gym.env.knobs import CAP, KNOBS, knobs_action
-from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
+from llmsched_gym.env.knobs import CAP, KNOBS
+from llmsched_gym.env.policy import knobs_now, sets_knobs
+from llmsched_gym.scheduler import make_scheduler
 
 Teacher = Callable[[TrainingEnv, Any], np.ndarray]
 """From the environments and their observations to the actions it would take, (num_envs, num_knobs)."""
@@ -68,20 +69,18 @@ class Config:
 def make_teacher(name: str, env: TrainingEnv, *, told: bool = False) -> Teacher:
     """How to ask a scheduler for its knobs; one that is told the cost scale must be a setting of the kernel."""
     scheduler, config = make_scheduler(name), env.env.config
-    if isinstance(scheduler, Compiled) and scheduler.function is pack_with_knobs:
-        try:
-            actions = [knobs_action(scheduler.knobs, usage, config) for usage in (0.0, 1.0)]
-        except ValueError as error:
-            raise ConfigError(f"teacher: {name}: {error}") from None
-        switch, cap = float(scheduler.knobs["usage_switch"]), float(scheduler.knobs["cap"])
+    if sets_knobs(scheduler):
+        engine, cap = env.env.core.engine, float(scheduler.knobs["cap"])
         if told and math.isinf(cap):
             raise ConfigError(f"told: expected a teacher with a cap, got {name!r}")
 
         def compiled(env: TrainingEnv, observations: Any) -> np.ndarray:
-            state = env.env.core.engine.state
-            labels = np.where((state.sims["kv_cache_usage"] < switch)[:, None], *actions)
+            try:
+                labels = np.stack([knobs_now(scheduler, engine, i, config) for i in range(env.num_envs)])
+            except ValueError as error:
+                raise ConfigError(f"teacher: {name}: {error}") from None
             if told:
-                labels[:, CAP] = nearest_cap(cap / state.worlds["cost_scale"])
+                labels[:, CAP] = nearest_cap(cap / engine.state.worlds["cost_scale"])
             return labels
 
         return compiled

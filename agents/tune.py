@@ -56,8 +56,11 @@ LINEAR_FEATURES = (
     "smallest_tbt_slo",
     "waiting_missed",
     "waiting_feasible",
+    "promised_work",
+    "promise_slack",
+    "dropped",
 )
-START_ACTION = {"token_budget": 512, "cap": 0.8, "order": 5, "hold": 1}  # feasible prompts first, every decode, capped
+START_ACTION = {"token_budget": 768, "cap": 0.7, "order": 5, "hold": 2}  # feasible prompts first, every decode, capped
 
 
 @dataclass(frozen=True)

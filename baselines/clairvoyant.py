@@ -51,7 +51,7 @@ def least_work(lane, admitting, hold, limit):
     for i in range(lane.sim.num_waiting):
         r = lane.waiting[i]
         if lane.requests[r].num_scheduled_tokens == 0:
-            if (hold and not can_make_ttft(lane, r)) or (limit and lane.requests[r].prefill_tokens > lane.knobs.limit):
+            if (hold and not can_make_ttft(lane, r)) or (limit and lane.requests[r].prefill_tokens > lane.batch.limit):
                 continue
             seconds = work_s(lane, r)
             if seconds < best_s or (seconds == best_s and r < best):

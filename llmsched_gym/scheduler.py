@@ -22,7 +22,8 @@ import numpy as np
 
 from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import ORDERS, pack
+from llmsched_gym.engine.pack import HOLDS, ORDERS, pack
+from llmsched_gym.engine.promise import STRETCH
 from llmsched_gym.engine.records import KNOBS
 from llmsched_gym.engine.state import SCHEDULE_SIGNATURE, State
 from llmsched_gym.engine.step import VICTIMS
@@ -52,6 +53,7 @@ def default_knobs() -> np.ndarray:
     knobs["cap"] = knobs["offset"] = knobs["offset_full"] = math.inf
     knobs["usage_switch"] = math.inf
     knobs["margin"] = math.nan
+    knobs["stretch"] = STRETCH
     return knobs
 
 
@@ -75,6 +77,8 @@ class Compiled:
     clairvoyant: bool = False
     decision_s: float = 0.0
     name: str = ""
+    options: tuple[str, ...] = ()  # bracket parameters beyond those that all compiled schedulers honour
+    plan: Callable | None = None  # entry (handle, env) that sets the knobs of the batch to come, if they change
 
     @cached_property
     def kernel(self) -> Any:
@@ -112,6 +116,11 @@ def _boolean(text: str) -> int:
     return values[text.lower()]
 
 
+def _level(text: str, names: tuple[str, ...]) -> int:
+    """Index of a name; the first two may be said as booleans are."""
+    return names.index(text.lower()) if text.lower() in names else _boolean(text)
+
+
 def _positive_int(text: str) -> int:
     value = int(text)
     if not 1 <= value <= np.iinfo(np.int32).max:
@@ -136,7 +145,7 @@ def _not_negative(text: str) -> float:
 # bracket parameter: (knob, reader, what is expected)
 OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "budget": ("token_budget", _positive_int, "whole number of tokens >= 1"),
-    "hold": ("hold", _boolean, "true or false"),
+    "hold": ("hold", lambda text: _level(text, HOLDS), "true, false or always"),
     "limit": ("limit", _positive_int, "whole number of tokens >= 1"),
     "cap": ("cap", _positive, "share of the smallest TBT SLO, > 0"),
     "refuse": ("refuse", _boolean, "true or false"),
@@ -145,9 +154,11 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "offset_full": ("offset_full", _not_negative, "mean batches >= 0"),
     "usage_switch": ("usage_switch", _not_negative, "KV use from which offset_full applies"),
     "margin": ("margin", _not_negative, "capped batches >= 0"),
+    "stretch": ("stretch", _positive, "factor on predicted prefill times, > 0"),
     "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
 }
 COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
+PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name != "stretch")
 
 
 @cache
@@ -210,7 +221,7 @@ def with_options(spec: str, entry: Compiled, options: Mapping[str, str]) -> Comp
                 raise PolicyError(f"policy {spec!r}: admission: expected one of {', '.join(ADMISSIONS)}, got {text!r}")
             admission = text
             continue
-        known = [*OPTIONS, "admission"] if entry.function is pack_with_knobs else COMMON_OPTIONS
+        known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options)
         if key not in known:
             raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(known)}")
         knob, read, expected = OPTIONS[key]

@@ -19,7 +19,7 @@ from agents.imitate import Config as ImitateConfig
 from agents.imitate import imitate, make_teacher
 from agents.tune import Config, KnobRules, new_search, tune
 from llmsched_gym.config import ConfigError, env_config, scenario
-from llmsched_gym.env.knobs import CAP, KNOBS
+from llmsched_gym.env.knobs import CAP, KNOBS, MARGIN
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import read_folder
@@ -127,6 +127,18 @@ def test_a_teacher_that_is_told_the_cost_scale_divides_its_cap_by_it():
     untold = make_teacher("sarathi[order=feasible,hold=true,cap=0.8]", env)(env, env.reset())
     assert set(untold[:, CAP].tolist()) == {KNOBS[CAP].values.index(0.8)}
     assert np.array_equal(np.delete(labels, CAP, 1), np.delete(untold, CAP, 1))
+
+
+def test_a_teacher_that_plans_is_asked_for_every_batch():
+    env = TrainingEnv(16, "drift", 2, action_repeat=1)
+    teacher, seen = make_teacher("on-time", env), set()
+    observations = env.reset()
+    for _ in range(60):
+        labels = teacher(env, observations)
+        seen |= {tuple(label) for label in labels.tolist()}
+        observations = env.step(labels)[0]
+    assert len({label[MARGIN] for label in seen}) == 2
+    assert len({label[CAP] for label in seen}) > 1  # corrected by what batches really take
 
 
 def test_what_cannot_teach(tmp_path):

@@ -314,6 +314,7 @@ def test_random_actions_break_no_rule(action):
 def test_worst_patience_counts_what_a_preempted_request_waited_before():
     env = LLMSchedEnv(qps=2.5, num_kv_blocks=1500, watermark=0.0, patience_s=20.0, horizon_s=200.0)
     env.reset(seed=1)
+    entry = env.feature_names.index("worst_patience")
     earlier = 0
     for _ in range(4000):
         observation, _, _, truncated, _ = env.step(np.zeros(7, np.int64))
@@ -327,7 +328,7 @@ def test_worst_patience_counts_what_a_preempted_request_waited_before():
                 due_s = request.last_token_s + request.tbt_slo_s
                 earlier += request.lateness_s > 0 and sim.clock_s < due_s
             late.append(request.lateness_s + max(0.0, sim.clock_s - due_s))
-        assert observation[-1] == pytest.approx(min(1.0, max(late) / 20.0), abs=1e-6)
+        assert observation[entry] == pytest.approx(min(1.0, max(late) / 20.0), abs=1e-6)
         if truncated:
             break
     assert earlier > 0

@@ -11,6 +11,7 @@ from safetensors.numpy import save
 from llmsched_gym.config import EnvConfig, env_config
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import KNOBS, knobs_for
+from llmsched_gym.env.network import forward
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -18,6 +19,7 @@ from llmsched_gym.policies import LoadedPolicy, load_policy, read_folder, write_
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.policies.knob_rules import KnobScores
 from llmsched_gym.policies.load import make_policy
+from llmsched_gym.policies.networks import Mlp
 from llmsched_gym.scheduler import Compiled, PolicyError, make_scheduler
 
 CHOICES = sum(len(k.values) for k in KNOBS[:-1])
@@ -83,6 +85,35 @@ def test_an_mlp_is_what_it_says():
         expected.append(out[first : first + len(knob.values)].argmax())
         first += len(knob.values)
     assert make_policy(spec, tensors)(x).tolist() == expected
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+def test_compiled_layers_are_numpys(activation):
+    tensors = {k: v / 4 for k, v in mlp_tensors(np.random.default_rng(3), width=32).items()}
+    settings = {"layers": 1, "activation": activation}
+    mlp = Mlp(settings, tensors, len(FEATURES), CHOICES)
+    policy = make_policy(spec_for(EnvConfig(), {"kind": "mlp", **settings}), tensors)
+    for x in np.random.default_rng(4).random((50, len(FEATURES))).astype(np.float32):
+        outputs = policy.network.layers[forward(policy.network, x), :CHOICES]
+        assert np.allclose(outputs, mlp(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear"])
+def test_a_run_in_compiled_code_is_one_decision_after_the_other(tmp_path, kind):
+    folder = mlp_folder(tmp_path / "p", seed=6, action_repeat=3)
+    if kind == "linear":
+        rng, scores = np.random.default_rng(7), KnobScores(knobs_for(EnvConfig()))
+        tensors = {
+            "weight": rng.standard_normal((scores.num_scores, len(FEATURES))),
+            "bias": rng.random(scores.num_scores),
+        }
+        folder = write_folder(tmp_path / "l", spec_for(EnvConfig(action_repeat=3), {"kind": "linear"}), tensors)
+    whole = simulate(SHORT, str(folder), 3, num_steps=3000)
+    slow = load_policy(folder)
+    slow.network = None
+    stepped = simulate(SHORT, slow, 3, num_steps=3000)
+    assert np.array_equal(whole.steps, stepped.steps)
+    assert len(set(whole.steps["decode_tokens"].tolist())) > 1
 
 
 def test_a_constant_is_the_compiled_scheduler_it_describes(tmp_path):

@@ -56,9 +56,16 @@ def open_batch(lane):
     batch.free_blocks = sim.free_blocks
     batch.pairs = 0.0
     batch.kv_tokens = 0.0
-    batch.cap_s = math.inf
-    if lane.knobs.cap < math.inf:
-        batch.cap_s = lane.knobs.cap * min(smallest_tbt_slo_s(lane), next_deadline_s(lane))
+    batch.margin, batch.order = lane.knobs.margin, lane.knobs.order
+    batch.limit, batch.hold = lane.knobs.limit, lane.knobs.hold
+    set_cap(lane, lane.knobs.cap)
+
+
+@kernel()
+def set_cap(lane, cap):
+    """Cap the predicted time of the open batch, as a share of the TBT SLOs and deadlines of running decodes."""
+    lane.batch.cap = cap
+    lane.batch.cap_s = cap * min(smallest_tbt_slo_s(lane), next_deadline_s(lane)) if cap < math.inf else math.inf
 
 
 @kernel()
@@ -252,17 +259,16 @@ def is_decoding(lane, r):
 
 
 @kernel()
-def can_make_ttft(lane, r):
-    """Whether `r`, served alone from now on, would have its first token in time; true once it has one.
-
-    The estimate leaves out all other work, so what it calls hopeless is hopeless.
-    """
+def time_left_s(lane, r):
+    """Seconds until the TTFT SLO of `r` ends; negative after it."""
     request = lane.requests[r]
-    if request.num_output_tokens > 0:
-        return True
-    left = request.ttft_slo_s - (lane.sim.clock_s - request.arrival_s)
-    if left <= 0.0:
-        return False
+    return request.ttft_slo_s - (lane.sim.clock_s - request.arrival_s)
+
+
+@kernel()
+def time_alone_s(lane, r):
+    """Predicted seconds until the prompt of `r` is complete if it is served alone from now on."""
+    request = lane.requests[r]
     n = remaining_prefill(request)
     chunk = min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens)
     whole, rest = n // chunk, n % chunk
@@ -271,7 +277,19 @@ def can_make_ttft(lane, r):
     seconds += lane.coef_s[0] * n * (computed + (n + 1) * 0.5)
     # the KV read by chunk i ends at computed + (i + 1) * chunk
     kv_tokens = whole * computed + chunk * whole * (whole + 1) * 0.5 + (computed + n if rest > 0 else 0)
-    return seconds + lane.coef_s[1] * kv_tokens <= left
+    return seconds + lane.coef_s[1] * kv_tokens
+
+
+@kernel()
+def can_make_ttft(lane, r):
+    """Whether `r`, served alone from now on, would have its first token in time; true once it has one.
+
+    The estimate leaves out all other work, so what it calls hopeless is hopeless.
+    """
+    if lane.requests[r].num_output_tokens > 0:
+        return True
+    left_s = time_left_s(lane, r)
+    return left_s > 0.0 and time_alone_s(lane, r) <= left_s
 
 
 @entry()

@@ -27,6 +27,12 @@ from llmsched_gym.engine.jit import kernel
 
 ORDERS = ("fcfs", "spf", "class", "srpt", "edf", "feasible")
 FCFS, SPF, CLASS, SRPT, EDF, FEASIBLE = range(6)
+HOLDS = ("false", "true", "always")
+"""Whether prompts that cannot make their TTFT SLO any more wait: never; for those that can; for decodes as well.
+
+The last holds for prompts above the limit too.
+"""
+HOLD_ALWAYS = 2
 # From here on a waiting prompt may overtake a started one between two chunks.
 _FIRST_PREEMPTIVE_ORDER = SRPT
 
@@ -187,10 +193,18 @@ def _any_feasible(lane):
 
 
 @kernel()
+def _any_decode(lane):
+    for i in range(lane.sim.num_running):  # noqa: SIM110 - a kernel
+        if not is_prefill(lane.requests[lane.running[i]]):
+            return True
+    return False
+
+
+@kernel()
 def _any_within_limit(lane):
     for i in range(lane.sim.num_waiting):
         request = lane.requests[lane.waiting[i]]
-        if request.num_scheduled_tokens == 0 and request.prefill_tokens <= lane.knobs.limit:
+        if request.num_scheduled_tokens == 0 and request.prefill_tokens <= lane.batch.limit:
             return True
     return False
 
@@ -232,7 +246,7 @@ def next_waiting(lane, order, hold, limit):
     for i in range(lane.sim.num_waiting):
         r = lane.waiting[i]
         request = lane.requests[r]
-        if request.num_scheduled_tokens != 0 or (limit and request.prefill_tokens > lane.knobs.limit):
+        if request.num_scheduled_tokens != 0 or (limit and request.prefill_tokens > lane.batch.limit):
             continue
         if hold and not can_make_ttft(lane, r):
             continue
@@ -256,8 +270,10 @@ def refuse_hopeless(lane):
 @kernel()
 def admission_filters(lane):
     """(hold, limit): whether hopeless prompts are held back now, and whether long ones are."""
-    hold = lane.knobs.hold != 0 and _any_feasible(lane)
-    limit = lane.knobs.limit < lane.sim.max_model_len and _any_within_limit(lane)
+    batch = lane.batch
+    busy = batch.hold == HOLD_ALWAYS and _any_decode(lane)
+    hold = batch.hold != 0 and (busy or _any_feasible(lane))
+    limit = batch.limit < lane.sim.max_model_len and (busy or _any_within_limit(lane))
     return hold, limit
 
 
@@ -294,15 +310,21 @@ def add_prompts(lane, order):
 
 
 @kernel()
-def pack(lane):
-    """Critical decodes, started prompts, admissions, the other decodes."""
-    knobs = lane.knobs
-    open_batch(lane)
+def fill(lane):
+    """Critical decodes, started prompts, admissions, the other decodes: into an open batch, by its settings."""
+    knobs, batch = lane.knobs, lane.batch
     margin_s = math.nan
-    if not math.isnan(knobs.margin):
-        margin_s = knobs.margin * knobs.cap * smallest_tbt_slo_s(lane) if knobs.cap < math.inf else math.inf
+    if not math.isnan(batch.margin):
+        margin_s = batch.margin * knobs.cap * smallest_tbt_slo_s(lane) if knobs.cap < math.inf else math.inf
     add_critical_decodes(lane, margin_s)
     if knobs.refuse and lane.sim.allow_refusal:
         refuse_hopeless(lane)
-    add_prompts(lane, knobs.order)
+    add_prompts(lane, batch.order)
     add_deferred_decodes(lane, margin_s)
+
+
+@kernel()
+def pack(lane):
+    """A batch by the knobs."""
+    open_batch(lane)
+    fill(lane)

@@ -122,13 +122,14 @@ KNOBS = record_dtype(
         ("order", "i4"),  # of prompts, see pack.ORDERS
         ("victim", "i4"),  # who is evicted when blocks run out, see step.VICTIMS
         ("limit", "i4"),  # largest prompt admitted while other work waits
-        ("hold", "i1"),  # hopeless prompts wait while feasible work exists
+        ("hold", "i1"),  # whether hopeless prompts wait for other work, see pack.HOLDS
         ("refuse", "i1"),  # hopeless waiting prompts are refused (needs allow_refusal)
         ("cap", "f8"),  # of predicted batch time, as a share of the smallest TBT SLO among running decodes
         ("offset", "f8"),  # SLAI's, in mean batches; inf: no decode is ever deferred
         ("offset_full", "f8"),  # the offset when KV use is at least usage_switch
         ("usage_switch", "f8"),
         ("margin", "f8"),  # in capped batches: a decode is critical so long before its deadline; nan: use the LST
+        ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
     ]
 )
 
@@ -150,6 +151,12 @@ BATCH = record_dtype(
         ("pairs", "f8"),  # query-key pairs of the prefill chunks
         ("kv_tokens", "f8"),  # KV tokens read
         ("cap_s", "f8"),  # limit on the predicted time
+        # the knobs of this batch: a scheduler that plans ahead changes them between opening and filling it
+        ("cap", "f8"),
+        ("margin", "f8"),
+        ("order", "i4"),
+        ("limit", "i4"),
+        ("hold", "i1"),
     ]
 )
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.promise import STRETCH, promise
 from llmsched_gym.env.reward import has_changed, pay_live
 
 
@@ -81,6 +82,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature("shortest_waiting", 0, 1, "shortest waiting prompt, share of 8,192 tokens; 1 if none waits"),
     Feature("oldest_waiting", 0, 1, "age of the oldest waiting request, log scale to 120 s in steps of 0.1 s"),
     Feature("worst_patience", 0, 1, "largest lateness of a waiting request, share of its patience"),
+    Feature("promised", 0, 1, "prompts that can all make their TTFT SLO (engine.promise), log scale to 128"),
+    Feature("promised_work", 0, 1, "their service alone, share of 4 s"),
+    Feature("promise_slack", 0, 1, "least time that one of them has left, share of 1 s; 1 if there is none"),
+    Feature(
+        "dropped", 0, 1, "prompts that could make their TTFT SLO, but not with the promised ones, log scale to 128"
+    ),
+    Feature("shortest_dropped", 0, 1, "the shortest of them, share of 8,192 tokens; 1 if there is none"),
 )
 NUM_FEATURES = len(FEATURES)
 _FIRST_CLASS = 18
@@ -195,4 +203,10 @@ def observe_features(lane, out, pays, world, rules, terms):
     out[first + 12] = min(1.0, shortest / 8192.0)
     out[first + 13] = squash((now_s - oldest_s) * 10.0, _PER_1200)
     out[first + 14] = min(1.0, worst / sim.patience_s) if sim.patience_s < math.inf else 0.0
+    promised, dropped, slack_s, work_s, shortest_dropped = promise(lane, STRETCH)
+    out[first + 15] = _COUNTS[min(promised, 128)]
+    out[first + 16] = min(1.0, work_s * 0.25)
+    out[first + 17] = min(1.0, max(0.0, slack_s))
+    out[first + 18] = _COUNTS[min(dropped, 128)]
+    out[first + 19] = min(1.0, shortest_dropped / 8192.0)
     return paid

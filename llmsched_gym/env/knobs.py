@@ -28,7 +28,7 @@ class Knob(NamedTuple):
         if self.name == "order":
             return ORDERS[int(value)]
         if self.name in ("hold", "refuse"):
-            return "yes" if value else "no"
+            return ("no", "yes", "always")[int(value)]
         if math.isinf(value) or value == NO_LIMIT:
             return "none"
         return f"{value:g}"
@@ -52,10 +52,14 @@ KNOBS = (
         "instead of the offset: decodes wait until so many capped batches before their deadline (with no cap: never)",
     ),
     Knob("order", tuple(range(len(ORDERS))), "order of prompts"),
-    Knob("hold", (0, 1), "hold back prompts that can no longer make their TTFT SLO while feasible work exists"),
+    Knob(
+        "hold",
+        (0, 1, 2),
+        "hold back prompts that can no longer make their TTFT SLO while feasible ones exist (yes), or decodes (always)",
+    ),
     Knob(
         "limit",
-        (NO_LIMIT, 6500, 5500, 4500, 3500, 2500, 1500),
+        (NO_LIMIT, 6500, 5500, 4500, 3500, 2500, 1500, 1000, 500),
         "largest prompt admitted while other prompts wait, tokens",
     ),
     Knob("refuse", (0, 1), "refuse waiting prompts that can no longer make their TTFT SLO"),

@@ -11,9 +11,9 @@ from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
 from llmsched_gym.env.arrays import make_arrays
-from llmsched_gym.env.knobs import knobs_action
+from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, knobs_action
 from llmsched_gym.env.slots import NUM_SLOTS
-from llmsched_gym.scheduler import Compiled, make_scheduler
+from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
 
 
 class SchedulerPolicy:
@@ -42,10 +42,32 @@ class SchedulerPolicy:
 
     def action(self) -> np.ndarray:
         """The knobs action that does what the scheduler does now; ValueError where the knobs cannot express it."""
-        if not isinstance(self.scheduler, Compiled) or self.scheduler.function.__name__ != "pack_with_knobs":
+        if not sets_knobs(self.scheduler):
             raise ValueError(f"{getattr(self.scheduler, 'name', self.scheduler)}: not a setting of the packing kernel")
-        usage = float(self.env.core.engine.state.sims[0].kv_cache_usage)
-        return knobs_action(self.scheduler.knobs, usage, self.env.config)
+        return knobs_now(self.scheduler, self.env.core.engine, 0, self.env.config)
+
+
+def sets_knobs(scheduler: Any) -> bool:
+    """Whether a scheduler is a setting of the packing kernel, fixed or planned for each batch."""
+    return isinstance(scheduler, Compiled) and (scheduler.function is pack_with_knobs or scheduler.plan is not None)
+
+
+def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) -> np.ndarray:
+    """The knobs action that does what such a scheduler does now in environment `env`; int64 of shape (num_knobs,).
+
+    A planned cap becomes the nearest of the knob, a limit the next larger. ValueError where no knob has the value.
+    """
+    state = engine.state
+    settings = {name: scheduler.knobs[name].item() for name in scheduler.knobs.dtype.names or ()}
+    if scheduler.plan is not None:
+        before, knobs = state.batches[env].copy(), state.knobs[env].copy()
+        scheduler.install(state, env)
+        scheduler.plan(engine.handle, env)
+        settings |= {name: state.batches[env][name].item() for name in ("order", "limit", "margin", "hold")}
+        settings["cap"] = min(KNOBS[CAP].values, key=lambda v: abs(v - float(state.batches[env]["cap"])))
+        settings["limit"] = min(v for v in KNOBS[LIMIT].values if v >= settings["limit"])
+        state.batches[env], state.knobs[env] = before, knobs
+    return knobs_action(settings, float(state.sims[env].kv_cache_usage), config)
 
 
 class PolicyScheduler:

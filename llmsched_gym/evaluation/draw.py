@@ -82,6 +82,7 @@ STYLES = {
     "edf": Style("#4d5966", "d", (0, (1.5, 1.2))),
     "srpt-capped": Style("#332288", "8", "-"),
     "feasible-first": Style("#6f63c4", "s", "-"),
+    "on-time": Style("#00875a", "D", "-"),
     "learned": Style("#c4003c", "*", "-"),
     "shortest-total": Style("#333333", "H", (0, (2, 1.4))),
 }

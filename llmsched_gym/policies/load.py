@@ -10,10 +10,13 @@ from typing import Any, cast
 
 import numpy as np
 
+from llmsched_gym.engine import Engine
+from llmsched_gym.engine.jit import JIT_ENABLED
 from llmsched_gym.engine.run import clear_batch_env
 from llmsched_gym.engine.view import Batch, View
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import Knob, knob_values, knobs_for, set_knobs
+from llmsched_gym.env.network import Network, choose, make_network, run_network
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder
@@ -34,9 +37,22 @@ class LoadedPolicy(PolicyScheduler):
     def __init__(
         self, spec: PolicySpec, tensors: dict[str, np.ndarray], name: str = "", decision_s: float | None = None
     ) -> None:
-        super().__init__(make_policy(spec, tensors), spec.config, spec.decision_s if decision_s is None else decision_s)
+        policy = make_policy(spec, tensors)
+        super().__init__(policy, spec.config, spec.decision_s if decision_s is None else decision_s)
+        self.network = policy.network if isinstance(policy, Knobs) and JIT_ENABLED else None
         self.spec, self.name = spec, name
         self.what: str = f"a learned policy ({spec.architecture['kind']}, {spec.action['kind']} action)"
+
+    def run_steps(self, engine: Engine, max_steps: int, max_idle_steps: int) -> int:
+        """As the method it replaces; a network from features to knobs stays in compiled code."""
+        if self.network is None:
+            return super().run_steps(engine, max_steps, max_idle_steps)
+        repeat = self.config.action_repeat
+        steps, self._left = run_network(
+            engine.handle, self._handle, 0, self.network, repeat, self._left, max_steps, max_idle_steps
+        )
+        self._action = self._arrays.knob_actions[0].copy()
+        return int(steps)
 
     def schedule(self, view: View) -> Batch:
         """The decision as a batch, for whoever has a view and no engine; the engine itself calls ``decide``."""
@@ -51,6 +67,18 @@ class LoadedPolicy(PolicyScheduler):
         )
         clear_batch_env(handle, env)
         return batch
+
+
+class Knobs:
+    """A network from features to knobs, called with one observation."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        action = np.zeros(len(self.network.counts), np.int64)
+        choose(self.network, observation, action)
+        return action
 
 
 def load_policy(path: str | Path, **options: str) -> Any:
@@ -130,6 +158,11 @@ def make_policy(spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Callable[..
     decode, outputs = _decoder(spec)
     if kind == "mlp":
         mlp = Mlp(spec.architecture, tensors, len(columns), outputs)
+        if spec.action["kind"] == "knobs":
+            tables = _now(spec)
+            widths = [len(table) for table in tables]
+            layers, activation = [*mlp.hidden, mlp.out], spec.architecture["activation"]
+            return Knobs(make_network(columns, mlp.mean, mlp.scale, layers, activation, widths, tables))
         if spec.action["kind"] == "request":
             return lambda observation, mask: int(np.where(mask, mlp(observation[columns]), -math.inf).argmax())
         return lambda observation: decode(mlp(observation[columns]))
@@ -177,7 +210,7 @@ def _decoder(spec: PolicySpec) -> tuple[Callable[[np.ndarray], np.ndarray], int]
     return knobs, int(ends[-1])
 
 
-def _linear(spec: PolicySpec, tensors: dict[str, np.ndarray], columns: np.ndarray) -> Callable[..., Any]:
+def _linear(spec: PolicySpec, tensors: dict[str, np.ndarray], columns: np.ndarray) -> Knobs:
     scores, tables = KnobScores(folder_knobs(spec)), _now(spec)
     shapes = {"weight": (scores.num_scores, len(columns)), "bias": (scores.num_scores,)}
     for name, shape in shapes.items():
@@ -185,9 +218,9 @@ def _linear(spec: PolicySpec, tensors: dict[str, np.ndarray], columns: np.ndarra
             got = tensors[name].shape if name in tensors else None
             raise BadTensors(f"{name}: expected shape {shape}, got {got}")
     weight, bias = tensors["weight"].astype(np.float64), tensors["bias"].astype(np.float64)
-
-    def rule(observation: np.ndarray) -> np.ndarray:
-        action = scores.actions(weight @ observation[columns].astype(np.float64) + bias)
-        return np.array([table[i] for i, table in zip(action, tables, strict=True)])
-
-    return rule
+    by_rank = [table[ranks] for table, ranks in zip(tables, scores.ranks, strict=True)]
+    values = [
+        table if width > 1 else ranked for table, width, ranked in zip(tables, scores.widths, by_rank, strict=True)
+    ]
+    zero, one = np.zeros(len(columns)), np.ones(len(columns))
+    return Knobs(make_network(columns, zero, one, [(weight.T, bias)], "tanh", scores.widths, values))
