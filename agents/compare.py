@@ -33,6 +33,7 @@ METRIC = "mean_utility"
 class Config:
     agents: str = option("learned", "policies trained with different seeds, separated by commas")
     opponents: str = option("tuned-constant,tuned-linear,slai,sarathi", "policies to beat, separated by commas")
+    beside: str = option("", "policies that the table shows too, separated by commas; not to be beaten")
     suite: str = option("drift", "suite")
     set: dict[str, Any] = option({}, "any other field of Scenario, as --set qps=1.8; may be repeated")  # noqa: RUF009
     seeds: int = option(20, "seeds of a policy")
@@ -48,9 +49,11 @@ def interquartile_mean(values: Sequence[float]) -> float:
     return float(trim_mean(values, 0.25))
 
 
-def table(rows: Sequence[dict[str, Any]], agents: Sequence[str], opponents: Sequence[str]) -> dict[str, Any]:
+def table(
+    rows: Sequence[dict[str, Any]], agents: Sequence[str], opponents: Sequence[str], beside: Sequence[str] = ()
+) -> dict[str, Any]:
     """Means, intervals and paired differences of all policies from the best opponent."""
-    by_policy = {p: [r for r in rows if r["policy"] == p] for p in (*opponents, *agents)}
+    by_policy = {p: [r for r in rows if r["policy"] == p] for p in (*opponents, *beside, *agents)}
     utility = {p: [r[METRIC] for r in own] for p, own in by_policy.items()}
     best = max(opponents, key=lambda p: intervals.mean(utility[p]) or 0.0)
     lines = []
@@ -106,22 +109,23 @@ def markdown(found: dict[str, Any], config: Config) -> str:
 def compare(config: Config) -> str:
     """Run what is missing and write the tables; returns the Markdown one."""
     agents, opponents = config.agents.split(","), config.opponents.split(",")
-    if set(agents) & set(opponents):
-        raise ConfigError(f"agents: expected policies that are no opponents, got {config.agents!r}")
+    beside = config.beside.split(",") if config.beside else []
+    if len({*agents, *opponents, *beside}) < len(agents) + len(opponents) + len(beside):
+        raise ConfigError(f"agents: expected policies that are named once, got {config.agents!r}")
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
     out = Path(config.out)
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("runs", total=None)
         rows = evaluate(
             world,
-            [*opponents, *agents],
+            [*opponents, *beside, *agents],
             seeds=config.seeds,
             first_seed=config.first_seed,
             workers=config.workers,
             out=out,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
-    found = table(rows, agents, opponents)
+    found = table(rows, agents, opponents, beside)
     text = markdown(found, config)
     (out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / "table.md").write_text(text)

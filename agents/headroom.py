@@ -2,8 +2,8 @@
 
 Three policies that nobody could run, each on the same requests as the constant:
 
-- `machine`: the same kind of constant, told the device's hidden cost scale, so that its predictions are right; its cap
-  and its token budget are chosen on selection seeds.
+- `machine`: `on-time`, told the device's hidden cost scale, so that its predictions are right; its cap and its token
+  budget are chosen on selection seeds.
 - `lengths`: `shortest-total` told the cost scale and every output length.
 - `hindsight`: for each seed the best of ``--settings`` random constants, chosen on the very requests that it is judged
   on; this flatters it.
@@ -37,8 +37,8 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.workload import make_table
 
-CAPS, BUDGETS = (0.7, 0.75, 0.8, 0.85), (512, 768, 1024)
-FEASIBLE = "sarathi[order=feasible,hold=true,cap={cap},budget={budget}]"
+CAPS, BUDGETS = (0.75, 0.8, 0.85), (512, 768, 1024)
+ON_TIME = "on-time[cap={cap},budget={budget}]"
 LENGTHS = "shortest-total[cap={cap},budget={budget}]"
 
 
@@ -69,7 +69,10 @@ def random_constants(count: int, seed: int = 0) -> list[str]:
     for _ in range(count):
         order = rng.choice(["feasible", "feasible", "srpt", "edf", "spf"])
         options = {"budget": rng.choice([192, 256, 320, 384, 448, 512, 640, 768, 1024]), "order": order}
-        options |= {"hold": rng.choice(["true", "true", "false"]), "cap": rng.choice([0.6, 0.7, 0.8, 0.9, 0.95, "inf"])}
+        options |= {
+            "hold": rng.choice(["always", "always", "true", "false"]),
+            "cap": rng.choice([0.6, 0.7, 0.8, 0.9, 0.95, "inf"]),
+        }
         options |= {"offset": rng.choice(["inf", "inf", "inf", "3", "7", "10"])}
         options |= {"limit": rng.choice([8192, 8192, 6500, 5500, 4500, 3500])}
         found.append("sarathi[" + ",".join(f"{name}={value}" for name, value in options.items()) + "]")
@@ -93,7 +96,7 @@ def headroom(config: Config) -> dict[str, Any]:
 
         base = run("constant", False, [config.constant], seeds)[0]
         found: dict[str, tuple[str, np.ndarray]] = {}
-        for name, template in (("machine", FEASIBLE), ("lengths", LENGTHS)):
+        for name, template in (("machine", ON_TIME), ("lengths", LENGTHS)):
             choices = [template.format(cap=cap, budget=budget) for cap in CAPS for budget in BUDGETS]
             best = choices[int(run(f"{name}: choosing", True, choices, chosen_on).mean(1).argmax())]
             found[name] = best, run(name, True, [best], seeds)[0]

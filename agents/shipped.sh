@@ -7,35 +7,41 @@ python=${PYTHON:-python}
 export OMP_NUM_THREADS=1
 judged="--eval-seeds 8 --eval-requests 1000"
 
-# opponents: as many simulated decisions as the agents get at most
+# opponents: more simulated decisions than the agents get; the shipped linear rule five times as many again
 $python -m agents.tune --kind constant --suite drift --steps 4e6 --seed 1 --out "$out/tuned-constant"
-$python -m agents.tune --kind linear --suite drift --steps 4e6 --seed 2 --sigma 0.05 --out "$out/tuned-linear"
+$python -m agents.tune --kind linear --suite drift --action-repeat 1 --steps 4e6 --seed 2 --sigma 0.05 \
+  --out "$out/tuned-linear-4m"
+$python -m agents.tune --kind linear --suite drift --action-repeat 1 --steps 2e7 --seed 2 --sigma 0.05 \
+  --out "$out/tuned-linear"
 
-# agents: a teacher that knows the device's hidden cost scale, then PPO
+# agents: students of on-time, one decision a batch
+student="--suite drift --action-repeat 1 --rounds 5 --steps 600 --epochs 10 $judged"
 agents=""
 for seed in 1 2 3 4 5; do
-  $python -m agents.imitate --teacher "sarathi[order=feasible,hold=true,cap=0.8,budget=768]" --told --suite drift \
-    --seed $seed --rounds 3 --steps 150 --epochs 6 $judged --out "$out/told-$seed"
-  $python -m agents.train --suite drift --steps 2e6 --seed $seed --warm-start "$out/told-$seed/weights.pt" \
-    --critic-warmup 250000 --learning-rate 1e-4 --entropy 0 --n-steps 128 --batch-size 4096 $judged \
-    --out "$out/drift-$seed"
-  agents="$agents,$out/drift-$seed/policy"
+  $python -m agents.imitate --teacher on-time --seed $seed $student --out "$out/on-time-$seed"
+  agents="$agents,$out/on-time-$seed/policy"
 done
 
-# the agent with the highest mean utility on selection seeds is the shipped one: see "selection" in policy.json
+# the agent with the highest mean utility on selection seeds is the shipped one: see "training" in policy.json
 $python -m agents.headroom --constant "$out/tuned-constant/policy" --settings 100 --out "$out/headroom.json"
-$python -m agents.compare --agents "${agents#,}" --out "$out/compare" \
-  --opponents "$out/tuned-constant/policy,$out/tuned-linear/policy,slai,sarathi"
-curves=$(for seed in 1 2 3 4 5; do printf ',%s' "$out/drift-$seed"; done)
-level=$($python -c "import json; print(json.load(open('$out/tuned-constant/policy/policy.json'))['training']['selection']['mean_utility'])")
-$python -m agents.curves --runs "${curves#,}" --level "$level" --out "$out/learned_curves.png"
+compare="$python -m agents.compare --agents ${agents#,} --beside on-time"
+$compare --out "$out/compare" --opponents "$out/tuned-constant/policy,$out/tuned-linear-4m/policy,slai,sarathi"
+$compare --out "$out/compare-longer" --opponents "$out/tuned-constant/policy,$out/tuned-linear/policy,slai,sarathi"
 
 # the other criteria, and worlds that nobody was trained for: with the policies that the package ships
-$python -m agents.robustness --policy learned,tuned-constant,slai --out "$out/robustness.json"
+$python -m agents.robustness --policy learned,on-time,tuned-constant,slai --out "$out/robustness.json"
 capacity="llmsched capacity --first-seed 3000 --policy"
-$capacity "slai,slai[hold=true],tuned-constant,tuned-linear,learned" --suite default --criterion serve-all:0.9 --qps 0.8,2.6
-$capacity "slai,tuned-constant,srpt-capped,learned" --suite paper --criterion paper --qps 0.9,2.6
-$python -m agents.tune --kind constant --suite default --set allow_refusal=True --steps 3e6 --seed 1 --out "$out/refusing"
-$capacity "slai,$out/refusing/policy,tuned-constant,learned" --suite default --criterion attainment:0.9 --allow-refusal \
-  --qps 0.8,3
-llmsched evaluate --suite paper --qps 1.6 --first-seed 3000 --policy slai,tuned-constant,learned
+$capacity "slai,slai[hold=true],tuned-constant,tuned-linear,on-time,learned" --suite default --criterion serve-all:0.9 \
+  --qps 0.8,2.6
+$capacity "slai,tuned-constant,tuned-linear,on-time,learned" --suite paper --criterion paper --qps 0.9,2.6
+llmsched evaluate --suite paper --qps 1.6 --first-seed 3000 --policy slai,tuned-constant,tuned-linear,on-time,learned
+
+# with the right to refuse: constants tuned on all rates, and on the rates where the criterion is decided
+refusing="--suite default --set allow_refusal=True"
+$python -m agents.tune --kind constant $refusing --steps 3e6 --seed 1 --out "$out/refusing-constant"
+$python -m agents.tune --kind constant $refusing --set "qps_range=(2.1,2.5)" --set beta=0.0 --steps 3e6 --seed 1 \
+  --out "$out/refusing-constant-loaded"
+$python -m agents.imitate --teacher "on-time[refuse=true,stretch=1.5,limit=6500]" $refusing --set "qps_range=(1.6,2.6)" \
+  --action-repeat 1 --seed 1 --rounds 5 --steps 600 --epochs 10 $judged --out "$out/refusing"
+$capacity "slai,$out/refusing-constant/policy,$out/refusing-constant-loaded/policy,$out/refusing/policy,learned" \
+  --suite default --criterion attainment:0.9 --allow-refusal --qps 0.8,3

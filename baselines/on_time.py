@@ -17,7 +17,7 @@ from llmsched_gym.engine.step import LATEST_LST
 from llmsched_gym.scheduler import Compiled
 
 # Chosen on selection seeds of the drift suite.
-QUIET = 30  # so few running requests leave room for prompts that are late anyway
+QUIET = 60  # so few running requests leave room for prompts that are late anyway
 RESERVE_S = 0.3  # a promise with less slack is at risk
 
 
@@ -55,7 +55,7 @@ SCHEDULERS = {
         "the most prompts that can all make their TTFT SLO (Moore 1968); decodes are put off only for their sake",
         on_time,
         {"token_budget": 768, "cap": 0.8, "margin": 3.0, "hold": 1, "stretch": STRETCH, "victim": LATEST_LST},
-        options=("margin", "stretch"),
+        options=("margin", "stretch", "refuse"),
         plan=plan_env,
     ),
 }

@@ -31,11 +31,11 @@ from llmsched_gym.theory import experiments
 from llmsched_gym.workload import RequestTable
 
 PAPER_POLICIES = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "vllm-v0")
-BUILT_IN_POLICIES = (*PAPER_POLICIES, "rad-512", "srpt-capped")
+BUILT_IN_POLICIES = (*PAPER_POLICIES, "rad-512", "srpt-capped", "on-time")
 LEARNED_POLICIES = ("learned",)  # networks in numpy, several times as slow: timed apart
 MAIN_POLICIES = (*BUILT_IN_POLICIES, *LEARNED_POLICIES)
 BOUNDED_POLICIES = (*MAIN_POLICIES, "feasible-first", "shortest-total")
-STRICT_POLICIES = ("sarathi", "slai", "slai-priority", "srpt-capped", "feasible-first")
+STRICT_POLICIES = ("sarathi", "slai", "slai-priority", "srpt-capped", "feasible-first", "on-time")
 LOADS = tuple(round(0.2 * k, 1) for k in range(1, 11))
 STRICT_SHARES = (0.0, 0.05, 0.2, 0.5)
 CHUNKS = (64, 128, 256, 384, 512, 768, 1024)

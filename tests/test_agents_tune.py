@@ -162,6 +162,7 @@ def test_agents_are_compared_with_the_best_opponent_on_the_same_seeds(tmp_path):
     config = CompareConfig(
         agents="sarathi-spf,slai",
         opponents="faster-transformer,sarathi",
+        beside="on-time",
         suite="paper",
         set={"qps": 1.8},
         seeds=10,
@@ -174,6 +175,7 @@ def test_agents_are_compared_with_the_best_opponent_on_the_same_seeds(tmp_path):
     found = json.loads((tmp_path / "compare" / "table.json").read_text())
     lines = {line["policy"]: line for line in found["lines"]}
     assert found["best_opponent"] == "sarathi" and lines["sarathi"]["difference"] == 0.0
+    assert lines["on-time"]["difference"] > 0.0 and not lines["on-time"]["agent"]  # shown, but no opponent
     world = scenario("paper", qps=1.8, num_requests=100)
     ours = [row(simulate(world, "slai", seed))["mean_utility"] for seed in range(3000, 3010)]
     base = [row(simulate(world, "sarathi", seed))["mean_utility"] for seed in range(3000, 3010)]
@@ -183,5 +185,5 @@ def test_agents_are_compared_with_the_best_opponent_on_the_same_seeds(tmp_path):
     assert winners(found, -1.0) == sum(line["difference_interval"][0] > 0 for line in found["lines"] if line["agent"])
     assert winners(found, 1.0) == 0
     assert interquartile_mean([0.0, 1.0, 2.0, 10.0]) == 1.5
-    with pytest.raises(ConfigError, match="agents: expected policies that are no opponents"):
+    with pytest.raises(ConfigError, match="agents: expected policies that are named once"):
         compare(replace(config, agents="sarathi"))
