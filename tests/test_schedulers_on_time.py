@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmsched_gym.config import scenario
 from llmsched_gym.engine.jit import entry
-from llmsched_gym.engine.promise import NONE_DROPPED, promise
+from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.env.policy import SchedulerPolicy, knobs_now
@@ -125,6 +125,29 @@ def test_its_knobs_pack_the_same_batches_while_nobody_is_dropped():
     for _ in range(500):
         action = knobs_now(scheduler, twin.core.engine, 0, twin.config)
         assert np.array_equal(policy.step()[0], twin.step(action)[0])
+
+
+def test_observations_tell_what_can_be_promised():
+    env = LLMSchedEnv(qps=2.2, num_requests=150, cost_scale=1.2)
+    observation, _ = env.reset(seed=4)
+    names = ("promised", "promised_work", "promise_slack", "dropped", "shortest_dropped")
+    entries = [env.feature_names.index(name) for name in names]
+    dropped_once = False
+    for _ in range(1500):
+        count, dropped, slack_s, work_s, shortest = promise_env(env.core.engine.handle, 0, STRETCH)
+        wanted = [
+            np.log1p(count) / np.log1p(128),
+            work_s / 4,
+            slack_s,
+            np.log1p(dropped) / np.log1p(128),
+            shortest / 8192,
+        ]
+        assert observation[entries] == pytest.approx(np.clip(wanted, 0.0, 1.0), abs=1e-6)
+        dropped_once = dropped_once or dropped > 0
+        observation, _, terminated, _, _ = env.step(np.zeros(7, np.int64))
+        if terminated:
+            break
+    assert dropped_once
 
 
 def test_it_beats_what_does_not_look_at_slack():

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.promise import STRETCH, promise
+from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.env.reward import has_changed, pay_live
 
 
@@ -203,7 +203,9 @@ def observe_features(lane, out, pays, world, rules, terms):
     out[first + 12] = min(1.0, shortest / 8192.0)
     out[first + 13] = squash((now_s - oldest_s) * 10.0, _PER_1200)
     out[first + 14] = min(1.0, worst / sim.patience_s) if sim.patience_s < math.inf else 0.0
-    promised, dropped, slack_s, work_s, shortest_dropped = promise(lane, STRETCH)
+    promised, dropped, slack_s, work_s, shortest_dropped = 0, 0, math.inf, 0.0, NONE_DROPPED
+    if started > 0 or sim.num_waiting > 0:
+        promised, dropped, slack_s, work_s, shortest_dropped = promise(lane, STRETCH)
     out[first + 15] = _COUNTS[min(promised, 128)]
     out[first + 16] = min(1.0, work_s * 0.25)
     out[first + 17] = min(1.0, max(0.0, slack_s))
