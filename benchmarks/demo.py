@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmsched_gym.cli import main as llmsched
 
-POLICIES = "sarathi,sarathi-spf,slai-fcfs-fixed,slai-spf-fixed,slai,vllm-v0,rad-512,srpt-capped"
+POLICIES = "sarathi,sarathi-spf,slai-fcfs-fixed,slai-spf-fixed,slai,vllm-v0,rad-512,srpt-capped,on-time,learned"
 
 
 def main() -> int:
