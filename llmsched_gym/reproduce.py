@@ -32,7 +32,7 @@ from llmsched_gym.workload import RequestTable
 
 PAPER_POLICIES = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "vllm-v0")
 BUILT_IN_POLICIES = (*PAPER_POLICIES, "rad-512", "srpt-capped", "on-time")
-LEARNED_POLICIES = ("learned",)  # networks in numpy, several times as slow: timed apart
+LEARNED_POLICIES = ("learned",)  # networks, several times as slow: timed apart
 MAIN_POLICIES = (*BUILT_IN_POLICIES, *LEARNED_POLICIES)
 BOUNDED_POLICIES = (*MAIN_POLICIES, "feasible-first", "shortest-total")
 STRICT_POLICIES = ("sarathi", "slai", "slai-priority", "srpt-capped", "feasible-first", "on-time")

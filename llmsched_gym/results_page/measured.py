@@ -126,6 +126,6 @@ SLO attainment in per cent (TTFT and every gap within the SLOs), with 95 % inter
 Two bounds: the fluid capacity, {capacity:.2f} requests/s, of which the capacities by median TTFT are: {tops}. And `shortest-total`,
 which knows every output length and serves the request with the least work left first, its batches capped at 0.8 of the
 TBT SLO. It is a bound on what knowing lengths is worth to this kind of scheduler, not on attainment: a scheduler that
-looks at deadlines instead (feasible-first) may attain more without knowing any. A capacity by median TTFT can exceed what
+looks at deadlines instead (on-time) may attain more without knowing any. A capacity by median TTFT can exceed what
 is stable, because a median does not see the tenth of long prompts that starve.
 """

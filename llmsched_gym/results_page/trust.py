@@ -56,8 +56,8 @@ def section_speed(data: dict[str, Any], plan: Any) -> str:
         timed = json.loads(wall.read_text(encoding="utf-8"))
         own, learned = timed["built_in"], timed["learned"]
         took = f"""
-The main table's {own["runs"]} runs of built-in schedulers took {own["wall_s"]:.0f} s with {timed["workers"]} processes, the {learned["runs"]} of the learned policy, a network in
-numpy, {learned["wall_s"]:.0f} s more."""
+The main table's {own["runs"]} runs of built-in schedulers took {own["wall_s"]:.0f} s with {timed["workers"]} processes, the {learned["runs"]} of the learned policy, a network
+that decides at every batch, {learned["wall_s"]:.0f} s more."""
     return f"""## Speed
 
 Measured on {speed["machine"]["cpu"]} ({speed["machine"]["cores"]} cores), the only figures here that another run does not repeat. Sarathi-Serve compiled:
