@@ -22,7 +22,9 @@ def shipped(name: str, what: str) -> Callable[..., Any]:
 
 
 SCHEDULERS = {
-    "learned": shipped("learned", "PPO over the knobs, trained on drift (docs/agents.md)"),
+    "learned": shipped(
+        "learned", "a network that sets the knobs at every batch, a student of on-time on drift (docs/agents.md)"
+    ),
     "tuned-constant": shipped("tuned-constant", "the best constant knobs that CMA-ES found on drift"),
     "tuned-linear": shipped("tuned-linear", "the best linear rule from features to knobs that CMA-ES found on drift"),
 }
