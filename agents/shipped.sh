@@ -30,8 +30,10 @@ $python -m agents.compare --agents "${agents#,}" --beside "on-time,$out/tuned-li
 # the other criteria, and worlds that nobody was trained for: with the policies that the package ships
 $python -m agents.robustness --policy learned,on-time,tuned-constant,slai --out "$out/robustness.json"
 capacity="llmsched capacity --first-seed 3000 --policy"
-lenient="sarathi[order=feasible,hold=true,cap=0.7]"
-$capacity "slai,slai[hold=true],tuned-constant,tuned-linear,$lenient,on-time,learned" --suite default \
+$capacity "slai,slai[hold=true],tuned-constant,tuned-linear,on-time,learned" --suite default --criterion serve-all:0.9 \
+  --qps 0.8,2.6
+$python -m agents.imitate --teacher "on-time[quiet=1000,stretch=1.6]" --seed 1 $student --out "$out/lenient"
+$capacity "sarathi[order=feasible,hold=true,cap=0.7],on-time[quiet=1000],$out/lenient/policy" --suite default \
   --criterion serve-all:0.9 --qps 0.8,2.6
 $capacity "slai,tuned-constant,tuned-linear,on-time,learned" --suite paper --criterion paper --qps 0.9,2.6
 llmsched evaluate --suite paper --qps 1.6 --first-seed 3000 --policy slai,tuned-constant,tuned-linear,on-time,learned

@@ -154,11 +154,12 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "offset_full": ("offset_full", _not_negative, "mean batches >= 0"),
     "usage_switch": ("usage_switch", _not_negative, "KV use from which offset_full applies"),
     "margin": ("margin", _not_negative, "capped batches >= 0"),
+    "quiet": ("quiet", _positive_int, "whole number of running requests >= 1"),
     "stretch": ("stretch", _positive, "factor on predicted prefill times, > 0"),
     "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
 }
 COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
-PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name != "stretch")
+PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name not in ("quiet", "stretch"))
 
 
 @cache

@@ -97,9 +97,10 @@ def test_held_prompts_wait_for_decodes_only_when_told_always():
 def test_a_quiet_engine_serves_the_hopeless():
     late = request(0.001, prompt=50, output=1, ttft=0.01)
     for running, served in ((60, True), (61, False)):
-        run = Run("on-time", [*[request(prompt=1, output=9)] * running, late], device=LINEAR)
-        run.step()
-        assert (running in run.step()) is served
+        for policy, expected in (("on-time", served), ("on-time[quiet=100]", True)):
+            run = Run(policy, [*[request(prompt=1, output=9)] * running, late], device=LINEAR)
+            run.step()
+            assert (running in run.step()) is expected
 
 
 def test_the_plan_as_knobs_leaves_the_engine_alone():

@@ -129,6 +129,7 @@ KNOBS = record_dtype(
         ("offset_full", "f8"),  # the offset when KV use is at least usage_switch
         ("usage_switch", "f8"),
         ("margin", "f8"),  # in capped batches: a decode is critical so long before its deadline; nan: use the LST
+        ("quiet", "i4"),  # on-time: with so few running requests hopeless prompts need not wait for decodes
         ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
     ]
 )
