@@ -29,7 +29,7 @@ from agents.options import fail_in_one_line, option, parse
 from agents.train import Config as TrainConfig
 from agents.train import evaluate, make_model
 from llmsched_gym.config import ConfigError, env_config
-from llmsched_gym.env.knobs import CAP, KNOBS
+from llmsched_gym.env.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.env.policy import knobs_now, sets_knobs
 from llmsched_gym.scheduler import make_scheduler
 
@@ -74,11 +74,15 @@ def make_teacher(name: str, env: TrainingEnv, *, told: bool = False) -> Teacher:
         if told and math.isinf(cap):
             raise ConfigError(f"told: expected a teacher with a cap, got {name!r}")
 
+        try:
+            for usage in (0.0, 1.0) if scheduler.plan is None else ():
+                knobs_action(scheduler.knobs, usage, config)
+            knobs_now(scheduler, engine, 0, config)
+        except ValueError as error:
+            raise ConfigError(f"teacher: {name}: {error}") from None
+
         def compiled(env: TrainingEnv, observations: Any) -> np.ndarray:
-            try:
-                labels = np.stack([knobs_now(scheduler, engine, i, config) for i in range(env.num_envs)])
-            except ValueError as error:
-                raise ConfigError(f"teacher: {name}: {error}") from None
+            labels = np.stack([knobs_now(scheduler, engine, i, config) for i in range(env.num_envs)])
             if told:
                 labels[:, CAP] = nearest_cap(cap / engine.state.worlds["cost_scale"])
             return labels

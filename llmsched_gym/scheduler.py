@@ -23,7 +23,6 @@ import numpy as np
 from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import HOLDS, ORDERS, pack
-from llmsched_gym.engine.promise import STRETCH
 from llmsched_gym.engine.records import KNOBS
 from llmsched_gym.engine.state import SCHEDULE_SIGNATURE, State
 from llmsched_gym.engine.step import VICTIMS
@@ -53,7 +52,6 @@ def default_knobs() -> np.ndarray:
     knobs["cap"] = knobs["offset"] = knobs["offset_full"] = math.inf
     knobs["usage_switch"] = math.inf
     knobs["margin"] = math.nan
-    knobs["stretch"] = STRETCH
     return knobs
 
 

@@ -142,9 +142,10 @@ def test_a_teacher_that_plans_is_asked_for_every_batch():
 
 
 def test_what_cannot_teach(tmp_path):
-    for teacher in ("rad", "srpt-capped[budget=333]"):
+    for teacher in ("rad", "srpt-capped[budget=333]", "slai[offset_full=4]", "on-time[budget=333]"):
         with pytest.raises(ConfigError, match="teacher"):
-            imitate(ImitateConfig(teacher=teacher, out=str(tmp_path), num_envs=2))
+            imitate(ImitateConfig(teacher=teacher, out=str(tmp_path / "out"), num_envs=2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_converged_search_starts_again_with_twice_the_population(tmp_path):
