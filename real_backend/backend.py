@@ -27,7 +27,7 @@ from real_backend.weights import LoadedModel, load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WARM_UP_PASSES = 3
+WARM_UP_PASSES, WARM_UP_TOKENS = 3, (1, 64, 256)
 
 
 def make_backend(
@@ -41,6 +41,7 @@ def make_backend(
     clock: str = "wall",
     attention: str = "auto",
     graphs: bool | None = None,
+    fused: bool = True,
 ) -> TransformersBackend:
     """A warmed-up backend for engines of `scenario` (or one with other rates, SLOs, lengths, but equal limits).
 
@@ -57,12 +58,20 @@ def make_backend(
         attention: "triton", the paged kernel; "sdpa", the portable path; "auto" is triton where it can run on a GPU.
         graphs: whether batches of decodes alone are padded to fixed sizes and replayed as CUDA graphs; None is yes on a
             GPU with the paged kernel. On a CPU they are padded, but there is nothing to replay.
+        fused: whether models that :mod:`real_backend.fused` knows run through its kernels instead of their own modules,
+            where the paged kernel runs.
     """
     if count_host_time is None:
         count_host_time = scenario.count_host_time
     loaded = load_model(model, find_device(device), dtype, seed)
     backend = TransformersBackend(
-        loaded, scenario, count_host_time=count_host_time, clock=clock, attention=attention, graphs=graphs
+        loaded,
+        scenario,
+        count_host_time=count_host_time,
+        clock=clock,
+        attention=attention,
+        graphs=graphs,
+        fused=fused,
     )
     backend.warm_up()
     return backend
@@ -103,6 +112,7 @@ class TransformersBackend:
         clock: str = "wall",
         attention: str = "auto",
         graphs: bool | None = None,
+        fused: bool = True,
     ) -> None:
         self._watch = Stopwatch(loaded.device, clock)
         self.clock = clock
@@ -128,6 +138,9 @@ class TransformersBackend:
         if graphs and on_gpu and self.attention != "triton":
             raise BackendError("graphs: the portable attention cannot be recorded; leave graphs out, or use triton")
         self._check_hook(probe)
+        if fused and self.attention == "triton":
+            # the passes that warm up and that measure memory are not bound to a sequence's length
+            probe.try_fused(max(scenario.max_model_len, scenario.max_num_batched_tokens, *WARM_UP_TOKENS))
         largest = probe.scratch_inputs(scenario.max_num_batched_tokens)
         self.num_kv_blocks = scenario.num_kv_blocks or fitting_blocks(scenario, spec, self.device, probe.run, largest)
         try:
@@ -137,6 +150,7 @@ class TransformersBackend:
                 raise
             raise BackendError(f"num_kv_blocks {self.num_kv_blocks}: more than the memory of {self.device}") from None
         self.runner = Runner(loaded, cache, self.attention)
+        self.runner.fused = probe.fused
         self.blocks = BlockTable(self.num_kv_blocks, scenario.max_num_seqs, scenario.max_model_len)
         if graphs or (graphs is None and on_gpu and self.attention == "triton"):
             self.runner.graphs = DecodeGraphs(self.runner, scenario.max_num_seqs, self.blocks.blocks.shape[1])
@@ -159,6 +173,8 @@ class TransformersBackend:
             parts.insert(3, f"CUDA {torch.version.cuda}")
         if self.attention != "sdpa":
             parts.append(f"{self.attention} attention")
+        if self.runner.fused is not None:
+            parts.append("fused kernels")
         if self.runner.graphs is not None:
             parts.append("decode graphs")
         if self.clock != "wall":
@@ -232,7 +248,7 @@ class TransformersBackend:
             self.runner.compile_kernel()
         if self.runner.graphs is not None:
             self.runner.graphs.record()
-        for num_tokens in (1, 64, 256):
+        for num_tokens in WARM_UP_TOKENS:
             for _ in range(WARM_UP_PASSES):
                 self.runner.run(self.runner.scratch_inputs(num_tokens))
         for _ in range(WARM_UP_PASSES):

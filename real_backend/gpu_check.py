@@ -65,6 +65,7 @@ def check_command(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
     attention: Annotated[str, typer.Option(help="auto, sdpa or triton.")] = "auto",
     graphs: Annotated[bool, typer.Option(help="CUDA graphs where they can be used.")] = True,
+    fused: Annotated[bool, typer.Option(help="Fused kernels for models that they know.")] = True,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of the largest batch (2048; 512 on a CPU).")] = None,
     max_context: Annotated[int | None, typer.Option(help="Longest sequence, tokens (8192; 512 on a CPU).")] = None,
     max_seqs: Annotated[int | None, typer.Option(help="Sequences of the largest batch (256; 32 on a CPU).")] = None,
@@ -85,7 +86,7 @@ def check_command(
     if (out / "summary.json").exists():
         raise BackendError(f"{out}: has a summary already; name a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    check = Check(model, out, device, limits, attention, None if graphs else False)
+    check = Check(model, out, device, limits, attention, None if graphs else False, fused)
     if max_seqs is None and check.torch_device.type == "cuda":
         check.limits = dataclasses.replace(limits, max_seqs=MAX_SEQS)
     left_s = 60.0 * minutes - (time.monotonic() - start_s)

@@ -16,7 +16,7 @@ from real_backend.gpu_state import Check, TimeUp
 from real_backend.measurements import Sheet, run_sweep
 from real_backend.sweep import plan
 
-POLICIES = ("slai", "sarathi", "rad", "srpt-capped", "learned")
+POLICIES = ("slai", "sarathi", "on-time", "learned", "rad-512")
 LOADS = (0.8, 1.1, 0.5)
 """In the order in which they are run: what time cuts off is last."""
 REQUESTS = (800, 600, 400, 300, 200, 150, 100, 60, 40, 25, 15, 10, 5)
@@ -157,6 +157,16 @@ def kernel(check: Check) -> None:
     if check.backend.attention == "triton" and check.backend.device.type == "cuda":
         for row in time_kernel(check.backend, check.limits, check.measured):
             check.add_row("kernel", row)
+            check.in_time()
+
+
+def mixing(check: Check) -> None:
+    """Decodes alone, a chunk alone, both together."""
+    from real_backend.gpu_speed import mixed_batches, time_mixing
+
+    for decodes, chunk in mixed_batches(check.limits, check.backend.num_kv_blocks):
+        check.in_time()
+        check.add_row("mixing", time_mixing(check.backend, decodes, chunk))
 
 
 def generate(check: Check) -> None:
@@ -177,10 +187,11 @@ def generate(check: Check) -> None:
 SECTIONS: dict[str, tuple[Callable[[Check], None], float]] = {
     "versions": (versions, 0.01),
     "ceilings": (ceilings, 0.02),
-    "sweep": (sweep, 0.40),
+    "sweep": (sweep, 0.35),
     "bounds": (bounds, 0.10),
     "correctness": (correctness, 0.10),
-    "sim2real": (sim2real, 0.25),
+    "sim2real": (sim2real, 0.40),
+    "mixing": (mixing, 0.06),
     "kernel": (kernel, 0.04),
     "generate": (generate, 0.08),
 }

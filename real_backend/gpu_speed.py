@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from real_backend.sweep import Composition, Limits
 
 if TYPE_CHECKING:
     from real_backend.backend import TransformersBackend
+    from real_backend.paged_attention import PagedBatch
 
 CONTEXT = 1024
 DECODES = (1, 8, 32, 64, 128, 256)
@@ -58,7 +61,8 @@ def time_batch(backend: TransformersBackend, name: str, batch: Composition, devi
     """One row: measured time, its bound, and where the time goes.
 
     `share_outside` is the share of the time that is neither a matrix product nor attention: other kernels, and gaps in
-    which the device waits for the host.
+    which the device waits for the host. `host_ms` is the host's time to lay the batch out and launch it
+    kernel by kernel, as batches with prompts are.
     """
     chunks, decodes = list(batch.chunks), list(batch.decodes)
     for _ in range(2):
@@ -69,8 +73,22 @@ def time_batch(backend: TransformersBackend, name: str, batch: Composition, devi
     row["times_bound"] = row["ms"] / row["bound_ms"]
     parts = profiled_ms(lambda: backend.measure(chunks, decodes), on_gpu=backend.device.type == "cuda")
     row |= {f"{part}_ms": value for part, value in parts.items()}
+    row["host_ms"] = 1e3 * statistics.median(_launch_s(backend, chunks, decodes) for _ in range(5))
     row["share_outside"] = max(1.0 - (parts["product"] + parts["attention"]) / row["ms"], 0.0)
     return row
+
+
+def _launch_s(backend: TransformersBackend, chunks: list[tuple[int, int]], decodes: list[int]) -> float:
+    """Seconds that the host takes to lay a batch out and to launch its kernels one by one, without waiting for them."""
+    runner, work = backend.runner, backend.made_up(chunks, decodes)
+    runner.wait()
+    start_s = time.perf_counter()
+    with torch.inference_mode():
+        runner.forward(runner.lay_out(work, backend.blocks, backend.tokens))
+    launched_s = time.perf_counter() - start_s
+    runner.wait()
+    backend.blocks.clear(0)
+    return launched_s
 
 
 def profiled_ms(run: Callable[[], object], on_gpu: bool) -> dict[str, float]:
@@ -143,45 +161,108 @@ def time_generate(backend: TransformersBackend, num_seqs: int, context: int) -> 
     return statistics.median(steps)
 
 
-def time_kernel(backend: TransformersBackend, limits: Limits, device: DeviceSpec) -> list[dict[str, Any]]:
-    """The kernel alone, one layer, at other tile sizes than its own: rows of batch, sizes, time and bound."""
+TUNINGS = {
+    False: ((64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 2, 3), (32, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3)),
+    True: ((64, 4, 3), (128, 4, 2), (64, 4, 2), (64, 8, 3)),
+}
+"""Columns, warps and stages that are tried, for decodes and for chunks."""
+CHUNK_ROWS, SPLITS = (64, 128), (1, 2, 4, 8)
+
+
+def time_kernel(backend: TransformersBackend, limits: Limits, device: DeviceSpec) -> Iterator[dict[str, Any]]:
+    """The kernel alone, one layer, at other shapes of its programs than its own: rows of batch, shape, time, bound."""
     import triton
     from triton.testing import do_bench
 
     from real_backend import paged_attention as kernel
 
-    spec, runner = backend.loaded.spec, backend.runner
+    spec = backend.loaded.spec
+    layer = ModelSpec("layer", 0, 0, 1, spec.num_heads, spec.num_kv_heads, spec.head_dim, 0)
     shapes = {
-        "128 decodes at 1024": ([], [1024] * 128),
-        "1 decode at 8192": ([], [8192]),
-        "2048 prefill": ([(0, 2048)], []),
-        "512 behind 4096": ([(4096, 512)], []),
+        "32 decodes at 1024": Composition(decodes=(1024,) * 32),
+        "64 decodes at 1024": Composition(decodes=(1024,) * 64),
+        "128 decodes at 1024": Composition(decodes=(1024,) * 128),
+        "1 decode at 8192": Composition(decodes=(8192,)),
+        "2048 prefill": Composition(((0, 2048),)),
+        "512 behind 4096": Composition(((4096, 512),)),
     }
-    sizes = [(rows, columns) for rows in (64, 128) for columns in (32, 64, 128)]
-    own, found = (kernel.PREFILL_ROWS, kernel.KV_TILE), []
+    own = kernel.CHUNKS
     try:
-        for name, (chunks, decodes) in shapes.items():
-            batch = Composition(tuple(chunks), tuple(decodes))
-            if not limits.allow(batch, backend.num_kv_blocks):
-                continue
-            layer = ModelSpec("layer", 0, 0, 1, spec.num_heads, spec.num_kv_heads, spec.head_dim, 0)
-            least = bound_ms(layer, device, batch)["bound_ms"]
-            work = backend.made_up(chunks, decodes)
-            query = torch.randn(
-                (batch.num_tokens, spec.num_heads, spec.head_dim), device=runner.device, dtype=backend.loaded.dtype
-            )
-            out = torch.empty_like(query)
-            for rows, columns in sizes if chunks else [s for s in sizes if s[0] == own[0]]:
-                kernel.PREFILL_ROWS, kernel.KV_TILE = rows, columns
-                paged = runner.lay_out(work, backend.blocks, backend.tokens).segments.paged
-                assert paged is not None
-                arguments = (query, *runner.cache.layer(0), out, paged, spec.head_dim**-0.5)
-                try:
-                    ms = do_bench(lambda a=arguments: kernel.attend(*a), warmup=10, rep=50, return_mode="median")
-                except triton.runtime.errors.OutOfResources:  # the tile is too large for this device
+        for tuning in (kernel.Tuning(kernel.MIN_ROWS, *t) for t in TUNINGS[False]):
+            for name, batch in shapes.items():
+                if not batch.decodes or not limits.allow(batch, backend.num_kv_blocks):
                     continue
-                found.append({"batch": name, "rows": rows, "columns": columns, "ms": ms, "times_bound": ms / least})
+                least = bound_ms(layer, device, batch)["bound_ms"]
+                run, paged = _attention_of(backend, batch)
+                for splits in SPLITS if len(batch.decodes) > 1 else (32,):
+                    paged.launches[0].tuning, paged.launches[0].splits = tuning, splits
+                    with contextlib.suppress(triton.runtime.errors.OutOfResources):  # the shape is too large
+                        ms = do_bench(run, warmup=4, rep=20, return_mode="median")
+                        yield {"batch": name, **tuning._asdict(), "splits": splits, "ms": ms, "times_bound": ms / least}
+        for tuning in (kernel.Tuning(rows, *t) for rows in CHUNK_ROWS for t in TUNINGS[True]):
+            kernel.CHUNKS = tuning
+            for name, batch in shapes.items():
+                if not batch.chunks or not limits.allow(batch, backend.num_kv_blocks):
+                    continue
+                least = bound_ms(layer, device, batch)["bound_ms"]
+                run, paged = _attention_of(backend, batch)
+                with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                    ms = do_bench(run, warmup=4, rep=20, return_mode="median")
+                    splits = paged.launches[0].splits
+                    yield {"batch": name, **tuning._asdict(), "splits": splits, "ms": ms, "times_bound": ms / least}
     finally:
-        kernel.PREFILL_ROWS, kernel.KV_TILE = own
+        kernel.CHUNKS = own
         backend.blocks.clear(0)
-    return found
+
+
+def _attention_of(backend: TransformersBackend, batch: Composition) -> tuple[Callable[[], None], PagedBatch]:
+    """One layer's attention of a made-up batch, to be run and run again, and its layout."""
+    from real_backend.paged_attention import attend
+
+    spec, runner = backend.loaded.spec, backend.runner
+    work = backend.made_up(list(batch.chunks), list(batch.decodes))
+    query = torch.randn(
+        (batch.num_tokens, spec.num_heads, spec.head_dim), device=runner.device, dtype=backend.loaded.dtype
+    )
+    out = torch.empty_like(query)
+    paged = runner.lay_out(work, backend.blocks, backend.tokens).segments.paged
+    assert paged is not None
+    return lambda: attend(query, *runner.cache.layer(0), out, paged, spec.head_dim**-0.5), paged
+
+
+MIXED_DECODES, MIXED_CONTEXTS = (8, 32, 64, 128), (512, 1024, 4096)
+MIXED_CHUNKS = ((0, 64), (0, 512), (2048, 512), (0, 1920))
+
+
+def mixed_batches(limits: Limits, num_blocks: int) -> Iterator[tuple[Composition, Composition]]:
+    """Decodes and a chunk, each alone, that are measured alone and together."""
+    for num, context, chunk in itertools.product(MIXED_DECODES, MIXED_CONTEXTS, MIXED_CHUNKS):
+        if limits.allow(Composition((chunk,), (context,) * num), num_blocks):
+            yield Composition(decodes=(context,) * num), Composition((chunk,))
+
+
+def time_mixing(backend: TransformersBackend, decodes: Composition, chunk: Composition) -> dict[str, Any]:
+    """Whole passes and, with the kernel, one layer's attention: decodes alone, the chunk alone, both together.
+
+    `attention_price` is what the decodes' attention costs beside the chunk, (both - chunk) / decodes: 1 where an engine
+    runs them apart.
+    """
+    both = Composition(chunk.chunks, decodes.decodes)
+    parts = {"decodes": decodes, "chunk": chunk, "both": both}
+    ((computed, tokens),) = chunk.chunks
+    row: dict[str, Any] = {"decodes": len(decodes.decodes), "context": decodes.decodes[0]}
+    row |= {"computed": computed, "chunk": tokens}
+    for name, batch in parts.items():
+        arguments = list(batch.chunks), list(batch.decodes)
+        backend.measure(*arguments)
+        row[f"{name}_ms"] = 1e3 * statistics.median(backend.measure(*arguments) for _ in range(3))
+    if backend.attention == "triton" and backend.device.type == "cuda":
+        from triton.testing import do_bench
+
+        for name, batch in parts.items():
+            run, _ = _attention_of(backend, batch)
+            row[f"attention_{name}_ms"] = do_bench(run, warmup=4, rep=20, return_mode="median")
+        extra = row["attention_both_ms"] - row["attention_chunk_ms"]
+        row["attention_price"] = extra / row["attention_decodes_ms"]
+        backend.blocks.clear(0)
+    return row

@@ -35,6 +35,7 @@ class Check:
     limits: Limits
     attention: str = "auto"
     graphs: bool | None = None
+    fused: bool = True
     until_s: float = 0.0  # of the running section, on time.monotonic's clock
     results: dict[str, Any] = field(default_factory=dict)
     ceiling: DeviceSpec | None = None
@@ -84,7 +85,9 @@ class Check:
             max_num_batched_tokens=max(self.limits.max_tokens, own["max_num_batched_tokens"]),
             num_kv_blocks=kv_blocks(self.scale),
         )
-        backend = make_backend(world, self.model, self.device, attention=self.attention, graphs=graphs)
+        backend = make_backend(
+            world, self.model, self.device, attention=self.attention, graphs=graphs, fused=self.fused
+        )
         backend.runner.cache.fill_random(0)
         return backend
 

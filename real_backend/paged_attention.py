@@ -12,6 +12,7 @@ Importing this module needs triton; TRITON_INTERPRET=1, set before, runs the ker
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +23,23 @@ from llmsched_gym.config import BLOCK_SIZE
 
 TILE_COLUMNS = 4
 """Of a tile: its first row in the batch, its number of rows, the first one's position, its sequence."""
-PREFILL_ROWS, DECODE_ROWS = 64, 16
-"""Query rows (tokens times grouped heads) of a program, at least; 16 is the least that matrix units take."""
-KV_TILE = 64
-"""KV tokens that a program reads at a time."""
+MIN_ROWS = 16
+"""Query rows (tokens times grouped heads) of a program, at least: the least that matrix units take."""
 PROGRAMS_PER_UNIT = 4
 """Programs per multiprocessor that are worth splitting walks for."""
 MAX_SPLITS = 32
+
+
+class Tuning(NamedTuple):
+    """How a program of the kernel is shaped; measured by the check of a GPU."""
+
+    rows: int  # query rows of a program, at least
+    columns: int  # KV tokens that it reads at a time
+    warps: int
+    stages: int  # of the software pipeline
+
+
+DECODES, CHUNKS = Tuning(MIN_ROWS, 64, 4, 3), Tuning(64, 64, 4, 3)
 
 
 @dataclass
@@ -40,6 +51,7 @@ class Launch:
     tiles: torch.Tensor  # (num_tiles, TILE_COLUMNS) int32
     tile_tokens: int  # query tokens of a full tile
     splits: int  # programs that share a tile's walk
+    tuning: Tuning = DECODES
 
 
 @dataclass
@@ -52,7 +64,7 @@ class PagedBatch:
 
 def tile_tokens(group: int, prefill: bool) -> int:
     """Query tokens of a tile whose KV head serves `group` query heads."""
-    return max(PREFILL_ROWS // group, 1) if prefill else 1
+    return max(CHUNKS.rows // group, 1) if prefill else 1
 
 
 def tiles_of(starts: np.ndarray, num_tokens: np.ndarray, num_computed: np.ndarray, tokens: int) -> np.ndarray:
@@ -93,7 +105,8 @@ def lay_out(
         tiles[:, 3] += part.start
         start, stop = int(starts[part][0]), int(starts[part][-1] + num_tokens[part][-1])
         splits = choose_splits(len(tiles), kv_heads, units)
-        launches.append(Launch(start, stop, torch.from_numpy(tiles).to(device, non_blocking=True), tokens, splits))
+        on_device = torch.from_numpy(tiles).to(device, non_blocking=True)
+        launches.append(Launch(start, stop, on_device, tokens, splits, CHUNKS if is_prefill else DECODES))
     table = torch.from_numpy(np.ascontiguousarray(blocks, np.int32)).to(device, non_blocking=True)
     return PagedBatch(table, launches)
 
@@ -140,7 +153,7 @@ def attend(
         if splits > 1:
             parts = torch.empty((splits, rows, heads, dim), dtype=torch.float32, device=out.device)
             weights = torch.empty((splits, rows, heads), dtype=torch.float32, device=out.device)
-        block_rows = max(triton.next_power_of_2(launch.tile_tokens * group), DECODE_ROWS)
+        block_rows = max(triton.next_power_of_2(launch.tile_tokens * group), MIN_ROWS)
         _attend[(kv_heads, len(launch.tiles), splits)](
             query,
             keys,
@@ -164,12 +177,12 @@ def attend(
             DIM_PADDED=triton.next_power_of_2(dim),
             BLOCK=BLOCK_SIZE,
             ROWS=block_rows,
-            COLUMNS=KV_TILE,
+            COLUMNS=launch.tuning.columns,
             WINDOW=window is not None,
             SPLIT=splits > 1,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=8 if block_rows >= 128 else 4,
-            num_stages=3,
+            num_warps=launch.tuning.warps,
+            num_stages=launch.tuning.stages,
         )
         if splits > 1:
             _join[(heads, rows)](

@@ -16,9 +16,12 @@ from real_backend.tokens import TokenStore
 from real_backend.weights import LoadedModel
 
 if TYPE_CHECKING:
+    from real_backend.fused import FusedModel
     from real_backend.graphs import DecodeGraphs
     from real_backend.paged_attention import PagedBatch
 
+FUSED_TOLERANCE = {torch.float32: 1e-3}
+"""Relative difference of logits up to which the fused pass is the model's own; 0.05 in half precision, which rounds."""
 MAX_PADDED_TOKENS = 1 << 16
 """KV tokens, padding included, that one group of decodes gathers at a time: bounds the portable path's memory."""
 
@@ -51,6 +54,7 @@ class Runner:
 
     Attributes:
         attention: "sdpa", or "triton" for the paged kernel.
+        fused: the model's forward pass in few launches, where set; for the paged kernel's batches.
         graphs: runs batches of decodes with static shapes, where set.
     """
 
@@ -58,6 +62,7 @@ class Runner:
         self.loaded, self.cache = loaded, cache
         self.device = loaded.device
         self.attention = attention
+        self.fused: FusedModel | None = None
         self.graphs: DecodeGraphs | None = None
 
     def step(self, work: Work, table: BlockTable, tokens: TokenStore) -> dict[int, int]:
@@ -81,6 +86,21 @@ class Runner:
         except Exception as error:  # compilers and drivers raise many kinds
             warnings.warn(f"the paged kernel does not run here ({one_line(error)}); using sdpa", stacklevel=2)
             self.attention = "sdpa"
+
+    def try_fused(self, max_positions: int) -> None:
+        """Compute by fused kernels from now on, if a trial batch's logits are those of the model's own modules."""
+        from real_backend.fused import FusedModel, fits  # triton is optional
+
+        if not fits(self.loaded.model):
+            return
+        inputs = self.scratch_inputs(48)
+        with torch.inference_mode():
+            own = self.forward(inputs).float()
+            self.fused = FusedModel(self.loaded, max_positions)
+            difference = float((self.forward(inputs).float() - own).norm() / own.norm())
+        if not difference <= FUSED_TOLERANCE.get(self.loaded.dtype, 0.05):  # a nan is none
+            warnings.warn(f"the fused kernels are {difference:.1e} off the model's modules; using those", stacklevel=2)
+            self.fused = None
 
     def compile_kernel(self) -> None:
         """Compile all that batches may need of the paged kernel, so that no measured one pays for it."""
@@ -142,6 +162,8 @@ class Runner:
 
     def forward(self, inputs: Inputs) -> torch.Tensor:
         """Logits of the emitting rows, (num_emitting, vocab)."""
+        if self.fused is not None and inputs.segments.paged is not None:
+            return self.fused.forward(inputs)
         return self.loaded.model(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,

@@ -16,6 +16,8 @@ EDGE_TOKENS, FINE_TOKENS = 64, 512
 CHUNKS = (16, 64, 256, 512, 2048)
 CONTEXTS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+HYBRID_DECODES, HYBRID_CONTEXTS = (8, 16, 32, 64, 128), (64, 512, 1024, 2048, 4096)
+HYBRID_CHUNKS = ((0, 64), (0, 256), (0, 512), (2048, 512), (0, 1920))
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def plan(limits: Limits, num_blocks: int, seed: int = 0) -> list[Composition]:
     """Different batches within the limits and a cache of `num_blocks`, in random order, so that a slow drift of the
     machine does not look like an effect of their size."""
     rng = np.random.default_rng(seed)
-    batches = [*_token_counts(limits), *_contexts(limits), *_decodes(limits)]
+    batches = [*_token_counts(limits), *_contexts(limits), *_decodes(limits), *_hybrids(limits)]
     batches += [_mixture(limits, num_blocks, rng) for _ in range(limits.mixtures)]
     allowed = list(dict.fromkeys(batch for batch in batches if limits.allow(batch, num_blocks)))
     return [allowed[i] for i in rng.permutation(len(allowed))]
@@ -100,6 +102,13 @@ def _decodes(limits: Limits) -> list[Composition]:
     lengths = {*(c for c in CONTEXTS if c <= limits.max_context), limits.max_context}
     counts = {*(d for d in DECODES if d <= limits.max_seqs), limits.max_seqs}
     return [Composition(decodes=(length,) * count) for length in sorted(lengths) for count in sorted(counts)]
+
+
+def _hybrids(limits: Limits) -> list[Composition]:
+    """Equal decodes beside a chunk: together what the others measure alone."""
+    decodes = [n for n in HYBRID_DECODES if n < limits.max_seqs]
+    contexts = [c for c in HYBRID_CONTEXTS if c <= limits.max_context]
+    return [Composition((chunk,), (c,) * n) for n in decodes for c in contexts for chunk in HYBRID_CHUNKS]
 
 
 def _mixture(limits: Limits, num_blocks: int, rng: np.random.Generator) -> Composition:
