@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from rich.console import Console
 from rich.progress import Progress
 from scipy.stats import trim_mean
 
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.grid import evaluate

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from matplotlib.figure import Figure
 
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation import draw
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from llmsched_gym.agents.networks import ACTIVATIONS, Normaliser, RowsExtractor
-from llmsched_gym.agents.options import fail_in_one_line
 from torch import nn
 
+from llmsched_gym.agents.networks import ACTIVATIONS, Normaliser, RowsExtractor
+from llmsched_gym.agents.options import fail_in_one_line
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env.features import NUM_FEATURES

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llmsched_gym.agents.envs import SELECTION_SEEDS
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from rich.console import Console
 from rich.progress import track
 
+from llmsched_gym.agents.envs import SELECTION_SEEDS
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation import intervals

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import export, finish
 from llmsched_gym.agents.networks import normaliser_of
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.train import Config as TrainConfig
 from llmsched_gym.agents.train import evaluate, make_model
-
 from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.env.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.env.policy import knobs_now, sets_knobs

@@ -23,6 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
+from stable_baselines3.common.logger import Logger
+from torch.utils.tensorboard import SummaryWriter
+
 from llmsched_gym.agents.checkpoint import (
     cut_progress,
     load_checkpoint,
@@ -35,13 +42,6 @@ from llmsched_gym.agents.export import export, finish, load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from sb3_contrib import MaskablePPO
-from stable_baselines3 import PPO
-from stable_baselines3.common.logger import Logger
-from torch.utils.tensorboard import SummaryWriter
-
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate

@@ -25,13 +25,13 @@ from typing import Any
 
 import cma
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
 from llmsched_gym.agents.checkpoint import cut_progress, load_checkpoint, save_checkpoint
 from llmsched_gym.agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
 from llmsched_gym.agents.export import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
-from rich.console import Console
-from rich.progress import Progress
-
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import knobs_for

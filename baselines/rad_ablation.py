@@ -4,7 +4,6 @@ Named as ``llmsched_gym.baselines.rad_ablation:FIXED_SPLIT``.
 """
 
 from llmsched_gym.baselines.rad import form_batch
-
 from llmsched_gym.engine.pack import FCFS
 from llmsched_gym.scheduler import Compiled
 

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
-    from llmsched_gym.real_backend.backend import TransformersBackend
-
     from llmsched_gym.config import Scenario
+    from llmsched_gym.real_backend.backend import TransformersBackend
 
 __all__ = ["BackendError", "make_backend"]
 

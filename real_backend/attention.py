@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from llmsched_gym.real_backend.errors import BackendError
 from transformers import AttentionInterface
 
 from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.paged_attention import PagedBatch

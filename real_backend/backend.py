@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import transformers
+
+from llmsched_gym.config import Scenario
+from llmsched_gym.engine import Execution, ScheduledBatch
 from llmsched_gym.real_backend.attention import KVCache, choose_attention
 from llmsched_gym.real_backend.block_table import NOBODY, BlockTable
 from llmsched_gym.real_backend.ceilings import device_name
@@ -19,9 +22,6 @@ from llmsched_gym.real_backend.memory import Stopwatch, fitting_blocks, is_out_o
 from llmsched_gym.real_backend.runner import Runner, Work
 from llmsched_gym.real_backend.tokens import TokenStore
 from llmsched_gym.real_backend.weights import LoadedModel, load_model
-
-from llmsched_gym.config import Scenario
-from llmsched_gym.engine import Execution, ScheduledBatch
 from llmsched_gym.workload import RequestTable
 
 if TYPE_CHECKING:

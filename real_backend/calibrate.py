@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from llmsched_gym.real_backend import command
-from llmsched_gym.real_backend.errors import BackendError
-from llmsched_gym.real_backend.measurements import Sheet, run_sweep
-from llmsched_gym.real_backend.sweep import Limits, plan
 
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec, scenario
 from llmsched_gym.cost import Profile, fit_profile
 from llmsched_gym.cost.fit import read_batches
 from llmsched_gym.cost.tiles import CANDIDATES, best_tile
+from llmsched_gym.real_backend import command
+from llmsched_gym.real_backend.errors import BackendError
+from llmsched_gym.real_backend.measurements import Sheet, run_sweep
+from llmsched_gym.real_backend.sweep import Limits, plan
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.backend import TransformersBackend

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import typer
-from llmsched_gym.real_backend.errors import BackendError
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import ProfileError
+from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.scheduler import PolicyError
 
 USAGE, INTERRUPTED = 2, 130

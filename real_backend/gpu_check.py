@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from llmsched_gym.config import ConfigError
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.calibrate import limits_for
 from llmsched_gym.real_backend.errors import BackendError, one_line
 from llmsched_gym.real_backend.gpu_report import write
 from llmsched_gym.real_backend.gpu_sections import SECTIONS
 from llmsched_gym.real_backend.gpu_state import Check, TimeUp
-
-from llmsched_gym.config import ConfigError
 
 MAX_SEQS = 256
 """Sequences of the largest batch on a GPU."""

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from llmsched_gym.real_backend.runner import Work
-from llmsched_gym.real_backend.small_world import limits, scaled_workload
-from llmsched_gym.real_backend.sweep import Limits
 
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.real_backend.runner import Work
+from llmsched_gym.real_backend.small_world import limits, scaled_workload
+from llmsched_gym.real_backend.sweep import Limits
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.backend import TransformersBackend

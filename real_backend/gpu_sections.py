@@ -57,6 +57,7 @@ def _driver() -> str | None:
 def ceilings(check: Check) -> None:
     """Bytes per second of a large copy, FLOP/s of a large matrix product in the dtype of the weights."""
     import torch
+
     from llmsched_gym.real_backend.ceilings import measured_device
 
     dtype = torch.bfloat16 if check.torch_device.type == "cuda" else torch.float32
@@ -112,6 +113,7 @@ def correctness(check: Check) -> None:
 def sim2real(check: Check) -> None:
     """The simulator, with the profile measured here, against the model; saved after each load."""
     import pandas as pd
+
     from llmsched_gym.real_backend.sim2real import Comparison, compare, save
 
     if check.profile is None:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from llmsched_gym.real_backend.memory import release_memory
-from llmsched_gym.real_backend.sweep import Composition, Limits
 from torch.profiler import ProfilerActivity, profile
 
 from llmsched_gym.config import DeviceSpec, ModelSpec
+from llmsched_gym.real_backend.memory import release_memory
+from llmsched_gym.real_backend.sweep import Composition, Limits
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.backend import TransformersBackend
@@ -146,8 +146,9 @@ def time_generate(backend: TransformersBackend, num_seqs: int, context: int) -> 
 def time_kernel(backend: TransformersBackend, limits: Limits, device: DeviceSpec) -> list[dict[str, Any]]:
     """The kernel alone, one layer, at other tile sizes than its own: rows of batch, sizes, time and bound."""
     import triton
-    from llmsched_gym.real_backend import paged_attention as kernel
     from triton.testing import do_bench
+
+    from llmsched_gym.real_backend import paged_attention as kernel
 
     spec, runner = backend.loaded.spec, backend.runner
     shapes = {

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmsched_gym.config import DeviceSpec, scenario
+from llmsched_gym.cost import Profile
 from llmsched_gym.real_backend import small_world
 from llmsched_gym.real_backend.errors import BackendError, one_line
 from llmsched_gym.real_backend.sweep import Limits
 
-from llmsched_gym.config import DeviceSpec, scenario
-from llmsched_gym.cost import Profile
-
 if TYPE_CHECKING:
     import torch
+
     from llmsched_gym.real_backend.backend import TransformersBackend
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+
+from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.real_backend.attention import DecodeGroup, Segments
 from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable
 from llmsched_gym.real_backend.runner import Inputs, Runner, Work
 from llmsched_gym.real_backend.tokens import TokenStore
-
-from llmsched_gym.config import BLOCK_SIZE
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 TILE_COLUMNS = 4  # as in paged_attention, which needs triton

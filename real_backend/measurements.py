@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmsched_gym.cost.fit import batch_row
 from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.real_backend.sweep import Composition
-
-from llmsched_gym.cost.fit import batch_row
 
 if TYPE_CHECKING:
     import pandas as pd

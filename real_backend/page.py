@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from llmsched_gym.real_backend.agreement import ABSOLUTE, RELATIVE, paired
-from llmsched_gym.real_backend.small_world import SmallWorld
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -20,6 +18,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llmsched_gym.cost import Profile
 from llmsched_gym.evaluation.draw import policy_styles, styled
+from llmsched_gym.real_backend.agreement import ABSOLUTE, RELATIVE, paired
+from llmsched_gym.real_backend.small_world import SmallWorld
 
 PREFILL, DECODE, FAINT = "#e69f00", "#0072b2", "#68737f"
 NAMES = {

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+
+from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.real_backend.attention import Chunk, DecodeGroup, KVCache, Segments
 from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, blocks_of
 from llmsched_gym.real_backend.errors import BackendError, one_line
 from llmsched_gym.real_backend.tokens import TokenStore
 from llmsched_gym.real_backend.weights import LoadedModel
-
-from llmsched_gym.config import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.graphs import DecodeGraphs

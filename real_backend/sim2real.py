@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import typer
-from llmsched_gym.real_backend import command, page
-from llmsched_gym.real_backend.agreement import summary
-from llmsched_gym.real_backend.calibrate import calibrate, describe, limits_for
-from llmsched_gym.real_backend.errors import BackendError
-from llmsched_gym.real_backend.small_world import SmallWorld, limits, make_world
 
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.evaluation import metrics
 from llmsched_gym.evaluation.run import Episode, simulate
+from llmsched_gym.real_backend import command, page
+from llmsched_gym.real_backend.agreement import summary
+from llmsched_gym.real_backend.calibrate import calibrate, describe, limits_for
+from llmsched_gym.real_backend.errors import BackendError
+from llmsched_gym.real_backend.small_world import SmallWorld, limits, make_world
 from llmsched_gym.scheduler import make_scheduler
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 import transformers
-from llmsched_gym.real_backend.attention import NAME
-from llmsched_gym.real_backend.errors import BackendError, one_line
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmsched_gym.config import ModelSpec
+from llmsched_gym.real_backend.attention import NAME
+from llmsched_gym.real_backend.errors import BackendError, one_line
 
 _MISTRAL_7B = {
     "model_type": "mistral",

@@ -20,12 +20,12 @@ pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
 from gymnasium import spaces
+
 from llmsched_gym.agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from llmsched_gym.agents.envs import TRAINING_SEEDS, TrainingEnv
 from llmsched_gym.agents.export import export, finish, measure_decision_s
 from llmsched_gym.agents.rollout import Discounts, Rollouts
 from llmsched_gym.agents.train import Config, make_model, normaliser_of, train, typical_features
-
 from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate

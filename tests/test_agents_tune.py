@@ -18,7 +18,6 @@ from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.imitate import Config as ImitateConfig
 from llmsched_gym.agents.imitate import imitate, make_teacher
 from llmsched_gym.agents.tune import Config, KnobRules, new_search, tune
-
 from llmsched_gym.config import ConfigError, env_config, scenario
 from llmsched_gym.env.knobs import CAP, KNOBS, MARGIN
 from llmsched_gym.evaluation.metrics import row

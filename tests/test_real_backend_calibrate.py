@@ -8,14 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+
+from llmsched_gym.cost import DEVICES, MODELS, Profile, TableLinear, load_profile
+from llmsched_gym.cost.fit import read_batches
 from llmsched_gym.real_backend import BackendError
 from llmsched_gym.real_backend.calibrate import fit
 from llmsched_gym.real_backend.calibrate import main as calibrate_main
 from llmsched_gym.real_backend.measurements import COLUMNS, Sheet, key, run_sweep
 from llmsched_gym.real_backend.sweep import Composition, Limits, plan
-
-from llmsched_gym.cost import DEVICES, MODELS, Profile, TableLinear, load_profile
-from llmsched_gym.cost.fit import read_batches
 
 SMALL = Limits(max_tokens=256, max_context=256, max_seqs=16, mixtures=40)
 BLOCKS = 400

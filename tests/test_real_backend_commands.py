@@ -280,7 +280,6 @@ def simulated_run(tmp_path_factory):
 def test_training_goes_on_on_a_model(simulated_run, source, one_thread, tmp_path):
     from llmsched_gym.agents.checkpoint import load_checkpoint
     from llmsched_gym.agents.train import Config, train
-
     from llmsched_gym.policies import read_folder
 
     start = Path(simulated_run.out) / source
@@ -307,7 +306,6 @@ def test_training_goes_on_on_a_model(simulated_run, source, one_thread, tmp_path
 
 def test_what_a_warm_start_cannot_use_is_one_line(simulated_run, one_thread, tmp_path):
     from llmsched_gym.agents.train import train
-
     from llmsched_gym.scheduler import PolicyError
 
     best = str(Path(simulated_run.out) / "best")

@@ -10,12 +10,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="the real backend needs torch")
 transformers = pytest.importorskip("transformers", reason="the real backend needs transformers")
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from llmsched_gym.real_backend import BackendError, make_backend
-from llmsched_gym.real_backend.weights import load_model
 from test_real_backend import MODELS, SHAPES, WORLD, random_table, run_chaos, table_of, tiny_model
 
 from llmsched_gym.engine import Batch, Engine, check
 from llmsched_gym.engine.records import FINISHED
+from llmsched_gym.real_backend import BackendError, make_backend
+from llmsched_gym.real_backend.weights import load_model
 from llmsched_gym.scheduler import install, make_scheduler
 
 torch.set_num_threads(1)

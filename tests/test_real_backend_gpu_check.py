@@ -9,13 +9,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="the real backend needs torch")
 pytest.importorskip("transformers", reason="the real backend needs transformers")
 
+from llmsched_gym.config import DeviceSpec, ModelSpec
+from llmsched_gym.cost import DEVICES, MODELS, load_profile
 from llmsched_gym.real_backend import gpu_check, gpu_report, gpu_speed
 from llmsched_gym.real_backend.gpu_sections import SECTIONS
 from llmsched_gym.real_backend.gpu_state import Check, TimeUp
 from llmsched_gym.real_backend.sweep import Composition, Limits
-
-from llmsched_gym.config import DeviceSpec, ModelSpec
-from llmsched_gym.cost import DEVICES, MODELS, load_profile
 
 SMALL = ["--model", "random:tiny", "--device", "cpu", "--threads", "1"]
 

@@ -6,12 +6,13 @@ import pytest
 # ruff: noqa: E402 - a missing torch is to skip these tests before anything imports it
 torch = pytest.importorskip("torch", reason="the real backend needs torch")
 pytest.importorskip("transformers", reason="the real backend needs transformers")
+from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_model
+
 from llmsched_gym.real_backend import BackendError, make_backend
 from llmsched_gym.real_backend.attention import NAME, KVCache, choose_attention
 from llmsched_gym.real_backend.graphs import DecodeGraphs, padded_size, sizes_up_to
 from llmsched_gym.real_backend.runner import Runner, Work
 from llmsched_gym.real_backend.weights import LoadedModel, model_spec
-from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_model
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 # ruff: noqa: E402 - a missing torch is to skip these tests before anything imports it
 torch = pytest.importorskip("torch", reason="the real backend needs torch")
 transformers = pytest.importorskip("transformers", reason="the real backend needs transformers")
+from test_real_backend import WORLD
+
 from llmsched_gym.real_backend import BackendError, make_backend
 from llmsched_gym.real_backend.backend import split
 from llmsched_gym.real_backend.block_table import BlockTable, blocks_of
 from llmsched_gym.real_backend.runner import Work, group_decodes
 from llmsched_gym.real_backend.tokens import TokenStore, prompt_ids
 from llmsched_gym.real_backend.weights import RANDOM_MODELS
-from test_real_backend import WORLD
 
 torch.set_num_threads(1)
 

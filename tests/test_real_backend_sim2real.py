@@ -7,13 +7,13 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from llmsched_gym.real_backend import agreement, small_world
-from llmsched_gym.real_backend.agreement import ABSOLUTE, RELATIVE
 
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation import metrics
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.real_backend import agreement, small_world
+from llmsched_gym.real_backend.agreement import ABSOLUTE, RELATIVE
 from llmsched_gym.workload import make_table
 
 FIELDS = dict.fromkeys((*RELATIVE, *ABSOLUTE), 1.0)
