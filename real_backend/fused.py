@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from real_backend import fused_kernels as kernels
-from real_backend.paged_attention import attend
+from llmsched_gym.real_backend import fused_kernels as kernels
+from llmsched_gym.real_backend.paged_attention import attend
 
 if TYPE_CHECKING:
-    from real_backend.runner import Inputs
-    from real_backend.weights import LoadedModel
+    from llmsched_gym.real_backend.runner import Inputs
+    from llmsched_gym.real_backend.weights import LoadedModel
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Decoders of RMS norms, rotary positions, grouped attention and a gated SiLU; others run through their own modules."""

@@ -10,9 +10,9 @@ pytest.importorskip("transformers", reason="the real backend needs transformers"
 pytest.importorskip("triton", reason="the fused kernels need triton")
 from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_model
 
-from real_backend import fused_kernels as kernels
-from real_backend import make_backend
-from real_backend.fused import fits
+from llmsched_gym.real_backend import fused_kernels as kernels
+from llmsched_gym.real_backend import make_backend
+from llmsched_gym.real_backend.fused import fits
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
