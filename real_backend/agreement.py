@@ -6,6 +6,7 @@ saturation. Two rows are a pair if policy, load and seed are equal.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import pandas as pd
 RELATIVE = ("ttft_p50_s", "ttft_p99_s", "itl_p50_s", "itl_p99_s")
 """Figures whose errors are told as shares of the real one; those of the others as differences."""
 ABSOLUTE = ("slo_attainment", "mean_utility")
+NUM_BLOCKS = 20
+"""Of consecutive requests, for the spread of a mean over requests."""
 RANKINGS = {"mean_utility": 0.02, "slo_attainment": 0.02, "ttft_p50_s": 0.1}
 """Figures that policies are ranked by, and what counts as a clear difference: absolute, relative for times."""
 
@@ -96,7 +99,49 @@ def clear_pairs(real: np.ndarray, sim: np.ndarray, margin: float, *, relative: b
     return {"clear_pairs": clear, "clear_kept": kept}
 
 
-def summary(rows: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Any]:
+def request_agreement(requests: pd.DataFrame) -> dict[str, Any]:
+    """Request by request: the share whose fate (all SLOs attained or not) differs between the two sides, over all runs
+    and by policy; and the differences between policies that the simulator calls significant, and how many of them have
+    the same sign on the real backend.
+
+    Differences are of utility, paired by request, at one load; significant is a two-sided 5 % in Student's t over the
+    means of consecutive blocks of requests, since neighbours share their fate.
+    """
+    keys = ["policy", "load", "seed", "index"]
+    sides = {side: part.set_index(keys) for side, part in requests.groupby("backend")}
+    fates = pd.DataFrame({side: part["attained"] for side, part in sides.items()})
+    differ = fates["real"] != fates["sim"]
+    utility = pd.DataFrame({side: part["utility"] for side, part in sides.items()})
+    significant = kept = 0
+    for _, at_load in utility.groupby("load"):
+        wide = at_load.unstack("policy")
+        for a, b in itertools.combinations(wide["sim"].columns, 2):
+            difference = {side: (wide[side][a] - wide[side][b]).to_numpy(float) for side in ("real", "sim")}
+            if _p_value(difference["sim"]) < 0.05:
+                significant += 1
+                kept += difference["sim"].mean() * difference["real"].mean() > 0.0
+    return {
+        "compared": len(fates),
+        "fates_differ": float(differ.mean()),
+        "fates_differ_by_policy": differ.groupby("policy").mean().to_dict(),
+        "significant_pairs": significant,
+        "significant_kept": int(kept),
+    }
+
+
+def _p_value(difference: np.ndarray) -> float:
+    """Of a mean of zero, by Student's t over blocks; 1 where nothing differs."""
+    from scipy.stats import ttest_1samp
+
+    means = np.array([block.mean() for block in np.array_split(difference, NUM_BLOCKS) if len(block)])
+    if len(means) < 2 or not means.any():
+        return 1.0
+    if np.ptp(means) == 0.0:
+        return 0.0
+    return float(ttest_1samp(means, 0.0).pvalue)
+
+
+def summary(rows: pd.DataFrame, steps: pd.DataFrame, requests: pd.DataFrame) -> dict[str, Any]:
     """Everything in a few figures, ready for JSON."""
     pairs = paired(rows)
     ranked = rankings(pairs)
@@ -112,6 +157,7 @@ def summary(rows: pd.DataFrame, steps: pd.DataFrame) -> dict[str, Any]:
 
     return {
         "step_time": step_errors(steps),
+        "requests": request_agreement(requests),
         "median_relative_error": {name: typical(name) for name in RELATIVE},
         "median_absolute_error": {name: typical(name) for name in ABSOLUTE},
         "mean_kendall_tau": {name: over_loads(name) for name in RANKINGS},

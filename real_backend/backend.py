@@ -17,7 +17,7 @@ from llmsched_gym.real_backend.attention import KVCache, choose_attention
 from llmsched_gym.real_backend.block_table import NOBODY, BlockTable
 from llmsched_gym.real_backend.ceilings import device_name
 from llmsched_gym.real_backend.errors import BackendError, one_line
-from llmsched_gym.real_backend.graphs import DecodeGraphs
+from llmsched_gym.real_backend.graphs import StaticBatches
 from llmsched_gym.real_backend.memory import Stopwatch, fitting_blocks, is_out_of_memory, release_memory
 from llmsched_gym.real_backend.runner import Runner, Work
 from llmsched_gym.real_backend.tokens import TokenStore
@@ -56,8 +56,9 @@ def make_backend(
             None is as `scenario` says.
         clock: "wall", or on a CPU with one torch thread "cpu": a measure for machines that others use too.
         attention: "triton", the paged kernel; "sdpa", the portable path; "auto" is triton where it can run on a GPU.
-        graphs: whether batches of decodes alone are padded to fixed sizes and replayed as CUDA graphs; None is yes on a
-            GPU with the paged kernel. On a CPU they are padded, but there is nothing to replay.
+        graphs: whether batches of few tokens are padded to fixed shapes and replayed as CUDA graphs; None is yes on a
+            GPU with the paged kernel. On a CPU they are padded (those with prompts for the paged kernel only), but
+            there is nothing to replay.
         fused: whether models that :mod:`llmsched_gym.real_backend.fused` knows run through its kernels instead of
             their own modules, where the paged kernel runs.
     """
@@ -153,7 +154,8 @@ class TransformersBackend:
         self.runner.fused = probe.fused
         self.blocks = BlockTable(self.num_kv_blocks, scenario.max_num_seqs, scenario.max_model_len)
         if graphs or (graphs is None and on_gpu and self.attention == "triton"):
-            self.runner.graphs = DecodeGraphs(self.runner, scenario.max_num_seqs, self.blocks.blocks.shape[1])
+            sizes = scenario.max_num_seqs, scenario.max_num_batched_tokens, self.blocks.blocks.shape[1]
+            self.runner.static = StaticBatches(self.runner, *sizes)
         self.tokens = TokenStore(np.zeros(0, np.int64), np.zeros(0, np.int64), 0, spec.vocab_size)
         self._ended_s: float | None = None
         self._is_poisoned = False
@@ -175,8 +177,8 @@ class TransformersBackend:
             parts.append(f"{self.attention} attention")
         if self.runner.fused is not None:
             parts.append("fused kernels")
-        if self.runner.graphs is not None:
-            parts.append("decode graphs")
+        if self.runner.static is not None:
+            parts.append("graphs")
         if self.clock != "wall":
             parts.append(f"{self.clock} time")
         return ", ".join(parts)
@@ -238,7 +240,7 @@ class TransformersBackend:
         request = np.arange(len(items))
         self.blocks.clear(len(items))
         self.blocks.grow(self.blocks.occupy(request), computed)
-        self.tokens = TokenStore(computed + num_tokens, np.ones(len(items), int), seed, self.loaded.spec.vocab_size)
+        self.tokens = TokenStore(computed + num_tokens, np.full(len(items), 2), seed, self.loaded.spec.vocab_size)
         self.tokens.make_prompts(request)
         return request, num_tokens, computed
 
@@ -246,8 +248,8 @@ class TransformersBackend:
         """Run a few passes that leave no trace, so that the first measured batch pays for no set-up."""
         if self.attention == "triton":
             self.runner.compile_kernel()
-        if self.runner.graphs is not None:
-            self.runner.graphs.record()
+        if self.runner.static is not None:
+            self.runner.static.record()
         for num_tokens in WARM_UP_TOKENS:
             for _ in range(WARM_UP_PASSES):
                 self.runner.run(self.runner.scratch_inputs(num_tokens))

@@ -22,6 +22,7 @@ TOKENS_SCALE, TOKENS_POLICY = 1 / 16, "sarathi[budget=64]"
 FLOOR_FACTOR = 3.0
 """The kernel may differ from the portable path by so many times what the portable path differs from itself."""
 LEAST_TOLERANCE = 1e-5
+CHUNKS_BESIDE = ((0, 130), (300, 41))
 GRAPH_TOLERANCE = 0.03
 """Of largest logits: bfloat16's rounding through some tens of layers."""
 
@@ -93,22 +94,28 @@ def logits_of_attentions(backend: TransformersBackend, bounds: Limits, num_batch
 
 
 def graphs_against_eager(backend: TransformersBackend, bounds: Limits) -> list[dict[str, Any]]:
-    """Largest logits of padded, replayed batches of decodes against the portable path; empty without graphs."""
-    graphs = backend.runner.graphs
-    if graphs is None:
+    """Largest logits of padded, replayed batches, with and without prompts, against the portable path; empty without
+    graphs."""
+    static = backend.runner.static
+    if static is None:
         return []
     rng, rows = np.random.default_rng(1), []
-    for num in (1, 3, 7, 33, 100, 200):
+    for num, chunks in [*((n, ()) for n in (1, 3, 7, 33, 100, 200)), *((n, CHUNKS_BESIDE) for n in (0, 5, 60))]:
         if num > bounds.max_seqs:
-            break
-        longest = max(min(bounds.max_context, backend.num_kv_blocks * 8 // num), 2)
-        work = backend.made_up([], rng.integers(1, longest, num).tolist())
+            continue
+        longest = max(min(bounds.max_context, backend.num_kv_blocks * 8 // max(num, 1)), 2)
+        work = backend.made_up(list(chunks), rng.integers(1, longest, num).tolist())
+        shape = static.shape_of(work)
+        if shape is None:
+            continue
         portable, expected_ids = _logits(backend, work, "sdpa").max(-1)
-        best, ids = graphs.run(work, backend.blocks, backend.tokens)
-        again, _ = graphs.run(work, backend.blocks, backend.tokens)
-        row = {"decodes": num, "repeat_difference": float(np.abs(best - again).max())}
-        row["difference"] = _difference(torch.from_numpy(best), portable.float().cpu())
-        row["same_token"] = float(np.mean(ids == expected_ids.cpu().numpy()))
+        order = {r: i for i, r in enumerate(work.request.tolist())}
+        emitting, best, ids = static.run(shape, work, backend.blocks, backend.tokens)
+        _, again, _ = static.run(shape, work, backend.blocks, backend.tokens)
+        at = [order[r] for r in emitting.tolist()]
+        row = {"decodes": num, "chunks": len(chunks), "repeat_difference": float(np.abs(best - again).max())}
+        row["difference"] = _difference(torch.from_numpy(best), portable.float().cpu()[at])
+        row["same_token"] = float(np.mean(ids == expected_ids.cpu().numpy()[at]))
         row["passed"] = row["difference"] < GRAPH_TOLERANCE and row["repeat_difference"] == 0.0
         rows.append(row)
     backend.blocks.clear(0)

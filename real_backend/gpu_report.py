@@ -9,6 +9,7 @@ from typing import Any
 
 TABLES = {
     "bounds": "Batches against their bounds",
+    "mixing": "Decodes and a chunk, alone and together",
     "generate": "Decode steps of transformers' generate",
     "kernel": "The attention kernel alone",
 }

@@ -127,8 +127,10 @@ def sim2real(check: Check) -> None:
     for load in LOADS:
         part = compare(backend, check.profile, world, POLICIES, [load], seeds=1, progress=check.in_time)
         parts.append(part)
-        rows, steps = (pd.concat([getattr(p, name) for p in parts], ignore_index=True) for name in ("rows", "steps"))
-        found = save(Comparison(rows, steps, check.profile, backend.setup, world), out)
+        rows, steps, requests = (
+            pd.concat([getattr(p, name) for p in parts], ignore_index=True) for name in ("rows", "steps", "requests")
+        )
+        found = save(Comparison(rows, steps, requests, check.profile, backend.setup, world), out)
         keys = ["step_time", "median_relative_error", "median_absolute_error", "mean_kendall_tau"]
         keys += ["clear_pairs", "clear_kept", "saturation_qps"]
         check.results["sim2real"] = {"requests": num_requests, "loads": len(parts), **{k: found[k] for k in keys}}

@@ -19,7 +19,6 @@ from llmsched_gym.real_backend.sweep import Composition, Limits
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.backend import TransformersBackend
-    from llmsched_gym.real_backend.paged_attention import PagedBatch
 
 CONTEXT = 1024
 DECODES = (1, 8, 32, 64, 128, 256)
@@ -116,7 +115,7 @@ def kind_of(kernel: str) -> str:
 
 def free_cache(backend: TransformersBackend) -> None:
     """Give the KV cache's memory back; the backend is of no more use, its model is."""
-    backend.runner.graphs = None
+    backend.runner.static = None
     backend.runner.cache.keys.clear()
     backend.runner.cache.values.clear()
     gc.collect()
@@ -161,18 +160,16 @@ def time_generate(backend: TransformersBackend, num_seqs: int, context: int) -> 
     return statistics.median(steps)
 
 
-TUNINGS = {
-    False: ((64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 2, 3), (32, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 3)),
-    True: ((64, 4, 3), (128, 4, 2), (64, 4, 2), (64, 8, 3)),
-}
-"""Columns, warps and stages that are tried, for decodes and for chunks."""
-CHUNK_ROWS, SPLITS = (64, 128), (1, 2, 4, 8)
+DECODE_TUNINGS = ((64, 4, 3), (64, 4, 2), (64, 2, 3), (128, 4, 2), (32, 4, 4))
+CHUNK_TUNINGS = ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3))
+"""Columns, warps and stages (of chunks, rows before them) of the kernel's programs that are tried."""
+PROGRAMS = (2, 4, 8)
+"""Programs per multiprocessor that walks are split for, tried at the shape that comes first."""
 
 
 def time_kernel(backend: TransformersBackend, limits: Limits, device: DeviceSpec) -> Iterator[dict[str, Any]]:
-    """The kernel alone, one layer, at other shapes of its programs than its own: rows of batch, shape, time, bound."""
+    """The kernel alone at other shapes of its programs than its own, per layer: rows of batch, shape, time, bound."""
     import triton
-    from triton.testing import do_bench
 
     from llmsched_gym.real_backend import paged_attention as kernel
 
@@ -180,43 +177,38 @@ def time_kernel(backend: TransformersBackend, limits: Limits, device: DeviceSpec
     layer = ModelSpec("layer", 0, 0, 1, spec.num_heads, spec.num_kv_heads, spec.head_dim, 0)
     shapes = {
         "32 decodes at 1024": Composition(decodes=(1024,) * 32),
-        "64 decodes at 1024": Composition(decodes=(1024,) * 64),
         "128 decodes at 1024": Composition(decodes=(1024,) * 128),
-        "1 decode at 8192": Composition(decodes=(8192,)),
+        "4 decodes at 8192": Composition(decodes=(8192,) * 4),
         "2048 prefill": Composition(((0, 2048),)),
+        "448 prefill": Composition(((0, 448),)),
         "512 behind 4096": Composition(((4096, 512),)),
     }
-    own = kernel.CHUNKS
+    decodes = [(n, kernel.Tuning(kernel.MIN_ROWS, *DECODE_TUNINGS[0])) for n in PROGRAMS]
+    decodes += [(kernel.PROGRAMS_PER_UNIT, kernel.Tuning(kernel.MIN_ROWS, *t)) for t in DECODE_TUNINGS[1:]]
+    chunks = [(n, kernel.Tuning(*CHUNK_TUNINGS[0])) for n in PROGRAMS]
+    chunks += [(kernel.PROGRAMS_PER_UNIT, kernel.Tuning(*t)) for t in CHUNK_TUNINGS[1:]]
+    own = kernel.DECODES, kernel.CHUNKS, kernel.PROGRAMS_PER_UNIT
     try:
-        for tuning in (kernel.Tuning(kernel.MIN_ROWS, *t) for t in TUNINGS[False]):
-            for name, batch in shapes.items():
-                if not batch.decodes or not limits.allow(batch, backend.num_kv_blocks):
-                    continue
-                least = bound_ms(layer, device, batch)["bound_ms"]
-                run, paged = _attention_of(backend, batch)
-                for splits in SPLITS if len(batch.decodes) > 1 else (32,):
-                    paged.launches[0].tuning, paged.launches[0].splits = tuning, splits
+        for tried, are_chunks in ((decodes, False), (chunks, True)):
+            for programs, tuning in tried:
+                kernel.DECODES, kernel.CHUNKS, kernel.PROGRAMS_PER_UNIT = tuning, tuning, programs
+                for name, batch in shapes.items():
+                    if bool(batch.chunks) != are_chunks or not limits.allow(batch, backend.num_kv_blocks):
+                        continue
                     with contextlib.suppress(triton.runtime.errors.OutOfResources):  # the shape is too large
-                        ms = do_bench(run, warmup=4, rep=20, return_mode="median")
-                        yield {"batch": name, **tuning._asdict(), "splits": splits, "ms": ms, "times_bound": ms / least}
-        for tuning in (kernel.Tuning(rows, *t) for rows in CHUNK_ROWS for t in TUNINGS[True]):
-            kernel.CHUNKS = tuning
-            for name, batch in shapes.items():
-                if not batch.chunks or not limits.allow(batch, backend.num_kv_blocks):
-                    continue
-                least = bound_ms(layer, device, batch)["bound_ms"]
-                run, paged = _attention_of(backend, batch)
-                with contextlib.suppress(triton.runtime.errors.OutOfResources):
-                    ms = do_bench(run, warmup=4, rep=20, return_mode="median")
-                    splits = paged.launches[0].splits
-                    yield {"batch": name, **tuning._asdict(), "splits": splits, "ms": ms, "times_bound": ms / least}
+                        ms = attention_ms(backend, batch)
+                        least = bound_ms(layer, device, batch)["bound_ms"]
+                        row = {"batch": name, "programs": programs, **tuning._asdict()}
+                        yield {**row, "ms": ms, "times_bound": ms / least}
     finally:
-        kernel.CHUNKS = own
+        kernel.DECODES, kernel.CHUNKS, kernel.PROGRAMS_PER_UNIT = own
         backend.blocks.clear(0)
 
 
-def _attention_of(backend: TransformersBackend, batch: Composition) -> tuple[Callable[[], None], PagedBatch]:
-    """One layer's attention of a made-up batch, to be run and run again, and its layout."""
+def attention_ms(backend: TransformersBackend, batch: Composition) -> float:
+    """Milliseconds of a layer's attention of a batch, replayed as in a pass: layer by layer, each with its own KV."""
+    from triton.testing import do_bench_cudagraph
+
     from llmsched_gym.real_backend.paged_attention import attend
 
     spec, runner = backend.loaded.spec, backend.runner
@@ -227,7 +219,12 @@ def _attention_of(backend: TransformersBackend, batch: Composition) -> tuple[Cal
     out = torch.empty_like(query)
     paged = runner.lay_out(work, backend.blocks, backend.tokens).segments.paged
     assert paged is not None
-    return lambda: attend(query, *runner.cache.layer(0), out, paged, spec.head_dim**-0.5), paged
+
+    def all_layers() -> None:
+        for layer in range(spec.num_layers):
+            attend(query, *runner.cache.layer(layer), out, paged, spec.head_dim**-0.5)
+
+    return float(do_bench_cudagraph(all_layers, rep=10, return_mode="median")) / spec.num_layers
 
 
 MIXED_DECODES, MIXED_CONTEXTS = (8, 32, 64, 128), (512, 1024, 4096)
@@ -257,11 +254,8 @@ def time_mixing(backend: TransformersBackend, decodes: Composition, chunk: Compo
         backend.measure(*arguments)
         row[f"{name}_ms"] = 1e3 * statistics.median(backend.measure(*arguments) for _ in range(3))
     if backend.attention == "triton" and backend.device.type == "cuda":
-        from triton.testing import do_bench
-
         for name, batch in parts.items():
-            run, _ = _attention_of(backend, batch)
-            row[f"attention_{name}_ms"] = do_bench(run, warmup=4, rep=20, return_mode="median")
+            row[f"attention_{name}_ms"] = attention_ms(backend, batch)
         extra = row["attention_both_ms"] - row["attention_chunk_ms"]
         row["attention_price"] = extra / row["attention_decodes_ms"]
         backend.blocks.clear(0)

@@ -2,9 +2,10 @@
 
 A program takes a tile: consecutive query tokens of one sequence, with all query heads that share one KV head, so that
 keys and values are read once for the group. It walks the sequence's blocks with the online softmax of FlashAttention
-(arXiv 2205.14135). Where tiles are too few to fill the device, as with few long sequences, the walk is split over
+(arXiv 2205.14135). Walks much longer than what would fill the device evenly, as with few long sequences, are split over
 several programs and a second kernel joins the parts by their log-sum-exp (Flash-Decoding, Dao et al. 2023). Block
-tables are those of PagedAttention (arXiv 2309.06180).
+tables are those of PagedAttention (arXiv 2309.06180). What each program does stands in a list of work items on the
+device, so that a recorded launch serves any batch whose list fits.
 
 Importing this module needs triton; TRITON_INTERPRET=1, set before, runs the kernels on the CPU.
 """
@@ -21,17 +22,18 @@ import triton.language as tl
 
 from llmsched_gym.config import BLOCK_SIZE
 
-TILE_COLUMNS = 4
-"""Of a tile: its first row in the batch, its number of rows, the first one's position, its sequence."""
+ITEM_COLUMNS = 6
+"""Of a work item: its tile's first row in the batch, number of rows, the first one's position, its sequence; which part
+of the walk the item is, and of how many."""
 MIN_ROWS = 16
 """Query rows (tokens times grouped heads) of a program, at least: the least that matrix units take."""
 PROGRAMS_PER_UNIT = 4
-"""Programs per multiprocessor that are worth splitting walks for."""
-MAX_SPLITS = 32
+"""Programs per multiprocessor that walks are split for."""
+MAX_PARTS = 32
 
 
 class Tuning(NamedTuple):
-    """How a program of the kernel is shaped; measured by the check of a GPU."""
+    """How a program of the kernel is shaped; :mod:`llmsched_gym.real_backend.gpu_check` measures others."""
 
     rows: int  # query rows of a program, at least
     columns: int  # KV tokens that it reads at a time
@@ -44,14 +46,12 @@ DECODES, CHUNKS = Tuning(MIN_ROWS, 64, 4, 3), Tuning(64, 64, 4, 3)
 
 @dataclass
 class Launch:
-    """Tiles of one shape: rows start..stop of the batch."""
+    """Work items of one shape."""
 
-    start: int
-    stop: int
-    tiles: torch.Tensor  # (num_tiles, TILE_COLUMNS) int32
+    items: torch.Tensor  # (num_items, ITEM_COLUMNS) int32; parts of one tile lie side by side
     tile_tokens: int  # query tokens of a full tile
-    splits: int  # programs that share a tile's walk
-    tuning: Tuning = DECODES
+    has_parts: bool  # whether some tile's walk is split
+    tuning: Tuning
 
 
 @dataclass
@@ -67,20 +67,36 @@ def tile_tokens(group: int, prefill: bool) -> int:
     return max(CHUNKS.rows // group, 1) if prefill else 1
 
 
-def tiles_of(starts: np.ndarray, num_tokens: np.ndarray, num_computed: np.ndarray, tokens: int) -> np.ndarray:
-    """Tiles (num_tiles, TILE_COLUMNS) int32 of at most `tokens` rows; arguments are per sequence, in batch order."""
+def spare_items(kv_heads: int, num_units: int) -> int:
+    """Items that a list may have beyond its tiles."""
+    return PROGRAMS_PER_UNIT * num_units // kv_heads
+
+
+def work_items(
+    starts: np.ndarray,  # (sequences,) first row of each in the batch
+    num_tokens: np.ndarray,  # (sequences,) its rows
+    num_computed: np.ndarray,  # (sequences,) KV tokens before them
+    sequences: np.ndarray,  # (sequences,) row of each in the block table
+    tokens: int,
+    columns: int,
+    spare: int,
+) -> np.ndarray:
+    """Items (num_items, ITEM_COLUMNS) int32 for tiles of at most `tokens` rows, at most `spare` more than tiles.
+
+    Walks are cut into parts of equal length, about as long for all, so that programs end together.
+    """
     counts = -(-num_tokens // tokens)
-    sequence = np.repeat(np.arange(len(starts)), counts)
-    offset = tokens * (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
-    rows = np.minimum(num_tokens[sequence] - offset, tokens)
-    columns = (starts[sequence] + offset, rows, num_computed[sequence] + offset, sequence)
-    return np.stack(columns, axis=1).astype(np.int32)
-
-
-def choose_splits(num_tiles: int, num_kv_heads: int, num_units: int) -> int:
-    """Programs per tile, a power of two, so that all multiprocessors have some."""
-    wanted = PROGRAMS_PER_UNIT * num_units / max(num_tiles * num_kv_heads, 1)
-    return min(1 << max(int(np.log2(max(wanted, 1.0))), 0), MAX_SPLITS)
+    index = np.repeat(np.arange(len(starts)), counts)
+    offset = tokens * (np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts))
+    rows = np.minimum(num_tokens[index] - offset, tokens)
+    position = num_computed[index] + offset
+    steps = -(-(position + rows) // columns)
+    longest = max(-(-int(steps.sum()) // max(spare, 1)), 1)
+    parts = np.minimum(-(-steps // longest), MAX_PARTS)
+    tile = np.repeat(np.arange(len(index)), parts)
+    part = np.arange(len(tile)) - np.repeat(np.cumsum(parts) - parts, parts)
+    fields = (starts[index] + offset, rows, position, sequences[index])
+    return np.stack([*(field[tile] for field in fields), part, parts[tile]], axis=1).astype(np.int32)
 
 
 def lay_out(
@@ -93,20 +109,19 @@ def lay_out(
     device: torch.device,
 ) -> PagedBatch:
     """A batch for the kernel: decodes in one launch, chunks in another."""
-    starts = np.cumsum(num_tokens) - num_tokens
+    starts, sequences = np.cumsum(num_tokens) - num_tokens, np.arange(len(num_tokens))
     num_single = int(np.count_nonzero(num_tokens == 1))
-    units = num_units(device)
+    spare = spare_items(kv_heads, num_units(device))
     launches = []
     for part, is_prefill in ((slice(0, num_single), False), (slice(num_single, None), True)):
         if len(starts[part]) == 0:
             continue
-        tokens = tile_tokens(heads // kv_heads, is_prefill)
-        tiles = tiles_of(starts[part], num_tokens[part], num_computed[part], tokens)
-        tiles[:, 3] += part.start
-        start, stop = int(starts[part][0]), int(starts[part][-1] + num_tokens[part][-1])
-        splits = choose_splits(len(tiles), kv_heads, units)
-        on_device = torch.from_numpy(tiles).to(device, non_blocking=True)
-        launches.append(Launch(start, stop, on_device, tokens, splits, CHUNKS if is_prefill else DECODES))
+        tokens, tuning = tile_tokens(heads // kv_heads, is_prefill), CHUNKS if is_prefill else DECODES
+        items = work_items(
+            starts[part], num_tokens[part], num_computed[part], sequences[part], tokens, tuning.columns, spare
+        )
+        on_device = torch.from_numpy(items).to(device, non_blocking=True)
+        launches.append(Launch(on_device, tokens, bool((items[:, -1] > 1).any()), tuning))
     table = torch.from_numpy(np.ascontiguousarray(blocks, np.int32)).to(device, non_blocking=True)
     return PagedBatch(table, launches)
 
@@ -121,9 +136,9 @@ def warm_up(
     for num_tokens in (np.array([1, 1]), np.array([2])):
         blocks, computed = np.zeros((len(num_tokens), 1)), np.zeros(len(num_tokens), np.int64)
         batch = lay_out(blocks, num_tokens, computed, heads=heads, kv_heads=kv_heads, device=device)
-        for exponent in range(MAX_SPLITS.bit_length()):
+        for has_parts in (False, True):
             for launch in batch.launches:
-                launch.splits = 1 << exponent
+                launch.has_parts = has_parts
             for window in windows:
                 attend(query, cache, cache, out, batch, head_dim**-0.5, window)
 
@@ -137,7 +152,7 @@ def attend(
     query: torch.Tensor,  # (tokens, heads, head_dim), any strides
     keys: torch.Tensor,  # (blocks, BLOCK_SIZE, kv_heads, head_dim), contiguous
     values: torch.Tensor,
-    out: torch.Tensor,  # (tokens, heads, head_dim), contiguous; every row of the launches is written
+    out: torch.Tensor,  # (tokens, heads, head_dim), contiguous; every row of the items is written
     batch: PagedBatch,
     scale: float,
     window: int | None = None,
@@ -148,92 +163,77 @@ def attend(
     group = heads // kv_heads
     table = batch.block_table
     for launch in batch.launches:
-        rows, splits = launch.stop - launch.start, launch.splits
+        num_items, tokens = len(launch.items), launch.tile_tokens
         parts, weights = out, out
-        if splits > 1:
-            parts = torch.empty((splits, rows, heads, dim), dtype=torch.float32, device=out.device)
-            weights = torch.empty((splits, rows, heads), dtype=torch.float32, device=out.device)
-        block_rows = max(triton.next_power_of_2(launch.tile_tokens * group), MIN_ROWS)
-        _attend[(kv_heads, len(launch.tiles), splits)](
+        if launch.has_parts:
+            parts = torch.empty((num_items, tokens, heads, dim), dtype=torch.float32, device=out.device)
+            weights = torch.empty((num_items, tokens, heads), dtype=torch.float32, device=out.device)
+        padded = {"DIM": dim, "DIM_PADDED": triton.next_power_of_2(dim), "TOKENS": tokens}
+        _attend[(kv_heads, num_items)](
             query,
             keys,
             values,
+            out,
             parts,
             weights,
-            launch.tiles,
-            launch.tiles.stride(0),
+            launch.items,
             table,
             table.stride(0),
             query.stride(0),
             query.stride(1),
-            rows,
-            launch.start if splits > 1 else 0,
             scale,
             window or 0,
-            splits,
+            **padded,
             KV_HEADS=kv_heads,
             GROUP=group,
-            DIM=dim,
-            DIM_PADDED=triton.next_power_of_2(dim),
             BLOCK=BLOCK_SIZE,
-            ROWS=block_rows,
+            ROWS=max(triton.next_power_of_2(tokens * group), MIN_ROWS),
             COLUMNS=launch.tuning.columns,
             WINDOW=window is not None,
-            SPLIT=splits > 1,
+            PARTS=launch.has_parts,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=launch.tuning.warps,
             num_stages=launch.tuning.stages,
         )
-        if splits > 1:
-            _join[(heads, rows)](
-                parts,
-                weights,
-                out,
-                rows,
-                launch.start,
-                HEADS=heads,
-                DIM=dim,
-                DIM_PADDED=triton.next_power_of_2(dim),
-                SPLITS=splits,
-                num_warps=1,
-            )
+        if launch.has_parts:
+            padded["TOKENS_PADDED"] = triton.next_power_of_2(tokens)
+            _join[(heads, num_items)](parts, weights, out, launch.items, **padded, HEADS=heads, num_warps=1)
 
 
 # Counts that change from batch to batch must not each cost a compilation.
-@triton.jit(do_not_specialize=["tile_stride", "table_stride", "num_rows", "first_row", "window", "splits"])
+@triton.jit(do_not_specialize=["table_stride", "window"])
 def _attend(
     query,
     keys,
     values,
-    out,  # the answer (tokens, heads, dim), or with SPLIT the parts (splits, rows, heads, dim) float32
-    weights,  # with SPLIT: log2-sum-exp2 of each part (splits, rows, heads)
-    tiles,
-    tile_stride,
+    out,  # the answer (tokens, heads, dim)
+    parts,  # with PARTS: answers of split walks (items, TOKENS, heads, dim) float32
+    weights,  # with PARTS: log2-sum-exp2 of each of them (items, TOKENS, heads)
+    items,
     table,
     table_stride,
     query_token_stride,
     query_head_stride,
-    num_rows,
-    first_row,
     scale,
     window,
-    splits,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    tile = tiles + tl.program_id(1) * tile_stride
-    split = tl.program_id(2)
-    start, count = tl.load(tile), tl.load(tile + 1)
-    position, sequence = tl.load(tile + 2), tl.load(tile + 3)
+    index = tl.program_id(1)
+    item = items + index * 6
+    start, count = tl.load(item), tl.load(item + 1)
+    position, sequence = tl.load(item + 2), tl.load(item + 3)
+    part, num_parts = tl.load(item + 4), tl.load(item + 5)
 
     row = tl.arange(0, ROWS)
     token = row // GROUP
@@ -249,8 +249,8 @@ def _attend(
     first = 0
     if WINDOW:
         first = tl.maximum(position - window + 1, 0) // COLUMNS
-    steps = tl.cdiv(tl.cdiv(stop, COLUMNS) - first, splits)
-    begin = (first + split * steps) * COLUMNS
+    steps = tl.cdiv(tl.cdiv(stop, COLUMNS) - first, num_parts)
+    begin = (first + part * steps) * COLUMNS
     end = tl.minimum(begin + steps * COLUMNS, stop)
 
     log2_scale = scale * 1.4426950408889634  # exp(x) = 2 ** (x * log2(e)), and the hardware has 2 ** x
@@ -279,36 +279,51 @@ def _attend(
         best = new_best
 
     answer = answer / tl.where(total == 0.0, 1.0, total)[:, None]
-    to = (start - first_row + token).to(tl.int64)
-    if SPLIT:
-        to += split.to(tl.int64) * num_rows
+    at = ((start + token).to(tl.int64) * (KV_HEADS * GROUP) + head) * DIM
+    if PARTS:
+        in_part = token < tl.where(num_parts > 1, count, 0)
+        to = (index.to(tl.int64) * TOKENS + token) * (KV_HEADS * GROUP) + head
         summed = tl.where(total == 0.0, float("-inf"), best + tl.log2(tl.where(total == 0.0, 1.0, total)))
-        tl.store(weights + to * (KV_HEADS * GROUP) + head, summed, mask=is_row)
-    at = (to * (KV_HEADS * GROUP) + head) * DIM
+        tl.store(weights + to, summed, mask=in_part)
+        tl.store(parts + to[:, None] * DIM + dim[None, :], answer, mask=in_part[:, None] & in_dim[None, :])
+        is_row = token < tl.where(num_parts > 1, 0, count)
     tl.store(out + at[:, None] + dim[None, :], answer.to(out.dtype.element_ty), mask=is_row[:, None] & in_dim[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows", "first_row"])
+@triton.jit
 def _join(
-    parts,  # (splits, rows, heads, dim) float32
-    weights,  # (splits, rows, heads) float32, log2-sum-exp2
+    parts,  # (items, TOKENS, heads, dim) float32
+    weights,  # (items, TOKENS, heads) float32, log2-sum-exp2
     out,  # (tokens, heads, dim)
-    num_rows,
-    first_row,
-    HEADS: tl.constexpr,
+    items,
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TOKENS_PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
     head = tl.program_id(0)
-    row = tl.program_id(1)
-    split = tl.arange(0, SPLITS)
-    dim = tl.arange(0, DIM_PADDED)
-    in_dim = dim < DIM
-    at = (split.to(tl.int64) * num_rows + row) * HEADS + head
-    weight = tl.load(weights + at)
-    weight = tl.exp2(weight - tl.max(weight, 0))  # some part has seen something, so the largest is finite
-    part = tl.load(parts + at[:, None] * DIM + dim[None, :], mask=in_dim[None, :], other=0.0)
-    answer = tl.sum(part * weight[:, None], 0) / tl.sum(weight, 0)
-    to = ((row + first_row).to(tl.int64) * HEADS + head) * DIM
-    tl.store(out + to + dim, answer.to(out.dtype.element_ty), mask=in_dim)
+    index = tl.program_id(1)
+    item = items + index * 6
+    start, count, part, num_parts = tl.load(item), tl.load(item + 1), tl.load(item + 4), tl.load(item + 5)
+    if (part == 0) & (num_parts > 1):  # the first of a tile's parts speaks for it
+        token = tl.arange(0, TOKENS_PADDED)
+        dim = tl.arange(0, DIM_PADDED)
+        is_row = token < count
+        mask = is_row[:, None] & (dim < DIM)[None, :]
+        best = tl.full([TOKENS_PADDED], float("-inf"), tl.float32)
+        total = tl.zeros([TOKENS_PADDED], tl.float32)
+        answer = tl.zeros([TOKENS_PADDED, DIM_PADDED], tl.float32)
+        for i in range(0, num_parts):
+            at = ((index + i).to(tl.int64) * TOKENS + token) * HEADS + head
+            summed = tl.load(weights + at, mask=is_row, other=float("-inf"))
+            new_best = tl.maximum(best, summed)
+            shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+            weight, old = tl.exp2(summed - shift), tl.exp2(best - shift)
+            one = tl.load(parts + at[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
+            answer = answer * old[:, None] + one * weight[:, None]
+            total = total * old + weight
+            best = new_best
+        answer = answer / tl.where(total == 0.0, 1.0, total)[:, None]
+        to = ((start + token).to(tl.int64) * HEADS + head) * DIM
+        tl.store(out + to[:, None] + dim[None, :], answer.to(out.dtype.element_ty), mask=mask)

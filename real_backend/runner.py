@@ -17,7 +17,7 @@ from llmsched_gym.real_backend.weights import LoadedModel
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.fused import FusedModel
-    from llmsched_gym.real_backend.graphs import DecodeGraphs
+    from llmsched_gym.real_backend.graphs import StaticBatches
     from llmsched_gym.real_backend.paged_attention import PagedBatch
 
 FUSED_TOLERANCE = {torch.float32: 1e-3}
@@ -55,7 +55,7 @@ class Runner:
     Attributes:
         attention: "sdpa", or "triton" for the paged kernel.
         fused: the model's forward pass in few launches, where set; for the paged kernel's batches.
-        graphs: runs batches of decodes with static shapes, where set.
+        static: runs batches of few tokens at fixed shapes, where set.
     """
 
     def __init__(self, loaded: LoadedModel, cache: KVCache, attention: str = "sdpa") -> None:
@@ -63,14 +63,14 @@ class Runner:
         self.device = loaded.device
         self.attention = attention
         self.fused: FusedModel | None = None
-        self.graphs: DecodeGraphs | None = None
+        self.static: StaticBatches | None = None
 
     def step(self, work: Work, table: BlockTable, tokens: TokenStore) -> dict[int, int]:
         """Run one batch; the greedy token of each emitting request. Blocks and prompts must be there."""
-        if self.graphs is not None and self.graphs.fit(work):
-            best, ids = self.graphs.run(work, table, tokens)
-            emitting = work.request[work.emits]
-            ids = self._finite(best[work.emits], ids[work.emits], emitting)
+        shape = self.static.shape_of(work) if self.static is not None else None
+        if self.static is not None and shape is not None:
+            emitting, best, ids = self.static.run(shape, work, table, tokens)
+            ids = self._finite(best, ids, emitting)
         else:
             inputs = self.lay_out(work, table, tokens)
             emitting, ids = inputs.emitting, self.run(inputs)

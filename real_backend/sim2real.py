@@ -48,6 +48,7 @@ class Comparison:
 
     rows: pd.DataFrame  # metrics of each run, with backend and load
     steps: pd.DataFrame  # every batch of the real runs, with policy, load and seed
+    requests: pd.DataFrame  # every request of the runs, with backend and load
     profile: Profile
     setup: str
     world: SmallWorld
@@ -76,6 +77,7 @@ def compare(
         make_scheduler(world.policy(policy))
     rows: list[dict[str, Any]] = []
     steps: list[pd.DataFrame] = []
+    requests: list[pd.DataFrame] = []
     total = len(policies) * len(loads) * seeds
     for load in loads:
         at_load = world.scenario.replace(qps=load * world.saturation_qps)
@@ -88,8 +90,10 @@ def compare(
                 run = {"policy": policy, "load": load, "seed": seed}
                 rows += [{**metrics.row(e), **run, "backend": side} for side, e in (("real", real), ("sim", sim))]
                 steps.append(steps_of(real).assign(**run))
+                requests += [requests_of(e).assign(**run, backend=side) for side, e in (("real", real), ("sim", sim))]
     progress(total, total)
-    return Comparison(pd.DataFrame(rows), pd.concat(steps, ignore_index=True), profile, backend.setup, world)
+    all_steps, all_requests = (pd.concat(parts, ignore_index=True) for parts in (steps, requests))
+    return Comparison(pd.DataFrame(rows), all_steps, all_requests, profile, backend.setup, world)
 
 
 def steps_of(episode: Episode) -> pd.DataFrame:
@@ -98,16 +102,23 @@ def steps_of(episode: Episode) -> pd.DataFrame:
     return pd.DataFrame({name: episode.steps[name] for name in fields})
 
 
+def requests_of(episode: Episode) -> pd.DataFrame:
+    """What became of each request of a run."""
+    fields = ["index", "prompt_tokens", "output_tokens", "slo_class", "ttft_s", "max_itl_s", "utility", "attained"]
+    return metrics.requests_frame(episode)[fields].astype({"slo_class": str})
+
+
 def save(comparison: Comparison, out: Path) -> dict[str, Any]:
     """Write rows, steps, summary and page; returns the summary."""
     out.mkdir(parents=True, exist_ok=True)
-    found = summary(comparison.rows, comparison.steps)
+    found = summary(comparison.rows, comparison.steps, comparison.requests)
     found["setup"] = comparison.setup
     found["jitter"] = float(comparison.rows.loc[comparison.rows["backend"] == "sim", "jitter"].iloc[0])
     found["saturation_qps"] = comparison.world.saturation_qps
     found["calibration"] = comparison.profile.fit
     comparison.rows.to_json(out / "runs.json", orient="records", indent=1)
     comparison.steps.to_parquet(out / "steps.parquet")
+    comparison.requests.to_parquet(out / "requests.parquet")
     (out / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     (out / "scenario.json").write_text(
         json.dumps(comparison.world.scenario.to_dict(), indent=1) + "\n", encoding="utf-8"

@@ -1,4 +1,4 @@
-"""Batches of decodes at fixed sizes: which size, what the padding holds, and that it changes nothing."""
+"""Batches at fixed shapes: which shape, what the padding holds, and that it changes nothing."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_mo
 
 from llmsched_gym.real_backend import BackendError, make_backend
 from llmsched_gym.real_backend.attention import NAME, KVCache, choose_attention
-from llmsched_gym.real_backend.graphs import DecodeGraphs, padded_size, sizes_up_to
+from llmsched_gym.real_backend.graphs import Shape, StaticBatches, decode_sizes, padded_size
 from llmsched_gym.real_backend.runner import Runner, Work
 from llmsched_gym.real_backend.weights import LoadedModel, model_spec
 
@@ -19,9 +19,9 @@ CPU = torch.device("cpu")
 
 
 def test_sizes_by_hand():
-    assert sizes_up_to(1) == [1] and sizes_up_to(8) == [1, 2, 4, 8] and sizes_up_to(20) == [1, 2, 4, 8, 16, 20]
-    assert sizes_up_to(256)[-2:] == [192, 256] and sizes_up_to(1000)[-1] == 256
-    sizes = sizes_up_to(20)
+    assert decode_sizes(1) == [1] and decode_sizes(8) == [1, 2, 4, 8] and decode_sizes(20) == [1, 2, 4, 8, 16, 20]
+    assert decode_sizes(256)[-2:] == [192, 256] and decode_sizes(1000)[-1] == 256
+    sizes = decode_sizes(20)
     assert [padded_size(n, sizes) for n in (1, 3, 9, 17, 20, 21)] == [1, 4, 16, 20, 20, None]
 
 
@@ -41,17 +41,16 @@ def prefilled(graphs, lengths=(40, 17, 33)):
 
 def test_padding_goes_to_the_scratch_block_and_changes_nothing():
     backend, work = prefilled(graphs=True)
-    graphs, cache = backend.runner.graphs, backend.runner.cache
+    static, cache = backend.runner.static, backend.runner.cache
     before = [part.clone() for part in cache.keys]
-    exact = DecodeGraphs(backend.runner, 3, backend.blocks.blocks.shape[1])
-    best, ids = exact.run(work, backend.blocks, backend.tokens)
-    assert exact.sizes[-1] == 3 and graphs.sizes == [1, 2, 4, 8]
+    emitting, best, ids = static.run(Shape(3, 3, 0, 3), work, backend.blocks, backend.tokens)
+    assert emitting.tolist() == work.request.tolist() and list(static.decode_shapes) == [1, 2, 4, 8]
     for poison in (0.0, 7.0):  # what the scratch block holds must not matter
         for part in (*cache.keys, *cache.values):
             part[0] = poison
         for size in (4, 8):
-            graphs.sizes = [size]
-            padded_best, padded_ids = graphs.run(work, backend.blocks, backend.tokens)
+            shape = Shape(size, size, 0, size)
+            _, padded_best, padded_ids = static.run(shape, work, backend.blocks, backend.tokens)
             np.testing.assert_allclose(padded_best, best, rtol=1e-5)
             assert padded_ids.tolist() == ids.tolist()
     held = sorted({int(b) for row in work.row for b in backend.blocks.blocks[row]} - {0})
@@ -68,28 +67,28 @@ def test_static_shapes_give_what_the_eager_path_gives():
     steps = []
     for graphs in (True, False):
         backend, work = prefilled(graphs)
-        assert (backend.runner.graphs is not None) == graphs
+        assert (backend.runner.static is not None) == graphs
         steps.append(backend.runner.step(work, backend.blocks, backend.tokens))
     assert steps[0] == steps[1] and len(steps[0]) == 3
 
 
-def test_only_batches_of_single_tokens_fit():
-    graphs = make_backend(WORLD, tiny_model(), "cpu", graphs=True).runner.graphs
+def work_of(*num_tokens):
+    n = np.array(num_tokens)
+    return Work(np.arange(len(n)), np.arange(len(n)), n, n, n > 0)
 
-    def work(*num_tokens):
-        n = np.array(num_tokens)
-        return Work(np.arange(len(n)), np.arange(len(n)), n, n, n > 0)
 
-    assert graphs.fit(work(1)) and graphs.fit(work(*[1] * 8))
-    assert not graphs.fit(work(1, 2)) and not graphs.fit(work(*[1] * 9))
+def test_without_the_kernel_only_batches_of_single_tokens_have_a_shape():
+    static = make_backend(WORLD, tiny_model(), "cpu", graphs=True).runner.static
+    assert static.shape_of(work_of(1)).tokens == 1 and static.shape_of(work_of(*[1] * 7)).tokens == 8
+    assert static.shape_of(work_of(1, 2)) is None and static.shape_of(work_of(*[1] * 9)) is None
 
 
 @pytest.mark.parametrize("name", ["mistral", "mistral, window"])
 def test_tokens_with_static_shapes_equal_generate(name):
     backend = make_backend(WORLD, tiny_model(name), "cpu", graphs=True)
     runs = []
-    run = backend.runner.graphs.run
-    backend.runner.graphs.run = lambda *args: runs.append(len(args[0].request)) or run(*args)
+    run = backend.runner.static.run
+    backend.runner.static.run = lambda *args: runs.append(len(args[1].request)) or run(*args)
     table = random_table(10)
     run_chaos(backend, table, seed=5, admission="prompt")
     # which batches form depends on how fast this machine is
@@ -117,7 +116,7 @@ def test_triton_where_it_cannot_run_is_one_clear_line(installed, reason, monkeyp
 
 def test_a_plain_backend_on_a_cpu_has_neither():
     backend = make_backend(WORLD, tiny_model(), "cpu")
-    assert backend.attention == "sdpa" and backend.runner.graphs is None
+    assert backend.attention == "sdpa" and backend.runner.static is None
     assert "graphs" not in backend.setup and "attention" not in backend.setup
 
 
@@ -141,5 +140,5 @@ def test_nothing_in_a_pass_of_decodes_waits_for_the_device():
     cache = KVCache(spec.num_layers, 4, spec.num_kv_heads, spec.head_dim, torch.float32, meta)
     runner = Runner(LoadedModel("meta", model, spec, torch.float32, meta), cache)
     with torch.inference_mode():
-        best, ids = DecodeGraphs(runner, 8, blocks_per_seq=4)._forward(8)
+        best, ids = StaticBatches(runner, 8, 64, blocks_per_seq=4)._forward(Shape(8, 8, 0, 8))
     assert best.shape == ids.shape == (8,) and best.device == meta and cache.num_writes == spec.num_layers

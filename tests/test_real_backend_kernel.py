@@ -1,5 +1,7 @@
 """The paged Triton kernel against SDPA, under triton's interpreter on a CPU, compiled on a GPU."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -58,8 +60,10 @@ def reference(query, keys, values, num_tokens, num_computed, blocks, window):
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_the_kernel_is_sdpa(group, dim, window, monkeypatch):
-    for seed, splits in enumerate((1, 4)):
-        monkeypatch.setattr(kernel, "choose_splits", lambda *_, splits=splits: splits)
+    for seed, spare in enumerate((1, 40)):
+        monkeypatch.setattr(kernel, "spare_items", lambda *_, spare=spare: spare)
+        monkeypatch.setattr(kernel, "DECODES", kernel.DECODES._replace(columns=16))
+        monkeypatch.setattr(kernel, "CHUNKS", kernel.CHUNKS._replace(columns=16))
         check(group, dim, window, seed)
 
 
@@ -89,28 +93,46 @@ def check(group, dim, window, seed, **shape):
     assert error < 2e-6, f"relative error {error:.1e}"  # a nan fails as well
 
 
-def test_tiles_by_hand():
-    tiles = kernel.tiles_of(np.array([0, 5]), np.array([5, 2]), np.array([10, 0]), tokens=4)
-    assert tiles.tolist() == [[0, 4, 10, 0], [4, 1, 14, 0], [5, 2, 0, 1]]
+def test_items_by_hand():
+    """Two sequences of 5 and 2 rows behind 10 and 0 tokens, in tiles of 4 rows that read 4 tokens at a time."""
+    arguments = np.array([0, 5]), np.array([5, 2]), np.array([10, 0]), np.array([0, 1]), 4, 4
+    whole = kernel.work_items(*arguments, spare=1)  # walks of 4, 4 and 1 steps, no part longer than all
+    assert whole.tolist() == [[0, 4, 10, 0, 0, 1], [4, 1, 14, 0, 0, 1], [5, 2, 0, 1, 0, 1]]
+    cut = kernel.work_items(*arguments, spare=4)  # 9 steps over 4: no part longer than 3
+    assert cut.tolist() == [
+        [0, 4, 10, 0, 0, 2],
+        [0, 4, 10, 0, 1, 2],
+        [4, 1, 14, 0, 0, 2],
+        [4, 1, 14, 0, 1, 2],
+        [5, 2, 0, 1, 0, 1],
+    ]
     assert kernel.tile_tokens(4, prefill=True) == 16 and kernel.tile_tokens(4, prefill=False) == 1
 
 
-def test_few_tiles_are_split_over_many_programs():
-    assert [kernel.choose_splits(tiles, 8, 132) for tiles in (1, 4, 16, 33, 64, 128)] == [32, 16, 4, 2, 1, 1]
+def test_items_fit_the_room_that_graphs_give_them():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n = int(rng.integers(0, 40))
+        num_tokens, computed = rng.integers(1, 100, n), rng.integers(0, 3000, n)
+        tokens, spare = int(rng.integers(1, 20)), int(rng.integers(1, 70))
+        items = kernel.work_items(np.cumsum(num_tokens), num_tokens, computed, np.arange(n), tokens, 16, spare)
+        tiles = int((-(-num_tokens // tokens)).sum())
+        assert tiles <= len(items) <= tiles + spare
+        assert items[items[:, 4] == 0, 1].sum() == num_tokens.sum() and (items[:, 5] <= kernel.MAX_PARTS).all()
 
 
-def test_the_warm_up_meets_every_number_of_splits(monkeypatch):
+def test_the_warm_up_meets_every_kind_of_launch(monkeypatch):
     seen = set()
     attend = kernel.attend
 
     def spy(*args):
-        seen.add((args[4].launches[0].tile_tokens > 1, args[4].launches[0].splits, args[6] if len(args) > 6 else None))
+        launch = args[4].launches[0]
+        seen.add((launch.tile_tokens > 1, launch.has_parts, args[6] if len(args) > 6 else None))
         attend(*args)
 
     monkeypatch.setattr(kernel, "attend", spy)
     kernel.warm_up(4, 2, 16, torch.float32, DEVICE, {None, 8})
-    splits = {kernel.choose_splits(tiles, 1, 132) for tiles in range(1, 600)}
-    assert seen == {(prefill, n, window) for prefill in (False, True) for n in splits for window in (None, 8)}
+    assert seen == set(itertools.product((False, True), (False, True), (None, 8)))
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2, one layer with a window"])
@@ -128,8 +150,11 @@ def test_tokens_through_the_kernel_equal_generate(name):
 
 def test_static_shapes_and_the_kernel_together():
     backend = make_backend(WORLD, tiny_model(), str(DEVICE), attention="triton", graphs=True)
+    shapes, run = [], backend.runner.static.run
+    backend.runner.static.run = lambda *args: shapes.append(args[0]) or run(*args)
     table = random_table(3)
     run_chaos(backend, table, seed=6, admission="prompt")
+    assert any(shape.tiles for shape in shapes) and not all(shape.tiles for shape in shapes)
     alone = tiny_model()
     for r in range(len(table)):
         assert backend.tokens.answer(r).tolist() == generated(
