@@ -38,6 +38,7 @@ class Shape(NamedTuple):
     singles: int  # sequences of one token, padding included
     tiles: int  # the kernel's tiles of prompts; 0 in batches of decodes alone
     answers: int  # rows whose logits are wanted
+    parts: bool = False  # whether walks over long sequences may be split
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -63,7 +64,7 @@ class StaticBatches:
         self.runner = runner
         self.decode_shapes = {n: Shape(n, n, 0, n) for n in decode_sizes(max_num_seqs)}
         self.prompt_shapes: dict[int, Shape] = {}
-        self._spare, self._item_columns = 0, 0
+        self._max_num_seqs, self._spare, self._item_columns = max_num_seqs, 0, 0
         if runner.attention == "triton":
             from llmsched_gym.real_backend import paged_attention as paged  # triton is optional
 
@@ -75,7 +76,7 @@ class StaticBatches:
             for n in [n for n in TOKENS if n <= max_tokens]:
                 singles = min(n, max_num_seqs + n - below)  # decodes and padding
                 tiles = -(-n // paged.tile_tokens(group, True)) + MAX_CHUNKS
-                self.prompt_shapes[n] = Shape(n, singles, tiles, min(n, max_num_seqs))
+                self.prompt_shapes[n] = Shape(n, singles, tiles, min(n, max_num_seqs), parts=True)
                 below = n
         shapes = [*self.decode_shapes.values(), *self.prompt_shapes.values()]
         most = Shape(*(max(column) for column in zip(*shapes, strict=True)))
@@ -85,8 +86,9 @@ class StaticBatches:
         self._blocks_per_seq = blocks_per_seq
         # the first row stays the scratch block's: it is the padding's
         self._table = self._buffer((max(max_num_seqs, DECODES[-1]) + 1) * blocks_per_seq, torch.int32)
+        self._best = self._buffer(most.answers, torch.float32)
+        self._chosen = self._buffer(most.answers, torch.int64)
         self._graphs: dict[Shape, torch.cuda.CUDAGraph] = {}
-        self._answers: dict[Shape, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def shape_of(self, work: Work) -> Shape | None:
         """The smallest shape that holds the batch; None if none does."""
@@ -105,18 +107,19 @@ class StaticBatches:
             return
         side = torch.cuda.Stream(self.runner.device)
         pool = None
-        shapes = sorted([*self.prompt_shapes.values(), *self.decode_shapes.values()], reverse=True)
-        for shape in shapes:  # the largest first: the others fit into its memory
+        shapes = [*self.prompt_shapes.values(), *self.decode_shapes.values()]
+        shapes += [shape._replace(parts=True) for shape in self.decode_shapes.values()]
+        for shape in sorted(shapes, reverse=True):  # the largest first: the others fit into its memory
             self._fill_scratch(shape)
             torch.cuda.synchronize(self.runner.device)
             with torch.inference_mode():
                 with torch.cuda.stream(side):  # compilation and workspaces must not be recorded
                     for _ in range(WARM_UP_PASSES):
-                        self._forward(shape)
+                        self._pass(shape)
                 torch.cuda.synchronize(self.runner.device)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    self._answers[shape] = self._forward(shape)
+                    self._pass(shape)
             self._graphs[shape] = graph
             pool = graph.pool()
 
@@ -142,15 +145,27 @@ class StaticBatches:
         slots = table.blocks[work.row[item], positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
         rows = np.stack([tokens.read(work.request[item], positions), positions, slots])
         width = int((work.num_computed + work.num_tokens - 1).max()) // BLOCK_SIZE + 1
-        self._fill(shape, work, table.blocks[work.row, :width], rows, (ends - 1)[work.emits])
+        has_parts = self._fill(shape, work, table.blocks[work.row, :width], rows, (ends - 1)[work.emits])
+        shape = shape._replace(parts=shape.parts or has_parts)
         if shape in self._graphs:
             self._graphs[shape].replay()
-            best, ids = self._answers[shape]
         else:
             with torch.inference_mode():
-                best, ids = self._forward(shape)
+                self._pass(shape)
+        self.runner.wait()
         emitting = work.request[work.emits]
-        return emitting, best[: len(emitting)].float().cpu().numpy(), ids[: len(emitting)].cpu().numpy()
+        return emitting, *(part.host[: len(emitting)].copy() for part in (self._best, self._chosen))
+
+    def _pass(self, shape: Shape) -> None:
+        """The batch from the host's buffers through the model, and the answers back: copies are recorded too."""
+        room = self._spare * self._item_columns
+        self._ids.send(3 * shape.tokens + shape.answers)
+        self._singles.send(shape.singles * self._item_columns + room)
+        self._tiles.send(shape.tiles * self._item_columns + room if shape.tiles else 0)
+        self._table.send((1 + min(shape.tokens, self._max_num_seqs)) * self._blocks_per_seq)
+        best, chosen = self._forward(shape)
+        self._best.fetch(best.float())
+        self._chosen.fetch(chosen)
 
     def _fill(
         self,
@@ -159,25 +174,22 @@ class StaticBatches:
         blocks: np.ndarray,  # (sequences, blocks)
         rows: np.ndarray,  # (3, tokens): token, position, slot
         answers: np.ndarray,  # (emitting,) rows
-    ) -> None:
-        """Lay a batch out in the buffers, padded to `shape`, and send it to the device."""
+    ) -> bool:
+        """Lay a batch out in the host's buffers, padded to `shape`; whether walks over its sequences are split."""
         num_seqs, num_rows = len(work.request), rows.shape[1]
         ids = self._ids.host[: 3 * shape.tokens].reshape(3, shape.tokens)
         ids[:, :num_rows] = rows
         ids[:, num_rows:] = 0  # the first slot of the scratch block
         wanted = self._ids.host[3 * shape.tokens :][: shape.answers]
         wanted[: len(answers)], wanted[len(answers) :] = answers, 0
-        self._ids.send(3 * shape.tokens + shape.answers)
         table = self._table.host.reshape(-1, self._blocks_per_seq)[1:]
         table[:num_seqs, : blocks.shape[1]] = blocks  # nobody reads behind a sequence's end
         if self._item_columns:
-            self._fill_items(shape, work, np.arange(num_rows, shape.tokens))
-            self._table.send((1 + num_seqs) * self._blocks_per_seq)
-        else:  # the portable attention takes a row of the table for each of the batch
-            table[num_seqs : shape.tokens] = SCRATCH
-            self._table.send((1 + shape.tokens) * self._blocks_per_seq)
+            return self._fill_items(shape, work, np.arange(num_rows, shape.tokens))
+        table[num_seqs : shape.tokens] = SCRATCH  # the portable attention takes a row for each of the batch
+        return False
 
-    def _fill_items(self, shape: Shape, work: Work, padding: np.ndarray) -> None:
+    def _fill_items(self, shape: Shape, work: Work, padding: np.ndarray) -> bool:
         from llmsched_gym.real_backend import paged_attention as paged
 
         spec = self.runner.loaded.spec
@@ -187,7 +199,7 @@ class StaticBatches:
         ones, zeros = np.ones_like(padding), np.zeros_like(padding)
         padded = [padding, ones, zeros, zeros]
         singles = [np.concatenate([c[:num_single], p]) for c, p in zip(columns, padded, strict=True)]
-        group = spec.num_heads // spec.num_kv_heads
+        group, has_parts = spec.num_heads // spec.num_kv_heads, False
         for buffer, room, part, is_prefill in (
             (self._singles, shape.singles, singles, False),
             (self._tiles, shape.tiles, [c[num_single:] for c in columns], True),
@@ -201,7 +213,8 @@ class StaticBatches:
             host = buffer.host[: (room + self._spare) * self._item_columns].reshape(-1, self._item_columns)
             host[: len(items)] = items
             host[len(items) :] = (0, 0, 0, 0, 0, 1)  # of no rows
-            buffer.send(host.size)
+            has_parts |= bool((items[:, -1] > 1).any())
+        return has_parts
 
     def _forward(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
         """Largest logit of each wanted row and its token, each (answers,), on the device."""
@@ -218,7 +231,8 @@ class StaticBatches:
                 if room:
                     items = buffer.device[: (room + self._spare) * self._item_columns].view(-1, self._item_columns)
                     tokens = paged.tile_tokens(spec.num_heads // spec.num_kv_heads, is_prefill)
-                    launches.append(paged.Launch(items, tokens, True, paged.CHUNKS if is_prefill else paged.DECODES))
+                    tuning = paged.CHUNKS if is_prefill else paged.DECODES
+                    launches.append(paged.Launch(items, tokens, shape.parts, tuning))
             segments.paged = paged.PagedBatch(table, launches)
         else:
             segments.decodes = [DecodeGroup(0, shape.tokens, table[1 : shape.tokens + 1].long(), positions + 1)]
@@ -239,5 +253,9 @@ class _Buffer:
         self.device = torch.zeros(size, dtype=dtype, device=device)
 
     def send(self, size: int) -> None:
-        # The host's part may be filled again once the batch's answers have come: those wait for this copy.
+        """Copy the first `size` values to the device."""
         self.device[:size].copy_(self._pinned[:size], non_blocking=True)
+
+    def fetch(self, values: torch.Tensor) -> None:
+        """Copy values from the device to the first places of the host's array."""
+        self._pinned[: len(values)].copy_(values, non_blocking=True)

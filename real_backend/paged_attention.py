@@ -12,6 +12,7 @@ Importing this module needs triton; TRITON_INTERPRET=1, set before, runs the ker
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ ITEM_COLUMNS = 6
 of the walk the item is, and of how many."""
 MIN_ROWS = 16
 """Query rows (tokens times grouped heads) of a program, at least: the least that matrix units take."""
-PROGRAMS_PER_UNIT = 4
+PROGRAMS_PER_UNIT = 2
 """Programs per multiprocessor that walks are split for."""
 MAX_PARTS = 32
 
@@ -41,7 +42,7 @@ class Tuning(NamedTuple):
     stages: int  # of the software pipeline
 
 
-DECODES, CHUNKS = Tuning(MIN_ROWS, 64, 4, 3), Tuning(64, 64, 4, 3)
+DECODES, CHUNKS = Tuning(MIN_ROWS, 64, 4, 2), Tuning(64, 64, 4, 2)
 
 
 @dataclass
@@ -158,46 +159,74 @@ def attend(
     window: int | None = None,
 ) -> None:
     """Causal attention of all rows; with a `window`, to the last so many tokens, the own one included."""
+    arguments = query, keys, values, out, batch.block_table, scale, window
+    if len(batch.launches) == 2 and query.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Decodes wait for memory and chunks for arithmetic: in a recorded pass they run side by side.
+        decodes, chunks = batch.launches
+        main, side = torch.cuda.current_stream(query.device), _side_stream(query.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            _launch(chunks, *arguments)
+        _launch(decodes, *arguments)
+        main.wait_stream(side)
+    else:
+        for launch in batch.launches:
+            _launch(launch, *arguments)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _launch(
+    launch: Launch,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> None:
     heads, dim = query.shape[1:]
     kv_heads = keys.shape[2]
     group = heads // kv_heads
-    table = batch.block_table
-    for launch in batch.launches:
-        num_items, tokens = len(launch.items), launch.tile_tokens
-        parts, weights = out, out
-        if launch.has_parts:
-            parts = torch.empty((num_items, tokens, heads, dim), dtype=torch.float32, device=out.device)
-            weights = torch.empty((num_items, tokens, heads), dtype=torch.float32, device=out.device)
-        padded = {"DIM": dim, "DIM_PADDED": triton.next_power_of_2(dim), "TOKENS": tokens}
-        _attend[(kv_heads, num_items)](
-            query,
-            keys,
-            values,
-            out,
-            parts,
-            weights,
-            launch.items,
-            table,
-            table.stride(0),
-            query.stride(0),
-            query.stride(1),
-            scale,
-            window or 0,
-            **padded,
-            KV_HEADS=kv_heads,
-            GROUP=group,
-            BLOCK=BLOCK_SIZE,
-            ROWS=max(triton.next_power_of_2(tokens * group), MIN_ROWS),
-            COLUMNS=launch.tuning.columns,
-            WINDOW=window is not None,
-            PARTS=launch.has_parts,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            num_warps=launch.tuning.warps,
-            num_stages=launch.tuning.stages,
-        )
-        if launch.has_parts:
-            padded["TOKENS_PADDED"] = triton.next_power_of_2(tokens)
-            _join[(heads, num_items)](parts, weights, out, launch.items, **padded, HEADS=heads, num_warps=1)
+    num_items, tokens = len(launch.items), launch.tile_tokens
+    parts, weights = out, out
+    if launch.has_parts:
+        parts = torch.empty((num_items, tokens, heads, dim), dtype=torch.float32, device=out.device)
+        weights = torch.empty((num_items, tokens, heads), dtype=torch.float32, device=out.device)
+    padded = {"DIM": dim, "DIM_PADDED": triton.next_power_of_2(dim), "TOKENS": tokens}
+    _attend[(kv_heads, num_items)](
+        query,
+        keys,
+        values,
+        out,
+        parts,
+        weights,
+        launch.items,
+        table,
+        table.stride(0),
+        query.stride(0),
+        query.stride(1),
+        scale,
+        window or 0,
+        **padded,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        BLOCK=BLOCK_SIZE,
+        ROWS=max(triton.next_power_of_2(tokens * group), MIN_ROWS),
+        COLUMNS=launch.tuning.columns,
+        WINDOW=window is not None,
+        PARTS=launch.has_parts,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=launch.tuning.warps,
+        num_stages=launch.tuning.stages,
+    )
+    if launch.has_parts:
+        padded["TOKENS_PADDED"] = triton.next_power_of_2(tokens)
+        _join[(heads, num_items)](parts, weights, out, launch.items, **padded, HEADS=heads, num_warps=1)
 
 
 # Counts that change from batch to batch must not each cost a compilation.
