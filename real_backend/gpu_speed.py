@@ -227,8 +227,8 @@ def attention_ms(backend: TransformersBackend, batch: Composition) -> float:
     return float(do_bench_cudagraph(all_layers, rep=10, return_mode="median")) / spec.num_layers
 
 
-MIXED_DECODES, MIXED_CONTEXTS = (8, 32, 64, 128), (512, 1024, 4096)
-MIXED_CHUNKS = ((0, 64), (0, 512), (2048, 512), (0, 1920))
+MIXED_DECODES, MIXED_CONTEXTS = (8, 32, 64, 128), (1024, 4096)
+MIXED_CHUNKS = ((0, 512), (2048, 512))
 
 
 def mixed_batches(limits: Limits, num_blocks: int) -> Iterator[tuple[Composition, Composition]]:

@@ -5,6 +5,7 @@ import dataclasses
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,3 +271,13 @@ def test_limits_are_checked():
     for field in dataclasses.fields(Limits):
         with pytest.raises(ValueError, match=field.name):
             Limits(**{field.name: -1})
+
+
+def test_the_shipped_profile_of_the_h100_is_the_fit_of_its_rows():
+    shipped = load_profile("h100-mistral-7b")
+    sheet = Sheet(Path(__file__).parent.parent / "docs" / "gpu" / "h100" / "sweep.csv.gz", "")
+    again = fit(sheet, shipped.model, shipped.device, shipped.num_kv_blocks, name=shipped.name)
+    assert (again.tile_tokens, again.linear.tokens) == (shipped.tile_tokens, shipped.linear.tokens)
+    assert again.linear.ms == pytest.approx(shipped.linear.ms)
+    assert (again.pair_ms, again.kv_ms) == pytest.approx((shipped.pair_ms, shipped.kv_ms))
+    assert again.fit == pytest.approx(shipped.fit) and shipped.fit["mape"] < 0.05

@@ -74,11 +74,29 @@ def test_clear_pairs_by_hand():
     assert agreement.clear_pairs(real, sim, 0.1, relative=True) == {"clear_pairs": 4, "clear_kept": 4}
 
 
+def requests_of(side, attained, policy="a", load=1.0):
+    """Requests of a run, of utility 1 where attained."""
+    frame = pd.DataFrame({"attained": np.array(attained, bool), "utility": np.array(attained, float)})
+    return frame.assign(index=range(len(frame)), policy=policy, load=load, seed=0, backend=side)
+
+
+def test_fates_and_differences_of_policies_by_hand():
+    good, bad = [1] * 40, [1, 0] * 20
+    same = [requests_of(side, fates, p) for side in ("real", "sim") for p, fates in (("a", good), ("b", bad))]
+    found = agreement.request_agreement(pd.concat(same, ignore_index=True))
+    assert (found["compared"], found["fates_differ"]) == (80, 0.0)
+    assert (found["significant_pairs"], found["significant_kept"]) == (1, 1)
+    turned = [*same[:1], requests_of("real", good, "b"), *same[2:]]  # on the model b is as good
+    found = agreement.request_agreement(pd.concat(turned, ignore_index=True))
+    assert found["fates_differ"] == 0.25 and found["fates_differ_by_policy"] == {"a": 0.0, "b": 0.5}
+    assert (found["significant_pairs"], found["significant_kept"]) == (1, 0)
+
+
 def test_a_simulator_compared_with_itself_agrees():
     fields = [{"mean_utility": u, "slo_attainment": u, "ttft_p50_s": 1 - u} for u in (0.2, 0.5, 0.9)]
     rows = rows_of(*((p, side, f) for p, f in zip("abc", fields, strict=True) for side in ("real", "sim")))
     steps = pd.DataFrame({"policy": ["a"], "load": 1.0, "seed": 0, "duration_s": [0.5], "predicted_s": [0.5]})
-    found = agreement.summary(rows, steps)
+    found = agreement.summary(rows, steps, pd.concat([requests_of(side, [1, 0, 1]) for side in ("real", "sim")]))
     assert set(found["mean_kendall_tau"].values()) == {1.0} and found["clear_pairs"] == found["clear_kept"] == 9
     assert set(found["median_relative_error"].values()) == {0.0} and found["step_time"]["mape"] == 0.0
     json.dumps(found, allow_nan=False)
