@@ -120,10 +120,10 @@ def _level(text: str, names: tuple[str, ...]) -> int:
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= np.iinfo(np.int32).max:
+    value = float(text)  # 512.0 is a whole number too
+    if not value.is_integer() or not 1 <= value <= np.iinfo(np.int32).max:
         raise ValueError
-    return value
+    return int(value)
 
 
 def _positive(text: str) -> float:
@@ -207,7 +207,7 @@ def _parse_options(spec: str, text: str) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not equals:
             raise PolicyError(f"policy {spec!r}: expected key=value in brackets, got {part!r}")
-        options[key.strip()] = value.strip()
+        options[key.strip()] = re.sub(r"^np\.\w+\((.*)\)$", r"\1", value.strip())  # how a NumPy scalar shows itself
     return options
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec
+from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec, plain_fields
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "profiles"
 
@@ -44,6 +44,7 @@ class TableLinear:
     ms: tuple[float, ...]  # (num_knots,)
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if len(self.tokens) < 2 or len(self.tokens) != len(self.ms):
             raise ProfileError("linear.tokens: expected at least two knots, as many as linear.ms")
         if not all(_is_whole(n) and n >= 1 for n in self.tokens):
@@ -78,6 +79,7 @@ class SmoothLinear:
     power: float  # sharpness of the change from the one to the other
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("weight_ms", "token_ms", "power"):
             _check_number(f"linear.{name}", getattr(self, name), open_low=True)
 
@@ -108,6 +110,7 @@ class Profile:
     fit: dict[str, Any] | None = field(default=None, hash=False)  # errors against measurements, if there were any
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("tile_tokens", "num_kv_blocks"):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ProfileError(f"{name}: expected a whole number >= 1, got {getattr(self, name)!r}")

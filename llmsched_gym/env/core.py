@@ -38,7 +38,10 @@ def features_space() -> spaces.Box:
 def observation_space(config: EnvConfig) -> spaces.Space:
     """The space of one environment's observations."""
     if hasattr(config.observation, "observe"):
-        return config.observation.space
+        space = getattr(config.observation, "space", None)
+        if not isinstance(space, spaces.Space):
+            raise ConfigError(f"observation: expected an object with a gymnasium space in `space`, got {space!r}")
+        return space
     if config.observation == "features":
         return features_space()
     low = np.tile(np.array([f.low for f in SLOT_FEATURES], np.float32), (NUM_SLOTS, 1))
@@ -70,6 +73,7 @@ class EnvCore:
     def __init__(self, config: EnvConfig, num_envs: int) -> None:
         if config.backend == "transformers" and num_envs != 1:
             raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got 'transformers'")
+        make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
         self.config, self.num_envs = config, num_envs
         self.action_space, self.observation_space = action_space(config), observation_space(config)
         self.engine = Engine(config, expected_requests(config), num_envs=num_envs, backend=self._backend())

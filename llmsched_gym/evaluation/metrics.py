@@ -150,7 +150,7 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "workload": Path(scenario.trace).name if scenario.trace else scenario.workload,
         "qps": float(table.qps),
         "requested_qps": None if scenario.qps is None else float(scenario.qps),
-        "seed": episode.seed,
+        "seed": int(episode.seed),
         "num_requests": n,
         "num_finished": o.count(FINISHED),
         "num_rejected": o.count(REJECTED),
