@@ -19,14 +19,30 @@ from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, make_table
 
+ACTED_BY = ("action", "action_repeat", "token_budget", "admission", "allow_refusal")
+"""Settings without which a model's actions mean something else."""
+
 
 def action_space(config: EnvConfig) -> spaces.Space:
-    """The space of one environment's actions."""
+    """The space of one environment's actions; what is saved with it says what they mean, see `space_settings`."""
+    space: spaces.Space = spaces.Discrete(NUM_SLOTS + 1)
     if config.action == "knobs":
-        return spaces.MultiDiscrete([len(knob.values) for knob in knobs_for(config)])
+        space = spaces.MultiDiscrete([len(knob.values) for knob in knobs_for(config)])
     if config.action == "priority":
-        return spaces.Box(-1.0, 1.0, (NUM_SLOTS,), np.float32)
-    return spaces.Discrete(NUM_SLOTS + 1)
+        space = spaces.Box(-1.0, 1.0, (NUM_SLOTS,), np.float32)
+    settings = {name: getattr(config, name) for name in ACTED_BY}
+    if isinstance(config.observation, str):
+        settings["observation"] = config.observation
+    vars(space)["llmsched"] = settings
+    return space
+
+
+def space_settings(space: spaces.Space) -> dict[str, Any]:
+    """The settings of the environment that an action space was made for; empty where it carries none.
+
+    Libraries save a model's spaces, and nothing else of its environment.
+    """
+    return dict(vars(space).get("llmsched", {}))
 
 
 def features_space() -> spaces.Box:

@@ -140,7 +140,7 @@ class PolicyScheduler:
 
     Args:
         policy: called with one observation (not batched), and for request actions also the mask of legal actions;
-            returns one action.
+            returns one action. With a method ``reset()`` it is told of each new run.
         config: the environment's configuration: action, observation, action_repeat and token budget are used.
         decision_s: seconds that one decision costs on the clock.
     """
@@ -156,6 +156,8 @@ class PolicyScheduler:
 
     def reset(self, seed: int) -> None:
         self._left, self._asked = 0, None
+        if hasattr(self.policy, "reset"):
+            self.policy.reset()
 
     def action_now(self, engine: Engine, config: EnvConfig) -> Any:
         """The action that the policy takes now in environment 0, as environments of `config` take it.
