@@ -136,6 +136,7 @@ class Scenario:
     ttft_slo_per_token_s: float = 0.0005  # added per prompt token
     ttft_class_scales: tuple[float, ...] = (1.0,)  # each request's TTFT SLO is scaled by one of these, uniformly
     patience_s: float = 60.0  # lateness at which a client leaves
+    beta: float = 0.5  # weight of lateness, and of a refusal, in a request's utility
     tbt_rule: str = "every-gap"  # every-gap, fraction:X, deadline
     # machine
     cost_scale: float | tuple[float, float] = 1.0  # hidden factor on every batch time; a range is drawn from
@@ -252,6 +253,7 @@ class Scenario:
             raise ConfigError(f"ttft_class_scales: expected positive numbers, got {scales!r}")
         if not all(0 < x < math.inf for x in scales):
             raise ConfigError(f"ttft_class_scales: expected positive numbers, got {scales!r}")
+        self._check_number("beta", 0.0, 1e6)
         self._check_number("jitter", 0.0, 10.0)
         self._check_number("straggler_share", 0.0, 1.0)
         self._check_number("straggler_factor", 0.0, 1e3, open_low=True)
@@ -307,7 +309,6 @@ class EnvConfig(Scenario):
     action_repeat: int = 1  # batches that one knobs or priority action decides
     observation: Any = "features"  # features, slots, or an object with `space` and `observe(view)`
     reward: Any = "slo"  # slo, or a callable on a Transition
-    beta: float = 0.5  # weight of lateness in a request's utility
     reward_scale: float = 1.0  # constant factor on the reward
     credit: str = "early"  # pay utility as it is earned and lost, or at each request's finish
     tau_s: float = 120.0  # time constant of info["discount"]; inf: nothing is discounted
@@ -315,7 +316,6 @@ class EnvConfig(Scenario):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("beta", 0.0, 1e6)
         self._check_number("reward_scale", 0.0, 1e12, open_low=True)
         self._check_number("tau_s", 0.0, open_low=True)
         self._check_integer("action_repeat", 1)
