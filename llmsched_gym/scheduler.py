@@ -191,6 +191,9 @@ def make_scheduler(spec: str) -> Any:
         return _instantiate(spec, entry, options)
     if Path(name).is_dir() or name.endswith((".zip", "/")):
         return importlib.import_module("llmsched_gym.policies").load_policy(name, **options)
+    if "/" in name or "\\" in name or name.startswith("~"):  # no name and no module has them
+        what = "expected a policy folder, got a file" if Path(name).is_file() else "no such policy folder"
+        raise PolicyError(f"policy {name!r}: {what}")
     if ":" in name:
         entry = _import_attribute(spec, name)
         return with_options(spec, entry, options) if isinstance(entry, Compiled) else _instantiate(spec, entry, options)

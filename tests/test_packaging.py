@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -101,3 +102,20 @@ def test_what_the_wheel_ships(installed, tmp_path):
         installed, tmp_path, "python", "-c", code.format((*SHIPPED, "agents", "tests", "benchmarks", "examples"))
     )
     assert done.stdout.strip() == str([*SHIPPED])
+
+
+def test_the_sdist_holds_what_its_tests_need(tmp_path):
+    pytest.importorskip("setuptools", minversion="77", reason="the sdist needs setuptools 77")
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*env*", ".git", "out", "runs", "*.egg-info", "*cache*", "shared")
+    )
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with tarfile.open(source / "dist" / done.stdout.splitlines()[-1]) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("tests", "docs", "examples", "benchmarks", "agents", *SHIPPED)
+    needed = {str(file.relative_to(ROOT)) for folder in folders for file in (ROOT / folder).rglob("*.*")}
+    needed |= {"Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "LICENSE", ".ci/run"}
+    assert not {name for name in needed if "__pycache__" not in name} - held

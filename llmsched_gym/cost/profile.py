@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec, plain_fields
+from llmsched_gym.files import version_of
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "profiles"
 
@@ -218,7 +219,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise ProfileError(f"profile: expected one of {', '.join(PROFILES)}, or a .json file, got {name!r}")
     path = DATA_DIR / f"{name}.json" if name in PROFILES else Path(name)
     try:
-        return _load(path, path.stat().st_mtime_ns)
+        return _load(path, *version_of(path))
     except OSError as error:
         raise ProfileError(f"{path}: cannot read: {error.strerror}") from None
 
@@ -233,7 +234,7 @@ def kv_blocks(model: ModelSpec, device: DeviceSpec) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _load(path: Path, mtime_ns: int) -> Profile:
+def _load(path: Path, absolute: Path, version: tuple[int, ...]) -> Profile:
     return Profile.from_json(path)
 
 

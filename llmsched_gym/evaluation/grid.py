@@ -86,7 +86,7 @@ def evaluate(
 
     backend = make_backend(scenario, workers)
 
-    store, done = None, {}
+    store: Store | None = None
     if out is not None:
         settings: dict[str, Any] = {
             "qps": None if qps is None else rates,
@@ -96,7 +96,23 @@ def evaluate(
         if backend is not None:
             settings["setup"] = backend.setup
         store = Store(out, grid_config(scenario, policies, **settings))
-        done = store.open()
+    try:
+        return _run_grid(scenario, cells, store, workers, backend, progress)
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _run_grid(
+    scenario: Scenario,
+    cells: Sequence[Cell],
+    store: Store | None,
+    workers: int | None,
+    backend: Any,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """Run the cells that the store lacks and keep them there; returns all rows in the order of the cells."""
+    done = {} if store is None else store.open()
     label = digest({k: v for k, v in dataclasses.asdict(scenario).items() if k != "qps"})
     left = [cell for cell in cells if cell.index not in done]
     if progress is not None:
