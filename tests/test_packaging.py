@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("llmsched_gym", "baselines", "real_backend")
+FOLDERS = ("llmsched_gym", "agents", "baselines", "real_backend")
+CLONE_ONLY = ("tests", "benchmarks", "examples")
 NO_NETWORK = re.compile(
     "No matching distribution|Could not find a version|name resolution|[Cc]onnection|timed out|retries"
 )
@@ -21,23 +22,23 @@ NO_NETWORK = re.compile(
 pytestmark = pytest.mark.slow
 
 
-def project():
+def pyproject():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_the_core_depends_on_nothing_of_the_extras():
-    config = project()["project"]
+    config = pyproject()["project"]
     core = {re.match(r"[\w-]+", name)[0].lower() for name in config["dependencies"]}
     known = "gymnasium, numpy, numba, pandas, pyarrow, scipy, matplotlib, jinja2, typer, rich, safetensors, pillow"
     assert core == set(known.split(", "))
-    assert {"agents", "real", "ray", "dev"} <= set(config["optional-dependencies"])
+    assert {"agents", "real", "ray", "rllib", "bench", "docs", "dev"} <= set(config["optional-dependencies"])
 
 
 def test_constraints_pin_every_direct_dependency():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(re.fullmatch(r"([\w.-]+)==(\S+)", line).groups() for line in lines if line and not line.startswith("#"))
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
-    config = project()["project"]
+    config = pyproject()["project"]
     wanted = [*config["dependencies"]]
     for extra in ("agents", "real", "dev"):
         wanted += config["optional-dependencies"][extra]
@@ -56,7 +57,7 @@ def installed(tmp_path_factory):
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in SHIPPED:
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=60)
     pip = [venv / "bin/python", "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]

@@ -242,7 +242,7 @@ def test_what_a_zip_cannot_do_here_is_one_line(tmp_path):
 
 
 def export(*arguments):
-    command = [sys.executable, "-m", "agents.export", *map(str, arguments)]
+    command = [sys.executable, "-m", "llmsched_gym.agents.export", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
