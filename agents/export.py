@@ -15,6 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from llmsched_gym.agents.networks import ACTIVATIONS, Normaliser, RowsExtractor
@@ -24,6 +28,7 @@ from llmsched_gym.engine import Engine
 from llmsched_gym.env.features import NUM_FEATURES
 from llmsched_gym.policies import LoadedPolicy, PolicySpec, write_folder
 from llmsched_gym.policies.folder import read_folder, spec_for
+from llmsched_gym.policies.sb3_zip import as_it_is, read_zip, zip_config, zip_normaliser
 from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable
 
@@ -60,7 +65,16 @@ def load_actor(policy: Any, config: EnvConfig, folder: str | Path) -> None:
 
 def _actor(policy: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Architecture and weights of what decides, by their names in a folder; the tensors are the policy's own."""
-    return _rows(policy) if isinstance(policy.features_extractor, RowsExtractor) else _mlp(policy)
+    name, extractor = type(policy).__name__, getattr(policy, "features_extractor", None)
+    if not isinstance(policy, ActorCriticPolicy | MaskableActorCriticPolicy) or isinstance(
+        policy, RecurrentActorCriticPolicy
+    ):
+        raise PolicyError(f"model: expected a policy of PPO or MaskablePPO, got {name}")
+    if isinstance(extractor, RowsExtractor):
+        return _rows(policy)
+    if not isinstance(extractor, Normaliser | FlattenExtractor):
+        raise PolicyError(f"model: a folder has no place for the features extractor {type(extractor).__name__}")
+    return _mlp(policy)
 
 
 def _linear(name: str, layer: nn.Linear) -> dict[str, torch.Tensor]:
@@ -169,13 +183,18 @@ def _convert(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="SB3 zip of PPO or MaskablePPO; only one you trust: it holds pickles")
     parser.add_argument("folder", help="policy folder to write")
-    parser.add_argument("--repeat", type=int, default=1, help="action_repeat it was trained with")
-    args = parser.parse_args(argv)
-    from llmsched_gym.policies.sb3_zip import _config, _load
-
-    model = _load(args.model)
-    config = _config(model, {"repeat": args.repeat, "token_budget": 512})
-    print(finish(args.folder, *export(model.policy, config, training={"source": Path(args.model).name})))
+    for name in ("repeat", "token-budget"):
+        parser.add_argument(f"--{name}", help="as it was trained with, where the zip does not say")
+    parser.add_argument("--vecnormalize", help="none: leave the statistics of VecNormalize beside the zip alone")
+    given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
+    path, folder = Path(given.pop("model")), given.pop("folder")
+    options = {"allow_pickle": "true", **given}
+    model = read_zip(path, options)
+    if zip_normaliser(path, model, options.get("vecnormalize")) is not as_it_is:
+        what = "a folder holds no VecNormalize statistics: evaluate the zip itself, or train with agents.train"
+        raise PolicyError(f"policy {str(path)!r}: {what}")
+    config = zip_config(str(path), model, options)
+    print(finish(folder, *export(model.policy, config, training={"source": path.name})))
 
 
 if __name__ == "__main__":

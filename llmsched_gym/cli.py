@@ -63,6 +63,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    terminal.print_anywhere()
     with _interrupts() as seen:
         try:
             code = typer.main.get_command(app).main(args=argv, prog_name="llmsched", standalone_mode=False)
@@ -184,15 +185,17 @@ def evaluate(
             out=out,
             progress=progress,
         )
-    if as_json:
-        terminal.print_rows(rows)
-    else:
-        terminal.print_table(terminal.comparison(rows))
+    try:
+        if out is not None:
+            report(out)
+    finally:
+        if as_json:
+            terminal.print_rows(rows)
+        else:
+            terminal.print_table(terminal.comparison(rows))
     if chosen != named:
         note = f"{chosen[-1]} ran too: a bound that knows every output length (--no-bound leaves it out)"
         print(f"llmsched: {note}", file=sys.stderr)
-    if out is not None:
-        report(out)
 
 
 @app.command()

@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any, Self
+
+import numpy as np
 
 BLOCK_SIZE = 16
 """Tokens in one KV block (vLLM's default)."""
@@ -30,6 +33,33 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message is one line that names the field and what was expected."""
 
 
+class UnknownField(ConfigError, TypeError):
+    """A field that does not exist: to Python an unexpected keyword argument, for which some libraries wait."""
+
+
+def plain(value: Any) -> Any:
+    """`value` in Python's own types: NumPy's scalars and arrays become numbers and tuples, lists tuples."""
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, np.floating):
+        return float(value)
+    if isinstance(value, np.ndarray):
+        return plain(value[()]) if value.ndim == 0 else tuple(plain(v) for v in value)
+    if isinstance(value, list | tuple):
+        return tuple(plain(v) for v in value)
+    if isinstance(value, str | os.PathLike):
+        return str(os.fspath(value))
+    return value
+
+
+def plain_fields(instance: Any) -> None:
+    """Turn the fields of a frozen dataclass that is being made into Python's own types."""
+    for f in dataclasses.fields(instance):
+        object.__setattr__(instance, f.name, plain(getattr(instance, f.name)))
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Shapes of a decoder-only transformer with grouped-query attention."""
@@ -43,6 +73,9 @@ class ModelSpec:
     head_dim: int
     vocab_size: int
     bytes_per_value: int = 2  # bf16
+
+    def __post_init__(self) -> None:
+        plain_fields(self)
 
     @property
     def layer_params(self) -> int:
@@ -75,6 +108,9 @@ class DeviceSpec:
     bandwidth_efficiency: float = 0.8
     flops_efficiency: float = 0.7
 
+    def __post_init__(self) -> None:
+        plain_fields(self)
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -100,6 +136,7 @@ class Scenario:
     ttft_slo_per_token_s: float = 0.0005  # added per prompt token
     ttft_class_scales: tuple[float, ...] = (1.0,)  # each request's TTFT SLO is scaled by one of these, uniformly
     patience_s: float = 60.0  # lateness at which a client leaves
+    beta: float = 0.5  # weight of lateness, and of a refusal, in a request's utility
     tbt_rule: str = "every-gap"  # every-gap, fraction:X, deadline
     # machine
     cost_scale: float | tuple[float, float] = 1.0  # hidden factor on every batch time; a range is drawn from
@@ -129,10 +166,11 @@ class Scenario:
     count_host_time: bool = False  # transformers: whether the scheduler's own time counts, too
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         self._validate()
 
     def replace(self, **fields: Any) -> Self:
-        """A copy with some fields changed; unknown names raise :class:`ConfigError`."""
+        """A copy with some fields changed; unknown names raise :class:`UnknownField`."""
         check_names(type(self), fields)
         return dataclasses.replace(self, **fields)
 
@@ -215,6 +253,7 @@ class Scenario:
             raise ConfigError(f"ttft_class_scales: expected positive numbers, got {scales!r}")
         if not all(0 < x < math.inf for x in scales):
             raise ConfigError(f"ttft_class_scales: expected positive numbers, got {scales!r}")
+        self._check_number("beta", 0.0, 1e6)
         self._check_number("jitter", 0.0, 10.0)
         self._check_number("straggler_share", 0.0, 1.0)
         self._check_number("straggler_factor", 0.0, 1e3, open_low=True)
@@ -254,7 +293,7 @@ def check_names(cls: type, fields: dict[str, Any]) -> None:
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"unknown field {name!r}{hint}")
+            raise UnknownField(f"{cls.__name__} got an unexpected keyword argument {name!r}{hint}")
 
 
 ACTIONS = ("knobs", "priority", "request")
@@ -270,17 +309,15 @@ class EnvConfig(Scenario):
     action_repeat: int = 1  # batches that one knobs or priority action decides
     observation: Any = "features"  # features, slots, or an object with `space` and `observe(view)`
     reward: Any = "slo"  # slo, or a callable on a Transition
-    beta: float = 0.5  # weight of lateness in a request's utility
     reward_scale: float = 1.0  # constant factor on the reward
     credit: str = "early"  # pay utility as it is earned and lost, or at each request's finish
-    tau_s: float = 120.0  # time constant of info["discount"]
+    tau_s: float = 120.0  # time constant of info["discount"]; inf: nothing is discounted
     token_budget: int = 512  # of a batch formed by priority or request actions
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("beta", 0.0, 1e6)
         self._check_number("reward_scale", 0.0, 1e12, open_low=True)
-        self._check_number("tau_s", 0.0, 1e12, open_low=True)
+        self._check_number("tau_s", 0.0, open_low=True)
         self._check_integer("action_repeat", 1)
         self._check_integer("token_budget", 1)
         self._check_choice("action", ACTIONS)

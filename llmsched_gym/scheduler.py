@@ -120,10 +120,10 @@ def _level(text: str, names: tuple[str, ...]) -> int:
 
 
 def _positive_int(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= np.iinfo(np.int32).max:
+    value = float(text)  # 512.0 is a whole number too
+    if not value.is_integer() or not 1 <= value <= np.iinfo(np.int32).max:
         raise ValueError
-    return value
+    return int(value)
 
 
 def _positive(text: str) -> float:
@@ -191,6 +191,9 @@ def make_scheduler(spec: str) -> Any:
         return _instantiate(spec, entry, options)
     if Path(name).is_dir() or name.endswith((".zip", "/")):
         return importlib.import_module("llmsched_gym.policies").load_policy(name, **options)
+    if "/" in name or "\\" in name or name.startswith("~"):  # no name and no module has them
+        what = "expected a policy folder, got a file" if Path(name).is_file() else "no such policy folder"
+        raise PolicyError(f"policy {name!r}: {what}")
     if ":" in name:
         entry = _import_attribute(spec, name)
         return with_options(spec, entry, options) if isinstance(entry, Compiled) else _instantiate(spec, entry, options)
@@ -207,7 +210,7 @@ def _parse_options(spec: str, text: str) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not equals:
             raise PolicyError(f"policy {spec!r}: expected key=value in brackets, got {part!r}")
-        options[key.strip()] = value.strip()
+        options[key.strip()] = re.sub(r"^np\.\w+\((.*)\)$", r"\1", value.strip())  # how a NumPy scalar shows itself
     return options
 
 

@@ -164,7 +164,7 @@ class TransformersBackend:
     def setup(self) -> str:
         """Model, device and versions in one line: results of another setup must not be mixed in."""
         parts = [
-            Path(self.loaded.name).name,
+            f"{Path(self.loaded.name).name} ({self.loaded.shapes_digest})",
             str(self.loaded.dtype).removeprefix("torch."),
             device_name(self.device),
             platform.machine(),

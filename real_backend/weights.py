@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,15 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def shapes_digest(self) -> str:
+        """What tells two models of one name apart: all of their configuration but where it was read and by what."""
+        settings = {
+            k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+        }
+        text = json.dumps(settings, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
 
 def load_model(
     model: str | PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None, seed: int = 0
@@ -80,7 +91,7 @@ def load_model(
         name, loaded = model, _random(model, device, dtype, seed)
     else:
         name, loaded = model, _pretrained(model, device, dtype)
-    _check_config(name, loaded.config)
+    _check_model(name, loaded)
     loaded.set_attn_implementation(NAME)
     return LoadedModel(name, loaded.eval(), model_spec(name, loaded.config, dtype), dtype, device)
 
@@ -184,8 +195,22 @@ def _check_report(name: str, report: dict[str, Any]) -> None:
         )
 
 
-def _check_config(name: str, config: Any) -> None:
-    """Refuse what a hybrid batch would compute wrongly."""
+NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""What a config.json must say, as Llama's, Mistral's and Qwen's do."""
+
+
+def _check_model(name: str, model: PreTrainedModel) -> None:
+    """Refuse what cannot run on our attention, or what a hybrid batch would compute wrongly."""
+    config, kind = model.config, f"models of type {model.config.model_type!r}"
+    if getattr(config, "kv_lora_rank", None):
+        raise BackendError(
+            f"model {name!r}: {kind} are not supported: their latent attention (MLA) has no paged KV here"
+        )
+    lacks = [field for field in NEEDED if getattr(config, field, None) is None]
+    if lacks:
+        raise BackendError(f"model {name!r}: {kind} are not supported: their config has no {lacks[0]}, as Llama's has")
+    if not model._supports_attention_backend:
+        raise BackendError(f"model {name!r}: {kind} are not supported: transformers cannot exchange their attention")
     layers = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
     if layers:
         raise BackendError(f"model {name!r}: layers of kind {sorted(layers)[0]!r} are not supported")

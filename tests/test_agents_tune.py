@@ -17,7 +17,7 @@ from llmsched_gym.agents.compare import compare, interquartile_mean, winners
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.imitate import Config as ImitateConfig
 from llmsched_gym.agents.imitate import imitate, make_teacher
-from llmsched_gym.agents.tune import Config, KnobRules, new_search, tune
+from llmsched_gym.agents.tune import Config, KnobRules, new_search, selection, tune
 from llmsched_gym.config import ConfigError, env_config, scenario
 from llmsched_gym.env.knobs import CAP, KNOBS, MARGIN
 from llmsched_gym.evaluation.metrics import row
@@ -38,16 +38,20 @@ TINY = Config(
 )
 
 
+@pytest.mark.parametrize("beta", [0.5, 0.0, 3.0])
 @pytest.mark.parametrize("kind", ["constant", "linear"])
-def test_a_candidates_value_is_the_utility_of_the_folder_it_becomes(tmp_path, kind):
-    rules = KnobRules(replace(TINY, kind=kind))
+def test_a_candidates_value_is_the_utility_of_the_folder_it_becomes(tmp_path, kind, beta):
+    settings = {**TINY.set, "beta": beta, "qps": 2.5, "patience_s": 3.0, "drain_s": 600.0}
+    rules = KnobRules(replace(TINY, kind=kind, set=settings))
     x = rules.start + 0.2 * np.random.default_rng(0).standard_normal(len(rules.start))
     values, decisions = rules.utilities([rules.start, x], [1000, 1001])
-    world = env_config("default", num_requests=20, **TINY.set)
+    world = env_config("default", num_requests=20, **settings)
     for candidate, value in zip((rules.start, x), values, strict=True):
         folder = rules.write(candidate, tmp_path / kind, {})
         expected = np.mean([row(simulate(world, folder, seed))["mean_utility"] for seed in (1000, 1001)])
         assert value == pytest.approx(expected, abs=1e-6)
+        chosen = selection(folder, replace(TINY, set=settings))["mean_utility"]
+        assert chosen == row(simulate(world, folder, 2000))["mean_utility"]
     assert decisions > 100
 
 

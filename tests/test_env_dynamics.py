@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llmsched_gym import SUITES, env_config
 from llmsched_gym.engine import Batch, check
+from llmsched_gym.engine.utility import gaps_in_time, gaps_in_time_kernel, late_share
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.knobs import KNOBS, knobs_action, knobs_for
 from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
@@ -175,6 +176,32 @@ def test_with_beta_zero_the_return_is_attainment(rule):
     total, _, _ = run_to_the_end(env, lambda: np.zeros(7, np.int64), 17)
     episode = simulate(SUITES["default"].scenario.replace(**fields), "sarathi", 17)
     assert total == pytest.approx(60 * row(episode)["slo_attainment"], abs=1e-9)
+
+
+@settings(max_examples=30)
+@given(
+    rule=st.sampled_from(["every-gap", "fraction:0.9", "fraction:0.7", "fraction:0.99", "deadline"]),
+    beta=st.sampled_from([0.0, 0.25, 0.5, 2.0]),
+    refusal=st.booleans(),
+    seed=st.integers(3000, 4000),
+)
+def test_the_reward_and_the_metrics_have_one_utility(rule, beta, refusal, seed):
+    fields = {"qps": 2.4, "num_requests": 25, "drain_s": math.inf, "tbt_rule": rule, "beta": beta, "patience_s": 6.0}
+    fields |= {"relaxed_tbt_slo_s": 0.15, "allow_refusal": refusal}
+    policy = "sarathi[refuse=true]" if refusal else "sarathi"
+    env = LLMSchedEnv("default", **fields)
+    choice = np.array([0] * 7 + [1] * refusal, np.int64)
+    total, _, truncated = run_to_the_end(env, lambda: choice, seed)
+    figures = row(simulate(SUITES["default"].scenario.replace(**fields), policy, seed))
+    assert not truncated
+    assert total == pytest.approx(25 * figures["mean_utility"], abs=1e-9)
+
+
+def test_a_share_of_gaps_that_rounding_makes_less_is_in_time():
+    """7 late gaps of 70 are a tenth, though 1 - 0.9 is a bit less than one."""
+    assert gaps_in_time(7, 70, late_share("fraction:0.9")) and gaps_in_time_kernel(7, 70, late_share("fraction:0.9"))
+    assert not gaps_in_time(8, 70, late_share("fraction:0.9"))
+    assert list(gaps_in_time(np.array([0, 1]), np.array([9, 9]), late_share("every-gap"))) == [True, False]
 
 
 def test_withholding_a_token_cannot_hide_a_miss():

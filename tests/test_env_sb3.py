@@ -4,6 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ pytest.importorskip("stable_baselines3", reason="stable-baselines3 is not instal
 
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.monitor import Monitor
 
 from llmsched_gym.env import LLMSchedVectorEnv
 from llmsched_gym.env.sb3 import LLMSchedVecEnv
@@ -43,6 +45,8 @@ def test_episode_statistics_are_the_return():
         total += float(rewards[0])
         if done[0]:
             break
+    assert face.env_is_wrapped(Monitor) == [True]  # what SB3 asks before it trusts infos for episodes
+    assert face.env_is_wrapped(gym.wrappers.TimeLimit) == [False]
     assert not infos[0]["TimeLimit.truncated"]
     assert infos[0]["episode"]["r"] == pytest.approx(total, abs=1e-4)
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import its own package and packages of lower levels.
 LEVELS = {
     "llmsched_gym.config": 0,
+    "llmsched_gym.files": 0,
     "llmsched_gym.workload": 1,
     "llmsched_gym.cost": 1,
     "llmsched_gym.fluid": 2,

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -107,3 +108,20 @@ def test_every_package_is_listed_and_every_listed_one_is_there():
     folders = {path.parent.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).rglob("__init__.py")}
     names = {".".join(f.parts if f.parts[0] == "llmsched_gym" else ("llmsched_gym", *f.parts)) for f in folders}
     assert names == set(pyproject()["tool"]["setuptools"]["packages"])
+
+
+def test_the_sdist_holds_what_its_tests_need(tmp_path):
+    pytest.importorskip("setuptools", minversion="77", reason="the sdist needs setuptools 77")
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*env*", ".git", "out", "runs", "*.egg-info", "*cache*", "shared")
+    )
+    code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with tarfile.open(source / "dist" / done.stdout.splitlines()[-1]) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("docs", *CLONE_ONLY, *FOLDERS)
+    needed = {str(file.relative_to(ROOT)) for folder in folders for file in (ROOT / folder).rglob("*.*")}
+    needed |= {"Makefile", "constraints.txt", "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "LICENSE", ".ci/run"}
+    assert not {name for name in needed if "__pycache__" not in name} - held

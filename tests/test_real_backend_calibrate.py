@@ -281,3 +281,27 @@ def test_the_shipped_profile_of_the_h100_is_the_fit_of_its_rows():
     assert again.linear.ms == pytest.approx(shipped.linear.ms)
     assert (again.pair_ms, again.kv_ms) == pytest.approx((shipped.pair_ms, shipped.kv_ms))
     assert again.fit == pytest.approx(shipped.fit) and shipped.fit["mape"] < 0.05
+
+
+def test_rows_of_another_model_of_the_same_last_name_are_refused(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", reason="the real backend needs transformers")
+    small = {"vocab_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    for folder, width in (("m1", 32), ("m2", 64)):
+        config = transformers.AutoConfig.for_model("llama", hidden_size=width, intermediate_size=64, **small)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / folder / "final")
+    limits = ["--max-tokens", "32", "--max-context", "32", "--max-seqs", "2", "--mixtures", "8"]
+    rest = [*limits, "--rounds", "1", "--repeats", "1", "--device", "cpu", "--csv", str(tmp_path / "rows.csv")]
+
+    def run(folder):
+        model = ["--model", str(tmp_path / folder / "final")]
+        return calibrate_main([*model, "--out", str(tmp_path / f"{folder}.json"), *rest])
+
+    assert run("m1") == 0
+    kept = (tmp_path / "rows.csv").read_bytes()
+    (tmp_path / "m1").rename(tmp_path / "moved")
+    assert run("moved") == 0  # the same model elsewhere
+    assert (tmp_path / "rows.csv").read_bytes() == kept
+    capsys.readouterr()
+    assert run("m2") == 2
+    assert "measured on 'final (" in capsys.readouterr().err
+    assert (tmp_path / "rows.csv").read_bytes() == kept and not (tmp_path / "m2.json").exists()

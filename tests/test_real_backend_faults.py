@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers", reason="the real backend need
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from test_real_backend import MODELS, SHAPES, WORLD, random_table, run_chaos, table_of, tiny_model
 
+from llmsched_gym.cli import main
 from llmsched_gym.engine import Batch, Engine, check
 from llmsched_gym.engine.records import FINISHED
 from llmsched_gym.real_backend import BackendError, make_backend
@@ -303,3 +304,35 @@ def test_prompts_do_not_depend_on_the_run():
     b.tokens.make_prompts(np.array([7, 2]))
     for r in (2, 7):
         assert np.array_equal(a.tokens.prompt(r), b.tokens.prompt(r))
+
+
+TINY_GPT = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+MLA = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+MLA |= {"v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("gpt2", TINY_GPT, "intermediate_size"),
+        ("opt", {**TINY, "ffn_dim": 64, "word_embed_proj_dim": 32}, "num_key_value_heads"),
+        ("gpt_neox", TINY, "num_key_value_heads"),
+        ("gptj", {**TINY_GPT, "rotary_dim": 4}, "intermediate_size"),
+        ("gpt_bigcode", TINY_GPT, "intermediate_size"),
+        ("persimmon", TINY, "num_key_value_heads"),
+        ("deepseek_v3", {**TINY, **MLA, "topk_group": 1}, "latent attention"),
+        ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "intermediate_size"),
+        ("mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}, "num_attention_heads"),
+    ],
+)
+def test_saved_models_that_are_not_supported_say_so(tmp_path, kind, settings, words, capsys):
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / kind)
+    with pytest.raises(BackendError, match=f"models of type '{kind}' are not supported: .*{words}") as error:
+        load_model(str(tmp_path / kind), torch.device("cpu"))
+    one_line(error)
+    capsys.readouterr()
+    command = ["evaluate", "--policy", "slai", "--backend", "transformers", "--model", str(tmp_path / kind)]
+    assert main([*command, "--num-requests", "2", "--seeds", "1", "--qps", "1.0"]) == 2
+    assert "are not supported" in capsys.readouterr().err.splitlines()[-1]

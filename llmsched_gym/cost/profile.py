@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec
+from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec, plain_fields
+from llmsched_gym.files import version_of
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "profiles"
 
@@ -44,6 +45,7 @@ class TableLinear:
     ms: tuple[float, ...]  # (num_knots,)
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if len(self.tokens) < 2 or len(self.tokens) != len(self.ms):
             raise ProfileError("linear.tokens: expected at least two knots, as many as linear.ms")
         if not all(_is_whole(n) and n >= 1 for n in self.tokens):
@@ -78,6 +80,7 @@ class SmoothLinear:
     power: float  # sharpness of the change from the one to the other
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("weight_ms", "token_ms", "power"):
             _check_number(f"linear.{name}", getattr(self, name), open_low=True)
 
@@ -108,6 +111,7 @@ class Profile:
     fit: dict[str, Any] | None = field(default=None, hash=False)  # errors against measurements, if there were any
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("tile_tokens", "num_kv_blocks"):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ProfileError(f"{name}: expected a whole number >= 1, got {getattr(self, name)!r}")
@@ -215,7 +219,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise ProfileError(f"profile: expected one of {', '.join(PROFILES)}, or a .json file, got {name!r}")
     path = DATA_DIR / f"{name}.json" if name in PROFILES else Path(name)
     try:
-        return _load(path, path.stat().st_mtime_ns)
+        return _load(path, *version_of(path))
     except OSError as error:
         raise ProfileError(f"{path}: cannot read: {error.strerror}") from None
 
@@ -230,7 +234,7 @@ def kv_blocks(model: ModelSpec, device: DeviceSpec) -> int:
 
 
 @functools.lru_cache(maxsize=32)
-def _load(path: Path, mtime_ns: int) -> Profile:
+def _load(path: Path, absolute: Path, version: tuple[int, ...]) -> Profile:
     return Profile.from_json(path)
 
 

@@ -19,14 +19,30 @@ from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, make_table
 
+ACTED_BY = ("action", "action_repeat", "token_budget", "admission", "allow_refusal")
+"""Settings without which a model's actions mean something else."""
+
 
 def action_space(config: EnvConfig) -> spaces.Space:
-    """The space of one environment's actions."""
+    """The space of one environment's actions; what is saved with it says what they mean, see `space_settings`."""
+    space: spaces.Space = spaces.Discrete(NUM_SLOTS + 1)
     if config.action == "knobs":
-        return spaces.MultiDiscrete([len(knob.values) for knob in knobs_for(config)])
+        space = spaces.MultiDiscrete([len(knob.values) for knob in knobs_for(config)])
     if config.action == "priority":
-        return spaces.Box(-1.0, 1.0, (NUM_SLOTS,), np.float32)
-    return spaces.Discrete(NUM_SLOTS + 1)
+        space = spaces.Box(-1.0, 1.0, (NUM_SLOTS,), np.float32)
+    settings = {name: getattr(config, name) for name in ACTED_BY}
+    if isinstance(config.observation, str):
+        settings["observation"] = config.observation
+    vars(space)["llmsched"] = settings
+    return space
+
+
+def space_settings(space: spaces.Space) -> dict[str, Any]:
+    """The settings of the environment that an action space was made for; empty where it carries none.
+
+    Libraries save a model's spaces, and nothing else of its environment.
+    """
+    return dict(vars(space).get("llmsched", {}))
 
 
 def features_space() -> spaces.Box:
@@ -38,7 +54,10 @@ def features_space() -> spaces.Box:
 def observation_space(config: EnvConfig) -> spaces.Space:
     """The space of one environment's observations."""
     if hasattr(config.observation, "observe"):
-        return config.observation.space
+        space = getattr(config.observation, "space", None)
+        if not isinstance(space, spaces.Space):
+            raise ConfigError(f"observation: expected an object with a gymnasium space in `space`, got {space!r}")
+        return space
     if config.observation == "features":
         return features_space()
     low = np.tile(np.array([f.low for f in SLOT_FEATURES], np.float32), (NUM_SLOTS, 1))
@@ -70,6 +89,7 @@ class EnvCore:
     def __init__(self, config: EnvConfig, num_envs: int) -> None:
         if config.backend == "transformers" and num_envs != 1:
             raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got 'transformers'")
+        make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
         self.config, self.num_envs = config, num_envs
         self.action_space, self.observation_space = action_space(config), observation_space(config)
         self.engine = Engine(config, expected_requests(config), num_envs=num_envs, backend=self._backend())

@@ -283,8 +283,20 @@ The third batch is the lesson: computing two prompts at once gave two first toke
 
 {example("custom_scheduler.py")}
 
-A scheduler runs in `llmsched evaluate --policy examples.custom_scheduler:ShortestFirst`, and steps an environment by
-`llmsched_gym.env.policy.SchedulerPolicy(env, ShortestFirst())`.
+A scheduler runs in `llmsched evaluate --policy examples.custom_scheduler:ShortestFirst`.
+
+## Schedulers as agents
+
+`llmsched_gym.env.policy.SchedulerPolicy(env, "slai")` makes a scheduler, by name, as an object or as a policy folder,
+an agent of a single environment. `policy.step()` steps the environment it was given, wrappers included (TimeLimit,
+TransformReward, a collector of data), with the batches that `llmsched evaluate` would form; with `action_repeat=n`,
+n of them. `policy.action()` is the action that does the same: a member of the action space for `env.step`, a log or a
+student. Knobs have it for the settings of the packing kernel (`slai`, `sarathi`, constants), for `on-time` and for
+`learned`; priorities and requests for policies with such actions; elsewhere a `ConfigError` says why not.
+With knobs and priorities `env.step(policy.action())` is exactly `policy.step()`; a request action is one of those that
+make up its batch. A copy of the action, as a data set keeps it, has the nearest
+knobs: those of `slai` are exact, the cap and the limit that `on-time` plans are rounded, and it is held for
+`action_repeat` batches.
 """
 
 

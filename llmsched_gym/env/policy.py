@@ -2,49 +2,112 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import EnvConfig
+from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
 from llmsched_gym.env.arrays import make_arrays
-from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, knobs_action
+from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, REFUSE, knobs_action
 from llmsched_gym.env.slots import NUM_SLOTS
 from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
 
 
+class SchedulerAction(np.ndarray):
+    """A member of the action space that a single environment answers with the scheduler's own batches.
+
+    As an ordinary array (``np.array(action)``, what a data set keeps) it is the nearest action that the space has.
+    """
+
+    scheduler: Any = None
+
+
 class SchedulerPolicy:
-    """Step an environment as a scheduler would.
+    """Step an environment as a scheduler would, wrappers and all.
 
     >>> env = gym.make("LLMSched-v0", num_requests=100)
     >>> env.reset(seed=0)
     >>> policy = SchedulerPolicy(env, "slai")
     >>> observation, reward, terminated, truncated, info = policy.step()
+    >>> observation, reward, terminated, truncated, info = env.step(policy.action())  # the same
 
     Args:
-        env: a single environment, reset.
-        scheduler: a name, or any scheduler object.
+        env: a single environment, reset; wrapped or not.
+        scheduler: a name, a policy folder, or any scheduler object.
+
+    Raises:
+        ConfigError: `env` is no single LLMSched environment, or of another admission rule than the scheduler's.
     """
 
     def __init__(self, env: Any, scheduler: str | Any = "slai") -> None:
-        self.env = env.unwrapped
+        self.env, self._base = env, env.unwrapped
+        if not hasattr(self._base, "step_scheduler"):
+            what = type(self._base).__name__
+            raise ConfigError(f"env: expected a single LLMSched environment, wrapped or not, got {what}")
         self.scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+        self.name = scheduler if isinstance(scheduler, str) else type(scheduler).__name__
         wanted = getattr(self.scheduler, "admission", None)
-        if wanted is not None and wanted != self.env.config.admission:
-            raise ValueError(f"admission: expected {wanted!r} for this scheduler, got {self.env.config.admission!r}")
+        if wanted is not None and wanted != self._base.config.admission:
+            raise ConfigError(f"admission: expected {wanted!r} for {self.name}, got {self._base.config.admission!r}")
+        self._table: Any = None  # of the episode that a policy was last asked in
 
     def step(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step of the environment with the scheduler's batch."""
-        return self.env.step_scheduler(self.scheduler)
+        """One step of the environment with the scheduler's batches, `action_repeat` of them (for request actions: one).
 
-    def action(self) -> np.ndarray:
-        """The knobs action that does what the scheduler does now; ValueError where the knobs cannot express it."""
-        if not sets_knobs(self.scheduler):
-            raise ValueError(f"{getattr(self.scheduler, 'name', self.scheduler)}: not a setting of the packing kernel")
-        return knobs_now(self.scheduler, self.env.core.engine, 0, self.env.config)
+        Wrappers see :meth:`action` where there is one, else some member of their action space.
+        """
+        if self.env is self._base:
+            return self._base.step_scheduler(self.scheduler)
+        try:
+            action = self.action()
+        except ConfigError:
+            action = self._any_action
+        self._base.decide_by(self.scheduler)
+        return self.env.step(action)
+
+    @cached_property
+    def _any_action(self) -> Any:
+        space = copy.deepcopy(self.env.action_space)  # the environment's own draws stay as they are
+        space.seed(0)
+        return space.sample()
+
+    def action(self) -> Any:
+        """The action that does what the scheduler does now: what :meth:`step` does, for ``env.step``, a log, a student.
+
+        Knobs actions are int64 of shape (num_knobs,): settings of the packing kernel (`slai`, `on-time`, constants) and
+        policies with knobs have them, the dynamic offset taken as it is now, a planned cap or limit as the nearest.
+        Priority and request actions are those of a policy with such actions; a request action adds one request, or
+        closes the batch. Stepped with as they are, knobs and priorities give exactly the scheduler's batches.
+
+        Raises:
+            ConfigError: one line that says why the action space cannot express it.
+        """
+        config = self._base.config
+        if self.env.action_space != self._base.action_space:
+            raise ConfigError(f"{self.name}: wrappers change the action space, which step() does not depend on")
+        engine = self._base.core.engine
+        try:
+            if isinstance(self.scheduler, PolicyScheduler):
+                if self._table is not self._base.core.tables[0]:
+                    self._table = self._base.core.tables[0]
+                    self.scheduler.reset(0 if self._table is None else self._table.seed)
+                action = self.scheduler.action_now(engine, config)
+                if config.action == "request":
+                    return action
+            elif not sets_knobs(self.scheduler):
+                raise ValueError("neither a setting of the packing kernel nor a policy")
+            else:
+                action = knobs_now(self.scheduler, engine, 0, config)
+        except ValueError as error:
+            raise ConfigError(f"{self.name}: no action of this environment does what it does: {error}") from None
+        carried = np.asarray(action).view(SchedulerAction)
+        carried.scheduler = self.scheduler
+        return carried
 
 
 def sets_knobs(scheduler: Any) -> bool:
@@ -57,6 +120,8 @@ def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) 
 
     A planned cap becomes the nearest of the knob, a limit the next larger. ValueError where no knob has the value.
     """
+    if config.action != "knobs":
+        raise ValueError(f"it sets knobs, and the environment has {config.action} actions")
     state = engine.state
     settings = {name: scheduler.knobs[name].item() for name in scheduler.knobs.dtype.names or ()}
     if scheduler.plan is not None:
@@ -75,7 +140,7 @@ class PolicyScheduler:
 
     Args:
         policy: called with one observation (not batched), and for request actions also the mask of legal actions;
-            returns one action.
+            returns one action. With a method ``reset()`` it is told of each new run.
         config: the environment's configuration: action, observation, action_repeat and token budget are used.
         decision_s: seconds that one decision costs on the clock.
     """
@@ -87,9 +152,39 @@ class PolicyScheduler:
         self._legal = np.zeros((1, NUM_SLOTS + 1), np.bool_)
         self._action: Any = None
         self._left = 0
+        self._asked: Any = None  # when and where `action_now` was asked for an action that no batch has used yet
 
     def reset(self, seed: int) -> None:
-        self._left = 0
+        self._left, self._asked = 0, None
+        if hasattr(self.policy, "reset"):
+            self.policy.reset()
+
+    def action_now(self, engine: Engine, config: EnvConfig) -> Any:
+        """The action that the policy takes now in environment 0, as environments of `config` take it.
+
+        An action that the policy is holding for several batches is held. ValueError where `config` has no such action.
+        """
+        kind = self.config.action
+        if kind != config.action:
+            raise ValueError(f"it takes {kind} actions, and the environment has {config.action} actions")
+        if kind != "knobs" and self.config.token_budget != config.token_budget:
+            budgets = f"{self.config.token_budget}, and the environment's is {config.token_budget}"
+            raise ValueError(f"its token_budget is {budgets}")
+        if kind == "request":
+            kernels.mask_requests(engine.handle, self._legal)
+            return int(self.policy(self._observe(engine), self._legal[0].copy()))
+        sim = engine.state.sims[0]
+        now = float(sim.clock_s), int(sim.num_batches)
+        if self._asked not in (None, now):
+            self._left = 0
+        self._asked = now
+        self._act(engine)
+        action = np.array(self._action)
+        if kind == "knobs" and config.allow_refusal != self.config.allow_refusal:
+            if self.config.allow_refusal and action[REFUSE]:
+                raise ValueError("it refuses requests, and the environment has allow_refusal=False")
+            action = action[:REFUSE] if self.config.allow_refusal else np.append(action, 0)
+        return action
 
     def decide(self, engine: Engine, env: int = 0) -> None:
         """Form the next batch of environment `env` as the environment would under the policy's action."""
@@ -110,7 +205,7 @@ class PolicyScheduler:
                 kernels.decide_request(handle, self._handle, env)
             return
         self._act(engine)
-        self._left -= 1
+        self._left, self._asked = self._left - 1, None
         decide = kernels.decide_knobs if kind == "knobs" else kernels.decide_priority
         decide(handle, self._handle, env)
 

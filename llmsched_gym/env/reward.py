@@ -18,6 +18,7 @@ from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import open_lateness_s
 from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, record_dtype
+from llmsched_gym.engine.utility import gaps_in_time_kernel, late_share, utility_kernel
 from llmsched_gym.engine.view import View
 
 EVERY_GAP, FRACTION, DEADLINE = range(3)
@@ -28,7 +29,7 @@ RULES = record_dtype(
     [
         ("beta", "f8"),
         ("scale", "f8"),
-        ("late_share", "f8"),  # share of gaps that may be late, rule "fraction"
+        ("late_share", "f8"),  # share of gaps that may be late
         ("tau_s", "f8"),
         ("tbt_rule", "i4"),
         ("at_finish", "i4"),
@@ -48,7 +49,7 @@ def rules_of(config: EnvConfig) -> np.ndarray:
     row.tbt_rule = EVERY_GAP if config.tbt_rule == "every-gap" else DEADLINE
     if config.tbt_rule.startswith("fraction"):
         row.tbt_rule = FRACTION
-        row.late_share = 1.0 - float(config.tbt_rule.split(":")[1])
+    row.late_share = late_share(config.tbt_rule)
     return rules
 
 
@@ -62,11 +63,8 @@ def attains(request, rules, now_s):
         due_s = request.arrival_s + request.ttft_slo_s + request.num_output_tokens * request.tbt_slo_s
         return 1.0 if request.deadline_miss_s <= 0.0 and (done or now_s <= due_s) else 0.0
     overdue = not done and now_s - request.last_token_s > request.tbt_slo_s
-    late = request.num_late_gaps + overdue
-    if rules.tbt_rule == EVERY_GAP:
-        return 1.0 if late == 0 else 0.0
-    gaps = request.num_output_tokens - 1 + overdue
-    return 1.0 if late <= rules.late_share * gaps + 1e-9 else 0.0
+    late, gaps = request.num_late_gaps + overdue, request.num_output_tokens - 1 + overdue
+    return 1.0 if gaps_in_time_kernel(late, gaps, rules.late_share) else 0.0
 
 
 @kernel()
@@ -75,7 +73,7 @@ def _pay(sim, rules, request, attained, lateness_s, refused, terms):
     late = paid_late = 0.0
     if sim.patience_s < math.inf:
         late, paid_late = min(1.0, lateness_s / sim.patience_s), min(1.0, request.paid_lateness_s / sim.patience_s)
-    utility = attained - rules.beta * late - refused * rules.beta
+    utility = utility_kernel(attained, late + refused, rules.beta)
     change = utility - request.paid_utility
     if attained > request.paid_attained:
         terms[ON_TIME] += 1.0

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from llmsched_gym.env.vector import LLMSchedVectorEnv
@@ -96,7 +97,7 @@ class LLMSchedVecEnv(VecEnv):
         raise AttributeError(f"{attr_name}: settings of an environment do not change after it is made")
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        return [False for _ in self._get_indices(indices)]
+        return [wrapper_class is Monitor for _ in self._get_indices(indices)]  # it reports episodes itself
 
     def get_images(self) -> Sequence[np.ndarray | None]:
         return [None] * self.num_envs

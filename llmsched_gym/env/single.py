@@ -11,12 +11,14 @@ from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.reward import TERMS
+from llmsched_gym.env.spec import JsonSpec
 from llmsched_gym.scheduler import install
+from llmsched_gym.workload import check_seed
 
 RENDER_MODES = ("ansi", "rgb_array", "human")
 
 
-class LLMSchedEnv(gym.Env):
+class LLMSchedEnv(JsonSpec, gym.Env):
     """Schedule the batches of one LLM inference engine: one step is one forward pass.
 
     Requests arrive with a prompt; the engine computes prompts in chunks (prefill) and then emits one token a pass
@@ -70,7 +72,8 @@ class LLMSchedEnv(gym.Env):
         self.action_space = self.core.action_space
         self.observation_space = self.core.observation_space
         self._viewer: Any = None
-        self._scheduler: Any = None  # whose settings the engine holds, see step_scheduler
+        self._scheduler: Any = None  # whose settings the engine holds
+        self._next_scheduler: Any = None  # who forms the next step's batches, see decide_by
 
     @property
     def feature_names(self) -> list[str]:
@@ -78,10 +81,11 @@ class LLMSchedEnv(gym.Env):
         return [feature.name for feature in FEATURES]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        seed = None if seed is None else check_seed(seed)
         super().reset(seed=seed)
         episode = int(self.np_random.integers(2**62)) if seed is None else seed
         self.core.reset(0, episode)
-        self._scheduler = None
+        self._scheduler = self._next_scheduler = None
         if self.render_mode == "human":
             self.render()
         return self.core.observation(0), {"seed": episode, "qps": self._qps()}
@@ -93,20 +97,37 @@ class LLMSchedEnv(gym.Env):
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         core = self.core
+        scheduler = self._next_scheduler or getattr(action, "scheduler", None)
+        if scheduler is not None:
+            self._next_scheduler = None
+            return self.step_scheduler(scheduler)
+        if self._scheduler is not None:
+            self._install(None)
         core.actions[0] = action
         core.step()
         return self._outcome()
 
+    def decide_by(self, scheduler: Any) -> None:
+        """Let a scheduler form the batches of the next step, whatever action comes with it through the wrappers."""
+        self._next_scheduler = scheduler
+
+    def _install(self, scheduler: Any) -> None:
+        table = self.core.tables[0]
+        install(scheduler, self.core.engine.state, 0, table.seed if table is not None else 0)
+        self._scheduler = scheduler
+
     def step_scheduler(self, scheduler: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step with the next batch formed by a scheduler instead of an action."""
+        """One step whose batches, `action_repeat` of them, are formed by a scheduler instead of an action."""
         core = self.core
         if scheduler is not self._scheduler:
-            install(scheduler, core.engine.state, 0, core.tables[0].seed if core.tables[0] is not None else 0)
-            self._scheduler = scheduler
+            self._install(scheduler)
         sim = core.engine.state.sims[0]
         start_s, resolved = float(sim.clock_s), int(sim.num_resolved)
-        core.engine.step(scheduler)
-        core.reopen(0)
+        for _ in range(self.config.action_repeat):
+            core.engine.step(scheduler)
+            core.reopen(0)
+            if core.engine.is_over(0):
+                break
         core.settle(0, start_s, resolved)
         return self._outcome()
 

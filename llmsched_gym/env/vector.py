@@ -11,14 +11,16 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from llmsched_gym.config import ConfigError, env_config
+from llmsched_gym.config import ConfigError, env_config, plain
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, TERMINATED, TRUNCATED
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.reward import TERMS
+from llmsched_gym.env.spec import JsonSpec
+from llmsched_gym.workload import check_seed
 
 
-class LLMSchedVectorEnv(VectorEnv):
+class LLMSchedVectorEnv(JsonSpec, VectorEnv):
     """`num_envs` environments of :class:`~llmsched_gym.env.single.LLMSchedEnv` stepped in compiled code.
 
     Environment i of ``reset(seed=s)`` equals the single environment with seed s + i. Autoreset is SAME_STEP: the
@@ -33,6 +35,7 @@ class LLMSchedVectorEnv(VectorEnv):
     def __init__(
         self, num_envs: int = 1, suite: str = "default", render_mode: str | None = None, **fields: Any
     ) -> None:
+        num_envs = plain(num_envs)
         if not isinstance(num_envs, int) or num_envs < 1:
             raise ConfigError(f"num_envs: expected a whole number >= 1, got {num_envs!r}")
         if render_mode is not None:
@@ -53,6 +56,7 @@ class LLMSchedVectorEnv(VectorEnv):
 
     def _seed(self, env: int, seed: int | None) -> int:
         if seed is not None:
+            seed = check_seed(seed)
             self._rngs[env] = gym.utils.seeding.np_random(seed)[0]
             return seed
         if self._rngs[env] is None:

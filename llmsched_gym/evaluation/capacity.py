@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario
+from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario, plain
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.grid import check, finite, seed_range
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
@@ -296,7 +296,9 @@ def capacity(
     """
     scenario, policies = finite(scenario), list(dict.fromkeys(policies))
     conditions, numbers = criterion(judged), seed_range(seeds, first_seed)
-    check(scenario, policies, qps, first_seed)
+    low, high = plain(qps)
+    qps = (float(low), float(high))
+    check(scenario, policies, qps, numbers.start)
     if out is not None:
         make_folder(Path(out))
     done = planned = 0
@@ -316,7 +318,7 @@ def capacity(
         search = Search(conditions, simulate, numbers, qps)
         found = [search.find(policy) for policy in policies]
     if out is not None:
-        settings = {"criterion": judged, "qps": list(qps), "seeds": seeds, "first_seed": first_seed}
+        settings = {"criterion": judged, "qps": list(qps), "seeds": len(numbers), "first_seed": numbers.start}
         results = {
             "config": grid_config(scenario, policies, **settings),
             "results": [item.to_row() | ratio for item, ratio in zip(found, ratios(found), strict=True)],

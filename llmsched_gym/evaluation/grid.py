@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.config import ConfigError, Scenario, plain
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.run import make_backend
@@ -32,6 +32,7 @@ def finite(scenario: Scenario) -> Scenario:
 
 
 def seed_range(seeds: int, first_seed: int) -> range:
+    seeds, first_seed = plain((seeds, first_seed))
     for name, value, low in (("seeds", seeds, 1), ("first_seed", first_seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
@@ -80,18 +81,38 @@ def evaluate(
     policies = list(dict.fromkeys(policies))
     rates: list[float | None] = [scenario.qps] if qps is None else list(dict.fromkeys(float(rate) for rate in qps))
     numbers = seed_range(seeds, first_seed)
-    check(scenario, policies, rates, first_seed)
+    check(scenario, policies, rates, numbers.start)
     cells = grid(policies, rates, numbers, scenario.num_requests or NUM_REQUESTS, frames=out is not None)
 
     backend = make_backend(scenario, workers)
 
-    store, done = None, {}
+    store: Store | None = None
     if out is not None:
-        settings: dict[str, Any] = {"qps": None if qps is None else rates, "seeds": seeds, "first_seed": first_seed}
+        settings: dict[str, Any] = {
+            "qps": None if qps is None else rates,
+            "seeds": len(numbers),
+            "first_seed": numbers.start,
+        }
         if backend is not None:
             settings["setup"] = backend.setup
         store = Store(out, grid_config(scenario, policies, **settings))
-        done = store.open()
+    try:
+        return _run_grid(scenario, cells, store, workers, backend, progress)
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _run_grid(
+    scenario: Scenario,
+    cells: Sequence[Cell],
+    store: Store | None,
+    workers: int | None,
+    backend: Any,
+    progress: Progress | None,
+) -> list[dict[str, Any]]:
+    """Run the cells that the store lacks and keep them there; returns all rows in the order of the cells."""
+    done = {} if store is None else store.open()
     label = digest({k: v for k, v in dataclasses.asdict(scenario).items() if k != "qps"})
     left = [cell for cell in cells if cell.index not in done]
     if progress is not None:

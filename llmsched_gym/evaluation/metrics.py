@@ -15,14 +15,12 @@ import numpy as np
 
 from llmsched_gym.config import SLO_CLASSES
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, PHASES, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.utility import gaps_in_time, late_share, utility
 from llmsched_gym.evaluation.gaps import Gaps, percentile
 from llmsched_gym.evaluation.run import Episode
 
 if TYPE_CHECKING:
     import pandas as pd
-
-BETA = 0.5
-"""Utility lost by a request that is late for the whole of its client's patience, or refused."""
 
 NUM_DECILES = 10
 
@@ -31,8 +29,7 @@ def attains_tbt(rule: str, num_gaps: np.ndarray, num_late: np.ndarray, deadline_
     """Whether each request's gaps are in time under `rule`: every-gap, fraction:X or deadline; shape (n,)."""
     if rule == "deadline":
         return np.asarray(deadline_miss_s <= 0.0)
-    share = 1.0 if rule == "every-gap" else float(rule.split(":")[1])
-    return np.asarray(num_gaps - num_late >= share * num_gaps * (1.0 - 1e-12))
+    return np.asarray(gaps_in_time(num_late, num_gaps, late_share(rule)))
 
 
 class Outcomes:
@@ -77,7 +74,7 @@ class Outcomes:
             lost = np.minimum(1.0, self.lateness_s / scenario.patience_s)
         lost[self.phase == REJECTED] = 0.0
         lost[self.phase == REFUSED] = 1.0
-        self.utility = self.attained - BETA * lost
+        self.utility = utility(self.attained, lost, scenario.beta)
 
     def count(self, *phases: int) -> int:
         return int(np.isin(self.phase, phases).sum())
@@ -150,7 +147,7 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "workload": Path(scenario.trace).name if scenario.trace else scenario.workload,
         "qps": float(table.qps),
         "requested_qps": None if scenario.qps is None else float(scenario.qps),
-        "seed": episode.seed,
+        "seed": int(episode.seed),
         "num_requests": n,
         "num_finished": o.count(FINISHED),
         "num_rejected": o.count(REJECTED),

@@ -114,10 +114,12 @@ class Store:
         self.out, self.config = Path(out), json.loads(json.dumps(config))
         self.partial = self.out / "partial"
         self._lines = self.partial / "rows.jsonl"
+        self._lock: int | None = None
 
     def open(self) -> dict[int, dict[str, Any]]:
         """Make the folder ready; returns the rows that it holds already, by cell. One line of error otherwise."""
         make_folder(self.out)
+        self._lock = lock_folder(self.out)
         try:
             self._check_config()
             if self.complete:
@@ -130,6 +132,12 @@ class Store:
             return done
         except OSError as error:
             raise ConfigError(f"out: cannot write to {self.out}: {error.strerror or error}") from None
+
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @property
     def complete(self) -> bool:
@@ -231,6 +239,25 @@ def make_folder(out: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error.strerror or error}") from None
+
+
+def lock_folder(out: Path) -> int:
+    """Keep other processes from writing to `out` while the file descriptor returned is open, or its process lives.
+
+    One line of :class:`ConfigError` if another has it. A file system without locks is written to without one.
+    """
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        message = f"out: another process is writing to {out}; wait for it, or choose another folder"
+        raise ConfigError(message) from None
+    except (ImportError, OSError):
+        pass
+    return folder
 
 
 def read_rows(out: str | Path) -> list[dict[str, Any]]:

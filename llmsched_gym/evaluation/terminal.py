@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -164,7 +165,7 @@ def print_table(table: Table, file: Any = None) -> None:
     from rich.console import Console
 
     stream = file or sys.stdout
-    terminal = stream.isatty()
+    terminal = stream is not None and stream.isatty()
     text = io.StringIO()
     width = None if terminal else PIPE_WIDTH
     # names of policies have brackets, which are no markup
@@ -174,11 +175,39 @@ def print_table(table: Table, file: Any = None) -> None:
 
 
 def emit(text: str, stream: Any = None) -> None:
-    """Write to stdout, and leave quietly if nobody reads it."""
+    """Write to stdout, and leave quietly if nobody reads it; OSError with one line if it cannot be written to."""
     stream = stream or sys.stdout
+    if stream is None:
+        raise OSError("stdout is closed: there is nowhere to print to")
     try:
         stream.write(text)
         stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        raise SystemExit(BROKEN_PIPE) from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # or Python would try again when it ends
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(BROKEN_PIPE) from None
+        raise OSError(f"stdout: {error.strerror}") from None
+
+
+LOOK_ALIKES = str.maketrans("─━│┃╭╮╰╯–—×·…≤≥→←µ", "--||++++--x.~<>><u")
+"""ASCII for what our tables are made of; as wide, so that columns stay in line."""
+
+
+def print_anywhere() -> None:
+    """Let streams whose encoding lacks a character take an ASCII one for it; do not let files become closed streams."""
+    codecs.register_error("look-alike", _look_alike)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="look-alike")
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    if sys.stderr is None:  # print() would take stdout for it
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
+
+
+def _look_alike(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(LOOK_ALIKES)
+    return text.encode("ascii", "replace").decode(), error.end

@@ -27,7 +27,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from llmsched_gym.config import ADMISSIONS, EnvConfig
+from llmsched_gym.config import ADMISSIONS, EnvConfig, plain
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import knobs_for
 from llmsched_gym.env.slots import SLOT_FEATURES
@@ -88,7 +88,7 @@ def write_folder(folder: str | Path, spec: PolicySpec, tensors: Mapping[str, np.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (partial / TENSORS).write_bytes(data)
-    (partial / SPEC).write_text(json.dumps(text, indent=2, allow_nan=False) + "\n")
+    (partial / SPEC).write_text(json.dumps(text, indent=2, allow_nan=False, default=plain) + "\n")
     if folder.exists():
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         os.replace(folder, old)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from llmsched_gym.config import plain
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.jit import JIT_ENABLED
 from llmsched_gym.engine.run import clear_batch_env
@@ -81,14 +82,14 @@ class Knobs:
         return action
 
 
-def load_policy(path: str | Path, **options: str) -> Any:
+def load_policy(path: str | Path, **options: Any) -> Any:
     """The scheduler in a policy folder. Nothing in the folder is executed; a fault raises a one-line PolicyError.
 
-    Options, as text: ``decision_s`` replaces the measured decision time. A constant policy takes what any compiled
-    scheduler takes (``hold``, ``limit``, ...). ``allow_pickle=true`` lets an SB3 zip be read, which can run code;
-    with it go ``repeat`` (batches per action, 1) and ``token_budget``.
+    Options, as in brackets: ``decision_s`` replaces the measured decision time. A constant policy takes what any
+    compiled scheduler takes (``hold``, ``limit``, ...). ``allow_pickle=true`` lets an SB3 zip, and the
+    VecNormalize statistics beside it, be read, which can run code; see :func:`~llmsched_gym.policies.sb3_zip.load_zip`.
     """
-    path = Path(path)
+    path, options = Path(path), {key: str(plain(value)) for key, value in options.items()}
     if path.suffix == ".zip":
         from llmsched_gym.policies.sb3_zip import load_zip
 

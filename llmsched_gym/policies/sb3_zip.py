@@ -1,77 +1,238 @@
-"""SB3's own zip files as schedulers. They hold pickles: reading one can run any code, so it takes an explicit flag."""
+"""SB3's own zip files as schedulers. They hold pickles: reading one can run any code, so it takes an explicit flag.
+
+What a zip, or the statistics beside it, says about its training is used; what neither says is asked for.
+"""
 
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
-from llmsched_gym.env.core import action_space, observation_space
+from llmsched_gym.env.core import action_space, observation_space, space_settings
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.scheduler import PolicyError
 
+OPTIONS = ("allow_pickle", "repeat", "token_budget", "vecnormalize")
+ALGORITHMS = {
+    "RecurrentActorCriticPolicy": ("sb3_contrib", "RecurrentPPO"),
+    "MaskableActorCriticPolicy": ("sb3_contrib", "MaskablePPO"),
+    "ActorCriticPolicy": ("stable_baselines3", "PPO"),
+    "DQNPolicy": ("stable_baselines3", "DQN"),
+    "SACPolicy": ("stable_baselines3", "SAC"),
+    "TD3Policy": ("stable_baselines3", "TD3"),  # and DDPG
+    "QRDQNPolicy": ("sb3_contrib", "QRDQN"),
+    "TQCPolicy": ("sb3_contrib", "TQC"),
+    "CrossQPolicy": ("sb3_contrib", "CrossQ"),
+    "ARSPolicy": ("sb3_contrib", "ARS"),
+}
+"""By the base of a model's policy: the algorithm that loads it."""
+
 
 def load_zip(path: Path, options: dict[str, str]) -> PolicyScheduler:
-    """The PPO or MaskablePPO model in `path`; refused unless ``allow_pickle=true``."""
+    """The model in `path` as a scheduler; refused unless ``allow_pickle=true``.
+
+    The other options: ``repeat`` and ``token_budget``, for zips that do not know their environment's; ``vecnormalize``,
+    a file of VecNormalize's statistics (a pickle too), or none.
+    """
     name = str(path)
-    if options.get("allow_pickle") != "true":
+    model = read_zip(path, options)
+    config = zip_config(name, model, options)
+    normalise = zip_normaliser(path, model, options.get("vecnormalize"))
+    return PolicyScheduler(Predictor(model, normalise), config)
+
+
+class Predictor:
+    """A model's most likely action for one observation, with the state of a recurrent one."""
+
+    def __init__(self, model: Any, normalise: Callable[[Any], Any]) -> None:
+        self.model, self.normalise = model, normalise
+        self._masked = "Maskable" in type(model).__name__
+        self._state: Any = None
+        self._starts = True
+
+    def reset(self) -> None:
+        """Forget the run so far."""
+        self._state, self._starts = None, True
+
+    def __call__(self, observation: Any, mask: Any = None) -> Any:
+        extra = {"action_masks": mask} if self._masked and mask is not None else {}
+        action, self._state = self.model.predict(
+            self.normalise(observation),
+            state=self._state,
+            episode_start=np.array([self._starts]),
+            deterministic=True,
+            **extra,
+        )
+        self._starts = False
+        return action
+
+
+def read_zip(path: Path, options: dict[str, str]) -> Any:
+    """The SB3 model in `path`, if the options say that it may be read; one line of :class:`PolicyError` otherwise."""
+    name = str(path)
+    if options.get("allow_pickle", "").lower() != "true":
         raise PolicyError(
             f"policy {name!r}: an SB3 zip holds pickles, which can run code: if you trust it, say "
             f"{name}[allow_pickle=true], or turn it into a policy folder with `python -m agents.export`"
         )
+    for key in options:
+        if key not in OPTIONS:
+            raise PolicyError(f"policy {name!r}: unknown parameter {key!r}, expected one of {', '.join(OPTIONS)}")
     if not path.is_file():
         raise PolicyError(f"policy {name!r}: no such file")
-    numbers = {"repeat": 1, "token_budget": 512}
-    for key, text in options.items():
-        if key == "allow_pickle":
-            continue
-        if key not in numbers or not text.isdigit() or int(text) < 1:
-            raise PolicyError(f"policy {name!r}: {key}={text}: expected repeat or token_budget, whole numbers >= 1")
-        numbers[key] = int(text)
-    model = _load(name)
     try:
-        config = _config(model, numbers)
-    except (ConfigError, KeyError, TypeError) as error:
-        raise PolicyError(f"policy {name!r}: {error}") from None
-    if config.action == "request":
-        masked = "Maskable" in type(model).__name__
-
-        def request(observation: Any, mask: Any) -> Any:
-            extra = {"action_masks": mask} if masked else {}
-            return model.predict(observation, deterministic=True, **extra)[0]
-
-        return PolicyScheduler(request, config)
-    return PolicyScheduler(lambda observation: model.predict(observation, deterministic=True)[0], config)
-
-
-def _load(name: str) -> Any:
-    faults = []
-    for module, cls in (("stable_baselines3", "PPO"), ("sb3_contrib", "MaskablePPO")):
-        try:
-            return getattr(importlib.import_module(module), cls).load(name, device="cpu")
-        except ImportError:
-            faults.append(f"{module} is not installed")
-        except Exception as error:
-            faults.append(f"{cls}: {(str(error) or type(error).__name__).splitlines()[0]}")
-    raise PolicyError(f"policy {name!r}: cannot be read as an SB3 zip: {'; '.join(faults)}")
-
-
-def _config(model: Any, numbers: dict[str, int]) -> EnvConfig:
-    """The environment whose spaces the model has."""
-    kinds = {spaces.MultiDiscrete: "knobs", spaces.Box: "priority", spaces.Discrete: "request"}
-    slots = isinstance(model.observation_space, spaces.Dict)
-    kind = kinds[type(model.action_space)]
-    for refusal in (False, True):
-        config = EnvConfig(
-            action=kind,
-            observation="slots" if slots else "features",
-            action_repeat=1 if kind == "request" else numbers["repeat"],
-            token_budget=numbers["token_budget"],
-            allow_refusal=refusal,
+        data, _, _ = importlib.import_module("stable_baselines3.common.save_util").load_from_zip_file(
+            name, device="cpu"
         )
-        if action_space(config) == model.action_space and observation_space(config) == model.observation_space:
-            return config
-    raise ConfigError("its spaces are not those of this version's environments")
+    except ImportError:
+        raise PolicyError(f"policy {name!r}: SB3 zips need stable_baselines3, which is not installed") from None
+    except Exception as error:
+        raise PolicyError(f"policy {name!r}: cannot be read as an SB3 zip: {_line(error)}") from None
+    module, algorithm = _algorithm(name, data)
+    try:
+        cls = getattr(importlib.import_module(module), algorithm)
+        # an off-policy model would come with an empty buffer of full size
+        buffer = {"buffer_size": 1} if "buffer_size" in data else {}
+        return cls.load(name, device="cpu", custom_objects=buffer)
+    except ImportError:
+        raise PolicyError(f"policy {name!r}: {algorithm} needs {module}, which is not installed") from None
+    except Exception as error:
+        raise PolicyError(f"policy {name!r}: cannot be loaded as {algorithm}: {_line(error)}") from None
+
+
+def _algorithm(name: str, data: Any) -> tuple[str, str]:
+    """Module and class of the algorithm that saved a zip."""
+    policy = (data or {}).get("policy_class")
+    if not isinstance(policy, type):
+        raise PolicyError(
+            f"policy {name!r}: its policy class cannot be unpickled: is sb3_contrib, or its own code, here?"
+        )
+    found = next((ALGORITHMS[base.__name__] for base in policy.__mro__ if base.__name__ in ALGORITHMS), None)
+    if found is None:
+        known = ", ".join(algorithm for _, algorithm in ALGORITHMS.values())
+        raise PolicyError(f"policy {name!r}: its policy {policy.__name__} is of none of {known}")
+    if found[1] == "PPO" and "n_epochs" not in data:  # the same policy
+        return ("sb3_contrib", "TRPO") if "cg_max_steps" in data else ("stable_baselines3", "A2C")
+    return found
+
+
+def zip_config(name: str, model: Any, options: dict[str, str]) -> EnvConfig:
+    """The configuration of the environment that a model was trained in, as far as acting depends on it."""
+    given: dict[str, Any] = {}
+    for key, field in (("repeat", "action_repeat"), ("token_budget", "token_budget")):
+        if key in options:
+            number = float(options[key]) if re.fullmatch(r"[\d.]+", options[key]) else 0.0
+            if number < 1 or not number.is_integer():
+                raise PolicyError(f"policy {name!r}: {key}: expected a whole number >= 1, got {options[key]!r}")
+            given[field] = int(number)
+    try:
+        settings = space_settings(model.action_space)
+        if settings and "observation" not in settings:
+            raise ConfigError("it was trained on observations of its own, which only its environment can make")
+        for config in [EnvConfig(**{**settings, **given})] if settings else _guesses(model, given):
+            spaces_now = action_space(config), observation_space(config)
+            if spaces_now == (model.action_space, model.observation_space):
+                return config
+    except ConfigError as error:
+        raise PolicyError(f"policy {name!r}: {error}") from None
+    raise PolicyError(f"policy {name!r}: its spaces are not those of this version's environments")
+
+
+def _guesses(model: Any, given: dict[str, Any]) -> list[EnvConfig]:
+    """Configurations that a model's spaces allow, where these do not carry their environment's settings."""
+    kinds = {spaces.MultiDiscrete: "knobs", spaces.Box: "priority", spaces.Discrete: "request"}
+    kind = kinds.get(type(model.action_space), "")
+    asked = {"knobs": ["repeat"], "priority": ["repeat", "token_budget"], "request": ["token_budget"]}.get(kind, [])
+    fields = {"repeat": "action_repeat", "token_budget": "token_budget"}
+    for key in asked:
+        if fields[key] not in given:
+            raise ConfigError(f"{key}: the zip does not say with which {fields[key]} it was trained: say {key}=N")
+    slots = isinstance(model.observation_space, spaces.Dict)
+    settings = {"action": kind, "observation": "slots" if slots else "features", **given}
+    return [EnvConfig(**settings, allow_refusal=refusal) for refusal in (False, True)] if kind else []
+
+
+def zip_normaliser(path: Path, model: Any, wanted: str | None) -> Callable[[Any], Any]:
+    """What VecNormalize did to observations in training: the statistics named, those beside the zip, or none."""
+    name = str(path)
+    seen = _is_normalised(model)
+    if wanted == "none":
+        return as_it_is
+    if wanted in (None, "true"):
+        beside = [file for file in _statistics_files(path) if file.is_file()]
+        if not beside:
+            if seen or wanted:
+                raise PolicyError(
+                    f"policy {name!r}: vecnormalize: it was trained on normalised observations, and their statistics "
+                    f"are not beside it: save them as {_statistics_files(path)[-1].name}, or say vecnormalize=FILE"
+                )
+            return as_it_is
+        file = beside[0]
+    else:
+        file = Path(wanted)
+    normalise = _read_statistics(name, file, model)
+    if wanted is None and seen is False and normalise is not as_it_is:
+        raise PolicyError(
+            f"policy {name!r}: vecnormalize: {file.name} lies beside it, and its last observation was not normalised: "
+            "say vecnormalize=true to use the file, vecnormalize=none to leave it"
+        )
+    return normalise
+
+
+def as_it_is(observation: Any) -> Any:
+    return observation
+
+
+def _statistics_files(path: Path) -> list[Path]:
+    """Where statistics of a model are usually kept: by its own name, by SB3's checkpoints, by the folder."""
+    checkpoint = re.sub(r"_(\d+_steps)$", r"_vecnormalize_\1", path.stem)
+    names = [f"{path.stem}_vecnormalize", f"{path.stem}_vec_normalize", checkpoint, "vec_normalize", "vecnormalize"]
+    return [path.with_name(f"{name}.pkl") for name in names]
+
+
+def _is_normalised(model: Any) -> bool | None:
+    """Whether the last observation of a model's training lies outside the space of observations; None: it has none."""
+    last = getattr(model, "_last_obs", None)
+    if last is None:
+        return None
+    parts, known = (
+        (last, model.observation_space) if isinstance(last, dict) else ({"": last}, {"": model.observation_space})
+    )
+    for key, values in parts.items():
+        space = known[key]
+        if isinstance(space, spaces.Box) and not ((values >= space.low - 1e-4) & (values <= space.high + 1e-4)).all():
+            return True
+    return False
+
+
+def _read_statistics(name: str, file: Path, model: Any) -> Callable[[Any], Any]:
+    import pickle
+
+    where = f"policy {name!r}: vecnormalize: {file}"
+    cls = importlib.import_module("stable_baselines3.common.vec_env").VecNormalize
+    try:
+        with file.open("rb") as stream:
+            statistics = pickle.load(stream)
+    except OSError as error:
+        raise PolicyError(f"{where}: cannot be read: {error.strerror}") from None
+    except Exception as error:
+        raise PolicyError(f"{where}: cannot be unpickled: {_line(error)}") from None
+    if not isinstance(statistics, cls):
+        raise PolicyError(f"{where}: expected a VecNormalize, got {type(statistics).__name__}")
+    if not statistics.norm_obs:
+        return as_it_is
+    if statistics.observation_space != model.observation_space:
+        raise PolicyError(f"{where}: its statistics are of other observations than the model's")
+    normalise: Callable[[Any], Any] = statistics.normalize_obs
+    return normalise
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

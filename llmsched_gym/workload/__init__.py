@@ -1,6 +1,6 @@
 """Workloads: arrival processes, fitted length distributions, trace files, and the request table made from them."""
 
-from llmsched_gym.workload.generate import NOISE_BLOCK, make_table, noise_block
+from llmsched_gym.workload.generate import NOISE_BLOCK, check_seed, make_table, noise_block
 from llmsched_gym.workload.lengths import WORKLOADS, describe_workloads
 from llmsched_gym.workload.table import RequestTable
 from llmsched_gym.workload.traces import Trace, TraceError, load_trace
@@ -11,6 +11,7 @@ __all__ = [
     "RequestTable",
     "Trace",
     "TraceError",
+    "check_seed",
     "describe_workloads",
     "load_trace",
     "make_table",

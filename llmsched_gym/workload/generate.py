@@ -48,7 +48,7 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
 
     Raises :class:`ConfigError` for a bad seed or workload and :class:`TraceError` for a bad trace, one line each.
     """
-    seed = _check_seed(seed)
+    seed = check_seed(seed)
     episode = _rng(seed, EPISODE_STREAM).random(6)
     trace = None if scenario.trace is None else cached_trace(scenario.trace)
     arrivals = _arrivals(scenario, seed, episode, trace)
@@ -111,7 +111,7 @@ def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
     """
     if scenario.jitter == 0.0 and scenario.straggler_share == 0.0:
         return np.ones(1)
-    rng = _rng(_check_seed(seed), NOISE_STREAM, block)
+    rng = _rng(check_seed(seed), NOISE_STREAM, block)
     noise = np.exp(scenario.jitter * rng.standard_normal(NOISE_BLOCK))
     if scenario.straggler_share > 0.0:
         noise[rng.random(NOISE_BLOCK) < scenario.straggler_share] *= scenario.straggler_factor
@@ -153,7 +153,8 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
-def _check_seed(seed: int) -> int:
+def check_seed(seed: int) -> int:
+    """The seed as Python's int; raises :class:`ConfigError` for anything but a whole number >= 0."""
     if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or cast(int, seed) < 0:
         raise ConfigError(f"seed: expected a whole number >= 0, got {seed!r}")
     return int(seed)

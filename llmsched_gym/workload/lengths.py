@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import ConfigError
+from llmsched_gym.files import version_of
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "workloads"
 WORKLOADS = tuple(sorted(path.stem for path in DATA_DIR.glob("*.json")))
@@ -95,13 +96,13 @@ def load_lengths(workload: str) -> LengthTable:
         known = ", ".join(WORKLOADS)
         raise ConfigError(f"workload: expected one of {known}, or a fitted .json file, got {workload!r}")
     try:
-        return _load(path, path.stat().st_mtime_ns)
+        return _load(path, *version_of(path))
     except OSError as error:
         raise ConfigError(f"workload: cannot read {path}: {error.strerror}") from None
 
 
 @functools.lru_cache(maxsize=16)
-def _load(path: Path, mtime_ns: int) -> LengthTable:
+def _load(path: Path, absolute: Path, version: tuple[int, ...]) -> LengthTable:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

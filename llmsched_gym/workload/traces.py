@@ -20,6 +20,8 @@ from typing import Literal
 
 import numpy as np
 
+from llmsched_gym.files import version_of
+
 MAX_TOKENS = 2**31 - 1
 CHUNK_ROWS = 100_000  # rows held as text at a time
 
@@ -100,13 +102,14 @@ def cached_trace(path: str | Path) -> Trace:
     """`load_trace`, parsed again only when the file has changed."""
     path = Path(path)
     try:
-        return _cached(path, path.stat().st_mtime_ns)
+        absolute, version = version_of(path)
     except OSError as error:
         raise TraceError(f"{path}: cannot read: {error.strerror}") from None
+    return _cached(path, absolute, version)
 
 
 @functools.lru_cache(maxsize=8)
-def _cached(path: Path, mtime_ns: int) -> Trace:
+def _cached(path: Path, absolute: Path, version: tuple[int, ...]) -> Trace:
     return load_trace(path)
 
 
