@@ -10,6 +10,7 @@ from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
+from llmsched_gym.engine.notice import expect_kernels
 from llmsched_gym.env import kernels
 from llmsched_gym.env.arrays import DURATION_S, FIRST_TERM, REWARD, make_arrays
 from llmsched_gym.env.features import FEATURES
@@ -86,6 +87,7 @@ class EnvCore:
             "priority": kernels.step_priority,
             "request": kernels.step_request,
         }[config.action]
+        expect_kernels(5 if config.action == "request" else 3)  # start, observation, step; opening and mask of a batch
         self._outside = config.backend != "simulated" or callable(config.reward)
 
     def _backend(self) -> Any:

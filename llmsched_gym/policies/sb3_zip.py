@@ -20,7 +20,7 @@ def load_zip(path: Path, options: dict[str, str]) -> PolicyScheduler:
     if options.get("allow_pickle") != "true":
         raise PolicyError(
             f"policy {name!r}: an SB3 zip holds pickles, which can run code: if you trust it, say "
-            f"{name}[allow_pickle=true], or turn it into a policy folder with `python -m agents.export`"
+            f"{name}[allow_pickle=true], or turn it into a policy folder with `python -m llmsched_gym.agents.export`"
         )
     if not path.is_file():
         raise PolicyError(f"policy {name!r}: no such file")
