@@ -32,7 +32,7 @@ from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
-from llmsched_gym.engine import notice
+from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -86,7 +86,7 @@ def headroom(config: Config) -> dict[str, Any]:
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
     context = get_context("spawn")
-    with ProcessPoolExecutor(config.workers, context, notice.speak_if_first, (context.Lock(),)) as pool:
+    with ProcessPoolExecutor(config.workers, context, speak_if_first, (context.Lock(),)) as pool:
 
         def run(what: str, told: bool, policies: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
             """Utilities, (len(policies), len(seeds))."""

@@ -11,13 +11,13 @@ from numba.core import config
 from numba.core.registry import CPUDispatcher
 
 from llmsched_gym.engine.cache import cache_dir
-from llmsched_gym.engine.notice import announce_compiling
+from llmsched_gym.engine.compiling import KERNELS, watch_compiling
 
 numba_config: Any = config
 njit: Any = numba.njit
 JIT_ENABLED = not numba_config.DISABLE_JIT
 
-announce_compiling()
+watch_compiling()
 
 
 class _Inner(CPUDispatcher):
@@ -49,6 +49,7 @@ def kernel(signature: Any = None, *, inline: str = "never", counted: bool = Fals
     def decorate(function: Callable) -> Any:
         if not JIT_ENABLED:
             return function
+        KERNELS.add(function)
         previous = numba_config.CACHE_DIR
         numba_config.CACHE_DIR = cache_dir()
         options: dict[str, Any] = {"inline": inline, "error_model": "numpy", "_nrt": counted}

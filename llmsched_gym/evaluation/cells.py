@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config import Scenario
-from llmsched_gym.engine import Backend, notice
+from llmsched_gym.engine import Backend
+from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import Compiled, make_scheduler
@@ -158,7 +159,7 @@ def _run_chunk(scenario: Scenario, cells: list[Cell], folder: Path | None) -> li
 
 def _start_worker(speaker: Any) -> None:
     """Leave interrupts to the parent, and do not outlive it; one of all says that kernels are being compiled."""
-    notice.speak_if_first(speaker)
+    speak_if_first(speaker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

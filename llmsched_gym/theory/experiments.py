@@ -15,7 +15,7 @@ import numpy as np
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile, load_profile, roofline
-from llmsched_gym.engine import notice
+from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.theory.stability import NUM_REQUESTS, SEEDS, Drift, boundary, drift, trajectory
 
@@ -52,7 +52,7 @@ def run_cells(function: Callable[..., Any], cells: Sequence[tuple], workers: int
             note(f"{i + 1}/{len(cells)}")
         return found
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, notice.speak_if_first, (context.Lock(),)) as pool:
+    with ProcessPoolExecutor(workers, context, speak_if_first, (context.Lock(),)) as pool:
         for i, future in enumerate([pool.submit(function, *cell) for cell in cells]):
             found.append(future.result())
             note(f"{i + 1}/{len(cells)}")
