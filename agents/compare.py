@@ -1,6 +1,6 @@
 """Agents of several training seeds against their opponents, on seeds that nothing was trained, tuned or chosen on.
 
-``python -m agents.compare --agents runs/a/policy,runs/b/policy --opponents tuned-constant,tuned-linear,slai``
+``llmsched compare --agents runs/a/policy,runs/b/policy --opponents tuned-constant,tuned-linear,slai``
 
 Every policy serves the same requests; differences are paired by seed, against the opponent with the highest mean
 utility, with 95 % bootstrap intervals. The interquartile mean over agents (Agarwal et al., NeurIPS 2021) says what
@@ -132,9 +132,13 @@ def compare(config: Config) -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    return fail_in_one_line(lambda: print(compare(parse(Config, argv, __doc__)), end=""))
+def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command line; raises what is wrong with it."""
+    print(compare(parse(Config, argv, __doc__, program)), end="")
+
+
+def main() -> int:
+    return fail_in_one_line(command)
 
 
 if __name__ == "__main__":

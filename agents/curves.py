@@ -1,4 +1,4 @@
-"""Draw learning curves of runs: ``python -m agents.curves --runs runs/a,runs/b --out curves.png``.
+"""Draw learning curves of runs: ``python -m llmsched_gym.agents.curves --runs runs/a,runs/b --out curves.png``.
 
 Left: mean utility on selection seeds, what the best policy is chosen by. Right: return of the training episodes.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,9 +60,8 @@ def curves(config: Config) -> str:
     return config.out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    return fail_in_one_line(lambda: print(curves(parse(Config, argv, __doc__))))
+def main() -> int:
+    return fail_in_one_line(lambda: print(curves(parse(Config, None, __doc__))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From a torch model to a policy folder: ``python -m agents.export MODEL.zip FOLDER`` for SB3 zips of one's own.
+"""From a torch model to a policy folder; of an SB3 zip: ``python -m llmsched_gym.agents.export MODEL.zip FOLDER``.
 
 And back: :func:`load_actor` lets a training go on from a folder.
 """
@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +173,11 @@ def finish(folder: str | Path, spec: PolicySpec, tensors: dict[str, np.ndarray])
     return write_folder(folder, dataclasses.replace(spec, decision_s=measured["p50_s"], training=training), tensors)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    return fail_in_one_line(lambda: _convert(argv))
+def main() -> int:
+    return fail_in_one_line(command)
 
 
-def _convert(argv: Sequence[str] | None) -> None:
+def command() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="SB3 zip of PPO or MaskablePPO; only one you trust: it holds pickles")
     parser.add_argument("folder", help="policy folder to write")

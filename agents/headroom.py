@@ -1,4 +1,4 @@
-"""What adapting could gain over the best constant: ``python -m agents.headroom --constant tuned-constant``.
+"""What adapting could gain over the best constant: ``python -m llmsched_gym.agents.headroom --constant FOLDER``.
 
 Three policies that nobody could run, each on the same requests as the constant:
 
@@ -32,6 +32,7 @@ from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
+from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -84,7 +85,8 @@ def headroom(config: Config) -> dict[str, Any]:
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
-    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(config.workers, context, speak_if_first, (context.Lock(),)) as pool:
 
         def run(what: str, told: bool, policies: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
             """Utilities, (len(policies), len(seeds))."""
@@ -121,9 +123,8 @@ def headroom(config: Config) -> dict[str, Any]:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    return fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, argv, __doc__)))))
+def main() -> int:
+    return fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, None, __doc__)))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Imitate a scheduler: ``python -m agents.imitate --teacher slai --out runs/slai``; then warm-start a training with it.
+"""Imitate a scheduler: ``llmsched imitate --teacher slai --out runs/slai``; then warm-start a training with it.
 
 Behaviour cloning first: the teacher drives, the student learns its knobs. Then DAgger: the student drives, the teacher
 says what it would have done, and the student learns from everything seen so far. The teacher is any setting of the
@@ -172,13 +172,13 @@ def _fit(policy: Any, optimizer: Any, data: dict[str, np.ndarray], config: Confi
     return agreed / n
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
+def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command line; raises what is wrong with it."""
+    print(imitate(parse(Config, argv, __doc__, program), lambda line: print(line, file=sys.stderr)))
 
-    def note(line: str) -> None:
-        print(line, file=sys.stderr)
 
-    return fail_in_one_line(lambda: print(imitate(parse(Config, argv, __doc__), note)))
+def main() -> int:
+    return fail_in_one_line(command)
 
 
 if __name__ == "__main__":

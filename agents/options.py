@@ -9,7 +9,7 @@ import importlib
 import sys
 import typing
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import ProfileError
@@ -25,11 +25,21 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type, argv: Sequence[str] | None, doc: str | None) -> Any:
-    """An instance of the dataclass from a command line that the first paragraph of `doc` describes."""
-    description = (doc or "").split("\n\n")[0]
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str | None = None) -> Any:
+    """An instance of the dataclass from a command line that the first paragraph of `doc` describes.
+
+    Raises :class:`ConfigError` where the command line is wrong.
+    """
+    parser = _Parser(
+        prog=program,
+        description=(doc or "").split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -64,10 +74,13 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _whole(text: str) -> int:
-    value = float(text)  # 2e6 is a number of steps too
-    if value != int(value):
-        raise ValueError
-    return int(value)
+    try:
+        value = float(text)  # 2e6 is a number of steps too
+        if value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""How policies fare where the world is not the one they know: ``python -m agents.robustness --policy learned``.
+"""How policies fare in worlds that they do not know: ``python -m llmsched_gym.agents.robustness --policy learned``.
 
 Every cell is one world: a hidden cost scale, jitter, stragglers, and lengths or a device; the arrival rate is a share
 of that world's fluid capacity. The traces are taken from LLMSCHED_DATA_DIR where they are, else the workloads fitted to
@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +111,13 @@ def markdown(cells: list[dict[str, Any]], baseline: str) -> str:
     return "\n".join(text) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
+def command() -> None:
+    config = parse(Config, None, __doc__)
+    print(markdown(robustness(config), config.baseline), end="")
 
-    def run() -> None:
-        config = parse(Config, argv, __doc__)
-        print(markdown(robustness(config), config.baseline), end="")
 
-    return fail_in_one_line(run)
+def main() -> int:
+    return fail_in_one_line(command)
 
 
 if __name__ == "__main__":

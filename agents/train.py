@@ -1,11 +1,11 @@
-"""Train PPO or MaskablePPO on LLMSched: ``python -m agents.train --out runs/first``.
+"""Train PPO or MaskablePPO on LLMSched: ``llmsched train --out runs/first``.
 
 A run folder holds config.json, checkpoints, progress.jsonl (one line per iteration), TensorBoard events, `best` (the
 policy folder with the highest mean utility on selection seeds so far) and at the end `policy` (the same, with its
-decision time measured). ``python -m agents.train --resume --out runs/first`` goes on after an interruption, on the
+decision time measured). ``llmsched train --resume --out runs/first`` goes on after an interruption, on the
 curve that the run would have had without it.
 
-``python -m agents.train --backend transformers --model random:tiny --warm-start runs/first --out runs/real`` goes on
+``llmsched train --backend transformers --model random:tiny --warm-start runs/first --out runs/real`` goes on
 with a policy trained in simulation on a real model: one environment, whose clock is the model's.
 """
 
@@ -325,9 +325,13 @@ def _bar(total: int) -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    return fail_in_one_line(lambda: print(train(parse(Config, argv, __doc__))))
+def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command line; raises what is wrong with it."""
+    print(train(parse(Config, argv, __doc__, program)))
+
+
+def main() -> int:
+    return fail_in_one_line(command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tune opponents by CMA-ES: ``python -m agents.tune --kind constant --suite drift --out runs/constant``.
+"""Tune opponents by CMA-ES: ``llmsched tune --kind constant --suite drift --out runs/constant``.
 
 `constant` searches one setting of all knobs; `linear` a linear rule from features to knobs (scores of the knobs are
 weights times features plus a bias). Both choose among the values that a learner chooses from, see the features that it
@@ -270,9 +270,13 @@ def _open_run(config: Config, out: Path) -> Config:
     return config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
-    return fail_in_one_line(lambda: print(tune(parse(Config, argv, __doc__))))
+def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:
+    """Run the command line; raises what is wrong with it."""
+    print(tune(parse(Config, argv, __doc__, program)))
+
+
+def main() -> int:
+    return fail_in_one_line(command)
 
 
 if __name__ == "__main__":

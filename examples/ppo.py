@@ -1,4 +1,4 @@
-"""Train PPO on LLMSched-v0 and compare it with SLAI on the same requests. Needs `pip install llmsched-gym[agents]`."""
+"""Train PPO on LLMSched-v0 and compare it with SLAI on the same requests. Needs `pip install '.[agents]'`."""
 
 import sys
 

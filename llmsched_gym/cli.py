@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmsched_gym.commands import add_commands
 from llmsched_gym.config import SUITES, ConfigError, Scenario, scenario
 from llmsched_gym.evaluation import terminal
 
@@ -316,33 +317,6 @@ def report(
     print(f"llmsched: wrote {write_report(directory)}", file=sys.stderr)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def reproduce(context: typer.Context) -> None:
-    """Run the paper's whole evaluation and write docs/results.md; `llmsched reproduce --help` lists its options."""
-    from llmsched_gym.reproduce import main as run
-
-    raise typer.Exit(run(context.args))
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def calibrate(context: typer.Context) -> None:
-    """Measure a real model's batches and fit a cost profile; `llmsched calibrate --help` lists its options."""
-    raise typer.Exit(_on_real_model("calibrate", context.args))
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
-def sim2real(context: typer.Context) -> None:
-    """Compare the simulator with a real model; `llmsched sim2real --help` lists its options."""
-    raise typer.Exit(_on_real_model("sim2real", context.args))
-
-
-def _on_real_model(name: str, args: list[str]) -> int:
-    """Run a command of `real_backend`, which nothing here imports by itself; returns its exit code."""
-    function = getattr(importlib.import_module(f"llmsched_gym.real_backend.{name}"), f"{name}_command")
-    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
-    return code
-
-
 @app.command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller grid; the keys say so.")] = False,
@@ -407,6 +381,8 @@ def _numbers(name: str, text: str) -> list[float]:
     except ValueError:
         raise ConfigError(f"{name}: expected numbers separated by commas, got {text!r}") from None
 
+
+add_commands(app)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,6 +27,7 @@ from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.scheduler import install, make_scheduler
+from llmsched_gym.sources import digest
 from llmsched_gym.theory import experiments
 from llmsched_gym.workload import RequestTable
 
@@ -279,16 +280,10 @@ PIECES: dict[str, Callable[[Plan, Note], Data]] = {
 
 
 def code_digest() -> str:
-    """Digest of the code that runs depend on: not of how they are asked for, which the plan says, or shown."""
-    digest = hashlib.sha256()
-    root = Path(__file__).resolve().parents[1]
-    patterns = [f"llmsched_gym/{name}/*.py" for name in ("cost", "workload", "engine", "env", "policies")]
-    patterns += [f"llmsched_gym/theory/{name}.py" for name in ("stability", "experiments")]
-    patterns += [f"llmsched_gym/{name}.py" for name in ("config", "fluid")]
-    for pattern in (*patterns, "llmsched_gym/data/**/*", "baselines/*.py"):
-        for file in sorted(path for path in root.glob(pattern) if path.is_file()):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    """Digest of the code and data that the pieces depend on, not of how they are shown."""
+    shown = ("llmsched_gym.results_page", "llmsched_gym.evaluation.report")
+    needed = ("llmsched_gym.reproduce", "llmsched_gym.baselines", "llmsched_gym.policies")
+    return digest(needed, without=shown, data=[Path(__file__).parent / "data"])
 
 
 def run_piece(name: str, plan: Plan, key: str) -> Data:

@@ -28,6 +28,6 @@ def make_backend(
     try:
         from llmsched_gym.real_backend import backend
     except ImportError as error:
-        needs = "the transformers backend needs torch and transformers: pip install 'llmsched-gym[real]'"
+        needs = "the transformers backend needs torch and transformers: pip install '.[real]'"
         raise BackendError(f"{needs} ({error})") from None
     return backend.make_backend(scenario, model, device, **options)

@@ -120,7 +120,7 @@ def limits_for(device: str | None, **given: int | None) -> Limits:
     try:
         import torch
     except ImportError:
-        raise BackendError("calibration needs torch and transformers: pip install 'llmsched-gym[real]'") from None
+        raise BackendError("calibration needs torch and transformers: pip install '.[real]'") from None
 
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     default = Limits() if on_gpu else CPU_LIMITS
@@ -185,7 +185,7 @@ def calibrate_command(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(calibrate_command, "python -m real_backend.calibrate", argv)
+    return command.run(calibrate_command, "llmsched calibrate", argv)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def sim2real_command(
     try:
         import torch
     except ImportError:
-        raise BackendError("sim2real needs torch and transformers: pip install 'llmsched-gym[real]'") from None
+        raise BackendError("sim2real needs torch and transformers: pip install '.[real]'") from None
 
     try:
         shares = [float(text) for text in loads.split(",")]
@@ -223,7 +223,7 @@ def sim2real_command(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(sim2real_command, "python -m real_backend.sim2real", argv)
+    return command.run(sim2real_command, "llmsched sim2real", argv)
 
 
 if __name__ == "__main__":

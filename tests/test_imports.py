@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     "llmsched_gym.config": 0,
     "llmsched_gym.files": 0,
+    "llmsched_gym.sources": 0,
     "llmsched_gym.workload": 1,
     "llmsched_gym.cost": 1,
     "llmsched_gym.fluid": 2,
@@ -27,7 +28,8 @@ LEVELS = {
     "llmsched_gym.agents": 8,
     "llmsched_gym.results_page": 9,
     "llmsched_gym.reproduce": 10,
-    "llmsched_gym.cli": 11,
+    "llmsched_gym.commands": 11,
+    "llmsched_gym.cli": 12,
 }
 # Folders beside the package, subpackages of it; resolved by name when asked for, never imported by the core.
 BESIDE = ("baselines", "agents", "real_backend")

@@ -100,7 +100,7 @@ def test_without_the_extra_one_line_says_how_to_install_it(command, code):
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stderr
     if code:
-        assert done.stdout == "" and done.stderr.count("\n") == 1 and "pip install 'llmsched-gym[real]'" in done.stderr
+        assert done.stdout == "" and done.stderr.count("\n") == 1 and "pip install '.[real]'" in done.stderr
     else:
         assert done.stdout.startswith(f"Usage: llmsched {command[0]}") and "--model" in done.stdout
 

@@ -130,4 +130,4 @@ def test_the_package_imports_without_torch():
         "except real_backend.BackendError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.count("\n") == 1 and "pip install 'llmsched-gym[real]'" in done.stdout
+    assert done.stdout.count("\n") == 1 and "pip install '.[real]'" in done.stdout

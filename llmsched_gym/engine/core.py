@@ -118,6 +118,10 @@ class Engine:
         start = (block % 2) * NOISE_BLOCK
         self.state.noise[env, start : start + NOISE_BLOCK] = noise_block(self.scenario, int(self._seeds[env]), block)
 
+    def _noise_due(self, env: int) -> bool:
+        """Whether the batch just done was the last of its noise block."""
+        return self.noisy and int(self.state.sims[env].num_batches) % NOISE_BLOCK == 0
+
     def refill_noise(self, env: int = 0) -> None:
         """Draw the noise block after the one in use; call it whenever a block has been used up."""
         block = int(self.state.sims[env].num_batches) // NOISE_BLOCK
@@ -164,7 +168,7 @@ class Engine:
                 execution = self.backend.execute(self.scheduled(env, preempted_before))
                 if not 0.0 <= execution.duration_s < math.inf:
                     raise ValueError(f"backend: expected a duration in seconds >= 0, got {execution.duration_s!r}")
-        if kernels.commit_env(handle, env, execution.duration_s) and kernels.noise_due_env(handle, env):
+        if kernels.commit_env(handle, env, execution.duration_s) and self._noise_due(env):
             self.refill_noise(env)
         return execution
 
@@ -186,11 +190,11 @@ class Engine:
             if compiled is not None and self.backend is None:
                 run = kernels.with_scheduler("run")
                 left -= run(self.handle, env, compiled, min(RUN_CHUNK, left), MAX_IDLE_STEPS)
-                if kernels.noise_due_env(self.handle, env):
+                if self._noise_due(env):
                     self.refill_noise(env)
             elif env == 0 and self.backend is None and hasattr(scheduler, "run_steps"):
                 left -= scheduler.run_steps(self, left, MAX_IDLE_STEPS)
-                if kernels.noise_due_env(self.handle, env):
+                if self._noise_due(env):
                     self.refill_noise(env)
             else:
                 self.step(scheduler, env)

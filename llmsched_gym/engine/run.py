@@ -97,11 +97,6 @@ def commit_env(s, env, duration_s):
 
 
 @entry()
-def noise_due_env(s, env):
-    return noise_due(unpack(s), env)
-
-
-@entry()
 def is_over_env(s, env):
     return is_over(lane_of(s, env), s.worlds[env])
 

@@ -10,6 +10,7 @@ from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
+from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.env import kernels
 from llmsched_gym.env.arrays import DURATION_S, FIRST_TERM, REWARD, make_arrays
 from llmsched_gym.env.features import FEATURES
@@ -106,6 +107,8 @@ class EnvCore:
             "priority": kernels.step_priority,
             "request": kernels.step_request,
         }[config.action]
+        self._with_slots = config.observation == "slots"
+        expect_kernels(3 + self._with_slots + 2 * (config.action == "request"))  # start, observation, step, and more
         self._outside = config.backend != "simulated" or callable(config.reward)
 
     def _backend(self) -> Any:
@@ -134,6 +137,11 @@ class EnvCore:
 
     def observe(self, env: int) -> None:
         kernels.observe_env(self.engine.handle, self.handle, env)
+        self._observe_slots(env, env + 1)
+
+    def _observe_slots(self, first: int, stop: int) -> None:
+        if self._with_slots:
+            kernels.observe_slots_of(self.engine.handle, self.handle, first, stop)
 
     def step(self) -> None:
         """One decision of every environment, taken from ``self.actions``."""
@@ -141,7 +149,9 @@ class EnvCore:
             for env in range(self.num_envs):
                 self._step_outside(env)
             return
-        if self._step(self.engine.handle, self.handle) and self.engine.noisy:
+        due = self._step(self.engine.handle, self.handle)
+        self._observe_slots(0, self.num_envs)
+        if due and self.engine.noisy:
             sims = self.engine.state.sims
             for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat).tolist():
                 self.engine.refill_noise(env)
@@ -165,6 +175,7 @@ class EnvCore:
     def settle(self, env: int, start_s: float, resolved_before: int) -> None:
         """Reward and observation after engine steps made in Python."""
         kernels.settle(self.engine.handle, self.handle, env, start_s)
+        self._observe_slots(env, env + 1)
         if callable(self.config.reward):
             self.arrays.outcomes[env, REWARD] = self.config.reward(self._transition(env, resolved_before))
 

@@ -45,8 +45,6 @@ def end_step(lane, world, a, env, start_s):
     resolved = world.drain_all != 0 and world.num_unresolved == 0
     outcome[TERMINATED] = over and resolved
     outcome[TRUNCATED] = over and not resolved
-    if a.rows.shape[0] > 0:
-        observe_slots(lane, a.rows[env], a.masks[env])
 
 
 @kernel()
@@ -264,8 +262,13 @@ def observe_env(s, a, env):
     """The observation of one environment between steps."""
     lane = lane_of(s, env)
     observe_features(lane, a.features[env], False, s.worlds[env], a.rules[0], a.outcomes[env])
-    if a.rows.shape[0] > 0:
-        observe_slots(lane, a.rows[env], a.masks[env])
+
+
+@entry()
+def observe_slots_of(s, a, first, stop):
+    """The requests' rows of environments first, ..., stop - 1; compiled only where they are asked for."""
+    for env in range(first, stop):
+        observe_slots(lane_of(s, env), a.rows[env], a.masks[env])
 
 
 @entry()

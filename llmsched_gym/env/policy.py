@@ -235,6 +235,8 @@ class PolicyScheduler:
         if hasattr(self.config.observation, "observe"):
             return self.config.observation.observe(engine.view(0))
         kernels.observe_env(engine.handle, self._handle, 0)
+        if self.config.observation == "slots":
+            kernels.observe_slots_of(engine.handle, self._handle, 0, 1)
         arrays = self._arrays
         if self.config.observation == "features":
             return arrays.features[0].copy()

@@ -1,4 +1,4 @@
-"""The native vector environment as Stable-Baselines3 expects it; needs ``pip install llmsched-gym[agents]``."""
+"""The native vector environment as Stable-Baselines3 expects it; needs ``pip install '.[agents]'``."""
 
 from __future__ import annotations
 

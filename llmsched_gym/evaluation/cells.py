@@ -16,6 +16,7 @@ from typing import Any
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.engine import Backend
+from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import Compiled, make_scheduler
@@ -139,7 +140,9 @@ class Runner:
         if self._pool is None:
             self._before = set(multiprocessing.active_children())
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start_worker)
+            self._pool = ProcessPoolExecutor(
+                self.workers, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),)
+            )
         return self._pool
 
     def _estimate_s(self, cell: Cell) -> float:
@@ -154,8 +157,9 @@ def _run_chunk(scenario: Scenario, cells: list[Cell], folder: Path | None) -> li
     return [(cell, run_cell(scenario, cell, folder)) for cell in cells]
 
 
-def _start_worker() -> None:
-    """Leave interrupts to the parent, and do not outlive it."""
+def _start_worker(speaker: Any) -> None:
+    """Leave interrupts to the parent, and do not outlive it; one of all says that kernels are being compiled."""
+    speak_if_first(speaker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

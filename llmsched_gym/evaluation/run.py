@@ -12,6 +12,7 @@ import numpy as np
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import Backend, Engine
+from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.scheduler import install, make_scheduler
 from llmsched_gym.workload import RequestTable, make_table
 
@@ -93,6 +94,7 @@ def simulate(
         num_gaps=num_gaps,
         num_steps=num_steps,
     )
+    expect_kernels(4)  # start, run, the scheduler, and whether the run is over
     engine.reset(table)
     install(scheduler, engine.state, seed=seed)
     engine.prepare(scheduler)

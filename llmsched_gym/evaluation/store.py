@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 import llmsched_gym
+from llmsched_gym import sources
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.evaluation.cells import part_path
 
@@ -32,20 +33,6 @@ ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.
 ITL_COLUMNS = ("prob", "itl_s", "num_gaps", "policy", "requested_qps", "qps", "slo_class")
 
 _ROW_GROUP = 200_000
-_RESULT_SOURCES = (
-    "config.py",
-    "scheduler.py",
-    "workload",
-    "cost",
-    "engine",
-    "env",
-    "policies",
-    "data",
-    "evaluation/run.py",
-    "evaluation/cells.py",
-    "evaluation/metrics.py",
-    "evaluation/gaps.py",
-)
 
 
 def encode(value: Any) -> Any:
@@ -81,30 +68,25 @@ def grid_config(scenario: Scenario, policies: Sequence[str], **settings: Any) ->
 
 
 def _code_digest(scenario: Scenario, policies: Sequence[str]) -> str:
-    package = Path(llmsched_gym.__file__).parent
-    sources = [package / name for name in _RESULT_SOURCES]
-    names = ["llmsched_gym.baselines"]
+    modules = ["llmsched_gym.evaluation.cells", "llmsched_gym.baselines", "llmsched_gym.policies"]
     if scenario.backend != "simulated":
-        names.append("llmsched_gym.real_backend")
+        modules.append("llmsched_gym.real_backend")
+    data = [Path(llmsched_gym.__file__).parent / "data"]
     for policy in policies:
         name = policy.partition("[")[0]
+        module = name.partition(":")[0]
         if Path(name).exists():
-            sources.append(Path(name))
-        elif ":" in name:
-            names.append(name.partition(":")[0])
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin:
-            origin = Path(spec.origin)
-            sources.append(origin.parent if origin.name == "__init__.py" else origin)
+            data.append(Path(name))
+        elif module != name and module.startswith("llmsched_gym."):
+            modules.append(module)
+        elif module != name:
+            spec = importlib.util.find_spec(module)
+            if spec is not None and spec.origin:
+                origin = Path(spec.origin)
+                data.append(origin.parent if origin.name == "__init__.py" else origin)
     given = (scenario.profile, scenario.scheduler_profile, scenario.workload, scenario.trace)
-    sources += [Path(name) for name in given if name and Path(name).is_file()]
-    found = hashlib.sha256()
-    for source in sources:
-        for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
-            if file.is_file() and file.suffix != ".pyc":
-                found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+    data += [Path(name) for name in given if name and Path(name).is_file()]
+    return sources.digest(modules, data=data)
 
 
 class Store:

@@ -80,7 +80,7 @@ def read_zip(path: Path, options: dict[str, str]) -> Any:
     if options.get("allow_pickle", "").lower() != "true":
         raise PolicyError(
             f"policy {name!r}: an SB3 zip holds pickles, which can run code: if you trust it, say "
-            f"{name}[allow_pickle=true], or turn it into a policy folder with `python -m agents.export`"
+            f"{name}[allow_pickle=true], or turn it into a policy folder with `python -m llmsched_gym.agents.export`"
         )
     for key in options:
         if key not in OPTIONS:

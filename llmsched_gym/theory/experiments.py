@@ -15,6 +15,7 @@ import numpy as np
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile, load_profile, roofline
+from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.theory.stability import NUM_REQUESTS, SEEDS, Drift, boundary, drift, trajectory
 
@@ -50,7 +51,8 @@ def run_cells(function: Callable[..., Any], cells: Sequence[tuple], workers: int
             found.append(function(*cell))
             note(f"{i + 1}/{len(cells)}")
         return found
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, speak_if_first, (context.Lock(),)) as pool:
         for i, future in enumerate([pool.submit(function, *cell) for cell in cells]):
             found.append(future.result())
             note(f"{i + 1}/{len(cells)}")
