@@ -137,9 +137,7 @@ class Scenario:
     max_model_len: int = 8192  # requests with more prompt and output tokens are rejected
     max_num_seqs: int | None = None  # largest number of running requests; None: 128, on an H100 or H200 1,024
     max_num_batched_tokens: int = 8192  # largest number of tokens in a batch
-    admission: str = (
-        "prompt"  # blocks at admission: prompt, the whole one's; chunk; prompt-check, a chunk's if all are free
-    )
+    admission: str = "prompt"  # blocks taken at admission: prompt, chunk or prompt-check (docs/schedulers.md)
     idle_step_s: float = 0.01  # how far an empty batch moves the clock while work is pending
     allow_refusal: bool = False  # whether a policy may refuse requests
     length_hint: str = "none"  # none, noisy:SIGMA, oracle
