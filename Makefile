@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+VLLM_VENV ?= .venv-vllm
 # one process per core, a file's tests in one of them: they share compiled code
 PYTEST ?= -n 2 --dist loadfile
 export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
 
-.PHONY: demo test check install format paper clean
+.PHONY: demo test check install format paper vllm clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m benchmarks.demo --out out/demo
@@ -40,5 +41,14 @@ format: install
 paper: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/llmsched reproduce
 
+# vLLM's own scheduler against ours, in an environment of its own: 10 minutes and 2 GB
+vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m benchmarks.conformance_vllm --cells
+	$(VLLM_VENV)/bin/python -m benchmarks.conformance_vllm --cells --reserve false
+
+$(VLLM_VENV)/.installed: benchmarks/vllm_env.sh pyproject.toml
+	PYTHON=$(PYTHON) benchmarks/vllm_env.sh $(VLLM_VENV)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) build dist out *.egg-info
+	rm -rf $(VENV) $(DEMO_VENV) $(VLLM_VENV) build dist out *.egg-info

@@ -12,7 +12,7 @@ from llmsched_gym.engine.batch import (
 )
 from llmsched_gym.engine.batch import remaining_prefill as remaining
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import SRPT, add_all_decodes, admission_filters
+from llmsched_gym.engine.pack import SRPT, add_all_decodes, admission_filters, keep_going
 from llmsched_gym.engine.records import WAITING
 from llmsched_gym.scheduler import Compiled
 
@@ -75,6 +75,7 @@ def shortest_total(lane):
             admitting = False
             continue
         add_chunk(lane, r, n)
+    keep_going(lane)
 
 
 SCHEDULERS = {

@@ -19,7 +19,7 @@ from llmsched_gym.engine.batch import (
 )
 from llmsched_gym.engine.batch import remaining_prefill as remaining
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import FCFS, admission_filters
+from llmsched_gym.engine.pack import FCFS, admission_filters, keep_going
 from llmsched_gym.scheduler import Compiled
 
 FIRST_OUTPUT_GUESS = 512.0
@@ -179,6 +179,7 @@ def form_batch(lane, tile, tiled, dynamic):
     if prompts > 0:
         prompts = place_prompts(lane, prompts, False)
     add_oldest_decodes(lane, min(decodes if dynamic else share, total - prompts))
+    keep_going(lane)
 
 
 def rad(lane):

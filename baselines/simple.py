@@ -14,7 +14,7 @@ from llmsched_gym.engine.batch import (
     open_batch,
 )
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import EDF, FEASIBLE, SRPT, admission_filters, next_waiting
+from llmsched_gym.engine.pack import EDF, FEASIBLE, SRPT, admission_filters, keep_going, next_waiting
 from llmsched_gym.engine.step import LATEST_LST
 from llmsched_gym.engine.view import Batch, View
 from llmsched_gym.scheduler import Compiled
@@ -59,6 +59,7 @@ def edf(lane):
             waiting = next_waiting(lane, EDF, hold, limit)
         else:
             waiting = -1
+    keep_going(lane)
 
 
 CAPPED = {"cap": 0.95, "margin": 2.0, "victim": LATEST_LST}

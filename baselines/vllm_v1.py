@@ -1,25 +1,39 @@
-"""vLLM V1's scheduler: one token budget, no distinction of phases."""
+"""vLLM V1's scheduler (`vllm/v1/core/sched/scheduler.py`, 0.32): one token budget, no distinction of phases.
+
+Every batch of the real one equals ours on one clock: `benchmarks/conformance_vllm.py`.
+"""
+
+import math
 
 from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
     blocks_to_hold,
-    can_admit,
     chunk_room,
     decode_fits,
+    finds_room,
     is_prefill,
+    is_thrashing,
     open_batch,
     preempt,
 )
-from llmsched_gym.engine.pack import FCFS, admission_filters, next_waiting
-from llmsched_gym.scheduler import Compiled
+from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.pack import FCFS, admission_filters, keep_going, next_waiting
+from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled
+
+
+@kernel()
+def next_chunk(lane, r):
+    """Prompt tokens of `r` in this batch: what room there is, below the threshold unless `r` is all alone."""
+    n, most = chunk_room(lane, r), lane.knobs.threshold
+    return min(n, most) if most > 0 and lane.sim.num_running + lane.sim.num_waiting > 1 else n
 
 
 def vllm_v1(lane):
     """Running requests in admission order, a decode or a chunk each; then waiting ones, first come first served.
 
     Blocks are taken chunk by chunk; where one is missing the request admitted last is preempted, and nobody is admitted
-    in such a step (vLLM `v1/core/sched/scheduler.py`).
+    in such a step. Admission asks that all known tokens of a request would fit now, and reserves nothing.
     """
     open_batch(lane)
     sim, batch = lane.sim, lane.batch
@@ -29,7 +43,7 @@ def vllm_v1(lane):
             break
         r = lane.running[i]
         prefill = is_prefill(lane.requests[r])
-        n = chunk_room(lane, r) if prefill else 1
+        n = next_chunk(lane, r) if prefill else 1
         if n <= 0 or (not prefill and not decode_fits(lane, r) and batch.num_items > 0):
             continue
         need = blocks_to_hold(sim, lane.requests[r], n) - lane.requests[r].num_blocks
@@ -51,17 +65,21 @@ def vllm_v1(lane):
         r = next_waiting(lane, FCFS, hold, limit)
         if r < 0:
             break
-        n = chunk_room(lane, r)
-        if n <= 0 or not can_admit(lane, r, n):
+        n = next_chunk(lane, r)
+        if n <= 0 or not finds_room(lane, r, n):
+            break
+        if batch.cap_s < math.inf and is_thrashing(lane):  # without a cap, the first of running always goes on
             break
         add_chunk(lane, r, n)
+    keep_going(lane)
 
 
 SCHEDULERS = {
     "vllm-v1": Compiled(
-        "vLLM V1: running requests in admission order, then waiting ones, one budget of 2,048 tokens",
+        "vLLM V1 since 0.19: running requests in admission order, then waiting ones; budget by GPU, 2,048 tokens",
         vllm_v1,
-        {"token_budget": 2048},
-        admission="chunk",
+        {"token_budget": VLLM_TOKEN_BUDGET},
+        admission="prompt-check",
+        options=("reserve", "threshold"),
     ),
 }

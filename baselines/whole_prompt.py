@@ -2,7 +2,7 @@
 
 from llmsched_gym.engine.batch import add_chunk, can_admit, chunk_room, open_batch, remaining_prefill
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import FCFS, add_all_decodes, admission_filters, next_started, next_waiting
+from llmsched_gym.engine.pack import FCFS, add_all_decodes, admission_filters, keep_going, next_started, next_waiting
 from llmsched_gym.engine.records import WAITING
 from llmsched_gym.scheduler import Compiled
 
@@ -43,6 +43,7 @@ def vllm_v0(lane):
     open_batch(lane)
     if add_whole_prompts(lane, lane.sim.max_num_seqs) == 0:
         add_all_decodes(lane)
+    keep_going(lane)
 
 
 def orca(lane):
@@ -50,6 +51,7 @@ def orca(lane):
     open_batch(lane)
     add_all_decodes(lane)
     add_whole_prompts(lane, lane.sim.max_num_seqs)
+    keep_going(lane)
 
 
 def faster_transformer(lane):
@@ -68,6 +70,7 @@ def faster_transformer(lane):
             return
         lane.memory[0] = 0
     add_all_decodes(lane)
+    keep_going(lane)
 
 
 SCHEDULERS = {

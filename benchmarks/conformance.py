@@ -125,14 +125,14 @@ def compare(log: Path, requests: Path, policy: str, kv_blocks: int = 14733) -> d
     install(scheduler, engine.state)
     mismatches, first = 0, None
     for i, line in enumerate(lines):
-        batch = _next_batch(engine, scheduler)
+        batch = next_batch(engine, scheduler)
         if batch != line["batch"]:
             mismatches += 1
             first = i if first is None else first
     return {"iterations": len(lines), "mismatches": mismatches, "first_mismatch": first}
 
 
-def _next_batch(engine: Engine, scheduler: Any) -> set[tuple[int, str, int]]:
+def next_batch(engine: Engine, scheduler: Any) -> set[tuple[int, str, int]]:
     """Step up to and over the next non-empty batch; the set of (request, kind, tokens), empty at the end.
 
     A scheduler that never runs anything, though work is pending and nobody will come, has come to its end too.

@@ -20,7 +20,8 @@ BLOCK_SIZE = 16
 
 SLO_CLASSES = ("strict", "relaxed")
 ARRIVALS = ("poisson", "gamma", "mmpp", "switching", "replay")
-ADMISSIONS = ("prompt", "chunk")
+ADMISSIONS = ("prompt", "chunk", "prompt-check")
+"""Blocks taken at admission: the whole prompt's; the first chunk's; likewise, if the whole prompt's are free now."""
 BACKENDS = ("simulated", "transformers")
 TBT_RULES = ("every-gap", "deadline")  # and "fraction:X"
 
@@ -111,6 +112,23 @@ class DeviceSpec:
     def __post_init__(self) -> None:
         plain_fields(self)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether vLLM serves it with large batches: 70 GiB or more and no A100 (0.32, `vllm/engine/arg_utils.py`)."""
+        return self.memory_bytes >= 70 * 2**30 and "a100" not in self.name.lower()
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Running requests that an engine allows on it unless told otherwise: vLLM's 1,024 on large devices."""
+        return 1024 if self.is_large else 128
+
+    @property
+    def vllm_token_budget(self) -> int:
+        """Tokens in a batch of vLLM's server on it unless told otherwise (0.32)."""
+        if self.memory_bytes >= 160 * 2**30:
+            return 16_384
+        return 8192 if self.is_large else 2048
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -154,9 +172,9 @@ class Scenario:
     num_kv_blocks: int | None = None  # None: the profile's
     watermark: float = 0.01  # share of blocks that admission leaves free
     max_model_len: int = 8192  # requests with more prompt and output tokens are rejected
-    max_num_seqs: int = 128  # largest number of running requests
+    max_num_seqs: int | None = None  # largest number of running requests; None: 128, on an H100 or H200 1,024
     max_num_batched_tokens: int = 8192  # largest number of tokens in a batch
-    admission: str = "prompt"  # blocks taken at admission: the whole prompt's, or the first chunk's
+    admission: str = "prompt"  # blocks taken at admission: prompt, chunk or prompt-check (docs/schedulers.md)
     idle_step_s: float = 0.01  # how far an empty batch moves the clock while work is pending
     allow_refusal: bool = False  # whether a policy may refuse requests
     length_hint: str = "none"  # none, noisy:SIGMA, oracle
@@ -261,7 +279,8 @@ class Scenario:
         self._check_integer("num_requests", 1, none=True)
         self._check_integer("max_backlog", 0)
         self._check_integer("num_kv_blocks", 1, none=True)
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        self._check_integer("max_num_seqs", 1, none=True)
+        for name in ("max_model_len", "max_num_batched_tokens"):
             self._check_integer(name, 1)
         for name in ("arrivals_continue", "allow_refusal", "count_host_time"):
             if not isinstance(getattr(self, name), bool):

@@ -28,6 +28,9 @@ from llmsched_gym.engine.state import SCHEDULE_SIGNATURE, State
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.engine.view import Batch, View
 
+VLLM_TOKEN_BUDGET = 0
+"""As a token budget: vLLM's for the device of the scheduler's cost profile."""
+
 
 class PolicyError(ValueError):
     """A policy that cannot be made; the message is one line that names it and what was expected."""
@@ -37,7 +40,7 @@ class PolicyError(ValueError):
 class Scheduler(Protocol):
     """Anything that turns a view into a batch.
 
-    Optional attributes: ``admission`` ("prompt" or "chunk"), ``clairvoyant`` (needs ``length_hint``), ``decision_s``
+    Optional attributes: ``admission`` (one of ADMISSIONS), ``clairvoyant`` (needs ``length_hint``), ``decision_s``
     (seconds one decision costs, added to every step), ``reset(seed)`` (called before each run).
     """
 
@@ -95,7 +98,10 @@ class Compiled:
 
     def install(self, state: State, env: int) -> None:
         """Write the settings into the engine; call it after the engine's reset."""
-        state.knobs[env] = self.knobs
+        knobs = self.knobs.copy()
+        if knobs["token_budget"] == VLLM_TOKEN_BUDGET:
+            knobs["token_budget"] = state.own_coef_s[3]
+        state.knobs[env] = knobs
 
 
 def install(scheduler: Any, state: State, env: int = 0, seed: int = 0) -> None:
@@ -124,6 +130,10 @@ def _positive_int(text: str) -> int:
     if not value.is_integer() or not 1 <= value <= np.iinfo(np.int32).max:
         raise ValueError
     return int(value)
+
+
+def _not_negative_int(text: str) -> int:
+    return 0 if text == "0" else _positive_int(text)
 
 
 def _positive(text: str) -> float:
@@ -155,9 +165,15 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "quiet": ("quiet", _positive_int, "whole number of running requests >= 1"),
     "stretch": ("stretch", _positive, "factor on predicted prefill times, > 0"),
     "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
+    "threshold": ("threshold", _not_negative_int, "whole number of tokens, 0 for none"),
+}
+# bracket parameter: (reader of the admission rule, what is expected)
+ADMISSION_OPTIONS: dict[str, tuple[Callable[[str], str], str]] = {
+    "admission": (lambda text: ADMISSIONS[ADMISSIONS.index(text)], f"one of {', '.join(ADMISSIONS)}"),
+    "reserve": (lambda text: "prompt-check" if _boolean(text) else "chunk", "true or false"),
 }
 COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
-PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name not in ("quiet", "stretch"))
+PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name not in ("quiet", "stretch", "threshold"))
 
 
 @cache
@@ -217,18 +233,16 @@ def _parse_options(spec: str, text: str) -> dict[str, str]:
 def with_options(spec: str, entry: Compiled, options: Mapping[str, str]) -> Compiled:
     """The scheduler with its parameters in brackets applied, under the name `spec`."""
     settings, admission, decision_s = dict(entry.settings), entry.admission, entry.decision_s
+    known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options)
     for key, text in options.items():
-        if key == "admission":
-            if text not in ADMISSIONS:
-                raise PolicyError(f"policy {spec!r}: admission: expected one of {', '.join(ADMISSIONS)}, got {text!r}")
-            admission = text
-            continue
-        known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options)
         if key not in known:
             raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(known)}")
-        knob, read, expected = OPTIONS[key]
+        expected = ADMISSION_OPTIONS[key][1] if key in ADMISSION_OPTIONS else OPTIONS[key][2]
         try:
-            settings[knob] = read(text)
+            if key in ADMISSION_OPTIONS:
+                admission = ADMISSION_OPTIONS[key][0](text)
+            else:
+                settings[OPTIONS[key][0]] = OPTIONS[key][1](text)
         except (ValueError, KeyError):
             raise PolicyError(f"policy {spec!r}: {key}: expected {expected}, got {text!r}") from None
     return replace(entry, name=spec, settings=settings, admission=admission, decision_s=decision_s)

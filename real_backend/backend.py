@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from llmsched_gym.config import Scenario
+from llmsched_gym.cost import load_profile
 from llmsched_gym.engine import Execution, ScheduledBatch
 from llmsched_gym.real_backend.attention import KVCache, choose_attention
 from llmsched_gym.real_backend.block_table import NOBODY, BlockTable
@@ -115,6 +116,8 @@ class TransformersBackend:
         graphs: bool | None = None,
         fused: bool = True,
     ) -> None:
+        if scenario.max_num_seqs is None:  # as the engine does
+            scenario = scenario.replace(max_num_seqs=load_profile(scenario.profile).device.max_num_seqs)
         self._watch = Stopwatch(loaded.device, clock)
         self.clock = clock
         self.loaded, self.device = loaded, loaded.device

@@ -38,9 +38,10 @@ class SmallWorld:
 def limits(scale: float) -> dict[str, int]:
     """Engine limits of the default scenario at `scale`; batches stay large enough to be worth a name."""
     world = Scenario()
+    seqs = load_profile(world.profile).device.max_num_seqs
     return {
         "max_model_len": _blocks(world.max_model_len * scale),
-        "max_num_seqs": min(world.max_num_seqs, 64) if scale < 1 else world.max_num_seqs,
+        "max_num_seqs": min(seqs, 64) if scale < 1 else seqs,
         "max_num_batched_tokens": _blocks(world.max_num_batched_tokens * scale),
     }
 

@@ -47,7 +47,7 @@ def profile(ms=1e3 * TICK_S, *, tile=16, tokens=(1, 2), kv_ms=0.0, pair_ms=0.0, 
     return Profile(
         name="test",
         model=MODELS["mistral-7b"],
-        device=DEVICES["h100-sxm"],
+        device=DEVICES["rtx6000ada"],
         tile_tokens=tile,
         linear=TableLinear(tuple(tokens), ms),
         overhead_ms=0.0,

@@ -12,7 +12,9 @@ from helpers import Run, profile, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine import Batch, check
+from llmsched_gym.engine.batch import BY_PROMPT
 from llmsched_gym.engine.pack import ORDERS
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING
 from llmsched_gym.engine.step import VICTIMS
@@ -28,7 +30,7 @@ SMALL_WORLDS = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 9),
         "max_num_batched_tokens": st.sampled_from([16, 60, 400]),
         "max_model_len": st.sampled_from([200, 500, 8192]),
-        "admission": st.sampled_from(["prompt", "chunk"]),
+        "admission": st.sampled_from(ADMISSIONS),
         "patience_s": st.sampled_from([0.05, 0.4, 3.0, math.inf]),
         "jitter": st.sampled_from([0.0, 0.3]),
         "allow_refusal": st.booleans(),
@@ -56,9 +58,10 @@ def rows_of(drawn):
 class RandomLegal:
     """Random legal batches: skips, partial chunks, preemptions, refusals, more decodes than there are blocks."""
 
-    def __init__(self, seed, chunked):
+    def __init__(self, seed, admission):
         self.rng = np.random.default_rng(seed)
-        self.chunked = chunked  # whether blocks are taken by chunk
+        self.chunked = admission != "prompt"  # whether blocks are taken by chunk
+        self.checked = admission != "chunk"  # whether a whole prompt must fit to enter
 
     def schedule(self, view):
         rng = self.rng
@@ -85,7 +88,8 @@ class RandomLegal:
                 held = max(held, int(row.prefill_tokens))
             need = -(-held // 16) - int(row.num_blocks)
             waiting = i >= len(staying)
-            if waiting and (slots < 1 or free - need < spare):
+            whole = -(-int(row.prefill_tokens) // 16)
+            if waiting and (slots < 1 or free - (whole if self.checked else need) < spare):
                 continue
             if not waiting and left > 0 and free < need:
                 continue
@@ -176,7 +180,7 @@ def test_random_legal_batches():
     @settings(max_examples=120)
     @given(fields=SMALL_WORLDS, drawn=REQUESTS, seed=st.integers(0, 2**32 - 1))
     def holds(fields, drawn, seed):
-        run = Run(RandomLegal(seed, fields["admission"] == "chunk"), rows_of(drawn), device=DEVICE, seed=seed, **fields)
+        run = Run(RandomLegal(seed, fields["admission"]), rows_of(drawn), device=DEVICE, seed=seed, **fields)
         drive(run, 100)
         for name in happened:
             happened[name] += int(run.sim[f"num_{name}"])
@@ -228,7 +232,7 @@ def decide_legally(run):
     preempted = state.preempt[0, : counts.num_preempt].tolist()
     refused = state.refuse[0, : counts.num_refuse].tolist()
     before = (counts.num_tokens, counts.num_decodes, counts.pairs, counts.kv_tokens)
-    if not run.sim.admission_chunk:  # by chunk a compiled scheduler may leave the choice of victims to the engine
+    if run.sim.admission == BY_PROMPT:  # by chunk a compiled scheduler may leave the choice of victims to the engine
         run.engine.submit(Batch(tokens, preempted, refused))
     assert (counts.num_tokens, counts.num_decodes, counts.pairs, counts.kv_tokens) == before
 

@@ -10,6 +10,7 @@ from helpers import TICK_S, Durations, Run, Scripted, profile, request, table
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import Batch, Engine, IllegalBatch, InvariantError, StalledScheduler, check
 from llmsched_gym.engine import core as engine_core
+from llmsched_gym.engine.batch import open_batch
 from llmsched_gym.engine.records import (
     ABANDONED,
     CACHE_LINE,
@@ -21,7 +22,7 @@ from llmsched_gym.engine.records import (
     RUNNING,
     WAITING,
 )
-from llmsched_gym.scheduler import install, make_scheduler
+from llmsched_gym.scheduler import Compiled, install, make_scheduler
 from llmsched_gym.workload import NOISE_BLOCK, noise_block
 
 # --- rules 1 to 3: batches and tokens
@@ -90,7 +91,9 @@ def test_a_batch_of_one_decode_and_one_chunk_costs_what_the_profile_says():
 
 
 @pytest.mark.parametrize(
-    ("admission", "held"), [("prompt", [3, 3, 3, 3, 4]), ("chunk", [1, 2, 3, 3, 4])], ids=["prompt", "chunk"]
+    ("admission", "held"),
+    [("prompt", [3, 3, 3, 3, 4]), ("chunk", [1, 2, 3, 3, 4]), ("prompt-check", [1, 2, 3, 3, 4])],
+    ids=["prompt", "chunk", "prompt-check"],
 )
 def test_blocks_by_admission(admission, held):
     batches = [{0: 16}, {0: 8}, {0: 23}, {0: 1}, {0: 1}]
@@ -101,6 +104,17 @@ def test_blocks_by_admission(admission, held):
         seen.append(int(run.requests[0].num_blocks))
     assert seen == held
     assert run.sim.free_blocks == 1000 - 4
+
+
+def test_admission_by_prompt_check_asks_for_the_whole_prompt_and_no_watermark():
+    rows = [request(prompt=32, output=2), request(prompt=48)]
+    run = Run(Scripted({0: 32}), rows, admission="prompt-check", num_kv_blocks=5, watermark=0.2)
+    run.step()
+    with pytest.raises(IllegalBatch, match="rule 4: request 1 needs 3 blocks, 2 are free and 0 held back"):
+        run.engine.submit(Batch({0: 1, 1: 1}))
+    run.engine.submit(Batch({1: 1}))
+    run.engine.execute()
+    assert (run.requests[1].num_blocks, run.sim.free_blocks) == (1, 2)
 
 
 def test_kv_cache_usage_is_taken_after_scheduling_and_before_the_frees():
@@ -243,9 +257,13 @@ def test_a_stalled_scheduler_raises(monkeypatch):
     assert run.clock_s == 0.0 and run.sim.clock_s == pytest.approx(0.51)
 
 
+def idler(lane):
+    open_batch(lane)
+
+
 def test_a_compiled_scheduler_that_stalls_raises_too(monkeypatch):
     monkeypatch.setattr(engine_core, "MAX_IDLE_STEPS", 50)
-    run = Run("slai[cap=0.001]", [request()])  # no batch takes as little as 0.1 ms
+    run = Run(Compiled("an empty batch, always", idler), [request()])
     with pytest.raises(StalledScheduler):
         run.engine.run(run.scheduler)
 

@@ -67,7 +67,7 @@ def test_only_the_needed_ones_are_clairvoyant_and_decide_at_a_cost():
         entry = registry()[name]
         assert not getattr(entry, "clairvoyant", False)
         assert getattr(entry, "decision_s", 0.0) == 0.0
-        assert getattr(entry, "admission", "prompt") == ("chunk" if name == "vllm-v1" else "prompt")
+        assert getattr(entry, "admission", "prompt") == ("prompt-check" if name == "vllm-v1" else "prompt")
 
 
 @pytest.fixture
@@ -162,7 +162,10 @@ BAD = {
     "slai[offset=-1]": "offset: expected mean batches",
     "slai[order=lifo]": "order: expected one of fcfs, spf, class, srpt, edf, feasible, got 'lifo'",
     "slai[victim=me]": "victim: expected one of latest-arrival, latest-lst, authors",
-    "slai[admission=half]": "admission: expected one of prompt, chunk, got 'half'",
+    "slai[admission=half]": "admission: expected one of prompt, chunk, prompt-check, got 'half'",
+    "slai[reserve=true]": "unknown parameter 'reserve'",
+    "vllm-v1[reserve=half]": "reserve: expected true or false, got 'half'",
+    "vllm-v1[threshold=-1]": "threshold: expected whole number of tokens, 0 for none, got '-1'",
     "orca[offset=3]": "unknown parameter 'offset', expected one of budget, hold, limit, cap, victim, admission",
     "random[budget=many]": "policy 'random",
     "random[hold=true]": "policy 'random",

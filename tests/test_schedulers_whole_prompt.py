@@ -1,9 +1,7 @@
-"""vLLM V0 and V1, Orca, FasterTransformer: small instances by hand."""
+"""vLLM V0, Orca, FasterTransformer: small instances by hand."""
 
 import pytest
-from helpers import Durations, Run, request
-
-from llmsched_gym.engine.records import WAITING
+from helpers import Run, request
 
 # --- vLLM V0
 
@@ -98,54 +96,3 @@ def test_a_group_closes_where_blocks_end():
         {2: 33, 3: 32},
         {3: 1},
     ]
-
-
-# --- vLLM V1
-
-
-def test_v1_gives_each_running_request_its_turn_and_then_admits():
-    rows = [request(prompt=3000, output=3), request(prompt=100, output=2), request(0.01, prompt=2048, output=1)]
-    assert Run("vllm-v1", rows).drain() == [
-        {0: 2048},
-        {0: 952, 1: 100, 2: 996},
-        {0: 1, 1: 1, 2: 1052},
-        {0: 1},
-    ]
-
-
-def test_v1_takes_blocks_chunk_by_chunk():
-    run = Run("vllm-v1[budget=40]", [request(prompt=100, output=2)])
-    held = []
-    for _ in range(3):
-        run.step()
-        held.append(int(run.requests[0].num_blocks))
-    assert held == [3, 5, 7]
-    assert run.scenario.admission == "chunk"
-
-
-def test_v1_admits_down_to_the_last_block():
-    rows = [request(prompt=48, output=1), request(prompt=16, output=1)]
-    assert Run("vllm-v1", rows, num_kv_blocks=4).drain() == [{0: 48, 1: 16}]
-    # with whole prompts and a watermark of one block the second has to wait
-    rows = [request(prompt=16, output=1)] * 3
-    assert Run("sarathi", rows, num_kv_blocks=4, watermark=0.5).drain() == [{0: 16, 1: 16}, {2: 16}]
-    assert Run("sarathi[admission=chunk]", rows, num_kv_blocks=4, watermark=0.5).drain() == [{0: 16, 1: 16, 2: 16}]
-
-
-def test_v1_preempts_the_last_admitted_and_admits_nobody_then():
-    # two blocks each, one is free; both need their third in the same batch, and request 2 has just come
-    rows = [request(prompt=16, output=19), request(prompt=16, output=19), request(0.51, prompt=5, output=1)]
-    run = Run("vllm-v1", rows, num_kv_blocks=5)
-    assert run.steps(17)[-1] == {0: 1, 1: 1}
-    assert (run.sim.free_blocks, run.requests[2].phase) == (1, WAITING)
-    assert run.step() == {0: 1}  # request 1 gave itself up, and request 2 was not let in
-    row = run.requests[1]
-    assert (row.phase, row.prefill_tokens, row.num_preemptions) == (WAITING, 33, 1)
-    # request 1 wants three blocks, and nobody overtakes it until request 0 has finished
-    assert run.drain()[:2] == [{0: 1}, {1: 33, 2: 5}]
-
-
-def test_v1_spends_its_budget_by_admission_not_by_phase():
-    rows = [request(prompt=60, output=9), request(prompt=60, output=9)]
-    run = Run("vllm-v1[budget=64]", rows, backend=Durations(0.5))
-    assert run.steps(4) == [{0: 60, 1: 4}, {0: 1, 1: 56}, {0: 1, 1: 1}, {0: 1, 1: 1}]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.config import ADMISSIONS, BLOCK_SIZE
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
 from llmsched_gym.engine.state import lane_of
+
+BY_PROMPT, BY_CHUNK, BY_PROMPT_CHECK = range(len(ADMISSIONS))
 
 
 @kernel()
@@ -33,9 +35,16 @@ def remaining_prefill(request):
 def blocks_to_hold(sim, request, num_tokens):
     """KV blocks of the request after computing `num_tokens` more (rule 4)."""
     held = request.num_computed_tokens + num_tokens
-    if not sim.admission_chunk:
+    if sim.admission == BY_PROMPT:
         held = max(held, request.prefill_tokens)
     return (held + BLOCK_SIZE - 1) // BLOCK_SIZE
+
+
+@kernel()
+def blocks_to_admit(sim, request, num_tokens):
+    """KV blocks that must be free for a waiting request to enter with `num_tokens` (rule 4)."""
+    tokens = num_tokens if sim.admission == BY_CHUNK else request.prefill_tokens
+    return (tokens + BLOCK_SIZE - 1) // BLOCK_SIZE
 
 
 @kernel()
@@ -150,14 +159,31 @@ def decode_fits(lane, r):
 
 
 @kernel()
+def is_thrashing(lane):
+    """Whether requests take the blocks from each other in turn, and nobody has come to a token for it.
+
+    Then nobody may enter while anybody runs: the running ones only become fewer, until one has the blocks it needs.
+    """
+    sim = lane.sim
+    if sim.preempted_at_token != sim.tokens_emitted or sim.num_running + lane.batch.num_admitted == 0:
+        return False
+    return sim.vain_preemptions > sim.num_running + sim.num_waiting
+
+
+@kernel()
 def can_admit(lane, r, num_tokens):
+    """Whether waiting request `r` may enter now with `num_tokens`."""
+    return finds_room(lane, r, num_tokens) and not is_thrashing(lane)
+
+
+@kernel()
+def finds_room(lane, r, num_tokens):
     """Whether waiting request `r` finds a sequence slot and, watermark left, its blocks."""
     sim, batch = lane.sim, lane.batch
     if sim.num_running + batch.num_admitted >= sim.max_num_seqs:
         return False
-    need = blocks_to_hold(sim, lane.requests[r], num_tokens)
-    spare = 0 if sim.admission_chunk else sim.watermark_blocks
-    return batch.free_blocks - need >= spare
+    spare = sim.watermark_blocks if sim.admission == BY_PROMPT else 0
+    return batch.free_blocks - blocks_to_admit(sim, lane.requests[r], num_tokens) >= spare
 
 
 @kernel()

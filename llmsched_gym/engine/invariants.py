@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.engine.batch import BY_PROMPT
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import State
 
@@ -56,7 +57,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(blocks.sum() + sim.free_blocks == sim.total_blocks, "blocks used + free != total")
     require(0 <= sim.free_blocks <= sim.total_blocks, "free blocks out of range")
     computed, prefill = requests["num_computed_tokens"], requests["prefill_tokens"]
-    held = computed if sim.admission_chunk else np.maximum(computed, prefill)
+    held = np.maximum(computed, prefill) if sim.admission == BY_PROMPT else computed
     require(blocks[running] == -(-held[running] // BLOCK_SIZE), "blocks held != ceil(tokens held / block size)")
 
     require(requests["num_preemptions"].sum() == sim.num_preemptions, "preemptions != sum over requests")

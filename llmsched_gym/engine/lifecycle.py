@@ -91,6 +91,10 @@ def preempt(lane, r):
     request.prefill_tokens = request.prompt_tokens + request.num_output_tokens
     request.num_preemptions += 1
     sim.num_preemptions += 1
+    if sim.tokens_emitted != sim.preempted_at_token:
+        sim.vain_preemptions = 0
+    sim.preempted_at_token = sim.tokens_emitted
+    sim.vain_preemptions += 1
     for i in range(sim.num_waiting, 0, -1):
         lane.waiting[i] = lane.waiting[i - 1]
     lane.waiting[0] = r

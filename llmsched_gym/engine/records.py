@@ -97,8 +97,10 @@ SIM = record_dtype(
         ("num_resolved", "i4"),
         ("num_settled", "i4"),  # resolved requests whose utility has been paid as reward
         ("num_preemptions", "i4"),
-        ("admission_chunk", "i1"),
+        ("vain_preemptions", "i4"),  # up to the last one, since the last token before it
+        ("admission", "i1"),  # see config.ADMISSIONS
         ("allow_refusal", "i1"),
+        ("preempted_at_token", "i8"),  # tokens_emitted at the last preemption
     ]
 )
 
@@ -131,6 +133,7 @@ KNOBS = record_dtype(
         ("margin", "f8"),  # in capped batches: a decode is critical so long before its deadline; nan: use the LST
         ("quiet", "i4"),  # on-time: with so few running requests hopeless prompts need not wait for decodes
         ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
+        ("threshold", "i4"),  # vllm-v1: largest chunk of a prompt while there is another request; 0: none
     ]
 )
 

@@ -15,7 +15,7 @@ from numba import types
 from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
-from llmsched_gym.config import Scenario
+from llmsched_gym.config import ADMISSIONS, Scenario
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import BATCH, CACHE_LINE, ITEM, KNOBS, REQUEST, SIM, STEP, WORLD
@@ -44,7 +44,7 @@ class State(NamedTuple):
     resolved: Any  # (num_envs, capacity) int32, requests in the order they were resolved
     noise: Any  # (num_envs, 1 or NOISE_BLOCK) float64, factors on batch times
     linear_s: Any  # (max_num_batched_tokens + 1,) float64, the executing profile
-    coef_s: Any  # (3,) float64: seconds per query-key pair, seconds per KV token read, tile_tokens
+    coef_s: Any  # (4,) float64: seconds per query-key pair, seconds per KV token read, tile_tokens, vllm_token_budget
     own_linear_s: Any  # the scheduler's profile
     own_coef_s: Any
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
@@ -226,7 +226,7 @@ def allocate(
     num_steps: int = 0,
 ) -> State:
     """Zeroed arrays for `num_envs` environments of up to `capacity` requests each."""
-    n, seqs = num_envs, scenario.max_num_seqs
+    n, seqs = num_envs, scenario.max_num_seqs or profile.device.max_num_seqs
     own = own_profile or profile
     limit = scenario.max_num_batched_tokens
     return State(
@@ -247,12 +247,16 @@ def allocate(
         resolved=np.zeros((n, capacity), np.int32),
         noise=np.ones((n, noise_size)),
         linear_s=np.array(profile.linear_table_s(limit)),  # a copy: kernels take writeable arrays only
-        coef_s=np.array([profile.pair_s, profile.kv_s, profile.tile_tokens]),
+        coef_s=_coefficients(profile),
         own_linear_s=np.array(own.linear_table_s(limit)),
-        own_coef_s=np.array([own.pair_s, own.kv_s, own.tile_tokens]),
+        own_coef_s=_coefficients(own),
         gaps=np.zeros((n, max(num_gaps, 1)), np.float32),
         steps=np.zeros((n, num_steps), STEP),
     )
+
+
+def _coefficients(profile: Profile) -> np.ndarray:
+    return np.array([profile.pair_s, profile.kv_s, profile.tile_tokens, profile.device.vllm_token_budget])
 
 
 def grow(state: State, capacity: int) -> State:
@@ -291,9 +295,9 @@ def load_table(
     sim.total_blocks = sim.free_blocks = num_kv_blocks
     sim.watermark_blocks = int(scenario.watermark * num_kv_blocks)
     sim.max_model_len = scenario.max_model_len
-    sim.max_num_seqs = scenario.max_num_seqs
+    sim.max_num_seqs = state.running.shape[1]
     sim.max_num_batched_tokens = scenario.max_num_batched_tokens
-    sim.admission_chunk = scenario.admission == "chunk"
+    sim.admission = ADMISSIONS.index(scenario.admission)
     sim.allow_refusal = scenario.allow_refusal
     sim.patience_s = scenario.patience_s
     sim.idle_step_s = scenario.idle_step_s

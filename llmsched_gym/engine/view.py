@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE
-from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
+from llmsched_gym.engine.batch import BY_PROMPT, batch_s, blocks_to_admit, blocks_to_hold, can_make_ttft_env
 from llmsched_gym.engine.records import REQUEST, RUNNING, WAITING
 from llmsched_gym.engine.state import State
 
@@ -148,7 +147,7 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     gone = {*preempted, *refused}
     items: list[tuple[int, int]] = []
     total, pairs, kv_tokens, decodes = 0, 0.0, 0.0, 0
-    spare = 0 if sim.admission_chunk else int(sim.watermark_blocks)
+    spare = int(sim.watermark_blocks) if sim.admission == BY_PROMPT else 0
     for r, n in batch.tokens.items():
         r = index(r)
         phase = phase_of(r)
@@ -163,12 +162,12 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
         if n > (prefill - computed if is_chunk else 1):
             what = f"{prefill - computed} of its prompt remain" if is_chunk else "a decode is exactly 1"
             raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, but {what}")
-        held = computed + n if sim.admission_chunk else max(computed + n, prefill)
-        need = -(-held // BLOCK_SIZE) - int(request.num_blocks)
+        need = int(blocks_to_hold(sim, request, n)) - int(request.num_blocks)
         if phase == WAITING:
             seqs += 1
-            if free - need < spare:
-                raise IllegalBatch(f"rule 4: request {r} needs {need} blocks, {free} are free and {spare} held back")
+            first = int(blocks_to_admit(sim, request, n))
+            if free - first < spare:
+                raise IllegalBatch(f"rule 4: request {r} needs {first} blocks, {free} are free and {spare} held back")
         elif is_chunk and free < need:
             raise IllegalBatch(f"rule 4: the next chunk of request {r} needs {need} blocks, {free} are free")
         free -= need

@@ -80,8 +80,9 @@ def _stability_words(data: dict[str, Any]) -> str:
   former kind behind.
 - SLAI's shortest-prompt-first order does not slow everybody down near its boundary but starves the longest prompts: its
   backlog grows by those ({both("slai")}).
-- vLLM V1 ({both("vllm-v1")}) admits by the chunk and evicts when decodes find no block. On the smaller memory that recomputes
-  a good part of all prompts; on the A100, whose memory is not the limit, it does not.
+- vLLM V1 ({both("vllm-v1")}) takes blocks by the chunk and evicts when decodes find none. Since 0.19 it asks before that whether a
+  prompt would fit whole; up to 0.18 it did not, and on the smaller memory recomputed a good part of all prompts
+  (`vllm-v1[reserve=false]`: docs/schedulers.md).
 """
 
 

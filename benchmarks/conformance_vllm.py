@@ -1,0 +1,218 @@
+"""Compare `vllm-v1` with vLLM's own V1 scheduler, batch by batch, on one clock: that of the cost model.
+
+    benchmarks/vllm_env.sh DIR
+    DIR/bin/python -m benchmarks.conformance_vllm --qps 1.8 --requests 400 --kv-blocks 2500 --seed 0
+
+prints one JSON line: ``{"version": v, "batches": n, "mismatches": m, "first_mismatch": i or null}``; ``--cells`` prints
+one for each of 18 cells. vLLM's `Scheduler` runs without a model, synchronously: every request whose known tokens are
+all computed gets one token. Batches are compared as sets of (request, tokens). Requests that our engine rejects at
+arrival are not sent to vLLM, where one that can never fit stays at the head for ever. After a mismatch each side goes
+on with its own state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.conformance import Recording, next_batch
+from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, scenario
+from llmsched_gym.cost import load_profile
+from llmsched_gym.engine import Engine
+from llmsched_gym.scheduler import PolicyError, install, make_scheduler
+from llmsched_gym.workload import RequestTable, make_table
+
+QPS, KV_BLOCKS, SEEDS = (1.2, 1.8, 2.4), (14_733, 2_500), (0, 1, 2)
+# what the scheduler reads of a model: its context and its vocabulary
+MODEL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "vocab_size": 128,
+    "sliding_window": None,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both schedulers are told."""
+
+    budget: int = 2048  # tokens in a batch
+    threshold: int = 0  # vLLM's long_prefill_token_threshold
+    reserve: bool = True  # vLLM's scheduler_reserve_full_isl
+    max_num_seqs: int = 128
+
+    @property
+    def policy(self) -> str:
+        options = {"budget": self.budget, "threshold": self.threshold, "reserve": str(self.reserve).lower()}
+        return f"vllm-v1[{','.join(f'{key}={value}' for key, value in options.items())}]"
+
+
+class VLLM:
+    """vLLM's scheduler with `kv_blocks` usable blocks, and a model runner that says every token is 1."""
+
+    def __init__(self, settings: Settings, kv_blocks: int, max_model_len: int) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import torch
+        import vllm
+        from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        self.version = str(vllm.__version__)
+        with tempfile.TemporaryDirectory() as folder:
+            config = {**MODEL, "max_position_embeddings": max_model_len}
+            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+            model = ModelConfig(
+                model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=max_model_len, seed=0
+            )
+        world = VllmConfig(
+            model_config=model,
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.budget,
+                max_model_len=max_model_len,
+                long_prefill_token_threshold=settings.threshold,
+                scheduler_reserve_full_isl=settings.reserve,
+                enable_chunked_prefill=True,
+                async_scheduling=False,
+                is_encoder_decoder=False,
+            ),
+            cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=False),
+        )
+        num_blocks = kv_blocks + 1  # one of them is the null block
+        world.cache_config.num_gpu_blocks = num_blocks
+        attention = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=64, dtype=torch.float32)
+        self.scheduler = Scheduler(
+            vllm_config=world,
+            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], attention)]),
+            structured_output_manager=StructuredOutputManager(world),
+            block_size=BLOCK_SIZE,
+        )
+
+    def add(self, r: int, prompt_tokens: int, output_tokens: int) -> None:
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.request import Request
+
+        params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
+        self.scheduler.add_request(Request(str(r), [1] * prompt_tokens, params, None, arrival_time=float(r)))
+
+    def step(self) -> list[tuple[int, int, int]]:
+        """Schedule one batch and give every complete context its token; (request, computed, tokens) of each item."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
+        output = self.scheduler.schedule()
+        items, tokens = [], []
+        for name, n in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[name]
+            computed = request.num_computed_tokens  # `schedule` has counted this batch already
+            items.append((int(name), computed - n, n))
+            tokens.append([1] if computed == request.num_tokens else [])
+        names = [str(r) for r, _, _ in items]
+        ran = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
+        self.scheduler.update_from_output(output, ran)
+        return items
+
+
+def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[str, Any]:
+    """Run both on `table`; the number of vLLM's batches, of those that differ from ours, and the first of these."""
+    kv_blocks = world.num_kv_blocks or load_profile(world.profile).num_kv_blocks
+    real = VLLM(settings, kv_blocks, world.max_model_len)
+    profile, recording = load_profile(world.profile), Recording([])
+    scheduler = make_scheduler(settings.policy)
+    engine = Engine(world.replace(admission=scheduler.admission), len(table), backend=recording)
+    engine.reset(table)
+    install(scheduler, engine.state)
+
+    prompt, total = table.prompt_tokens, table.prompt_tokens + table.output_tokens
+    fits = (total <= world.max_model_len) & (-(-total // BLOCK_SIZE) <= kv_blocks)
+    clock_s, arrived, differing, batches = 0.0, 0, [], 0
+    while arrived < len(table) or real.scheduler.has_unfinished_requests():
+        if not real.scheduler.has_unfinished_requests():
+            clock_s = max(clock_s, float(table.arrival_s[arrived]))
+        while arrived < len(table) and table.arrival_s[arrived] <= clock_s:
+            if fits[arrived]:
+                real.add(arrived, int(prompt[arrived]), int(table.output_tokens[arrived]))
+            arrived += 1
+        if not real.scheduler.has_unfinished_requests():
+            continue
+        items = real.step()
+        if not items:
+            raise RuntimeError(f"vLLM schedules nothing in batch {batches} although requests are pending")
+        chunks = [(computed, n) for r, computed, n in items if computed < prompt[r] or n > 1]
+        contexts = [computed + n for r, computed, n in items if not (computed < prompt[r] or n > 1)]
+        duration_s = profile.predict_s(chunks, contexts)
+        recording.durations_s.append(duration_s)
+        if {(r, n) for r, _, n in items} != {(r, n) for r, _, n in next_batch(engine, scheduler)}:
+            differing.append(batches)
+        clock_s += duration_s
+        batches += 1
+    while next_batch(engine, scheduler):
+        differing.append(batches)
+        batches += 1
+    first = differing[0] if differing else None
+    return {"version": real.version, "batches": batches, "mismatches": len(differing), "first_mismatch": first}
+
+
+def run_cell(qps: float, requests: int, kv_blocks: int, seed: int, settings: Settings) -> dict[str, Any]:
+    """The comparison on `requests` requests of the paper suite."""
+    world = scenario(
+        "paper",
+        qps=qps,
+        num_requests=requests,
+        num_kv_blocks=kv_blocks,
+        watermark=0.0,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.budget,
+    )
+    return compare(world, make_table(world, seed), settings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.conformance_vllm", description=__doc__.split("\n")[0])
+    parser.add_argument("--qps", type=float, default=1.8, help="requests per second of the paper suite (1.8)")
+    parser.add_argument("--requests", type=int, default=400, help="how many (400)")
+    parser.add_argument("--kv-blocks", type=int, default=2500, help="usable KV blocks of 16 tokens (2500)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=int, default=2048, help="max_num_batched_tokens (2048)")
+    parser.add_argument("--max-num-seqs", type=int, default=128, help="running requests (128)")
+    parser.add_argument("--threshold", type=int, default=0, help="long_prefill_token_threshold (0: none)")
+    parser.add_argument(
+        "--reserve", choices=("true", "false"), default="true", help="scheduler_reserve_full_isl (true)"
+    )
+    parser.add_argument("--cells", action="store_true", help=f"all of {QPS} x {KV_BLOCKS} blocks x seeds {SEEDS}")
+    args = parser.parse_args(argv)
+    settings = Settings(args.budget, args.threshold, args.reserve == "true", args.max_num_seqs)
+    cells = [(args.qps, args.kv_blocks, args.seed)]
+    if args.cells:
+        cells = [(qps, blocks, seed) for qps in QPS for blocks in KV_BLOCKS for seed in SEEDS]
+    mismatches = 0
+    try:
+        for qps, blocks, seed in cells:
+            found = run_cell(qps, args.requests, blocks, seed, settings)
+            mismatches += found["mismatches"]
+            cell = {"qps": qps, "kv_blocks": blocks, "seed": seed} if args.cells else {}
+            print(json.dumps({**found, **cell}), flush=True)
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; `benchmarks/vllm_env.sh DIR` makes an environment with vLLM", file=sys.stderr)
+        return 2
+    except (ConfigError, PolicyError, ValueError) as error:
+        print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 1 if args.cells and mismatches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
