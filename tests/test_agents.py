@@ -169,7 +169,7 @@ def test_numpy_decides_like_torch(observation, action, tmp_path):
             one = {k: v[i] for k, v in stacked.items()}
             got = policy(one.get("", one), *([masks[i]] if action == "request" else []))
             if action == "priority":
-                used = int(one["mask"].sum())
+                used = int(one["in_use"].sum())
                 assert np.allclose(got[:used], np.clip(wanted[i][:used], -1, 1), atol=1e-5)
             else:
                 assert np.array_equal(got, wanted[i])

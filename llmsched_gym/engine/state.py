@@ -255,13 +255,15 @@ def allocate(
     )
 
 
-def grow(state: State, capacity: int) -> State:
-    """The same state with room for `capacity` requests an environment."""
+def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
+    """The same state with room for `capacity` requests and `num_gaps` recorded gaps an environment."""
     fields = state._asdict()
-    for name in ("requests", "output_tokens", "waiting", "refuse", "resolved"):
+    sizes = dict.fromkeys(("requests", "output_tokens", "waiting", "refuse", "resolved"), capacity) | {"gaps": num_gaps}
+    for name, size in sizes.items():
         old = fields[name]
-        fields[name] = aligned_zeros((old.shape[0], capacity), old.dtype)
-        fields[name][:, : old.shape[1]] = old
+        if size > old.shape[1]:
+            fields[name] = aligned_zeros((old.shape[0], size), old.dtype)
+            fields[name][:, : old.shape[1]] = old
     return State(**fields)
 
 

@@ -10,8 +10,11 @@ from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
+from llmsched_gym.engine.run import noise_due_env
 from llmsched_gym.env import kernels
-from llmsched_gym.env.arrays import DURATION_S, FIRST_TERM, REWARD, make_arrays
+from llmsched_gym.env.actions import check_range, take
+from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, make_arrays
+from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import knobs_for
 from llmsched_gym.env.reward import TERMS, Transition
@@ -46,7 +49,7 @@ def observation_space(config: EnvConfig) -> spaces.Space:
     return spaces.Dict(
         {
             "slots": spaces.Box(low, high, dtype=np.float32),
-            "mask": spaces.MultiBinary(NUM_SLOTS),
+            "in_use": spaces.MultiBinary(NUM_SLOTS),
             "features": features_space(),
         }
     )
@@ -64,29 +67,47 @@ def expected_requests(config: EnvConfig) -> int:
     return int(mean + 6.0 * spread * math.sqrt(mean + 1.0)) + extra + 16
 
 
-class EnvCore:
-    """Engine, arrays and bookkeeping of `num_envs` environments; all step kernels run over all of them at once."""
+INFOS = ("duration_s", "discount", *(f"reward_{name}" for name in TERMS))
+"""What `info` tells of a step: the columns of its outcome from DURATION_S on."""
 
-    def __init__(self, config: EnvConfig, num_envs: int) -> None:
-        if config.backend == "transformers" and num_envs != 1:
+
+class EnvCore:
+    """Engine, arrays and bookkeeping of `num_envs` environments; all step kernels run over all of them at once.
+
+    Without `num_envs` there is one, whose actions have no axis of environments.
+    """
+
+    def __init__(self, config: EnvConfig, num_envs: int | None = None) -> None:
+        if config.backend == "transformers" and (num_envs or 1) != 1:
             raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got 'transformers'")
-        self.config, self.num_envs = config, num_envs
+        self.config, self.num_envs = config, num_envs or 1
         self.action_space, self.observation_space = action_space(config), observation_space(config)
-        self.engine = Engine(config, expected_requests(config), num_envs=num_envs, backend=self._backend())
-        self.arrays, self.handle = make_arrays(config, num_envs)
+        self.engine = Engine(
+            config,
+            expected_requests(config),
+            num_envs=self.num_envs,
+            backend=self._backend(),
+            num_gaps=int(config.episode_metrics),  # reset makes room
+        )
+        self.arrays, self.handle = make_arrays(config, self.num_envs)
         self.actions = {
             "knobs": self.arrays.knob_actions,
             "priority": self.arrays.scores,
             "request": self.arrays.slots,
         }[config.action]
-        self.legal = np.ones((num_envs, NUM_SLOTS + 1), np.bool_)
-        self.tables: list[RequestTable | None] = [None] * num_envs
+        self._input = self.actions if num_envs else self.actions.reshape(self.actions.shape[1:])
+        self._given: Any = None
+        self.legal = np.ones((self.num_envs, NUM_SLOTS + 1), np.bool_)
+        self.tables: list[RequestTable | None] = [None] * self.num_envs
+        self.seeds = np.zeros(self.num_envs, np.int64)
+        self.qps = np.full(self.num_envs, math.nan)  # true rates, for logs
         self._step = {
             "knobs": kernels.step_knobs,
             "priority": kernels.step_priority,
             "request": kernels.step_request,
         }[config.action]
-        self._outside = config.backend != "simulated" or callable(config.reward)
+        repeats_noise = self.engine.noisy and config.action_repeat > NOISE_BLOCK
+        self._outside = config.backend != "simulated" or callable(config.reward) or repeats_noise
 
     def _backend(self) -> Any:
         if self.config.backend == "simulated":
@@ -97,14 +118,17 @@ class EnvCore:
             raise ConfigError("model: expected a folder, a hub id or random:tiny with backend='transformers', got None")
         return importlib.import_module("real_backend").make_backend(self.config, self.config.model)
 
-    def reset(self, env: int, seed: int) -> None:
-        """Start environment `env` on the requests of `seed`."""
-        table = make_table(self.config, seed)
-        self.engine.reserve(len(table))
+    def reset(self, env: int, seed: int, qps: float | None = None) -> None:
+        """Start environment `env` on the requests of `seed`, which come at the mean rate `qps` if it is given."""
+        table = make_table(self.config if qps is None else self.config.replace(qps=qps), seed)
+        num_gaps = int(np.sum(table.output_tokens, dtype=np.int64)) - len(table) if self.config.episode_metrics else 0
+        self.engine.reserve(len(table), num_gaps)
         self.engine.reset(table, env)
-        self.tables[env] = table
+        self.tables[env], self.seeds[env], self.qps[env] = table, seed, table.qps
         install(None, self.engine.state, env, seed)
         self.reopen(env)
+        self.arrays.outcomes[env] = 0.0
+        self.arrays.outcomes[env, DISCOUNT] = 1.0
         self.observe(env)
 
     def reopen(self, env: int) -> None:
@@ -115,32 +139,56 @@ class EnvCore:
     def observe(self, env: int) -> None:
         kernels.observe_env(self.engine.handle, self.handle, env)
 
+    def act(self, given: Any) -> None:
+        """One decision of every environment that is not paused, by the actions `given`.
+
+        Raises :class:`InvalidAction` for one outside the space; then none has stepped.
+        """
+        take(self.config.action, given, self._input)
+        self._step_all(given)
+
     def step(self) -> None:
-        """One decision of every environment, taken from ``self.actions``."""
+        """:meth:`act` by what ``self.actions`` holds."""
+        self._step_all(self.actions)
+
+    def _step_all(self, given: Any) -> None:
         if self._outside:
-            for env in range(self.num_envs):
+            check_range(self.config, self.actions, given, self.arrays.paused)
+            for env in np.flatnonzero(self.arrays.paused == 0).tolist():
                 self._step_outside(env)
             return
-        if self._step(self.engine.handle, self.handle) and self.engine.noisy:
+        due = self._step(self.engine.handle, self.handle)
+        if due == kernels.REFUSED:
+            check_range(self.config, self.actions, given, self.arrays.paused)
+        elif due and self.engine.noisy:
             sims = self.engine.state.sims
             for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat).tolist():
                 self.engine.refill_noise(env)
 
     def _step_outside(self, env: int) -> None:
-        """The same decision with a backend or a reward that lives in Python."""
-        engine = self.engine
+        """The same decision with a backend or a reward that lives in Python, or over many blocks of noise."""
+        engine, left = self.engine, self.config.action_repeat
         start_s = float(engine.state.sims[env].clock_s)
         resolved_before = int(engine.state.sims[env].num_resolved)
-        closed = True
-        for _ in range(self.config.action_repeat):
-            closed = self.decide(env, self.actions[env])
-            if closed:
-                engine.execute(env)
-                if self.config.action == "request":
-                    kernels.reopen_env(engine.handle, self.handle, env)
+        while left > 0:
+            if self.config.action != "request" and self.config.backend == "simulated":
+                left -= self._run(env, left)
+            else:
+                left -= 1
+                if self.decide(env):
+                    engine.execute(env)
+                    self.reopen(env)
             if engine.is_over(env):
                 break
         self.settle(env, start_s, resolved_before)
+
+    def _run(self, env: int, most: int) -> int:
+        """Up to `most` batches under the same action in compiled code; returns how many, fewer at a block of noise."""
+        run = kernels.run_knobs if self.config.action == "knobs" else kernels.run_priority
+        steps = int(run(self.engine.handle, self.handle, env, most, 1 << 62))
+        if noise_due_env(self.engine.handle, env):
+            self.engine.refill_noise(env)
+        return steps
 
     def settle(self, env: int, start_s: float, resolved_before: int) -> None:
         """Reward and observation after engine steps made in Python."""
@@ -159,9 +207,8 @@ class EnvCore:
             view=self.engine.view(env),
         )
 
-    def decide(self, env: int, action: Any) -> bool:
+    def decide(self, env: int) -> bool:
         """Form the next batch of one environment; False while a request action leaves it open."""
-        self.actions[env] = action
         if self.config.action == "request":
             return bool(kernels.decide_request(self.engine.handle, self.handle, env))
         decide = kernels.decide_knobs if self.config.action == "knobs" else kernels.decide_priority
@@ -171,6 +218,13 @@ class EnvCore:
     def terms(self, env: int) -> dict[str, float]:
         """Parts of the reward of the last step, unscaled."""
         return dict(zip(TERMS, self.arrays.outcomes[env, FIRST_TERM:].tolist(), strict=True))
+
+    def metrics(self, env: int) -> dict[str, float]:
+        """The figures of one environment's episode so far; see :func:`~llmsched_gym.env.episode.episode_metrics`."""
+        table = self.tables[env]
+        if table is None:
+            return dict.fromkeys(METRICS, math.nan)
+        return episode_metrics(self.engine.state, env, table, has_gaps=self.config.episode_metrics)
 
     def action_masks(self) -> np.ndarray:
         """Legal actions, bool; (num_envs, NUM_SLOTS + 1) for request actions, all true over the choices of knobs."""
@@ -190,6 +244,6 @@ class EnvCore:
             return self.arrays.features[env].copy()
         return {
             "slots": self.arrays.rows[env].copy(),
-            "mask": self.arrays.masks[env].copy(),
+            "in_use": self.arrays.in_use[env].copy(),
             "features": self.arrays.features[env].copy(),
         }

@@ -134,7 +134,7 @@ def worked_steps() -> str:
         batch = state.items[0, : state.batches[0].num_items].tolist()
         decoding = before["num_computed_tokens"] >= before["prefill_tokens"]
         items = [f"{r}: decode" if decoding[r] else f"{r}: {n:,} prompt tokens" for r, n in batch]
-        terms = [_number(info["reward_terms"][name]) for name in ("on_time", "expired", "lateness")]
+        terms = [_number(info[f"reward_{name}"]) for name in ("on_time", "expired", "lateness")]
         time = [_number(info["duration_s"]), _number(info["discount"])]
         rows.append([str(k), f"`{action.tolist()}`", "; ".join(items), *time, *terms, _number(paid)])
         told += [f"- Step {k}, {line}" for line in _changes(env, before)]

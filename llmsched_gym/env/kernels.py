@@ -23,10 +23,11 @@ from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import clear_batch, has_work, is_over
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, TERMINATED, TRUNCATED, unpack_arrays
 from llmsched_gym.env.features import observe_features
-from llmsched_gym.env.knobs import set_knobs
+from llmsched_gym.env.knobs import has_these_values, set_knobs
 from llmsched_gym.env.reward import pay_resolved
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible, observe_slots, slot_request
 
+REFUSED = -1  # what a step returns when an action is outside its space; nothing has changed
 FEW_ENVS = 128  # their records stay in the processor's own cache
 
 
@@ -46,7 +47,7 @@ def end_step(lane, world, a, env, start_s):
     outcome[TERMINATED] = over and resolved
     outcome[TRUNCATED] = over and not resolved
     if a.rows.shape[0] > 0:
-        observe_slots(lane, a.rows[env], a.masks[env])
+        observe_slots(lane, a.rows[env], a.in_use[env])
 
 
 @kernel()
@@ -72,10 +73,18 @@ def fetch(lane):
     return total
 
 
+# A step looks at all actions before it takes the first, so that one outside the space changes nothing.
+
+
 @kernel()
 def _step_knobs(s, a):
+    for env in range(s.sims.shape[0]):
+        if a.paused[env] == 0 and not has_these_values(a.knob_actions[env]):
+            return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
+        if a.paused[env] != 0:
+            continue
         lane = lane_of(s, env)
         world = s.worlds[env]
         if s.sims.shape[0] > FEW_ENVS:
@@ -93,7 +102,7 @@ def _step_knobs(s, a):
 
 @entry()
 def step_knobs(s, a):
-    """One decision of every environment by knobs; returns how many used up a block of noise."""
+    """One decision of every environment by knobs; returns how many used up a block of noise, or REFUSED."""
     return _step_knobs(unpack(s), unpack_arrays(a))
 
 
@@ -158,23 +167,37 @@ def _use_defaults(lane, rule):
 
 
 @kernel()
-def decide_by_score(lane, scores, rule):
+def decide_by_score(lane, scores, rule, order):
     """Form the next batch by one score per slot."""
     _use_defaults(lane, rule)
     clear_batch(lane)
     if has_work(lane):
-        pack_by_score(lane, scores, lane.scratch)
+        pack_by_score(lane, scores, order)
+
+
+@kernel()
+def _are_scores(scores):
+    """Whether every score is within -1 and 1; nan is not."""
+    legal = True
+    for slot in range(scores.shape[0]):
+        legal &= -1.0 <= scores[slot] <= 1.0
+    return legal
 
 
 @kernel()
 def _step_priority(s, a):
+    for env in range(s.sims.shape[0]):
+        if a.paused[env] == 0 and not _are_scores(a.scores[env]):
+            return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
+        if a.paused[env] != 0:
+            continue
         lane = lane_of(s, env)
         world = s.worlds[env]
         start_s = lane.sim.clock_s
         for _ in range(a.rules[0].action_repeat):
-            decide_by_score(lane, a.scores[env], a.rules[0])
+            decide_by_score(lane, a.scores[env], a.rules[0], a.order)
             if advance(s, env, lane):
                 due += noise_due(s, env)
             if is_over(lane, world):
@@ -185,7 +208,7 @@ def _step_priority(s, a):
 
 @entry()
 def step_priority(s, a):
-    """One decision of every environment by one score per slot; returns how many used up a block of noise."""
+    """One decision of every environment by one score per slot; returns what :func:`step_knobs` does."""
     return _step_priority(unpack(s), unpack_arrays(a))
 
 
@@ -196,7 +219,7 @@ def decide_by_request(lane, slot):
     A slot that cannot be added closes the batch: the mask of legal actions says so beforehand.
     """
     tile = max(1, int(lane.coef_s[2]))
-    if slot < num_visible(lane) and add_slot(lane, slot, tile):
+    if 0 <= slot < num_visible(lane) and add_slot(lane, slot, tile):
         return False
     add_hidden_decodes(lane)
     return True
@@ -212,8 +235,13 @@ def reopen(lane, rule):
 
 @kernel()
 def _step_request(s, a):
+    for env in range(s.sims.shape[0]):
+        if a.paused[env] == 0 and not 0 <= a.slots[env] <= NUM_SLOTS:
+            return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
+        if a.paused[env] != 0:
+            continue
         lane = lane_of(s, env)
         start_s = lane.sim.clock_s
         if decide_by_request(lane, a.slots[env]):
@@ -228,7 +256,7 @@ def _step_request(s, a):
 def step_request(s, a):
     """One decision of every environment: add the request of a slot, or close the batch (NUM_SLOTS).
 
-    Returns how many used up a block of noise.
+    Returns what :func:`step_knobs` does.
     """
     return _step_request(unpack(s), unpack_arrays(a))
 
@@ -265,7 +293,7 @@ def observe_env(s, a, env):
     lane = lane_of(s, env)
     observe_features(lane, a.features[env], False, s.worlds[env], a.rules[0], a.outcomes[env])
     if a.rows.shape[0] > 0:
-        observe_slots(lane, a.rows[env], a.masks[env])
+        observe_slots(lane, a.rows[env], a.in_use[env])
 
 
 @entry()
@@ -305,7 +333,7 @@ def _run_priority(s, a, env, max_steps, max_idle_steps):
     for i in range(max_steps):
         if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
             return i
-        decide_by_score(lane, a.scores[env], a.rules[0])
+        decide_by_score(lane, a.scores[env], a.rules[0], a.order)
         if advance(s, env, lane) and noise_due(s, env):
             return i + 1
     return max_steps
@@ -327,7 +355,7 @@ def decide_knobs(s, a, env):
 
 @entry()
 def decide_priority(s, a, env):
-    decide_by_score(lane_of(s, env), a.scores[env], a.rules[0])
+    decide_by_score(lane_of(s, env), a.scores[env], a.rules[0], a.order)
 
 
 @entry()

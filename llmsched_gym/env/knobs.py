@@ -65,6 +65,7 @@ KNOBS = (
     Knob("refuse", (0, 1), "refuse waiting prompts that can no longer make their TTFT SLO"),
 )
 TOKEN_BUDGET, CAP, OFFSET, MARGIN, ORDER, HOLD, LIMIT, REFUSE = range(len(KNOBS))
+_COUNTS = np.array([len(k.values) for k in KNOBS])
 
 
 def knobs_for(config: EnvConfig) -> tuple[Knob, ...]:
@@ -79,21 +80,36 @@ def knob_values() -> np.ndarray:
 
 
 @kernel()
+def has_these_values(action):
+    """Whether every entry of a knobs action is the index of a value."""
+    legal = True
+    for k in range(action.shape[0]):
+        legal &= 0 <= action[k] < _COUNTS[k]
+    return legal
+
+
+@kernel()
+def _value(values, action, knob):
+    """The knob's value; an index outside its range counts as the nearest."""
+    return values[knob, max(0, min(action[knob], _COUNTS[knob] - 1))]
+
+
+@kernel()
 def set_knobs(knobs, action, values):
     """Write a knobs action (index per knob) into the settings of the packing kernel.
 
     The victim rule follows from the offset: who defers decodes evicts the least urgent, who does not the newest.
     """
-    knobs.token_budget = int(values[TOKEN_BUDGET, action[TOKEN_BUDGET]])
-    knobs.cap = values[CAP, action[CAP]]
-    knobs.offset = values[OFFSET, action[OFFSET]]
+    knobs.token_budget = int(_value(values, action, TOKEN_BUDGET))
+    knobs.cap = _value(values, action, CAP)
+    knobs.offset = _value(values, action, OFFSET)
     knobs.offset_full = knobs.offset
     knobs.usage_switch = math.inf
-    knobs.margin = values[MARGIN, action[MARGIN]]
-    knobs.order = int(values[ORDER, action[ORDER]])
-    knobs.hold = int(values[HOLD, action[HOLD]])
-    knobs.limit = int(values[LIMIT, action[LIMIT]])
-    knobs.refuse = int(values[REFUSE, action[REFUSE]]) if action.shape[0] > REFUSE else 0
+    knobs.margin = _value(values, action, MARGIN)
+    knobs.order = int(_value(values, action, ORDER))
+    knobs.hold = int(_value(values, action, HOLD))
+    knobs.limit = int(_value(values, action, LIMIT))
+    knobs.refuse = int(_value(values, action, REFUSE)) if action.shape[0] > REFUSE else 0
     defers = knobs.offset < math.inf or not math.isnan(knobs.margin)
     knobs.victim = LATEST_LST if defers else LATEST_ARRIVAL
 

@@ -143,4 +143,8 @@ class PolicyScheduler:
         arrays = self._arrays
         if self.config.observation == "features":
             return arrays.features[0].copy()
-        return {"slots": arrays.rows[0].copy(), "mask": arrays.masks[0].copy(), "features": arrays.features[0].copy()}
+        return {
+            "slots": arrays.rows[0].copy(),
+            "in_use": arrays.in_use[0].copy(),
+            "features": arrays.features[0].copy(),
+        }
