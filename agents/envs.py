@@ -69,6 +69,6 @@ class TrainingEnv(LLMSchedVecEnv):
             core.tables[env] = make_table(self.env.config, seed)
             core.engine._seeds[env] = core.seeds[env] = seed
             core.qps[env] = core.tables[env].qps
-        self.env._is_over[:] = False
+        self.env._is_over[:], self.env._any_over = False, False
         self._returns[:], self._lengths[:] = state["returns"], state["lengths"]
         self.env.episodes.bit_generator.state = json.loads(state["episodes"])

@@ -1,7 +1,8 @@
 """How fast one checkout is beside another on this machine: ``python benchmarks/side_by_side.py OLD NEW [--pairs 7]``.
 
 Each measurement is a process of its own on one checkout; the two take turns, so that whatever else the machine does
-meets both. Prints one JSON line: the medians of both, and the median of the pairs' ratios, new over old.
+meets both, and count their own processor time. Prints one JSON line: the medians of both, and the median of the pairs'
+ratios, new over old.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from statistics import median
 
 
 def rate(work: Callable[[], int], seconds: float) -> float:
-    """Units of work per second, over at least so long, behind a call to warm up."""
+    """Units of work per second of processor time, over at least so long, behind a call to warm up."""
     work()
-    done, start = 0, time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
+    done, start = 0, time.process_time()
+    while (spent := time.process_time() - start) < seconds:
         done += work()
     return done / spent
 
@@ -32,17 +33,21 @@ def measure(seconds: float) -> dict[str, float]:
     import gymnasium as gym
 
     import llmsched_gym
-    from llmsched_gym.evaluation.run import simulate
+    from llmsched_gym.engine import Engine
+    from llmsched_gym.scheduler import install, make_scheduler
+    from llmsched_gym.workload import make_table
 
     world = llmsched_gym.scenario("paper", num_requests=2000, qps=1.4)  # about 30 requests run at a time
+    table, scheduler = make_table(world, 0), make_scheduler("slai")
+    engine = Engine(world, len(table))
 
-    def engine() -> tuple[int, float]:
-        run = simulate(world, "slai", seed=0)
-        return int(run.sim.num_batches), run.wall_time_s
+    def iterate() -> int:
+        engine.reset(table)
+        install(scheduler, engine.state)
+        engine.run(scheduler)
+        return int(engine.state.sims[0].num_batches)
 
-    engine()
-    runs = [engine() for _ in range(max(2, round(seconds / 0.15)))]
-    figures = {"engine": sum(n for n, _ in runs) / sum(s for _, s in runs)}
+    figures = {"engine": rate(iterate, seconds)}
 
     env = gym.make("LLMSched-v0")
     env.action_space.seed(0)

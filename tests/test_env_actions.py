@@ -162,7 +162,7 @@ def test_an_index_of_an_environment_is_checked():
     env = warm(LLMSchedEnv())
     engine = env.core.engine
     for call in (engine.view, engine.is_over, engine.execute, lambda i: engine.reset(env.core.tables[0], i)):
-        for index in (1, -1, 10**12):
+        for index in (1, -1, 10**12, 0.0, NAN, None):
             with pytest.raises(IndexError, match="env: expected 0 to 0"):
                 call(index)
     for index in (1, -1):

@@ -105,7 +105,7 @@ class Engine:
     def _check_env(self, env: int) -> None:
         """Compiled code does not notice an index outside its arrays."""
         num_envs = len(self.state.sims)
-        if not 0 <= env < num_envs:
+        if not hasattr(env, "__index__") or not 0 <= env < num_envs:
             raise IndexError(f"env: expected 0 to {num_envs - 1}, got {env!r}")
 
     def reset(self, table: RequestTable, env: int = 0) -> None:

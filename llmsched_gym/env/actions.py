@@ -19,27 +19,21 @@ class InvalidAction(gym.error.InvalidAction, ValueError):
     """An action outside its space; the message is one line that names the entry, its range and the value."""
 
 
-def take(kind: str, given: Any, target: np.ndarray) -> None:
-    """Copy the action `given` into `target`, whose shape it must have; `kind` is the configuration's.
+def as_array(kind: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The action `given` as an array of numbers of `shape`; `kind` is the configuration's.
 
     Integers of any width and lists of integers are accepted, for priorities floats too. Raises :class:`InvalidAction`.
     """
-    if type(given) is not np.ndarray:
-        given = _array(kind, given, target.shape)
-    if given.shape != target.shape or given.dtype.kind not in _KINDS[kind]:
-        raise InvalidAction(_mismatch(kind, target.shape, f"{given.dtype} of shape {given.shape}"))
-    if kind == "priority" and given.dtype.itemsize > 4:
-        with np.errstate(over="ignore"):  # what overflows is outside the range
-            target[...] = given
-    else:
-        target[...] = given
-
-
-def _array(kind: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
     try:
-        return np.asarray(given)
+        found = np.asarray(given)
     except (ValueError, TypeError):  # rows of different lengths, or what refuses to be an array
         raise InvalidAction(_mismatch(kind, shape, f"{type(given).__name__} that is no array")) from None
+    if found.shape != shape or found.dtype.kind not in _KINDS[kind]:
+        raise InvalidAction(_mismatch(kind, shape, f"{found.dtype} of shape {found.shape}"))
+    if kind == "priority":
+        with np.errstate(over="ignore"):  # what overflows is outside the range
+            return found.astype(np.float32)
+    return found
 
 
 def _mismatch(kind: str, shape: tuple[int, ...], got: str) -> str:

@@ -17,7 +17,8 @@ from llmsched_gym.env.reward import RULES, TERMS, rules_of
 from llmsched_gym.env.slots import NUM_SLOT_FEATURES, NUM_SLOTS
 
 # columns of the outcome of a step; the parts of the reward follow, and what `info` tells of it stands side by side
-REWARD, TERMINATED, TRUNCATED, DURATION_S, DISCOUNT, FIRST_TERM = range(6)
+REWARD, TERMINATED, TRUNCATED, PAUSED, DURATION_S, DISCOUNT, FIRST_TERM = range(7)
+# PAUSED is asked, not told: not 0 for an environment that the step is to leave as it is
 
 
 class Arrays(NamedTuple):
@@ -28,12 +29,10 @@ class Arrays(NamedTuple):
     slots: Any  # (num_envs,) int64, request actions
     values: Any  # (num_knobs, most values) float64
     rules: Any  # (1,) RULES
-    outcomes: Any  # (num_envs, 6 + number of terms) float64
+    outcomes: Any  # (num_envs, FIRST_TERM + number of terms) float64
     features: Any  # (num_envs, NUM_FEATURES) float32
     rows: Any  # (num_envs or 0, NUM_SLOTS, NUM_SLOT_FEATURES) float32
     in_use: Any  # (num_envs or 0, NUM_SLOTS) int8
-    paused: Any  # (num_envs,) int8, 1 for environments that a step leaves as they are
-    order: Any  # (NUM_SLOTS,) int32, scratch of priority actions
 
 
 def _array(dtype: Any, ndim: int) -> Any:
@@ -50,8 +49,6 @@ _TYPES = {
     "features": _array(types.float32, 2),
     "rows": _array(types.float32, 3),
     "in_use": _array(types.int8, 2),
-    "paused": _array(types.int8, 1),
-    "order": _array(types.int32, 1),
 }
 
 
@@ -74,26 +71,13 @@ def _make_handle(arrays):
     a.knob_actions, a.scores, a.slots = arrays.knob_actions, arrays.scores, arrays.slots
     a.values, a.rules, a.outcomes = arrays.values, arrays.rules, arrays.outcomes
     a.features, a.rows, a.in_use = arrays.features, arrays.rows, arrays.in_use
-    a.paused, a.order = arrays.paused, arrays.order
     return a
 
 
 @kernel(inline="always")
 def unpack_arrays(a):
     """The arrays behind a handle; see :func:`llmsched_gym.engine.state.unpack`."""
-    return Arrays(
-        a.knob_actions,
-        a.scores,
-        a.slots,
-        a.values,
-        a.rules,
-        a.outcomes,
-        a.features,
-        a.rows,
-        a.in_use,
-        a.paused,
-        a.order,
-    )
+    return Arrays(a.knob_actions, a.scores, a.slots, a.values, a.rules, a.outcomes, a.features, a.rows, a.in_use)
 
 
 def make_arrays(config: EnvConfig, num_envs: int) -> tuple[Arrays, Any]:
@@ -109,7 +93,5 @@ def make_arrays(config: EnvConfig, num_envs: int) -> tuple[Arrays, Any]:
         features=np.zeros((num_envs, NUM_FEATURES), np.float32),
         rows=np.zeros((with_slots, NUM_SLOTS, NUM_SLOT_FEATURES), np.float32),
         in_use=np.zeros((with_slots, NUM_SLOTS), np.int8),
-        paused=np.zeros(num_envs, np.int8),
-        order=np.zeros(NUM_SLOTS, np.int32),
     )
     return arrays, _make_handle(arrays) if JIT_ENABLED else arrays

@@ -12,8 +12,8 @@ from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.run import noise_due_env
 from llmsched_gym.env import kernels
-from llmsched_gym.env.actions import check_range, take
-from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, make_arrays
+from llmsched_gym.env.actions import as_array, check_range
+from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, make_arrays
 from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import knobs_for
@@ -96,7 +96,8 @@ class EnvCore:
             "request": self.arrays.slots,
         }[config.action]
         self._input = self.actions if num_envs else self.actions.reshape(self.actions.shape[1:])
-        self._given: Any = None
+        self._shape = self._input.shape
+        self._observe = getattr(config.observation, "observe", None)
         self.legal = np.ones((self.num_envs, NUM_SLOTS + 1), np.bool_)
         self.tables: list[RequestTable | None] = [None] * self.num_envs
         self.seeds = np.zeros(self.num_envs, np.int64)
@@ -144,7 +145,11 @@ class EnvCore:
 
         Raises :class:`InvalidAction` for one outside the space; then none has stepped.
         """
-        take(self.config.action, given, self._input)
+        place = self._input
+        if type(given) is np.ndarray and given.dtype is place.dtype and given.shape == self._shape:
+            place[...] = given
+        else:
+            place[...] = as_array(self.config.action, given, self._shape)
         self._step_all(given)
 
     def step(self) -> None:
@@ -153,13 +158,13 @@ class EnvCore:
 
     def _step_all(self, given: Any) -> None:
         if self._outside:
-            check_range(self.config, self.actions, given, self.arrays.paused)
-            for env in np.flatnonzero(self.arrays.paused == 0).tolist():
+            check_range(self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
+            for env in np.flatnonzero(self.arrays.outcomes[:, PAUSED] == 0.0).tolist():
                 self._step_outside(env)
             return
         due = self._step(self.engine.handle, self.handle)
         if due == kernels.REFUSED:
-            check_range(self.config, self.actions, given, self.arrays.paused)
+            check_range(self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
         elif due and self.engine.noisy:
             sims = self.engine.state.sims
             for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat).tolist():
@@ -238,8 +243,8 @@ class EnvCore:
 
     def observation(self, env: int) -> Any:
         """A copy of one environment's observation."""
-        if hasattr(self.config.observation, "observe"):
-            return self.config.observation.observe(self.engine.view(env))
+        if self._observe is not None:
+            return self._observe(self.engine.view(env))
         if self.config.observation == "features":
             return self.arrays.features[env].copy()
         return {

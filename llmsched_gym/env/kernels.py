@@ -21,9 +21,18 @@ from llmsched_gym.engine.records import WAITING
 from llmsched_gym.engine.run import advance, noise_due
 from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import clear_batch, has_work, is_over
-from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, TERMINATED, TRUNCATED, unpack_arrays
+from llmsched_gym.env.arrays import (
+    DISCOUNT,
+    DURATION_S,
+    FIRST_TERM,
+    PAUSED,
+    REWARD,
+    TERMINATED,
+    TRUNCATED,
+    unpack_arrays,
+)
 from llmsched_gym.env.features import observe_features
-from llmsched_gym.env.knobs import has_these_values, set_knobs
+from llmsched_gym.env.knobs import clip, has_these_values, set_knobs
 from llmsched_gym.env.reward import pay_resolved
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible, observe_slots, slot_request
 
@@ -79,11 +88,11 @@ def fetch(lane):
 @kernel()
 def _step_knobs(s, a):
     for env in range(s.sims.shape[0]):
-        if a.paused[env] == 0 and not has_these_values(a.knob_actions[env]):
+        if a.outcomes[env, PAUSED] == 0.0 and not has_these_values(a.knob_actions[env]):
             return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
-        if a.paused[env] != 0:
+        if a.outcomes[env, PAUSED] != 0.0:
             continue
         lane = lane_of(s, env)
         world = s.worlds[env]
@@ -167,12 +176,12 @@ def _use_defaults(lane, rule):
 
 
 @kernel()
-def decide_by_score(lane, scores, rule, order):
+def decide_by_score(lane, scores, rule):
     """Form the next batch by one score per slot."""
     _use_defaults(lane, rule)
     clear_batch(lane)
     if has_work(lane):
-        pack_by_score(lane, scores, order)
+        pack_by_score(lane, scores, lane.scratch)
 
 
 @kernel()
@@ -187,17 +196,17 @@ def _are_scores(scores):
 @kernel()
 def _step_priority(s, a):
     for env in range(s.sims.shape[0]):
-        if a.paused[env] == 0 and not _are_scores(a.scores[env]):
+        if a.outcomes[env, PAUSED] == 0.0 and not _are_scores(a.scores[env]):
             return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
-        if a.paused[env] != 0:
+        if a.outcomes[env, PAUSED] != 0.0:
             continue
         lane = lane_of(s, env)
         world = s.worlds[env]
         start_s = lane.sim.clock_s
         for _ in range(a.rules[0].action_repeat):
-            decide_by_score(lane, a.scores[env], a.rules[0], a.order)
+            decide_by_score(lane, a.scores[env], a.rules[0])
             if advance(s, env, lane):
                 due += noise_due(s, env)
             if is_over(lane, world):
@@ -236,11 +245,11 @@ def reopen(lane, rule):
 @kernel()
 def _step_request(s, a):
     for env in range(s.sims.shape[0]):
-        if a.paused[env] == 0 and not 0 <= a.slots[env] <= NUM_SLOTS:
+        if a.outcomes[env, PAUSED] == 0.0 and not 0 <= a.slots[env] <= NUM_SLOTS:
             return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
-        if a.paused[env] != 0:
+        if a.outcomes[env, PAUSED] != 0.0:
             continue
         lane = lane_of(s, env)
         start_s = lane.sim.clock_s
@@ -309,6 +318,7 @@ def settle(s, a, env, start_s):
 @kernel()
 def _run_knobs(s, a, env, max_steps, max_idle_steps):
     lane, world = lane_of(s, env), s.worlds[env]
+    clip(a.knob_actions[env])
     for i in range(max_steps):
         if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
             return i
@@ -333,7 +343,7 @@ def _run_priority(s, a, env, max_steps, max_idle_steps):
     for i in range(max_steps):
         if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
             return i
-        decide_by_score(lane, a.scores[env], a.rules[0], a.order)
+        decide_by_score(lane, a.scores[env], a.rules[0])
         if advance(s, env, lane) and noise_due(s, env):
             return i + 1
     return max_steps
@@ -350,12 +360,13 @@ def run_priority(s, a, env, max_steps, max_idle_steps):
 
 @entry()
 def decide_knobs(s, a, env):
+    clip(a.knob_actions[env])
     decide_by_knobs(lane_of(s, env), a.knob_actions[env], a.values)
 
 
 @entry()
 def decide_priority(s, a, env):
-    decide_by_score(lane_of(s, env), a.scores[env], a.rules[0], a.order)
+    decide_by_score(lane_of(s, env), a.scores[env], a.rules[0])
 
 
 @entry()

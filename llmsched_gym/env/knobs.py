@@ -89,9 +89,10 @@ def has_these_values(action):
 
 
 @kernel()
-def _value(values, action, knob):
-    """The knob's value; an index outside its range counts as the nearest."""
-    return values[knob, max(0, min(action[knob], _COUNTS[knob] - 1))]
+def clip(action):
+    """Replace each index outside its range by the nearest inside: for entries that nobody else has checked."""
+    for k in range(action.shape[0]):
+        action[k] = max(0, min(action[k], _COUNTS[k] - 1))
 
 
 @kernel()
@@ -100,16 +101,16 @@ def set_knobs(knobs, action, values):
 
     The victim rule follows from the offset: who defers decodes evicts the least urgent, who does not the newest.
     """
-    knobs.token_budget = int(_value(values, action, TOKEN_BUDGET))
-    knobs.cap = _value(values, action, CAP)
-    knobs.offset = _value(values, action, OFFSET)
+    knobs.token_budget = int(values[TOKEN_BUDGET, action[TOKEN_BUDGET]])
+    knobs.cap = values[CAP, action[CAP]]
+    knobs.offset = values[OFFSET, action[OFFSET]]
     knobs.offset_full = knobs.offset
     knobs.usage_switch = math.inf
-    knobs.margin = _value(values, action, MARGIN)
-    knobs.order = int(_value(values, action, ORDER))
-    knobs.hold = int(_value(values, action, HOLD))
-    knobs.limit = int(_value(values, action, LIMIT))
-    knobs.refuse = int(_value(values, action, REFUSE)) if action.shape[0] > REFUSE else 0
+    knobs.margin = values[MARGIN, action[MARGIN]]
+    knobs.order = int(values[ORDER, action[ORDER]])
+    knobs.hold = int(values[HOLD, action[HOLD]])
+    knobs.limit = int(values[LIMIT, action[LIMIT]])
+    knobs.refuse = int(values[REFUSE, action[REFUSE]]) if action.shape[0] > REFUSE else 0
     defers = knobs.offset < math.inf or not math.isnan(knobs.margin)
     knobs.victim = LATEST_LST if defers else LATEST_ARRIVAL
 

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
-from llmsched_gym.env.arrays import DURATION_S
+from llmsched_gym.env.arrays import DURATION_S, PAUSED
 from llmsched_gym.env.core import INFOS, EnvCore
 from llmsched_gym.env.episode import METRICS
 from llmsched_gym.env.features import FEATURES
@@ -107,6 +107,10 @@ class LLMSchedEnv(gym.Env):
         """Be environment `index` of `core`."""
         self.core, self._index, self.render_mode = core, index, render_mode
         self.action_space, self.observation_space = core.action_space, core.observation_space
+        outcome = core.arrays.outcomes[index]
+        self._verdict, self._told = outcome[:PAUSED], outcome[DURATION_S:]
+        self._episode = np.int64(0), np.float64(math.nan)  # seed and rate
+        self._has_metrics = core.config.episode_metrics
         self._is_over = True  # until reset
         self._viewer: Any = None
         self._scheduler: Any = None  # whose settings the engine holds, see step_scheduler
@@ -132,6 +136,7 @@ class LLMSchedEnv(gym.Env):
         super().reset(seed=seed)
         episode = int(self.np_random.integers(2**62)) if seed is None else seed
         self.core.reset(self._index, episode, qps)
+        self._episode = self.core.seeds[self._index], self.core.qps[self._index]
         self._scheduler = None
         self._is_over = False
 
@@ -157,18 +162,17 @@ class LLMSchedEnv(gym.Env):
         return self._outcome()
 
     def _outcome(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        reward, terminated, truncated = self.core.arrays.outcomes[0, :DURATION_S].tolist()
-        self._is_over = terminated + truncated > 0.0
+        reward, terminated, truncated = self._verdict.tolist()
+        self._is_over = over = terminated + truncated > 0.0
         if self.render_mode == "human":
             self.render()
-        return self.core.observation(0), reward, terminated > 0.0, truncated > 0.0, self._info(self._is_over)
+        return self.core.observation(0), reward, terminated > 0.0, truncated > 0.0, self._info(over)
 
     def _info(self, ended: bool) -> dict[str, Any]:
-        core, index = self.core, self._index
-        info = dict(zip(INFOS, core.arrays.outcomes[index, DURATION_S:], strict=True))
-        info["seed"], info["qps"] = core.seeds[index], core.qps[index]
-        if core.config.episode_metrics:
-            figures = core.metrics(index).values() if ended else repeat(math.nan)
+        info = dict(zip(INFOS, self._told))  # noqa: B905  as long as each other; checking takes time
+        info["seed"], info["qps"] = self._episode
+        if self._has_metrics:
+            figures = self.core.metrics(self._index).values() if ended else repeat(math.nan)
             info |= zip(EPISODE_INFOS, map(np.float64, figures), strict=False)
         return info
 

@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
-from llmsched_gym.env.arrays import DURATION_S, REWARD, TERMINATED, TRUNCATED
+from llmsched_gym.env.arrays import DURATION_S, PAUSED, REWARD, TERMINATED, TRUNCATED
 from llmsched_gym.env.core import INFOS, EnvCore
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.reward import TERMS
@@ -65,9 +65,8 @@ class LLMSchedVectorEnv(VectorEnv):
             raise ConfigError(f"render_mode: expected one of {', '.join(RENDER_MODES)}, got {render_mode!r}")
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self._most_steps = math.inf
-        if max_episode_steps is not None:
-            self._most_steps = _positive("max_episode_steps", max_episode_steps)
+        limit = max_episode_steps
+        self._most_steps = None if limit is None else _positive("max_episode_steps", limit)
         self.num_envs, self.render_mode = num_envs, render_mode
         self.core = EnvCore(env_config(suite, **fields), num_envs)
         self.envs = [Member(self.core, i, render_mode) for i in range(num_envs)]
@@ -77,6 +76,7 @@ class LLMSchedVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._steps = np.zeros(num_envs, np.int64)  # of the episode
         self._is_over = np.ones(num_envs, np.bool_)  # until reset
+        self._any_over = True
 
     @property
     def config(self) -> EnvConfig:
@@ -107,12 +107,13 @@ class LLMSchedVectorEnv(VectorEnv):
         seeds = _seeds(seed, self.num_envs)
         for env in np.flatnonzero(which).tolist():
             self._restart(env, seeds[env], options)
-        return self._observations(), self._infos(which)
+        return self._observations(), self._infos(self._outcomes()[DURATION_S:], None if which.all() else which)
 
     def _restart(self, env: int, seed: int | None, options: dict[str, Any]) -> None:
         self.envs[env].restart(seed, **options)
         self._steps[env] = 0
         self._is_over[env] = False
+        self._any_over = bool(self._is_over.any())
 
     def _observations(self) -> Any:
         core = self.core
@@ -128,45 +129,59 @@ class LLMSchedVectorEnv(VectorEnv):
             "features": core.arrays.features.copy(),
         }
 
-    def _infos(self, which: np.ndarray, ended: np.ndarray | None = None) -> dict[str, Any]:
-        """What `info` says of the environments in `which`, zeros for others; figures where episodes have `ended`."""
+    def _infos(self, told: np.ndarray, which: np.ndarray | None, ended: np.ndarray | None = None) -> dict[str, Any]:
+        """`info` of the environments in `which` (None: all; others have zeros) from the columns of their outcomes.
+
+        Episodes that have `ended` have figures.
+        """
         core = self.core
-        columns = core.arrays.outcomes[:, DURATION_S:].T.copy()
-        infos: dict[str, Any] = dict(zip(INFOS, columns, strict=True))
+        infos: dict[str, Any] = dict(zip(INFOS, told, strict=True))
         infos["seed"], infos["qps"] = core.seeds.copy(), core.qps.copy()
         if core.config.episode_metrics:
             figures = np.full((self.num_envs, len(EPISODE_INFOS)), math.nan)
             for env in np.flatnonzero(ended).tolist() if ended is not None else ():
                 figures[env] = list(core.metrics(env).values())
             infos |= zip(EPISODE_INFOS, figures.T.copy(), strict=True)
-        if not which.all():
+        masks = np.ones((len(infos), self.num_envs), np.bool_)
+        if which is not None:
+            masks[:] = which
             for values in infos.values():
                 values[~which] = 0
-        return infos | {f"_{name}": which.copy() for name in infos}
+        infos |= zip([f"_{name}" for name in infos], masks, strict=True)
+        return infos
+
+    def _outcomes(self) -> np.ndarray:
+        """A copy of the columns of the last step's outcomes; (columns, num_envs)."""
+        return self.core.arrays.outcomes.T.copy()
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One decision of every environment; an action outside the space raises, and none has stepped then."""
-        core, mode, over = self.core, self.autoreset_mode, self._is_over
-        if over.any() and (mode != AutoresetMode.NEXT_STEP or core.tables.count(None) == self.num_envs):
-            raise gym.error.ResetNeeded(f"step: environments {np.flatnonzero(over).tolist()} have ended, reset them")
-        core.arrays.paused[:] = over
+        core, mode = self.core, self.autoreset_mode
+        over: list[int] = []
+        if self._any_over:
+            over = np.flatnonzero(self._is_over).tolist()
+            if mode != AutoresetMode.NEXT_STEP or core.tables.count(None) == self.num_envs:
+                raise gym.error.ResetNeeded(f"step: environments {over} have ended, reset them")
+            core.arrays.outcomes[:, PAUSED] = self._is_over
         core.act(actions)
         self._steps += 1
-        for env in np.flatnonzero(over).tolist():
+        for env in over:
             self._restart(env, None, {})
-        outcomes = core.arrays.outcomes
-        rewards, terminated = outcomes[:, REWARD].copy(), outcomes[:, TERMINATED] > 0.0
-        truncated = (outcomes[:, TRUNCATED] > 0.0) | (self._steps >= self._most_steps)
-        ended, everybody = terminated | truncated, np.ones(self.num_envs, np.bool_)
-        if mode != AutoresetMode.SAME_STEP or not ended.any():
-            self._is_over = ended
-            return self._observations(), rewards, terminated, truncated, self._infos(everybody, ended)
-        final_obs, final_info = np.full(self.num_envs, None, dtype=object), self._infos(ended, ended)
+        outcomes = self._outcomes()
+        rewards, terminated, truncated = outcomes[REWARD], outcomes[TERMINATED] > 0.0, outcomes[TRUNCATED] > 0.0
+        if self._most_steps is not None:
+            truncated |= self._steps >= self._most_steps
+        self._is_over = ended = terminated | truncated
+        self._any_over = bool(ended.any())
+        told = outcomes[DURATION_S:]
+        if mode != AutoresetMode.SAME_STEP or not self._any_over:
+            return self._observations(), rewards, terminated, truncated, self._infos(told, None, ended)
+        final_obs, final_info = np.full(self.num_envs, None, dtype=object), self._infos(told, ended, ended)
         for env in np.flatnonzero(ended).tolist():
             final_obs[env] = core.observation(env)
             self._restart(env, None, {})
-        info = {"final_obs": final_obs, "_final_obs": ended.copy(), "final_info": final_info}
-        info |= {"_final_info": ended.copy(), **self._infos(everybody)}
+        info = {"final_obs": final_obs, "_final_obs": terminated | truncated, "final_info": final_info}
+        info |= {"_final_info": terminated | truncated, **self._infos(self._outcomes()[DURATION_S:], None)}
         return self._observations(), rewards, terminated, truncated, info
 
     def reward_terms(self) -> dict[str, np.ndarray]:
