@@ -12,7 +12,7 @@ import sys
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium_wrappers import FIELDS, STEPS, report, versions
+from gymnasium_wrappers import FIELDS, NUM_ENVS, STEPS, report, versions
 from torchrl.envs import GymEnv, GymWrapper, set_gym_backend
 from torchrl.envs.libs.gym import default_info_dict_reader
 
@@ -38,28 +38,36 @@ def truth(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 def rollout(env) -> tuple[np.ndarray, np.ndarray]:
     """Rewards and discounts of a rollout under action 0; shape (steps,) or (num_envs, steps)."""
+    env.set_info_dict_reader(default_info_dict_reader(["discount", "duration_s"]))
+    env.set_seed(SEED, static_seed=True)
     zeros = torch.zeros_like(env.action_spec.rand())
     out = env.rollout(STEPS, policy=lambda td: td.set("action", zeros), break_when_any_done=False)
     return out["next", "reward"][..., 0].numpy(), out["next", "discount"][..., 0].numpy()
 
 
-def with_infos(env):
-    env.set_info_dict_reader(default_info_dict_reader(["discount", "duration_s"]))
-    env.set_seed(SEED, static_seed=True)
-    return env
+def single(make) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(rollout(make())), np.array(truth(SEED, STEPS))
+
+
+def vector(mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards alone: in mode same_step the info of a last step is the next episode's."""
+    envs = gym.make_vec("LLMSched-v0", NUM_ENVS, autoreset_mode=mode, **FIELDS)
+    found, _ = rollout(GymWrapper(envs, categorical_action_encoding=True))
+    return found, np.array([truth(SEED + i, STEPS)[0] for i in range(NUM_ENVS)])
 
 
 def main() -> int:
     print(versions("gymnasium", "torchrl", "tensordict", "torch", "numpy"))
+    encoding = {"categorical_action_encoding": True}
     with set_gym_backend("gymnasium"):
-        plain = gym.make("LLMSched-v0", **FIELDS)
-        single = with_infos(GymWrapper(plain, categorical_action_encoding=True))
-        rewards, discounts = rollout(single)
-        checks = {"GymWrapper(single): rewards": (rewards, truth(SEED, STEPS)[0])}
-        checks["GymWrapper(single): discounts"] = (discounts, truth(SEED, STEPS)[1])
-        named = with_infos(GymEnv("LLMSched-v0", categorical_action_encoding=True, **FIELDS))
-        checks["GymEnv(id): rewards"] = (rollout(named)[0], truth(SEED, STEPS)[0])
-    return report(checks)
+        return report(
+            {
+                "GymWrapper(single)": lambda: single(lambda: GymWrapper(gym.make("LLMSched-v0", **FIELDS), **encoding)),
+                "GymEnv(id)": lambda: single(lambda: GymEnv("LLMSched-v0", **encoding, **FIELDS)),
+                "GymWrapper(vector), disabled": lambda: vector("disabled"),
+                "GymWrapper(vector), same_step": lambda: vector("same_step"),
+            }
+        )
 
 
 if __name__ == "__main__":
