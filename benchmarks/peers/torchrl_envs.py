@@ -36,23 +36,24 @@ def truth(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     return np.array(rewards), np.array(discounts)
 
 
-def rollout(env) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards and discounts of a rollout under action 0; shape (steps,) or (num_envs, steps)."""
-    env.set_info_dict_reader(default_info_dict_reader(["discount", "duration_s"]))
+def rollout(env, *keys: str) -> list[np.ndarray]:
+    """Figures of a rollout under action 0; each of shape (steps,) or (num_envs, steps)."""
     env.set_seed(SEED, static_seed=True)
     zeros = torch.zeros_like(env.action_spec.rand())
     out = env.rollout(STEPS, policy=lambda td: td.set("action", zeros), break_when_any_done=False)
-    return out["next", "reward"][..., 0].numpy(), out["next", "discount"][..., 0].numpy()
+    return [out["next", key].reshape(out.shape).numpy() for key in keys]
 
 
 def single(make) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(rollout(make())), np.array(truth(SEED, STEPS))
+    env = make()
+    env.set_info_dict_reader(default_info_dict_reader(["discount", "duration_s"]))
+    return np.array(rollout(env, "reward", "discount")), np.array(truth(SEED, STEPS))
 
 
 def vector(mode: str) -> tuple[np.ndarray, np.ndarray]:
     """Rewards alone: in mode same_step the info of a last step is the next episode's."""
     envs = gym.make_vec("LLMSched-v0", NUM_ENVS, autoreset_mode=mode, **FIELDS)
-    found, _ = rollout(GymWrapper(envs, categorical_action_encoding=True))
+    (found,) = rollout(GymWrapper(envs, categorical_action_encoding=True), "reward")
     return found, np.array([truth(SEED + i, STEPS)[0] for i in range(NUM_ENVS)])
 
 

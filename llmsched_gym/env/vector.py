@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
-from llmsched_gym.env.arrays import DURATION_S, PAUSED, REWARD, TERMINATED, TRUNCATED
+from llmsched_gym.env.arrays import DURATION_S, PAUSED, REWARD, TERMINATED
 from llmsched_gym.env.core import INFOS, EnvCore
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.reward import TERMS
@@ -77,6 +77,9 @@ class LLMSchedVectorEnv(VectorEnv):
         self._steps = np.zeros(num_envs, np.int64)  # of the episode
         self._is_over = np.ones(num_envs, np.bool_)  # until reset
         self._any_over = True
+        names = (*INFOS, "seed", "qps", *EPISODE_INFOS * self.core.config.episode_metrics)
+        self._mask_names = [f"_{name}" for name in names]
+        self._everybody = np.ones((len(names), num_envs), np.bool_)
 
     @property
     def config(self) -> EnvConfig:
@@ -142,12 +145,12 @@ class LLMSchedVectorEnv(VectorEnv):
             for env in np.flatnonzero(ended).tolist() if ended is not None else ():
                 figures[env] = list(core.metrics(env).values())
             infos |= zip(EPISODE_INFOS, figures.T.copy(), strict=True)
-        masks = np.ones((len(infos), self.num_envs), np.bool_)
+        masks = self._everybody.copy()
         if which is not None:
             masks[:] = which
             for values in infos.values():
                 values[~which] = 0
-        infos |= zip([f"_{name}" for name in infos], masks, strict=True)
+        infos |= zip(self._mask_names, masks, strict=True)
         return infos
 
     def _outcomes(self) -> np.ndarray:
@@ -164,17 +167,20 @@ class LLMSchedVectorEnv(VectorEnv):
                 raise gym.error.ResetNeeded(f"step: environments {over} have ended, reset them")
             core.arrays.outcomes[:, PAUSED] = self._is_over
         core.act(actions)
-        self._steps += 1
+        if self._most_steps is not None:
+            self._steps += 1
         for env in over:
             self._restart(env, None, {})
         outcomes = self._outcomes()
-        rewards, terminated, truncated = outcomes[REWARD], outcomes[TERMINATED] > 0.0, outcomes[TRUNCATED] > 0.0
+        rewards, told = outcomes[REWARD], outcomes[DURATION_S:]
+        terminated, truncated = verdicts = outcomes[TERMINATED:PAUSED] > 0.0
         if self._most_steps is not None:
             truncated |= self._steps >= self._most_steps
+        if not np.count_nonzero(verdicts):  # the common case: whatever was over has begun anew
+            return self._observations(), rewards, terminated, truncated, self._infos(told, None)
         self._is_over = ended = terminated | truncated
-        self._any_over = bool(ended.any())
-        told = outcomes[DURATION_S:]
-        if mode != AutoresetMode.SAME_STEP or not self._any_over:
+        self._any_over = True
+        if mode != AutoresetMode.SAME_STEP:
             return self._observations(), rewards, terminated, truncated, self._infos(told, None, ended)
         final_obs, final_info = np.full(self.num_envs, None, dtype=object), self._infos(told, ended, ended)
         for env in np.flatnonzero(ended).tolist():
