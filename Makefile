@@ -62,7 +62,7 @@ $(PEERS)/torchrl/.run:
 
 $(PEERS)/minari/.run:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q -e . "minari[hdf5]==0.5.*"
+	$(@D)/bin/pip install -q -e . "minari[hdf5,create]==0.5.*"
 	$(@D)/bin/python benchmarks/peers/minari_collector.py
 
 paper: $(DEMO_VENV)/.installed

@@ -1,6 +1,6 @@
 """Minari's DataCollector with infos on the single environment: what it stores beside what the environment said.
 
-python benchmarks/peers/minari_collector.py        (pip install "minari[hdf5]")
+python benchmarks/peers/minari_collector.py        (pip install "minari[hdf5,create]")
 """
 
 from __future__ import annotations
