@@ -25,6 +25,7 @@ def truth(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Rewards and discounts of a single environment that is reset without a seed at each end."""
     env = gym.make("LLMSched-v0", **FIELDS).unwrapped
     env.reset(seed=seed)
+    env.reset()  # TorchRL resets when it is given a seed, and once more as the rollout begins
     rewards, discounts, over = [], [], False
     for _ in range(steps):
         if over:
