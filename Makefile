@@ -7,7 +7,7 @@ VLLM_VENV ?= .venv-vllm
 PYTEST ?= -n 2 --dist loadfile
 export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
 
-.PHONY: demo test check install format paper vllm clean
+.PHONY: demo test check install format paper peers vllm clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m benchmarks.demo --out out/demo
@@ -38,6 +38,34 @@ format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# other libraries on our environments, each in a virtual environment of its own, torch first and alone
+PEERS ?= .venv-peers
+WRAPPERS = 1.2.2 1.3.0 1.4.0
+
+peers: $(WRAPPERS:%=$(PEERS)/gymnasium-%/.run) $(PEERS)/rllib/.run $(PEERS)/torchrl/.run $(PEERS)/minari/.run
+
+$(PEERS)/gymnasium-%/.run:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -e . gymnasium==$*
+	$(@D)/bin/python benchmarks/peers/gymnasium_wrappers.py
+
+$(PEERS)/rllib/.run:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q torch==2.13.0
+	$(@D)/bin/pip install -q -e . "ray[rllib]==2.60.0"
+	$(@D)/bin/python benchmarks/peers/rllib_runner.py
+
+$(PEERS)/torchrl/.run:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q torch==2.13.0
+	$(@D)/bin/pip install -q -e . "torchrl==0.14.*"
+	$(@D)/bin/python benchmarks/peers/torchrl_envs.py
+
+$(PEERS)/minari/.run:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q -e . "minari[hdf5,create]==0.5.*"
+	$(@D)/bin/python benchmarks/peers/minari_collector.py
+
 paper: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/llmsched reproduce
 
@@ -51,4 +79,4 @@ $(VLLM_VENV)/.installed: benchmarks/vllm_env.sh pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) $(VLLM_VENV) build dist out *.egg-info
+	rm -rf $(VENV) $(DEMO_VENV) $(VLLM_VENV) $(PEERS) build dist out *.egg-info

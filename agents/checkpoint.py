@@ -66,6 +66,22 @@ def cut_progress(folder: Path, step: int) -> Path:
     return path
 
 
+def cut_events(folder: Path, step: int) -> None:
+    """Leave out of the run's TensorBoard events those after `step`, which will be written again."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        partial = path.with_name(f".{path.name}")
+        with open(partial, "wb") as file:
+            writer = RecordWriter(file)
+            for record in RawEventFileLoader(str(path)).Load():  # up to where a kill cut it off
+                if Event.FromString(record).step <= step:
+                    writer.write(record)
+        partial.replace(path)
+
+
 def _pack(value: Any) -> Any:
     """Arrays as tensors of bytes, so that reading needs no pickled classes."""
     if isinstance(value, np.ndarray):

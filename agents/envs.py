@@ -20,8 +20,10 @@ class _SeededVectorEnv(LLMSchedVectorEnv):
 
     episodes: np.random.Generator
 
-    def _seed(self, env: int, seed: int | None) -> int:
-        return int(self.episodes.integers(TRAINING_SEEDS.start, TRAINING_SEEDS.stop)) if seed is None else seed
+    def _restart(self, env: int, seed: int | None, options: dict[str, Any]) -> None:
+        if seed is None:
+            seed = int(self.episodes.integers(TRAINING_SEEDS.start, TRAINING_SEEDS.stop))
+        super()._restart(env, seed, options)
 
 
 class TrainingEnv(LLMSchedVecEnv):
@@ -34,7 +36,7 @@ class TrainingEnv(LLMSchedVecEnv):
     def __init__(self, num_envs: int, suite: str, seed: int, **fields: Any) -> None:
         # The spaces need no model: it is loaded once.
         super().__init__(1, suite, **{**fields, "backend": "simulated", "model": None, "count_host_time": False})
-        self.env: _SeededVectorEnv = _SeededVectorEnv(num_envs, suite, **fields)
+        self.env: _SeededVectorEnv = _SeededVectorEnv(num_envs, suite, autoreset_mode="same_step", **fields)
         self.num_envs = num_envs
         self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         self.start_over(seed)
@@ -59,12 +61,14 @@ class TrainingEnv(LLMSchedVecEnv):
 
     def set_state(self, state: dict[str, Any]) -> None:
         core = self.env.core
-        core.engine.reserve(state["arrays"]["requests"].shape[1])
+        core.engine.reserve(state["arrays"]["requests"].shape[1], state["arrays"]["gaps"].shape[1])
         for arrays, saved in ((core.engine.state, state["arrays"]), (core.arrays, state["outputs"])):
             for name, array in arrays._asdict().items():
                 array[...] = saved[name].view(array.dtype)
         for env, seed in enumerate(state["tables"].tolist()):
-            core.tables[env] = make_table(self.env.config, seed)
-            core.engine._seeds[env] = seed
+            core.tables[env] = table = make_table(self.env.config, seed)
+            core.engine._seeds[env] = core.seeds[env] = seed
+            core.qps[env] = table.qps
+        self.env._is_over[:], self.env._any_over = False, False
         self._returns[:], self._lengths[:] = state["returns"], state["lengths"]
         self.env.episodes.bit_generator.state = json.loads(state["episodes"])

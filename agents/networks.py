@@ -60,7 +60,7 @@ class RowsExtractor(BaseFeaturesExtractor):
         self.pool = nn.Linear(2 * width + features, width)
 
     def forward(self, observation: dict[str, torch.Tensor]) -> torch.Tensor:
-        mask = observation["mask"].reshape(-1, NUM_SLOTS).float()
+        mask = observation["in_use"].reshape(-1, NUM_SLOTS).float()
         x = self.normalise(observation["features"])
         h = self.act(self.row(observation["slots"]) + self.context(x)[:, None])
         h = self.act(self.mix(h))

@@ -6,6 +6,8 @@ A request that is late in 2 s then counts the same whether 20 short batches or 5
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +16,8 @@ from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, Maska
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
+
+from llmsched_gym.env.single import EPISODE_INFOS
 
 
 class _StepDiscounts:
@@ -57,6 +61,35 @@ def buffer_class(*, masks: bool, slots: bool) -> type:
     if masks:
         return MaskableDictRollouts if slots else MaskableRollouts
     return DictRollouts if slots else Rollouts
+
+
+def episode_figures(episodes: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Means for logs over the episodes that SB3 remembers: the return, and the figures of `episode_metrics=True`.
+
+    An episode in which a figure is infinite or missing is left out of its mean.
+    """
+    figures = {}
+    names = {"r": "rollout/return"} | {name: f"episode/{name.removeprefix('episode_')}" for name in EPISODE_INFOS}
+    for name, logged in names.items():
+        values = [e[name] for e in episodes if math.isfinite(e.get(name, math.nan))]
+        if values:
+            figures[logged] = float(np.mean(values))
+    return figures
+
+
+class EpisodeMetrics(BaseCallback):
+    """Logs what became of the last hundred episodes' requests, for any SB3 learner on environments with metrics.
+
+    >>> env = LLMSchedVecEnv(16, episode_metrics=True)
+    >>> PPO("MlpPolicy", env, tensorboard_log="logs").learn(100_000, callback=EpisodeMetrics())
+    """
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        for name, value in episode_figures(self.model.ep_info_buffer or ()).items():
+            self.logger.record(name, value)
 
 
 class Discounts(BaseCallback):

@@ -31,6 +31,7 @@ from stable_baselines3.common.logger import Logger
 from torch.utils.tensorboard import SummaryWriter
 
 from llmsched_gym.agents.checkpoint import (
+    cut_events,
     cut_progress,
     load_checkpoint,
     random_state,
@@ -41,7 +42,7 @@ from llmsched_gym.agents.envs import SELECTION_SEEDS, TrainingEnv
 from llmsched_gym.agents.export import export, finish, load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
-from llmsched_gym.agents.rollout import Discounts, buffer_class
+from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -102,6 +103,7 @@ class Config:
             "tau_s": self.tau_s,
             "backend": self.backend,
             "model": self.model or None,
+            "episode_metrics": True,
             **self.set,
         }
 
@@ -225,7 +227,8 @@ def train(config: Config) -> Path:
         set_random_state(saved["random"])
         best, last_eval, last_checkpoint = saved["best"], saved["last_eval"], saved["step"]
 
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=model.num_timesteps + 1)
+    cut_events(out / "tensorboard", model.num_timesteps)
+    writer = SummaryWriter(str(out / "tensorboard"))
     with open(cut_progress(out, model.num_timesteps), "a") as progress, _bar(config.steps) as bar:
         task = bar.add_task("training", total=config.steps, completed=model.num_timesteps, best="-")
         while model.num_timesteps < config.steps:
@@ -238,9 +241,7 @@ def train(config: Config) -> Path:
 
             figures = {k: float(v) for k, v in model.logger.name_to_value.items()}
             model.logger.name_to_value.clear()
-            returns = [episode["r"] for episode in model.ep_info_buffer or ()]
-            if returns:
-                figures["rollout/return"] = float(np.mean(returns))
+            figures |= episode_figures(model.ep_info_buffer or ())
             figures["time/frames_per_s"] = (step - first) / (time.perf_counter() - start)
             ends = step >= config.steps
             if step - last_eval >= config.eval_every or ends:

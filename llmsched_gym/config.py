@@ -332,6 +332,7 @@ class EnvConfig(Scenario):
     credit: str = "early"  # pay utility as it is earned and lost, or at each request's finish
     tau_s: float = 120.0  # time constant of info["discount"]; inf: nothing is discounted
     token_budget: int = 512  # of a batch formed by priority or request actions
+    episode_metrics: bool = False  # whether info holds the episode's figures at its end; records gaps between tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -339,6 +340,8 @@ class EnvConfig(Scenario):
         self._check_number("tau_s", 0.0, open_low=True)
         self._check_integer("action_repeat", 1)
         self._check_integer("token_budget", 1)
+        if not isinstance(self.episode_metrics, bool):
+            raise ConfigError(f"episode_metrics: expected True or False, got {self.episode_metrics!r}")
         self._check_choice("action", ACTIONS)
         self._check_choice("credit", CREDITS)
         if not hasattr(self.observation, "observe"):

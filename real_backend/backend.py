@@ -116,8 +116,9 @@ class TransformersBackend:
         graphs: bool | None = None,
         fused: bool = True,
     ) -> None:
-        if scenario.max_num_seqs is None:  # as the engine does
-            scenario = scenario.replace(max_num_seqs=load_profile(scenario.profile).device.max_num_seqs)
+        # as the engine does
+        max_num_seqs = scenario.max_num_seqs or load_profile(scenario.profile).device.max_num_seqs
+        scenario = scenario.replace(max_num_seqs=max_num_seqs)
         self._watch = Stopwatch(loaded.device, clock)
         self.clock = clock
         self.loaded, self.device = loaded, loaded.device
@@ -155,9 +156,9 @@ class TransformersBackend:
             raise BackendError(f"num_kv_blocks {self.num_kv_blocks}: more than the memory of {self.device}") from None
         self.runner = Runner(loaded, cache, self.attention)
         self.runner.fused = probe.fused
-        self.blocks = BlockTable(self.num_kv_blocks, scenario.max_num_seqs, scenario.max_model_len)
+        self.blocks = BlockTable(self.num_kv_blocks, max_num_seqs, scenario.max_model_len)
         if graphs or (graphs is None and on_gpu and self.attention == "triton"):
-            sizes = scenario.max_num_seqs, scenario.max_num_batched_tokens, self.blocks.blocks.shape[1]
+            sizes = max_num_seqs, scenario.max_num_batched_tokens, self.blocks.blocks.shape[1]
             self.runner.static = StaticBatches(self.runner, *sizes)
         self.tokens = TokenStore(np.zeros(0, np.int64), np.zeros(0, np.int64), 0, spec.vocab_size)
         self._ended_s: float | None = None

@@ -41,6 +41,7 @@ def fitting_blocks(
     blocks = int(room // block_bytes)
     if blocks < 2:
         raise BackendError(f"model {model.name}: no memory is left for KV on {device}")
+    assert scenario.max_num_seqs is not None, "the backend's scenario has its limits"
     longest = blocks_of(scenario.max_model_len)
     useful = math.ceil(scenario.max_num_seqs * longest / max(1.0 - scenario.watermark, 0.01)) + 1
     return min(blocks, useful)

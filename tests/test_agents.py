@@ -20,6 +20,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
 from gymnasium import spaces
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from llmsched_gym.agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from llmsched_gym.agents.envs import TRAINING_SEEDS, TrainingEnv
@@ -169,7 +170,7 @@ def test_numpy_decides_like_torch(observation, action, tmp_path):
             one = {k: v[i] for k, v in stacked.items()}
             got = policy(one.get("", one), *([masks[i]] if action == "request" else []))
             if action == "priority":
-                used = int(one["mask"].sum())
+                used = int(one["in_use"].sum())
                 assert np.allclose(got[:used], np.clip(wanted[i][:used], -1, 1), atol=1e-5)
             else:
                 assert np.array_equal(got, wanted[i])
@@ -223,6 +224,13 @@ def curve(out):
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
+def events(folder):
+    """(tag, step) of all TensorBoard events in all files of a run, sorted; twice what was logged twice."""
+    files = sorted((folder / "tensorboard").glob("events.out.tfevents.*"))
+    logged = (event for file in files for event in EventFileLoader(str(file)).Load())
+    return sorted((value.tag, event.step) for event in logged for value in event.summary.value)
+
+
 @pytest.mark.parametrize(("observation", "action", "most"), [("features", "knobs", 3), ("slots", "knobs", 1)])
 def test_killed_and_resumed_is_the_unbroken_run(tmp_path, observation, action, most):
     algorithm = "maskable" if action == "request" else "ppo"
@@ -255,6 +263,7 @@ def test_killed_and_resumed_is_the_unbroken_run(tmp_path, observation, action, m
             newest.write_bytes(newest.read_bytes()[:1000])  # as if the disk had filled up
     assert process.exitcode == 0
     assert curve(out) == curve(tmp_path / "whole")
+    assert events(out) == events(tmp_path / "whole")
     for ours, theirs in zip(read_folder(out / "best"), read_folder(tmp_path / "whole" / "best"), strict=True):
         if isinstance(ours, dict):
             assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)

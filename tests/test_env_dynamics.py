@@ -12,6 +12,7 @@ from llmsched_gym import SUITES, env_config
 from llmsched_gym.engine import Batch, check
 from llmsched_gym.engine.utility import gaps_in_time, gaps_in_time_kernel, late_share
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
+from llmsched_gym.env.arrays import TERMINATED, TRUNCATED
 from llmsched_gym.env.knobs import KNOBS, knobs_action, knobs_for
 from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.evaluation.metrics import row
@@ -62,7 +63,7 @@ def test_knobs_reproduce_the_references_batch_for_batch(name, qps):
         core.step()
         if sim.num_batches > before:
             items.append((int(batches.num_decodes), int(batches.num_tokens - batches.num_decodes)))
-        done = bool(core.arrays.outcomes[0, 3] or core.arrays.outcomes[0, 4])
+        done = bool(core.arrays.outcomes[0, [TERMINATED, TRUNCATED]].any())
     steps = episode.steps
     assert len(items) == len(steps) == episode.sim.num_batches
     assert np.array_equal(items, np.stack([steps["decode_tokens"], steps["prefill_tokens"]], axis=1))
@@ -113,9 +114,9 @@ def run_to_the_end(env, choose, seed):
     env.reset(seed=seed)
     total, terms, done, truncated = 0.0, np.zeros(4), False, False
     while not done:
-        _, reward, terminated, truncated, info = env.step(choose())
+        _, reward, terminated, truncated, _ = env.step(choose())
         total += reward
-        terms += list(info["reward_terms"].values())
+        terms += list(env.reward_terms().values())
         done = terminated or truncated
     return total, terms, truncated
 
@@ -252,7 +253,7 @@ def test_custom_reward_and_observation_objects():
         observation, paid, terminated, truncated, info = env.step(np.zeros(7, np.int64))
         *_, twin = plain.step(np.zeros(7, np.int64))
         assert paid == -info["duration_s"] == -twin["duration_s"]
-        assert info["reward_terms"] == twin["reward_terms"]
+        assert env.reward_terms() == plain.reward_terms()
         done = terminated or truncated
     assert sum(len(t.resolved) for t in seen) == 10
     vector = LLMSchedVectorEnv(2, reward=reward, observation=Queue(), qps=2.0)
@@ -313,7 +314,7 @@ def test_constant_actions_change_the_queue():
 def test_random_actions_break_no_rule(action):
     """Vector environments under KV pressure, impatience, refusal and overload, checked after every step."""
     fields = {"qps": 2.6, "num_kv_blocks": 1500, "patience_s": 6.0, "allow_refusal": True, "horizon_s": 60.0}
-    envs = LLMSchedVectorEnv(4, "tenants", action=action, **fields)
+    envs = LLMSchedVectorEnv(4, "tenants", autoreset_mode="same_step", action=action, **fields)
     envs.action_space.seed(0)
     envs.reset(seed=70)
     clocks = np.zeros(4)

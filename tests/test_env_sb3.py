@@ -19,7 +19,7 @@ from llmsched_gym.env.sb3 import LLMSchedVecEnv
 
 
 def test_it_is_the_native_vector_env():
-    face, native = LLMSchedVecEnv(3, horizon_s=4.0), LLMSchedVectorEnv(3, horizon_s=4.0)
+    face, native = LLMSchedVecEnv(3, horizon_s=4.0), LLMSchedVectorEnv(3, autoreset_mode="same_step", horizon_s=4.0)
     face.seed(50)
     assert np.array_equal(face.reset(), native.reset(seed=50)[0])
     for _ in range(200):
@@ -32,7 +32,8 @@ def test_it_is_the_native_vector_env():
             assert infos[i]["TimeLimit.truncated"] and truncated[i] and not terminated[i]
             assert np.array_equal(infos[i]["terminal_observation"], info["final_obs"][i])
             assert infos[i]["episode"]["l"] > 10
-        assert [entry["discount"] for entry in infos] == info["discount"].tolist()
+        last = info.get("final_info", info)
+        assert [entry["discount"] for entry in infos] == np.where(done, last["discount"], info["discount"]).tolist()
 
 
 def test_episode_statistics_are_the_return():

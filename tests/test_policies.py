@@ -174,7 +174,7 @@ def test_rows_do_not_depend_on_their_order(action):
     used = 20
     slots, mask = np.zeros((NUM_SLOTS, s), np.float32), np.zeros(NUM_SLOTS, np.int8)
     slots[:used], mask[:used] = rng.random((used, s)), 1
-    observation = {"slots": slots, "mask": mask, "features": rng.random(f).astype(np.float32)}
+    observation = {"slots": slots, "in_use": mask, "features": rng.random(f).astype(np.float32)}
     order = rng.permutation(used)
     moved = {**observation, "slots": np.concatenate([slots[:used][order], slots[used:]])}
     legal = [np.append(mask.astype(bool), False)] if action == "request" else []
@@ -186,7 +186,7 @@ def test_rows_do_not_depend_on_their_order(action):
         assert (after[used:] == -1).all()
     else:
         assert order[after] == before
-    empty = {**observation, "mask": np.zeros(NUM_SLOTS, np.int8)}
+    empty = {**observation, "in_use": np.zeros(NUM_SLOTS, np.int8)}
     if action == "request":
         assert policy(empty, np.append(np.zeros(NUM_SLOTS, bool), True)) == NUM_SLOTS
     else:

@@ -61,7 +61,7 @@ def open_batch(lane):
     batch.num_started = -1
     batch.first_started = -1
     batch.num_deferred = 0
-    batch.token_room = min(lane.knobs.token_budget, sim.max_num_batched_tokens)
+    batch.token_room = max(0, min(lane.knobs.token_budget, sim.max_num_batched_tokens))
     batch.free_blocks = sim.free_blocks
     batch.pairs = 0.0
     batch.kv_tokens = 0.0
@@ -296,7 +296,7 @@ def time_alone_s(lane, r):
     """Predicted seconds until the prompt of `r` is complete if it is served alone from now on."""
     request = lane.requests[r]
     n = remaining_prefill(request)
-    chunk = min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens)
+    chunk = max(1, min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens))
     whole, rest = n // chunk, n % chunk
     computed = request.num_computed_tokens
     seconds = whole * lane.linear_s[chunk] + (lane.linear_s[rest] if rest > 0 else 0.0)

@@ -96,14 +96,21 @@ class Engine:
         self._record_gaps = num_gaps > 0
         self._seeds = np.zeros(num_envs, np.int64)
 
-    def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` requests an environment; grows the arrays, and the handle changes, if need be."""
-        if capacity > self.state.requests.shape[1]:
-            self.state = grow(self.state, capacity)
+    def reserve(self, capacity: int, num_gaps: int = 0) -> None:
+        """Make room for so many requests and recorded gaps an environment; if the arrays grow, the handle changes."""
+        if capacity > self.state.requests.shape[1] or num_gaps > self.state.gaps.shape[1]:
+            self.state = grow(self.state, capacity, num_gaps)
             self.handle = make_handle(self.state)
+
+    def _check_env(self, env: int) -> None:
+        """Compiled code does not notice an index outside its arrays."""
+        num_envs = len(self.state.sims)
+        if not hasattr(env, "__index__") or not 0 <= env < num_envs:
+            raise IndexError(f"env: expected 0 to {num_envs - 1}, got {env!r}")
 
     def reset(self, table: RequestTable, env: int = 0) -> None:
         """Put environment `env` at time 0 before `table`."""
+        self._check_env(env)
         load_table(self.state, env, table, self.scenario, self.num_kv_blocks, record_gaps=self._record_gaps)
         self._seeds[env] = table.seed
         forget = getattr(self.backend, "reset", None)
@@ -118,7 +125,7 @@ class Engine:
         start = (block % 2) * NOISE_BLOCK
         self.state.noise[env, start : start + NOISE_BLOCK] = noise_block(self.scenario, int(self._seeds[env]), block)
 
-    def _noise_due(self, env: int) -> bool:
+    def noise_due(self, env: int) -> bool:
         """Whether the batch just done was the last of its noise block."""
         return self.noisy and int(self.state.sims[env].num_batches) % NOISE_BLOCK == 0
 
@@ -130,6 +137,7 @@ class Engine:
 
     def is_over(self, env: int = 0) -> bool:
         """Whether the run has ended: its cohort is resolved, or its time is up."""
+        self._check_env(env)
         return bool(kernels.is_over_env(self.handle, env))
 
     def has_work(self, env: int = 0) -> bool:
@@ -138,14 +146,17 @@ class Engine:
 
     def view(self, env: int = 0) -> View:
         """What a plain-Python scheduler may see now."""
+        self._check_env(env)
         return View(self.state, self.handle, env)
 
     def submit(self, batch: Batch, env: int = 0) -> None:
         """Take a batch formed outside; an illegal one raises :class:`IllegalBatch`."""
+        self._check_env(env)
         submit(self.state, batch, env)
 
     def decide(self, scheduler: Any, env: int = 0) -> None:
         """Let the scheduler form the next batch: compiled, plain Python, or one that works on the engine itself."""
+        self._check_env(env)
         compiled = getattr(scheduler, "kernel", None)
         if hasattr(scheduler, "decide"):
             scheduler.decide(self, env)
@@ -158,6 +169,7 @@ class Engine:
 
     def execute(self, env: int = 0) -> Execution:
         """Apply the decided batch, run it on the backend and commit it; an empty one idles."""
+        self._check_env(env)
         handle = self.handle
         preempted_before = self._preemptions(env) if self.backend is not None else None
         execution = Execution(0.0)
@@ -168,7 +180,7 @@ class Engine:
                 execution = self.backend.execute(self.scheduled(env, preempted_before))
                 if not 0.0 <= execution.duration_s < math.inf:
                     raise ValueError(f"backend: expected a duration in seconds >= 0, got {execution.duration_s!r}")
-        if kernels.commit_env(handle, env, execution.duration_s) and self._noise_due(env):
+        if kernels.commit_env(handle, env, execution.duration_s) and self.noise_due(env):
             self.refill_noise(env)
         return execution
 
@@ -190,11 +202,11 @@ class Engine:
             if compiled is not None and self.backend is None:
                 run = kernels.with_scheduler("run")
                 left -= run(self.handle, env, compiled, min(RUN_CHUNK, left), MAX_IDLE_STEPS)
-                if self._noise_due(env):
+                if self.noise_due(env):
                     self.refill_noise(env)
             elif env == 0 and self.backend is None and hasattr(scheduler, "run_steps"):
                 left -= scheduler.run_steps(self, left, MAX_IDLE_STEPS)
-                if self._noise_due(env):
+                if self.noise_due(env):
                     self.refill_noise(env)
             else:
                 self.step(scheduler, env)

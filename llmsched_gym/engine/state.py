@@ -22,6 +22,7 @@ from llmsched_gym.engine.records import BATCH, CACHE_LINE, ITEM, KNOBS, REQUEST,
 from llmsched_gym.workload import RequestTable
 
 MEMORY_SIZE = 8
+MIN_SCRATCH = 64  # an environment sorts its visible slots there
 
 
 class State(NamedTuple):
@@ -39,7 +40,7 @@ class State(NamedTuple):
     items: Any  # (num_envs, max_num_seqs) ITEM
     preempt: Any  # (num_envs, max_num_seqs) int32
     refuse: Any  # (num_envs, capacity) int32
-    scratch: Any  # (num_envs, max_num_seqs) int32
+    scratch: Any  # (num_envs, max_num_seqs or MIN_SCRATCH) int32
     keys: Any  # (num_envs, max_num_seqs) float64, sort keys of scratch
     resolved: Any  # (num_envs, capacity) int32, requests in the order they were resolved
     noise: Any  # (num_envs, 1 or NOISE_BLOCK) float64, factors on batch times
@@ -242,7 +243,7 @@ def allocate(
         items=np.zeros((n, seqs), ITEM),
         preempt=np.zeros((n, seqs), np.int32),
         refuse=np.zeros((n, capacity), np.int32),
-        scratch=np.zeros((n, seqs), np.int32),
+        scratch=np.zeros((n, max(seqs, MIN_SCRATCH)), np.int32),
         keys=np.zeros((n, seqs)),
         resolved=np.zeros((n, capacity), np.int32),
         noise=np.ones((n, noise_size)),
@@ -259,13 +260,15 @@ def _coefficients(profile: Profile) -> np.ndarray:
     return np.array([profile.pair_s, profile.kv_s, profile.tile_tokens, profile.device.vllm_token_budget])
 
 
-def grow(state: State, capacity: int) -> State:
-    """The same state with room for `capacity` requests an environment."""
+def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
+    """The same state with room for `capacity` requests and `num_gaps` recorded gaps an environment."""
     fields = state._asdict()
-    for name in ("requests", "output_tokens", "waiting", "refuse", "resolved"):
+    sizes = dict.fromkeys(("requests", "output_tokens", "waiting", "refuse", "resolved"), capacity) | {"gaps": num_gaps}
+    for name, size in sizes.items():
         old = fields[name]
-        fields[name] = aligned_zeros((old.shape[0], capacity), old.dtype)
-        fields[name][:, : old.shape[1]] = old
+        if size > old.shape[1]:
+            fields[name] = aligned_zeros((old.shape[0], size), old.dtype)
+            fields[name][:, : old.shape[1]] = old
     return State(**fields)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from collections.abc import Iterable, Mapping
@@ -91,16 +90,22 @@ class View:
     def predict_s(self, tokens: Mapping[int, int]) -> float:
         """Seconds that the scheduler's own cost profile predicts for a batch."""
         rows = self._state.requests[self._env]
-        if sum(tokens.values()) > self.max_num_batched_tokens:
-            raise ValueError(f"predict_s: expected at most {self.max_num_batched_tokens} tokens in a batch")
         total, pairs, kv_tokens = 0, 0.0, 0.0
         for r, n in tokens.items():
             self._check_arrived(r)
+            n, given = whole_number(n), n
+            if not 0 <= n <= self.max_num_batched_tokens:
+                what = f"a whole number of at most {self.max_num_batched_tokens} tokens"
+                raise ValueError(f"predict_s: expected {what}, got {given!r} for request {r}")
             computed = int(rows[r].num_computed_tokens)
             total += n
             kv_tokens += computed + n
             if computed < rows[r].prefill_tokens:
                 pairs += n * (computed + (n + 1) / 2)
+        if total > self.max_num_batched_tokens:
+            raise ValueError(
+                f"predict_s: expected at most {self.max_num_batched_tokens} tokens in a batch, got {total}"
+            )
         return float(batch_s(self._state.own_linear_s, self._state.own_coef_s, total, pairs, kv_tokens))
 
     def can_make_ttft(self, r: int) -> bool:
@@ -109,8 +114,15 @@ class View:
         return bool(can_make_ttft_env(self._handle, self._env, int(r)))
 
     def _check_arrived(self, r: int) -> None:
-        if not 0 <= r < self._state.sims[self._env].num_arrived:
+        if not hasattr(r, "__index__") or not 0 <= r < self._state.sims[self._env].num_arrived:
             raise IndexError(f"request {r} has not arrived")
+
+
+def whole_number(n: Any) -> int:
+    """`n` as an int; -1 for what is not a whole number >= 0."""
+    if isinstance(n, numbers.Integral) or (isinstance(n, numbers.Real) and float(n).is_integer()):
+        return max(int(n), -1)  # type: ignore[call-overload]
+    return -1
 
 
 def submit(state: State, batch: Batch, env: int = 0) -> None:
@@ -146,12 +158,16 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
             raise IllegalBatch(f"rule 12: request {r} is refused, but does not wait for its first token")
     gone = {*preempted, *refused}
     items: list[tuple[int, int]] = []
+    seen: set[int] = set()
     total, pairs, kv_tokens, decodes = 0, 0.0, 0.0, 0
     spare = int(sim.watermark_blocks) if sim.admission == BY_PROMPT else 0
     for r, n in batch.tokens.items():
         r = index(r)
+        if r in seen:  # keys that differ may mean one request
+            raise IllegalBatch(f"rule 1: request {r} is in the batch twice")
+        seen.add(r)
         phase = phase_of(r)
-        if not isinstance(n, numbers.Real) or not math.isfinite(n) or n != int(n) or n < 1:
+        if whole_number(n) < 1:
             raise IllegalBatch(f"rule 1: request {r} gets {n!r} tokens, expected a whole number >= 1")
         n = int(n)
         if phase not in (WAITING, RUNNING) or r in gone:

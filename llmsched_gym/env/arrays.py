@@ -16,8 +16,9 @@ from llmsched_gym.env.knobs import KNOBS, knob_values
 from llmsched_gym.env.reward import RULES, TERMS, rules_of
 from llmsched_gym.env.slots import NUM_SLOT_FEATURES, NUM_SLOTS
 
-# columns of the outcome of a step; the parts of the reward follow
-REWARD, DURATION_S, DISCOUNT, TERMINATED, TRUNCATED, FIRST_TERM = range(6)
+# columns of the outcome of a step; the parts of the reward follow, and what `info` tells of it stands side by side
+REWARD, TERMINATED, TRUNCATED, PAUSED, DURATION_S, DISCOUNT, FIRST_TERM = range(7)
+# PAUSED is asked, not told: not 0 for an environment that the step is to leave as it is
 
 
 class Arrays(NamedTuple):
@@ -28,10 +29,10 @@ class Arrays(NamedTuple):
     slots: Any  # (num_envs,) int64, request actions
     values: Any  # (num_knobs, most values) float64
     rules: Any  # (1,) RULES
-    outcomes: Any  # (num_envs, 6 + number of terms) float64
+    outcomes: Any  # (num_envs, FIRST_TERM + number of terms) float64
     features: Any  # (num_envs, NUM_FEATURES) float32
     rows: Any  # (num_envs or 0, NUM_SLOTS, NUM_SLOT_FEATURES) float32
-    masks: Any  # (num_envs or 0, NUM_SLOTS) int8
+    in_use: Any  # (num_envs or 0, NUM_SLOTS) int8
 
 
 def _array(dtype: Any, ndim: int) -> Any:
@@ -47,7 +48,7 @@ _TYPES = {
     "outcomes": _array(types.float64, 2),
     "features": _array(types.float32, 2),
     "rows": _array(types.float32, 3),
-    "masks": _array(types.int8, 2),
+    "in_use": _array(types.int8, 2),
 }
 
 
@@ -69,14 +70,14 @@ def _make_handle(arrays):
     a = structref.new(ARRAYS_HANDLE_TYPE)
     a.knob_actions, a.scores, a.slots = arrays.knob_actions, arrays.scores, arrays.slots
     a.values, a.rules, a.outcomes = arrays.values, arrays.rules, arrays.outcomes
-    a.features, a.rows, a.masks = arrays.features, arrays.rows, arrays.masks
+    a.features, a.rows, a.in_use = arrays.features, arrays.rows, arrays.in_use
     return a
 
 
 @kernel(inline="always")
 def unpack_arrays(a):
     """The arrays behind a handle; see :func:`llmsched_gym.engine.state.unpack`."""
-    return Arrays(a.knob_actions, a.scores, a.slots, a.values, a.rules, a.outcomes, a.features, a.rows, a.masks)
+    return Arrays(a.knob_actions, a.scores, a.slots, a.values, a.rules, a.outcomes, a.features, a.rows, a.in_use)
 
 
 def make_arrays(config: EnvConfig, num_envs: int) -> tuple[Arrays, Any]:
@@ -91,6 +92,6 @@ def make_arrays(config: EnvConfig, num_envs: int) -> tuple[Arrays, Any]:
         outcomes=np.zeros((num_envs, FIRST_TERM + len(TERMS))),
         features=np.zeros((num_envs, NUM_FEATURES), np.float32),
         rows=np.zeros((with_slots, NUM_SLOTS, NUM_SLOT_FEATURES), np.float32),
-        masks=np.zeros((with_slots, NUM_SLOTS), np.int8),
+        in_use=np.zeros((with_slots, NUM_SLOTS), np.int8),
     )
     return arrays, _make_handle(arrays) if JIT_ENABLED else arrays

@@ -12,7 +12,9 @@ from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.env import kernels
-from llmsched_gym.env.arrays import DURATION_S, FIRST_TERM, REWARD, make_arrays
+from llmsched_gym.env.actions import as_array, check_range
+from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, make_arrays
+from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import knobs_for
 from llmsched_gym.env.reward import TERMS, Transition
@@ -66,7 +68,7 @@ def observation_space(config: EnvConfig) -> spaces.Space:
     return spaces.Dict(
         {
             "slots": spaces.Box(low, high, dtype=np.float32),
-            "mask": spaces.MultiBinary(NUM_SLOTS),
+            "in_use": spaces.MultiBinary(NUM_SLOTS),
             "features": features_space(),
         }
     )
@@ -84,24 +86,42 @@ def expected_requests(config: EnvConfig) -> int:
     return int(mean + 6.0 * spread * math.sqrt(mean + 1.0)) + extra + 16
 
 
-class EnvCore:
-    """Engine, arrays and bookkeeping of `num_envs` environments; all step kernels run over all of them at once."""
+INFOS = ("duration_s", "discount", *(f"reward_{name}" for name in TERMS))
+"""What `info` tells of a step: the columns of its outcome from DURATION_S on."""
 
-    def __init__(self, config: EnvConfig, num_envs: int) -> None:
-        if config.backend == "transformers" and num_envs != 1:
+
+class EnvCore:
+    """Engine, arrays and bookkeeping of `num_envs` environments; all step kernels run over all of them at once.
+
+    Without `num_envs` there is one, whose actions have no axis of environments.
+    """
+
+    def __init__(self, config: EnvConfig, num_envs: int | None = None) -> None:
+        if config.backend == "transformers" and (num_envs or 1) != 1:
             raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got 'transformers'")
         make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
-        self.config, self.num_envs = config, num_envs
+        self.config, self.num_envs = config, num_envs or 1
         self.action_space, self.observation_space = action_space(config), observation_space(config)
-        self.engine = Engine(config, expected_requests(config), num_envs=num_envs, backend=self._backend())
-        self.arrays, self.handle = make_arrays(config, num_envs)
+        self.engine = Engine(
+            config,
+            expected_requests(config),
+            num_envs=self.num_envs,
+            backend=self._backend(),
+            num_gaps=int(config.episode_metrics),  # reset makes room
+        )
+        self.arrays, self.handle = make_arrays(config, self.num_envs)
         self.actions = {
             "knobs": self.arrays.knob_actions,
             "priority": self.arrays.scores,
             "request": self.arrays.slots,
         }[config.action]
-        self.legal = np.ones((num_envs, NUM_SLOTS + 1), np.bool_)
-        self.tables: list[RequestTable | None] = [None] * num_envs
+        self._input = self.actions if num_envs else self.actions.reshape(self.actions.shape[1:])
+        self._shape = self._input.shape
+        self._observe = getattr(config.observation, "observe", None)
+        self.legal = np.ones((self.num_envs, NUM_SLOTS + 1), np.bool_)
+        self.tables: list[RequestTable | None] = [None] * self.num_envs
+        self.seeds = np.zeros(self.num_envs, np.int64)
+        self.qps = np.full(self.num_envs, math.nan)  # true rates, for logs
         self._step = {
             "knobs": kernels.step_knobs,
             "priority": kernels.step_priority,
@@ -109,7 +129,8 @@ class EnvCore:
         }[config.action]
         self._with_slots = config.observation == "slots"
         expect_kernels(3 + self._with_slots + 2 * (config.action == "request"))  # start, observation, step, and more
-        self._outside = config.backend != "simulated" or callable(config.reward)
+        repeats_noise = self.engine.noisy and config.action_repeat > NOISE_BLOCK
+        self._outside = config.backend != "simulated" or callable(config.reward) or repeats_noise
 
     def _backend(self) -> Any:
         if self.config.backend == "simulated":
@@ -120,14 +141,17 @@ class EnvCore:
             raise ConfigError("model: expected a folder, a hub id or random:tiny with backend='transformers', got None")
         return importlib.import_module("llmsched_gym.real_backend").make_backend(self.config, self.config.model)
 
-    def reset(self, env: int, seed: int) -> None:
-        """Start environment `env` on the requests of `seed`."""
-        table = make_table(self.config, seed)
-        self.engine.reserve(len(table))
+    def reset(self, env: int, seed: int, qps: float | None = None) -> None:
+        """Start environment `env` on the requests of `seed`, which come at the mean rate `qps` if it is given."""
+        table = make_table(self.config if qps is None else self.config.replace(qps=qps), seed)
+        num_gaps = int(np.sum(table.output_tokens, dtype=np.int64)) - len(table) if self.config.episode_metrics else 0
+        self.engine.reserve(len(table), num_gaps)
         self.engine.reset(table, env)
-        self.tables[env] = table
+        self.tables[env], self.seeds[env], self.qps[env] = table, seed, table.qps
         install(None, self.engine.state, env, seed)
         self.reopen(env)
+        self.arrays.outcomes[env] = 0.0
+        self.arrays.outcomes[env, DISCOUNT] = 1.0
         self.observe(env)
 
     def reopen(self, env: int) -> None:
@@ -143,13 +167,31 @@ class EnvCore:
         if self._with_slots:
             kernels.observe_slots_of(self.engine.handle, self.handle, first, stop)
 
+    def act(self, given: Any) -> None:
+        """One decision of every environment that is not paused, by the actions `given`.
+
+        Raises :class:`InvalidAction` for one outside the space; then none has stepped.
+        """
+        place = self._input
+        if type(given) is np.ndarray and given.dtype is place.dtype and given.shape == self._shape:
+            place[...] = given
+        else:
+            place[...] = as_array(self.config.action, given, self._shape)
+        self._step_all(given)
+
     def step(self) -> None:
-        """One decision of every environment, taken from ``self.actions``."""
+        """:meth:`act` by what ``self.actions`` holds."""
+        self._step_all(self.actions)
+
+    def _step_all(self, given: Any) -> None:
         if self._outside:
-            for env in range(self.num_envs):
+            check_range(self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
+            for env in np.flatnonzero(self.arrays.outcomes[:, PAUSED] == 0.0).tolist():
                 self._step_outside(env)
             return
         due = self._step(self.engine.handle, self.handle)
+        if due == kernels.REFUSED:
+            check_range(self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
         self._observe_slots(0, self.num_envs)
         if due and self.engine.noisy:
             sims = self.engine.state.sims
@@ -157,20 +199,29 @@ class EnvCore:
                 self.engine.refill_noise(env)
 
     def _step_outside(self, env: int) -> None:
-        """The same decision with a backend or a reward that lives in Python."""
-        engine = self.engine
+        """The same decision with a backend or a reward that lives in Python, or over many blocks of noise."""
+        engine, left = self.engine, self.config.action_repeat
         start_s = float(engine.state.sims[env].clock_s)
         resolved_before = int(engine.state.sims[env].num_resolved)
-        closed = True
-        for _ in range(self.config.action_repeat):
-            closed = self.decide(env, self.actions[env])
-            if closed:
-                engine.execute(env)
-                if self.config.action == "request":
-                    kernels.reopen_env(engine.handle, self.handle, env)
+        while left > 0:
+            if self.config.action != "request" and self.config.backend == "simulated":
+                left -= self._run(env, left)
+            else:
+                left -= 1
+                if self.decide(env):
+                    engine.execute(env)
+                    self.reopen(env)
             if engine.is_over(env):
                 break
         self.settle(env, start_s, resolved_before)
+
+    def _run(self, env: int, most: int) -> int:
+        """Up to `most` batches under the same action in compiled code; returns how many, fewer at a block of noise."""
+        run = kernels.run_knobs if self.config.action == "knobs" else kernels.run_priority
+        steps = int(run(self.engine.handle, self.handle, env, most, 1 << 62))
+        if self.engine.noisy and self.engine.noise_due(env):
+            self.engine.refill_noise(env)
+        return steps
 
     def settle(self, env: int, start_s: float, resolved_before: int) -> None:
         """Reward and observation after engine steps made in Python."""
@@ -190,9 +241,8 @@ class EnvCore:
             view=self.engine.view(env),
         )
 
-    def decide(self, env: int, action: Any) -> bool:
+    def decide(self, env: int) -> bool:
         """Form the next batch of one environment; False while a request action leaves it open."""
-        self.actions[env] = action
         if self.config.action == "request":
             return bool(kernels.decide_request(self.engine.handle, self.handle, env))
         decide = kernels.decide_knobs if self.config.action == "knobs" else kernels.decide_priority
@@ -202,6 +252,13 @@ class EnvCore:
     def terms(self, env: int) -> dict[str, float]:
         """Parts of the reward of the last step, unscaled."""
         return dict(zip(TERMS, self.arrays.outcomes[env, FIRST_TERM:].tolist(), strict=True))
+
+    def metrics(self, env: int) -> dict[str, float]:
+        """The figures of one environment's episode so far; see :func:`~llmsched_gym.env.episode.episode_metrics`."""
+        table = self.tables[env]
+        if table is None:
+            return dict.fromkeys(METRICS, math.nan)
+        return episode_metrics(self.engine.state, env, table, has_gaps=self.config.episode_metrics)
 
     def action_masks(self) -> np.ndarray:
         """Legal actions, bool; (num_envs, NUM_SLOTS + 1) for request actions, all true over the choices of knobs."""
@@ -215,12 +272,12 @@ class EnvCore:
 
     def observation(self, env: int) -> Any:
         """A copy of one environment's observation."""
-        if hasattr(self.config.observation, "observe"):
-            return self.config.observation.observe(self.engine.view(env))
+        if self._observe is not None:
+            return self._observe(self.engine.view(env))
         if self.config.observation == "features":
             return self.arrays.features[env].copy()
         return {
             "slots": self.arrays.rows[env].copy(),
-            "mask": self.arrays.masks[env].copy(),
+            "in_use": self.arrays.in_use[env].copy(),
             "features": self.arrays.features[env].copy(),
         }

@@ -12,7 +12,8 @@ import numpy as np
 
 from llmsched_gym.config import SUITES, EnvConfig, Scenario, env_config
 from llmsched_gym.env import reward
-from llmsched_gym.env.core import action_space
+from llmsched_gym.env.core import INFOS, action_space
+from llmsched_gym.env.episode import METRICS
 from llmsched_gym.env.features import FEATURES, Feature
 from llmsched_gym.env.knobs import KNOBS, TOKEN_BUDGET
 from llmsched_gym.env.single import LLMSchedEnv
@@ -65,6 +66,22 @@ def knobs() -> str:
 def features(entries: tuple[Feature, ...]) -> str:
     rows = [[str(i), f"`{f.name}`", f"{f.low:g} to {f.high:g}", f.what] for i, f in enumerate(entries)]
     return table(["#", "name", "range", "meaning"], rows)
+
+
+def infos() -> str:
+    """The keys of `info`, in their order."""
+    what = {
+        "duration_s": "how far the clock moved; 0 at a reset",
+        "discount": "exp(-duration / tau_s); 1 at a reset",
+        "reward_on_time": "+1 for each on-time first token",
+        "reward_expired": "-1 for each of these whose request was late afterwards",
+        "reward_lateness": "-beta x late seconds / patience",
+        "reward_refused": "-beta for each refusal",
+    }
+    rows = [[f"`{name}`", "float64", what[name]] for name in INFOS]
+    rows += [["`seed`", "int64", "the episode's"], ["`qps`", "float64", "its true mean rate: for logs, not for agents"]]
+    rows += [[f"`episode_{name}`", "float64", text] for name, text in METRICS.items()]
+    return table(["key", "type", "meaning"], rows)
 
 
 def fields() -> str:
@@ -134,7 +151,7 @@ def worked_steps() -> str:
         batch = state.items[0, : state.batches[0].num_items].tolist()
         decoding = before["num_computed_tokens"] >= before["prefill_tokens"]
         items = [f"{r}: decode" if decoding[r] else f"{r}: {n:,} prompt tokens" for r, n in batch]
-        terms = [_number(info["reward_terms"][name]) for name in ("on_time", "expired", "lateness")]
+        terms = [_number(info[f"reward_{name}"]) for name in ("on_time", "expired", "lateness")]
         time = [_number(info["duration_s"]), _number(info["discount"])]
         rows.append([str(k), f"`{action.tolist()}`", "; ".join(items), *time, *terms, _number(paid)])
         told += [f"- Step {k}, {line}" for line in _changes(env, before)]
@@ -170,6 +187,10 @@ one line that names it.
 
 {actions()}
 
+Actions are checked. Integer spaces take integers of any width, lists too; `priority` takes numbers within -1 and 1. All
+else (another shape, halves, an index without a value, nan) raises `InvalidAction`, a ValueError of one line that names
+the entry, its range and the value, and in a vector environment which environment. The step has not happened then.
+
 ### Knobs
 
 Every combination is legal. All zeros is Sarathi-Serve; `order` = spf with `offset` = 5 (10 while KV use is at least
@@ -201,9 +222,9 @@ needed.
 
 ### Slots
 
-`Dict(slots=Box({NUM_SLOTS}, {len(SLOT_FEATURES)}), mask=MultiBinary({NUM_SLOTS}), features=Box({len(FEATURES)},))`.
-The rows are running requests by admission, then waiting ones by arrival, preempted ones first. `mask` says which rows
-are in use; `features` sums up the rest.
+`Dict(slots=Box({NUM_SLOTS}, {len(SLOT_FEATURES)}), in_use=MultiBinary({NUM_SLOTS}), features=Box({len(FEATURES)},))`.
+The rows are running requests by admission, then waiting ones by arrival, preempted ones first. `in_use` says which rows
+hold one; `features` sums up the rest. It is no mask of actions: that is `action_masks()`.
 
 {features(SLOT_FEATURES)}
 
@@ -235,8 +256,20 @@ number of requests that attained: divided by the number that arrived, the SLO at
 request is resolved. `tbt_rule` says which tokens count as late: any gap over the TBT SLO (`every-gap`), more than a
 share 1 - X of the gaps (`fraction:X`), or token k after TTFT SLO + k * TBT SLO (`deadline`).
 
-`info["reward_terms"]` has the parts, before `reward_scale`: `on_time` (+1 each), `expired` (-1 each), `lateness`,
-`refused`.
+`info` has the parts, before `reward_scale`, as `reward_on_time` (+1 each), `reward_expired` (-1 each),
+`reward_lateness`, `reward_refused`; `reward_terms()` has the last step's by their short names.
+
+## Info
+
+The same keys at every reset and step, all NumPy scalars; a vector environment has arrays of them, each with a mask
+under its name with `_` in front.
+
+{infos()}
+
+Those that begin with `episode_` are there with `episode_metrics=True` (which records every gap between tokens: about
+half a megabyte an environment) and nan until the episode ends. `episode_metrics()` has them at any time under their
+names without `episode_`, without recorded gaps all but the last percentile. They are over the measured requests that
+have arrived. An episode that a `TimeLimit` around the environment ends, which it does not know of, leaves them nan.
 
 ## Time
 
@@ -251,16 +284,40 @@ sooner.
 - **Seed.** `reset(seed=s)` fixes the requests, their SLOs and the noise: those of `llmsched evaluate` for seed s. Every
   purpose has a random stream of its own, so that a seed has the same requests at every load. `info` has `seed` and
   `qps`, the true rate: for logs, not for agents.
+- **Options.** `reset(options={{"qps": rate}})` fixes the mean arrival rate of the episode that begins, and of no later
+  one: what a curriculum sets. Any other option raises a `ConfigError`; vector environments know `reset_mask`, too.
 - **Reset without a seed** draws the next episode's seed from `np_random`, which the last `reset(seed=s)` has set.
 - **Continuing** episodes (`num_requests=None`) start with up to `max_backlog` waiting requests and are truncated at
   `horizon_s`. They never terminate: bootstrap the value of the last observation.
 - **Finite** episodes measure `num_requests` arrivals from `warmup_s` on and terminate when all of these are resolved.
   They are truncated `drain_s` after the last one's arrival. Requests outside the cohort take part and pay nothing.
-- **Vector.** `gym.make_vec(id, num_envs=N, vectorization_mode="vector_entry_point")` steps all environments in compiled
-  code; environment i of `reset(seed=s)` equals the single one with seed s + i. Autoreset is SAME_STEP: the observation
-  after the end is the next episode's first, `info["final_obs"]` has the last.
-- **Stable-Baselines3.** `llmsched_gym.env.sb3.LLMSchedVecEnv(N)` is the same with `terminal_observation` and
-  `TimeLimit.truncated`, and with `action_masks` for sb3-contrib.
+- **After the end** a step raises `gymnasium.error.ResetNeeded`, as it does before the first reset.
+
+## Vector environments
+
+`gym.make_vec(id, num_envs=N)` steps all environments in compiled code; with `vectorization_mode="sync"` gymnasium would
+loop over N single ones instead, which is several times slower.
+Environment i of `reset(seed=s)` equals the single one with seed s + i, and the whole equals gymnasium's `SyncVectorEnv`
+of single ones, step by step, in each `autoreset_mode`:
+
+| `autoreset_mode=` | the step that ends an episode | the next step |
+| --- | --- | --- |
+| `"next_step"` (default) | returns its last observation | ignores that environment's action and returns the next \
+episode's first observation: reward 0, duration 0, discount 1 |
+| `"same_step"` | returns the next episode's first observation and info; the last ones are in `final_obs` and \
+`final_info` | is the next episode's first |
+| `"disabled"` | returns its last observation | raises, until `reset(options={{"reset_mask": mask}})`, bool of shape \
+(N,), has reset it |
+
+`"next_step"` is gymnasium's default and what RLlib and its wrappers expect. It costs one step an episode that is no
+transition: leave it out of what you learn from, as `gymnasium.wrappers.vector` and RLlib do. A loop written for
+`"same_step"` (CleanRL, TorchRL) must say so; in it `info` of a step that ends an episode is the next episode's, and its
+own duration and discount are in `final_info`. The mode is in `metadata["autoreset_mode"]` and an attribute.
+`reset_mask` is obeyed in every mode; `max_episode_steps`, `call`, `get_attr`, `set_attr` and `render` are gymnasium's.
+
+**Stable-Baselines3.** `llmsched_gym.env.sb3.LLMSchedVecEnv(N)` is the same in mode `"same_step"`, with the last step's
+info where an episode ends, `terminal_observation`, `TimeLimit.truncated` and `episode`, and with `action_masks` for
+sb3-contrib. `agents.rollout.EpisodeMetrics` is a callback that logs the figures of episodes to TensorBoard.
 
 ## Three worked steps
 

@@ -21,12 +21,22 @@ from llmsched_gym.engine.records import WAITING
 from llmsched_gym.engine.run import advance, noise_due
 from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import clear_batch, has_work, is_over
-from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, REWARD, TERMINATED, TRUNCATED, unpack_arrays
+from llmsched_gym.env.arrays import (
+    DISCOUNT,
+    DURATION_S,
+    FIRST_TERM,
+    PAUSED,
+    REWARD,
+    TERMINATED,
+    TRUNCATED,
+    unpack_arrays,
+)
 from llmsched_gym.env.features import observe_features
-from llmsched_gym.env.knobs import set_knobs
+from llmsched_gym.env.knobs import clip, has_these_values, set_knobs
 from llmsched_gym.env.reward import pay_resolved
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible, observe_slots, slot_request
 
+REFUSED = -1  # what a step returns when an action is outside its space; nothing has changed
 FEW_ENVS = 128  # their records stay in the processor's own cache
 
 
@@ -70,10 +80,18 @@ def fetch(lane):
     return total
 
 
+# A step looks at all actions before it takes the first, so that one outside the space changes nothing.
+
+
 @kernel()
 def _step_knobs(s, a):
+    for env in range(s.sims.shape[0]):
+        if a.outcomes[env, PAUSED] == 0.0 and not has_these_values(a.knob_actions[env]):
+            return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
+        if a.outcomes[env, PAUSED] != 0.0:
+            continue
         lane = lane_of(s, env)
         world = s.worlds[env]
         if s.sims.shape[0] > FEW_ENVS:
@@ -91,7 +109,7 @@ def _step_knobs(s, a):
 
 @entry()
 def step_knobs(s, a):
-    """One decision of every environment by knobs; returns how many used up a block of noise."""
+    """One decision of every environment by knobs; returns how many used up a block of noise, or REFUSED."""
     return _step_knobs(unpack(s), unpack_arrays(a))
 
 
@@ -165,9 +183,23 @@ def decide_by_score(lane, scores, rule):
 
 
 @kernel()
+def _are_scores(scores):
+    """Whether every score is within -1 and 1; nan is not."""
+    legal = True
+    for slot in range(scores.shape[0]):
+        legal &= -1.0 <= scores[slot] <= 1.0
+    return legal
+
+
+@kernel()
 def _step_priority(s, a):
+    for env in range(s.sims.shape[0]):
+        if a.outcomes[env, PAUSED] == 0.0 and not _are_scores(a.scores[env]):
+            return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
+        if a.outcomes[env, PAUSED] != 0.0:
+            continue
         lane = lane_of(s, env)
         world = s.worlds[env]
         start_s = lane.sim.clock_s
@@ -183,7 +215,7 @@ def _step_priority(s, a):
 
 @entry()
 def step_priority(s, a):
-    """One decision of every environment by one score per slot; returns how many used up a block of noise."""
+    """One decision of every environment by one score per slot; returns what :func:`step_knobs` does."""
     return _step_priority(unpack(s), unpack_arrays(a))
 
 
@@ -194,7 +226,7 @@ def decide_by_request(lane, slot):
     A slot that cannot be added closes the batch: the mask of legal actions says so beforehand.
     """
     tile = max(1, int(lane.coef_s[2]))
-    if slot < num_visible(lane) and add_slot(lane, slot, tile):
+    if 0 <= slot < num_visible(lane) and add_slot(lane, slot, tile):
         return False
     add_hidden_decodes(lane)
     return True
@@ -210,8 +242,13 @@ def reopen(lane, rule):
 
 @kernel()
 def _step_request(s, a):
+    for env in range(s.sims.shape[0]):
+        if a.outcomes[env, PAUSED] == 0.0 and not 0 <= a.slots[env] <= NUM_SLOTS:
+            return REFUSED
     due = 0
     for env in range(s.sims.shape[0]):
+        if a.outcomes[env, PAUSED] != 0.0:
+            continue
         lane = lane_of(s, env)
         start_s = lane.sim.clock_s
         if decide_by_request(lane, a.slots[env]):
@@ -226,7 +263,7 @@ def _step_request(s, a):
 def step_request(s, a):
     """One decision of every environment: add the request of a slot, or close the batch (NUM_SLOTS).
 
-    Returns how many used up a block of noise.
+    Returns what :func:`step_knobs` does.
     """
     return _step_request(unpack(s), unpack_arrays(a))
 
@@ -268,7 +305,7 @@ def observe_env(s, a, env):
 def observe_slots_of(s, a, first, stop):
     """The requests' rows of environments first, ..., stop - 1; compiled only where they are asked for."""
     for env in range(first, stop):
-        observe_slots(lane_of(s, env), a.rows[env], a.masks[env])
+        observe_slots(lane_of(s, env), a.rows[env], a.in_use[env])
 
 
 @entry()
@@ -284,6 +321,7 @@ def settle(s, a, env, start_s):
 @kernel()
 def _run_knobs(s, a, env, max_steps, max_idle_steps):
     lane, world = lane_of(s, env), s.worlds[env]
+    clip(a.knob_actions[env])
     for i in range(max_steps):
         if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
             return i
@@ -325,6 +363,7 @@ def run_priority(s, a, env, max_steps, max_idle_steps):
 
 @entry()
 def decide_knobs(s, a, env):
+    clip(a.knob_actions[env])
     decide_by_knobs(lane_of(s, env), a.knob_actions[env], a.values)
 
 

@@ -65,6 +65,7 @@ KNOBS = (
     Knob("refuse", (0, 1), "refuse waiting prompts that can no longer make their TTFT SLO"),
 )
 TOKEN_BUDGET, CAP, OFFSET, MARGIN, ORDER, HOLD, LIMIT, REFUSE = range(len(KNOBS))
+_COUNTS = np.array([len(k.values) for k in KNOBS])
 
 
 def knobs_for(config: EnvConfig) -> tuple[Knob, ...]:
@@ -76,6 +77,22 @@ def knob_values() -> np.ndarray:
     """All values as one table, float64 of shape (num_knobs, most values); rows are padded with their first value."""
     width = max(len(k.values) for k in KNOBS)
     return np.array([[*k.values, *[k.values[0]] * (width - len(k.values))] for k in KNOBS], np.float64)
+
+
+@kernel()
+def has_these_values(action):
+    """Whether every entry of a knobs action is the index of a value."""
+    legal = True
+    for k in range(action.shape[0]):
+        legal &= 0 <= action[k] < _COUNTS[k]
+    return legal
+
+
+@kernel()
+def clip(action):
+    """Replace each index outside its range by the nearest inside: for entries that nobody else has checked."""
+    for k in range(action.shape[0]):
+        action[k] = max(0, min(action[k], _COUNTS[k] - 1))
 
 
 @kernel()

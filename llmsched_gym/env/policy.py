@@ -12,6 +12,7 @@ import numpy as np
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
+from llmsched_gym.env.actions import as_array, check_range
 from llmsched_gym.env.arrays import make_arrays
 from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, REFUSE, knobs_action
 from llmsched_gym.env.slots import NUM_SLOTS
@@ -140,7 +141,7 @@ class PolicyScheduler:
 
     Args:
         policy: called with one observation (not batched), and for request actions also the mask of legal actions;
-            returns one action. With a method ``reset()`` it is told of each new run.
+            returns one action, checked as the environment checks it. With a method ``reset()`` it is told of each run.
         config: the environment's configuration: action, observation, action_repeat and token budget are used.
         decision_s: seconds that one decision costs on the clock.
     """
@@ -196,7 +197,7 @@ class PolicyScheduler:
             closed = False
             for _ in range(NUM_SLOTS + 1):
                 kernels.mask_requests(handle, self._legal)
-                self._arrays.slots[0] = int(self.policy(self._observe(engine), self._legal[0].copy()))
+                self._put(self._arrays.slots, self.policy(self._observe(engine), self._legal[0].copy()))
                 closed = bool(kernels.decide_request(handle, self._handle, env))
                 if closed:
                     break
@@ -226,10 +227,14 @@ class PolicyScheduler:
     def _act(self, engine: Engine) -> None:
         """Put the action into the arrays: a new one if the last has been held for its number of batches."""
         if self._left == 0:
-            self._action = np.asarray(self.policy(self._observe(engine)))
+            self._action = self.policy(self._observe(engine))
             self._left = self.config.action_repeat
-        held = self._arrays.knob_actions if self.config.action == "knobs" else self._arrays.scores
-        held[0] = self._action
+        self._put(self._arrays.knob_actions if self.config.action == "knobs" else self._arrays.scores, self._action)
+
+    def _put(self, actions: np.ndarray, given: Any) -> None:
+        """Check an action as the environment does, and put it where the kernels look for it."""
+        actions[0] = as_array(self.config.action, given, actions.shape[1:])
+        check_range(self.config, actions, given)
 
     def _observe(self, engine: Engine) -> Any:
         if hasattr(self.config.observation, "observe"):
@@ -240,4 +245,8 @@ class PolicyScheduler:
         arrays = self._arrays
         if self.config.observation == "features":
             return arrays.features[0].copy()
-        return {"slots": arrays.rows[0].copy(), "mask": arrays.masks[0].copy(), "features": arrays.features[0].copy()}
+        return {
+            "slots": arrays.rows[0].copy(),
+            "in_use": arrays.in_use[0].copy(),
+            "features": arrays.features[0].copy(),
+        }

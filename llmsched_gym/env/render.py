@@ -97,15 +97,15 @@ def _counts(shot: Snapshot) -> list[tuple[str, int]]:
 class Viewer:
     """Draws one environment and remembers what its history strips and its places need."""
 
-    def __init__(self, core: EnvCore, caption: str | None = None) -> None:
-        self.core = core
+    def __init__(self, core: EnvCore, caption: str | None = None, env: int = 0) -> None:
+        self.core, self.env = core, env
         self.caption = f"LLMSched, suite {core.config.suite}" if caption is None else caption
         self._live: Any = None
         self._drawn_s = 0.0  # wall time of the last frame in a terminal
         self._forget()
 
     def _forget(self) -> None:
-        self._table = self.core.tables[0]
+        self._table = self.core.tables[self.env]
         self._runs: deque[Run] = deque(maxlen=4096)
         self._attainment: deque[tuple[float, float]] = deque(maxlen=4096)
         self._places: dict[int, int] = {}  # of decodes in the picture: a bar stays where it is while its request runs
@@ -124,8 +124,8 @@ class Viewer:
 
     def _look(self) -> Snapshot:
         """Take a snapshot and add it to the history."""
-        shot = snapshot(self.core)
-        if self.core.tables[0] is not self._table or shot.clock_s < self._seen[1]:
+        shot = snapshot(self.core, self.env)
+        if self.core.tables[self.env] is not self._table or shot.clock_s < self._seen[1]:
             self._forget()
         batches, clock_s = self._seen
         if shot.num_batches > batches:

@@ -10,23 +10,28 @@ import numpy as np
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
+from llmsched_gym.config import ConfigError
+from llmsched_gym.env.single import EPISODE_INFOS
 from llmsched_gym.env.vector import LLMSchedVectorEnv
 
 
 class LLMSchedVecEnv(VecEnv):
     """`num_envs` native environments for SB3 and sb3-contrib, action masks included.
 
-    ``infos[i]`` carries ``duration_s`` and ``discount`` of the step; at an episode's end also ``terminal_observation``,
-    ``TimeLimit.truncated`` and ``episode`` (return ``r``, length ``l`` in steps, wall time ``t`` in seconds), so no
-    Monitor is needed. Truncated episodes are to be bootstrapped, which SB3 does by ``TimeLimit.truncated``.
+    ``infos[i]`` is the `info` of the single environment for the step, its last one at an episode's end, when it also
+    carries ``terminal_observation``, ``TimeLimit.truncated`` and ``episode`` (return ``r``, length ``l`` in steps, wall
+    time ``t`` in seconds, and the figures of ``episode_metrics=True``), so no Monitor is needed. Truncated episodes are
+    to be bootstrapped, which SB3 does by ``TimeLimit.truncated``.
 
     Args:
         num_envs: environments side by side.
-        suite, fields: as of :class:`~llmsched_gym.env.single.LLMSchedEnv`.
+        suite, render_mode, fields: as of :class:`~llmsched_gym.env.vector.LLMSchedVectorEnv`.
     """
 
-    def __init__(self, num_envs: int = 64, suite: str = "default", **fields: Any) -> None:
-        self.env = LLMSchedVectorEnv(num_envs, suite, **fields)
+    def __init__(
+        self, num_envs: int = 64, suite: str = "default", render_mode: str | None = None, **fields: Any
+    ) -> None:
+        self.env = LLMSchedVectorEnv(num_envs, suite, render_mode, "same_step", **fields)
         self._has_masks = self.env.config.action != "priority"
         self._returns = np.zeros(num_envs)
         self._lengths = np.zeros(num_envs, np.int64)
@@ -35,14 +40,20 @@ class LLMSchedVecEnv(VecEnv):
         super().__init__(num_envs, self.env.single_observation_space, self.env.single_action_space)
 
     def reset(self) -> Any:
+        """Start all episodes, with the seeds and options given before."""
         seeds = self._seeds if any(seed is not None for seed in self._seeds) else None
-        observations, _ = self.env.reset(seed=seeds)
+        observations, info = self.env.reset(seed=seeds, options=self._common_options())
         self._returns[:] = 0.0
         self._lengths[:] = 0
-        self.reset_infos = [{} for _ in range(self.num_envs)]
+        self.reset_infos = _rows(info)
         self._reset_seeds()
         self._reset_options()
         return observations
+
+    def _common_options(self) -> dict[str, Any]:
+        if any(options != self._options[0] for options in self._options):
+            raise ConfigError("options: expected the same for all environments")
+        return self._options[0]
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -51,17 +62,18 @@ class LLMSchedVecEnv(VecEnv):
         observations, rewards, terminated, truncated, info = self.env.step(self._actions)
         self._returns += rewards
         self._lengths += 1
-        pairs = zip(info["duration_s"].tolist(), info["discount"].tolist(), strict=True)
-        infos: list[dict[str, Any]] = [{"duration_s": s, "discount": d} for s, d in pairs]
+        infos = _rows(info)
         done = terminated | truncated
         for env in np.flatnonzero(done).tolist():
-            infos[env] |= {
+            last = {name: values[env] for name, values in info["final_info"].items() if name[0] != "_"}
+            infos[env] = last | {
                 "terminal_observation": info["final_obs"][env],
                 "TimeLimit.truncated": bool(truncated[env] and not terminated[env]),
                 "episode": {
                     "r": float(self._returns[env]),
                     "l": int(self._lengths[env]),
                     "t": round(time.time() - self._start, 6),
+                    **{name: float(value) for name, value in last.items() if name in EPISODE_INFOS},
                 },
             }
             self._returns[env] = 0.0
@@ -76,28 +88,33 @@ class LLMSchedVecEnv(VecEnv):
         self.env.close()
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        """Call a method for each environment; only ``action_masks`` differs between them."""
+        """Call a method of each environment; masks are made for all of them at once."""
         rows = self._get_indices(indices)
         if method_name == "action_masks":
             masks = self.action_masks()
             return [masks[i] for i in rows]
-        result = getattr(self.env, method_name)(*args, **kwargs)
-        return [result for _ in rows]
+        return [getattr(self.env.envs[i], method_name)(*args, **kwargs) for i in rows]
 
     def has_attr(self, attr_name: str) -> bool:
         if attr_name == "action_masks":
             return self._has_masks
-        return hasattr(self.env, attr_name)
+        return hasattr(self.env.envs[0], attr_name)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        value = None if attr_name == "render_mode" else getattr(self.env, attr_name)
-        return [value for _ in self._get_indices(indices)]
+        return [getattr(self.env.envs[i], attr_name) for i in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         raise AttributeError(f"{attr_name}: settings of an environment do not change after it is made")
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        return [wrapper_class is Monitor for _ in self._get_indices(indices)]  # it reports episodes itself
+        """Whether the environments do what a wrapper does: Monitor's is done here, episodes are reported."""
+        return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        return [None] * self.num_envs
+        return self.env.render() if self.render_mode == "rgb_array" else [None] * self.num_envs
+
+
+def _rows(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """The infos of a vector environment, one dict an environment."""
+    columns = {name: values for name, values in info.items() if name[0] != "_" and not name.startswith("final_")}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

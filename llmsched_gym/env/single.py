@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from itertools import repeat
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from llmsched_gym.config import ConfigError, env_config
-from llmsched_gym.env.core import EnvCore
+from llmsched_gym.config import ConfigError, EnvConfig, env_config
+from llmsched_gym.env.arrays import DURATION_S, PAUSED
+from llmsched_gym.env.core import INFOS, EnvCore
+from llmsched_gym.env.episode import METRICS
 from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.reward import TERMS
 from llmsched_gym.env.spec import JsonSpec
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import check_seed
 
 RENDER_MODES = ("ansi", "rgb_array", "human")
+RESET_OPTIONS = ("qps",)
+EPISODE_INFOS = tuple(f"episode_{name}" for name in METRICS)
+NO_EPISODE = "step: the episode has ended or never begun, call reset()"
+
+
+def check_options(options: Any, known: tuple[str, ...] = RESET_OPTIONS) -> dict[str, Any]:
+    """The options of a reset; an unknown one raises :class:`ConfigError`."""
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"options: expected a dict, got {type(options).__name__}")
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"options: expected {' or '.join(known)}, got {name!r}")
+    return options
 
 
 class LLMSchedEnv(JsonSpec, gym.Env):
@@ -46,14 +64,19 @@ class LLMSchedEnv(JsonSpec, gym.Env):
     ``credit="finish"`` pays each U_i at the end of its request. Or a callable on a
     :class:`~llmsched_gym.env.reward.Transition`.
 
+    **Info.** The same keys at every reset and step, all NumPy scalars: see the table. ``episode_metrics=True`` adds the
+    episode's figures, nan until its end. ``episode_metrics()`` has them at any time, ``reward_terms()`` the reward's.
+
     **Time.** Steps last different times: ``info["duration_s"]`` and ``info["discount"] = exp(-duration / tau_s)``. An
     empty batch moves the clock to the next arrival, or by ``idle_step_s`` while work is pending.
 
     **Start.** ``reset(seed=s)`` draws the requests that ``llmsched evaluate`` draws for seed s; without a seed the
-    next seed comes from ``np_random``. Continuing episodes begin with a random backlog.
+    next seed comes from ``np_random``. Continuing episodes begin with a random backlog. ``options={"qps": rate}`` fixes
+    the mean arrival rate of the episode that begins, as a curriculum needs it; it is the only option.
 
     **End.** Continuing episodes (the default) are truncated at ``horizon_s``. With ``num_requests`` the episode
     terminates when all measured requests are resolved, and is truncated ``drain_s`` after the last one's arrival.
+    A step beyond the end raises ``gymnasium.error.ResetNeeded``.
 
     Args:
         suite: scenario to start from: default, paper, drift, burst, tenants.
@@ -66,14 +89,25 @@ class LLMSchedEnv(JsonSpec, gym.Env):
     def __init__(self, suite: str = "default", render_mode: str | None = None, **fields: Any) -> None:
         if render_mode is not None and render_mode not in RENDER_MODES:
             raise ConfigError(f"render_mode: expected one of {', '.join(RENDER_MODES)}, got {render_mode!r}")
-        self.config = env_config(suite, **fields)
-        self.render_mode = render_mode
-        self.core = EnvCore(self.config, 1)
-        self.action_space = self.core.action_space
-        self.observation_space = self.core.observation_space
+        self._stand_on(EnvCore(env_config(suite, **fields)), 0, render_mode)
+
+    def _stand_on(self, core: EnvCore, index: int, render_mode: str | None) -> None:
+        """Be environment `index` of `core`."""
+        self.core, self._index, self.render_mode = core, index, render_mode
+        self.action_space, self.observation_space = core.action_space, core.observation_space
+        outcome = core.arrays.outcomes[index]
+        self._verdict, self._told = outcome[:PAUSED], outcome[DURATION_S:]
+        self._episode = np.int64(0), np.float64(math.nan)  # seed and rate
+        self._has_metrics = core.config.episode_metrics
+        self._is_over = True  # until reset
         self._viewer: Any = None
         self._scheduler: Any = None  # whose settings the engine holds
         self._next_scheduler: Any = None  # who forms the next step's batches, see decide_by
+
+    @property
+    def config(self) -> EnvConfig:
+        """The settings, which do not change after the environment is made."""
+        return self.core.config
 
     @property
     def feature_names(self) -> list[str]:
@@ -81,30 +115,30 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         return [feature.name for feature in FEATURES]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        seed = None if seed is None else check_seed(seed)
-        super().reset(seed=seed)
-        episode = int(self.np_random.integers(2**62)) if seed is None else seed
-        self.core.reset(0, episode)
-        self._scheduler = self._next_scheduler = None
+        self.restart(None if seed is None else check_seed(seed), **check_options(options))
         if self.render_mode == "human":
             self.render()
-        return self.core.observation(0), {"seed": episode, "qps": self._qps()}
+        return self.core.observation(self._index), self._info(ended=False)
 
-    def _qps(self) -> float:
-        """The true rate, for logs: an agent is not to use it."""
-        table = self.core.tables[0]
-        return float(table.qps) if table is not None else float("nan")
+    def restart(self, seed: int | None, qps: float | None = None) -> None:
+        """What :meth:`reset` does to the state."""
+        super().reset(seed=seed)
+        episode = int(self.np_random.integers(2**62)) if seed is None else seed
+        self.core.reset(self._index, episode, qps)
+        self._episode = self.core.seeds[self._index], self.core.qps[self._index]
+        self._scheduler = self._next_scheduler = None
+        self._is_over = False
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        core = self.core
+        if self._is_over:
+            raise gym.error.ResetNeeded(NO_EPISODE)
         scheduler = self._next_scheduler or getattr(action, "scheduler", None)
         if scheduler is not None:
             self._next_scheduler = None
             return self.step_scheduler(scheduler)
         if self._scheduler is not None:
             self._install(None)
-        core.actions[0] = action
-        core.step()
+        self.core.act(action)
         return self._outcome()
 
     def decide_by(self, scheduler: Any) -> None:
@@ -112,12 +146,13 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         self._next_scheduler = scheduler
 
     def _install(self, scheduler: Any) -> None:
-        table = self.core.tables[0]
-        install(scheduler, self.core.engine.state, 0, table.seed if table is not None else 0)
+        install(scheduler, self.core.engine.state, 0, int(self.core.seeds[0]))
         self._scheduler = scheduler
 
     def step_scheduler(self, scheduler: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step whose batches, `action_repeat` of them, are formed by a scheduler instead of an action."""
+        if self._is_over:
+            raise gym.error.ResetNeeded(NO_EPISODE)
         core = self.core
         if scheduler is not self._scheduler:
             self._install(scheduler)
@@ -132,15 +167,31 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         return self._outcome()
 
     def _outcome(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        reward, duration_s, discount, terminated, truncated, *terms = self.core.arrays.outcomes[0].tolist()
-        info = {"duration_s": duration_s, "discount": discount, "reward_terms": dict(zip(TERMS, terms, strict=True))}
+        reward, terminated, truncated = self._verdict.tolist()
+        self._is_over = over = terminated + truncated > 0.0
         if self.render_mode == "human":
             self.render()
-        return self.core.observation(0), reward, terminated != 0.0, truncated != 0.0, info
+        return self.core.observation(0), reward, terminated > 0.0, truncated > 0.0, self._info(over)
+
+    def _info(self, ended: bool) -> dict[str, Any]:
+        info = dict(zip(INFOS, self._told))  # noqa: B905  as long as each other; checking takes time
+        info["seed"], info["qps"] = self._episode
+        if self._has_metrics:
+            figures = self.core.metrics(self._index).values() if ended else repeat(math.nan)
+            info |= zip(EPISODE_INFOS, map(np.float64, figures), strict=False)
+        return info
+
+    def reward_terms(self) -> dict[str, float]:
+        """Parts of the last step's reward, before ``reward_scale``: on_time, expired, lateness, refused."""
+        return self.core.terms(self._index)
+
+    def episode_metrics(self) -> dict[str, float]:
+        """The episode's figures so far, by the names of :data:`~llmsched_gym.env.episode.METRICS`."""
+        return self.core.metrics(self._index)
 
     def action_masks(self) -> np.ndarray:
         """Legal actions, bool: shape (65,) for request actions, (sum of choices,) for knobs."""
-        return self.core.action_masks()[0]
+        return self.core.action_masks()[self._index]
 
     def render(self) -> Any:
         if self.render_mode is None:
@@ -149,7 +200,7 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         if self._viewer is None:
             from llmsched_gym.env.render import Viewer
 
-            self._viewer = Viewer(self.core)
+            self._viewer = Viewer(self.core, env=self._index)
         return self._viewer.render(self.render_mode)
 
     def close(self) -> None:

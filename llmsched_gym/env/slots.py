@@ -48,13 +48,13 @@ def slot_request(lane, slot):
 
 
 @kernel()
-def observe_slots(lane, rows, mask):
-    """Fill ``rows`` (NUM_SLOTS, NUM_SLOT_FEATURES) float32 and ``mask`` (NUM_SLOTS,) int8."""
+def observe_slots(lane, rows, in_use):
+    """Fill ``rows`` (NUM_SLOTS, NUM_SLOT_FEATURES) float32 and ``in_use`` (NUM_SLOTS,) int8."""
     sim = lane.sim
     visible = num_visible(lane)
     rows[visible:] = 0.0
-    mask[:visible] = 1
-    mask[visible:] = 0
+    in_use[:visible] = 1
+    in_use[visible:] = 0
     for slot in range(visible):
         r = slot_request(lane, slot)
         request = lane.requests[r]

@@ -175,7 +175,7 @@ def make_policy(spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Callable[..
     rows = Rows(spec.architecture, tensors, len(slot_columns), len(columns), outputs, per_row=action != "knobs")
 
     def network(observation: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        used = int(observation["mask"].sum())  # rows in use come first
+        used = int(observation["in_use"].sum())  # rows in use come first
         return rows(observation["slots"][:used, slot_columns], observation["features"][columns])
 
     if action == "knobs":

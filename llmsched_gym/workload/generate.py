@@ -154,7 +154,7 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
 
 
 def check_seed(seed: int) -> int:
-    """The seed as Python's int; raises :class:`ConfigError` for anything but a whole number >= 0."""
-    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or cast(int, seed) < 0:
-        raise ConfigError(f"seed: expected a whole number >= 0, got {seed!r}")
+    """The seed as Python's int; raises :class:`ConfigError` for anything but a whole number that records can hold."""
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= cast(int, seed) < 2**63:
+        raise ConfigError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
     return int(seed)
