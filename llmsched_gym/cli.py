@@ -47,7 +47,7 @@ Jitter = Annotated[float | None, typer.Option(help="Sigma of the log-normal fact
 Patience = Annotated[float | None, typer.Option(help="Lateness at which a client leaves, seconds; inf: never.")]
 CostScale = Annotated[float | None, typer.Option(help="Hidden factor on batch times.")]
 LengthHint = Annotated[str | None, typer.Option(help="Output length told to policies: none, noisy:SIGMA, oracle.")]
-TbtRule = Annotated[str | None, typer.Option(help="every-gap, fraction:X or deadline.")]
+TbtRule = Annotated[str | None, typer.Option(help="every-gap, fraction:X, deadline or mean.")]
 BackendName = Annotated[
     str | None, typer.Option("--backend", help="What executes batches: simulated, or transformers for a real model.")
 ]

@@ -19,7 +19,7 @@ SLO_CLASSES = ("strict", "relaxed")
 ARRIVALS = ("poisson", "gamma", "mmpp", "switching", "replay")
 ADMISSIONS = ("prompt", "chunk")
 BACKENDS = ("simulated", "transformers")
-TBT_RULES = ("every-gap", "deadline")  # and "fraction:X"
+TBT_RULES = ("every-gap", "deadline", "mean")  # and "fraction:X"
 
 
 MEASURED = {"jitter": 0.0, "straggler_share": 0.0, "cost_scale": 1.0}
@@ -100,7 +100,7 @@ class Scenario:
     ttft_slo_per_token_s: float = 0.0005  # added per prompt token
     ttft_class_scales: tuple[float, ...] = (1.0,)  # each request's TTFT SLO is scaled by one of these, uniformly
     patience_s: float = 60.0  # lateness at which a client leaves
-    tbt_rule: str = "every-gap"  # every-gap, fraction:X, deadline
+    tbt_rule: str = "every-gap"  # every-gap, fraction:X, deadline, mean
     # machine
     cost_scale: float | tuple[float, float] = 1.0  # hidden factor on every batch time; a range is drawn from
     jitter: float = 0.05  # sigma of the log-normal factor on batch times

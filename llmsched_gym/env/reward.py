@@ -20,7 +20,7 @@ from llmsched_gym.engine.lifecycle import open_lateness_s
 from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, record_dtype
 from llmsched_gym.engine.view import View
 
-EVERY_GAP, FRACTION, DEADLINE = range(3)
+EVERY_GAP, FRACTION, DEADLINE, MEAN = range(4)
 TERMS = ("on_time", "expired", "lateness", "refused")
 ON_TIME, EXPIRED, LATENESS, REFUSAL = range(len(TERMS))
 
@@ -45,9 +45,9 @@ def rules_of(config: EnvConfig) -> np.ndarray:
     row.beta, row.scale, row.tau_s = config.beta, config.reward_scale, config.tau_s
     row.at_finish = config.credit == "finish"
     row.action_repeat, row.token_budget = config.action_repeat, config.token_budget
-    row.tbt_rule = EVERY_GAP if config.tbt_rule == "every-gap" else DEADLINE
-    if config.tbt_rule.startswith("fraction"):
-        row.tbt_rule = FRACTION
+    rule = config.tbt_rule.partition(":")[0]
+    row.tbt_rule = {"every-gap": EVERY_GAP, "fraction": FRACTION, "deadline": DEADLINE, "mean": MEAN}[rule]
+    if row.tbt_rule == FRACTION:
         row.late_share = 1.0 - float(config.tbt_rule.split(":")[1])
     return rules
 
@@ -66,6 +66,9 @@ def attains(request, rules, now_s):
     if rules.tbt_rule == EVERY_GAP:
         return 1.0 if late == 0 else 0.0
     gaps = request.num_output_tokens - 1 + overdue
+    if rules.tbt_rule == MEAN:
+        lasted_s = (now_s if overdue else request.last_token_s) - request.first_token_s
+        return 1.0 if lasted_s <= gaps * request.tbt_slo_s * (1.0 + 1e-12) else 0.0
     return 1.0 if late <= rules.late_share * gaps + 1e-9 else 0.0
 
 

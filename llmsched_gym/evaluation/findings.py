@@ -252,7 +252,8 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
         share = 100 * rows["num_rejected"].sum() / rows["num_requests"].sum()
         found.append(f"{number(share)} % of requests could never fit, were rejected on arrival and count as misses.")
     found.append(
-        "KV peak: the largest share of KV blocks in use in a run. Goodput: requests within all SLOs per second."
+        "KV peak: the largest share of KV blocks in use in a run. Goodput: requests within all SLOs per second of the "
+        "time in which they arrived; vLLM's benchmark divides by the time until its last request is done."
     )
     return found
 

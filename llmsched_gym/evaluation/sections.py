@@ -72,8 +72,8 @@ def _against_load(results: Results) -> Section:
         text = f"Gaps between tokens of {name} users, preemptions included. Dashed: their TBT SLO."
         exhibits.append(Exhibit(f"itl-p99-{name}", partial(plots.plot_itl, rows, name, tbt_s), text))
     exhibits += [
-        Exhibit("goodput", goodput, "Requests within all SLOs, per second of run."),
-        Exhibit("throughput", throughput, "All tokens sent, in time or not."),
+        Exhibit("goodput", goodput, "Requests within all SLOs, per second of the time in which they arrived."),
+        Exhibit("throughput", throughput, "All tokens sent while the measured requests arrived, in time or not."),
     ]
     if "mean_utility" in rows and not np.allclose(rows["mean_utility"], rows["slo_attainment"], atol=5e-4):
         text = "1 for a request within all SLOs, less up to one half for its late seconds."

@@ -70,7 +70,8 @@ METRICS = (
     Metric("refused_share", "Not served", "refused", "%", -1, 100, 1),
     Metric("abandoned_share", "Not served", "abandoned", "%", -1, 100, 1),
     Metric("unfinished_share", "Not served", "unfinished", "%", -1, 100, 1),
-    Metric("request_goodput", "Goodput", "", "req/s", 1, 1, 3),
+    Metric("request_goodput", "Goodput", "while arriving", "req/s", 1, 1, 3),
+    Metric("vllm_request_goodput", "Goodput", "vLLM's", "req/s", 1, 1, 3),
     Metric("kv_cache_usage_max", "Engine", "KV peak", "%", 0, 100, 1),
     Metric("num_preemptions", "Engine", "preemptions", "1/run", 0, 1, 1),
 )
