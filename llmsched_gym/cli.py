@@ -38,7 +38,13 @@ SuiteName = Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")]
 Profile = Annotated[str | None, typer.Option(help="Cost profile: a name or a JSON file.")]
 Workload = Annotated[str | None, typer.Option(help="Fitted workload: a name or a JSON file.")]
 TraceFile = Annotated[str | None, typer.Option(help="Trace file that replaces the workload.")]
-TraceArrivals = Annotated[str | None, typer.Option(help="With a trace: keep its times, or poisson, gamma.")]
+TraceArrivals = Annotated[
+    str | None,
+    typer.Option(
+        help="With a trace: keep its times (the default where it has some), or poisson, gamma, mmpp, switching."
+    ),
+]
+TraceInvalid = Annotated[str | None, typer.Option(help="Rows of a trace that break a rule: raise, or drop.")]
 NumRequests = Annotated[int | None, typer.Option(help="Measured requests of a run (2000).")]
 Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
 FirstSeed = Annotated[int, typer.Option(help="The first seed.")]
@@ -144,6 +150,7 @@ def evaluate(
     workload: Workload = None,
     trace: TraceFile = None,
     trace_arrivals: TraceArrivals = None,
+    trace_invalid: TraceInvalid = None,
     qps: Annotated[str | None, typer.Option(help="Arrival rates, 1/s, separated by commas; else the suite's.")] = None,
     num_requests: NumRequests = None,
     seeds: Seeds = 20,
@@ -187,7 +194,8 @@ def evaluate(
     if as_json:
         terminal.print_rows(rows)
     else:
-        terminal.print_table(terminal.comparison(rows))
+        for table in terminal.comparison(rows):
+            terminal.print_table(table)
     if chosen != named:
         note = f"{chosen[-1]} ran too: a bound that knows every output length (--no-bound leaves it out)"
         print(f"llmsched: {note}", file=sys.stderr)
@@ -204,6 +212,7 @@ def capacity(
     workload: Workload = None,
     trace: TraceFile = None,
     trace_arrivals: TraceArrivals = None,
+    trace_invalid: TraceInvalid = None,
     qps: Annotated[str, typer.Option(help="Lowest and highest rate searched, 1/s.")] = "0.1,16",
     num_requests: NumRequests = None,
     seeds: Seeds = 20,
@@ -375,10 +384,13 @@ def _scenario(options: dict[str, Any]) -> Scenario:
     """The suite's scenario with the fields that were given."""
     if options["trace"] is not None and options["workload"] is not None:
         raise ConfigError("workload: expected one of --workload and --trace, got both")
-    if options["trace"] is None and options["trace_arrivals"] is not None:
-        raise ConfigError("trace_arrivals: needs --trace")
-    names = "profile workload trace trace_arrivals num_requests strict_share jitter cost_scale length_hint tbt_rule"
-    names += " backend model"
+    for name in ("trace_arrivals", "trace_invalid"):
+        if options["trace"] is None and options[name] is not None:
+            raise ConfigError(f"{name}: needs --trace")
+    names = (
+        "profile workload trace trace_arrivals trace_invalid num_requests strict_share jitter cost_scale length_hint"
+    )
+    names += " tbt_rule backend model"
     fields = {name: options[name] for name in names.split() if options.get(name) is not None}
     if options["patience"] is not None:
         fields["patience_s"] = options["patience"]

@@ -10,13 +10,14 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 BLOCK_SIZE = 16
 """Tokens in one KV block (vLLM's default)."""
 
 SLO_CLASSES = ("strict", "relaxed")
 ARRIVALS = ("poisson", "gamma", "mmpp", "switching", "replay")
+TRACE_ARRIVALS = ("keep", "poisson", "gamma", "mmpp", "switching")
 ADMISSIONS = ("prompt", "chunk")
 BACKENDS = ("simulated", "transformers")
 TBT_RULES = ("every-gap", "deadline", "mean")  # and "fraction:X"
@@ -86,7 +87,10 @@ class Scenario:
     # workload
     workload: str = "sharegpt"  # fitted length distribution (see `llmsched workloads`)
     trace: str | None = None  # trace file; replaces `workload`
-    trace_arrivals: str | None = None  # with a trace: keep its times, or poisson / gamma; None: as `arrivals` says
+    trace_arrivals: str | None = (
+        None  # with a trace: keep its times, or a process; None: keep, `arrivals` without times
+    )
+    trace_invalid: Literal["raise", "drop"] = "raise"  # rows of a trace that break a rule: an error, or left out
     arrivals: str = "poisson"  # poisson, gamma, mmpp, switching
     burstiness: float = 1.0  # gamma shape of the gaps; below 1 is burstier than Poisson
     qps: float | None = None  # mean arrival rate, 1/s; None: drawn from qps_range
@@ -195,7 +199,8 @@ class Scenario:
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name}: expected a name or a file, got {getattr(self, name)!r}")
         if self.trace_arrivals is not None:
-            self._check_choice("trace_arrivals", ("keep", "poisson", "gamma"))
+            self._check_choice("trace_arrivals", TRACE_ARRIVALS)
+        self._check_choice("trace_invalid", ("raise", "drop"))
         self._check_choice("arrivals", ARRIVALS)
         self._check_choice("admission", ADMISSIONS)
         self._check_choice("tbt_rule", TBT_RULES, "fraction", 1.0)

@@ -347,8 +347,49 @@ def test_intervals_cover_the_mean_about_as_often_as_they_say():
 
 
 def test_a_sample_with_one_odd_seed_has_an_interval():
-    low, high = intervals.interval([0.0] * 19 + [1.0])
+    low, high = intervals.interval([0.0] * 19 + [1.0], within=(0.0, 1.0))
     assert low == 0.0 and 0.05 < high < 0.5
+
+
+def test_a_median_has_the_interval_of_its_order_statistics():
+    ten = [float(i) for i in range(1, 11)]
+    # P(2nd <= median <= 9th) of ten = 1 - 2 (1 + 10) / 1024 = 0.979; of twenty, 6th to 15th: 0.959
+    assert intervals.median_interval(ten) == (2.0, 9.0) and intervals.median(ten) == 5.5
+    assert intervals.median_interval([float(i) for i in range(1, 21)]) == (6.0, 15.0)
+    assert intervals.median_interval(ten[:9]) is None
+    some = [*ten[:7], None, None, None]  # three seeds are infinite: the median is not, the upper end is
+    assert intervals.median(some) == 5.5 and intervals.median_interval(some) == (2.0, math.inf)
+    assert intervals.median([1.0, None, None]) is None and intervals.median([]) is None
+
+
+def test_a_few_seeds_that_hold_the_mean_do_not_spoil_the_interval():
+    """Seeds like those of a median TTFT near saturation: a long upper tail, whose mean no small sample finds."""
+    rng = np.random.default_rng(3)
+    pool = np.exp(1.3 * rng.standard_normal(100_000)) ** 1.5
+    draws = pool[rng.integers(len(pool), size=(400, 10))]
+    covered = [low <= np.median(pool) <= high for low, high in map(intervals.median_interval, draws.tolist())]
+    assert np.mean(covered) > 0.95
+    of_mean = [low <= pool.mean() <= high for low, high in map(intervals.interval, draws.tolist())]
+    assert np.mean(of_mean) < 0.8  # why latencies have no interval of the mean
+
+
+def test_quantiles_of_resamples_make_up_for_few_seeds():
+    # of a mean: t's half width is 2.262 s / sqrt(10), a resample's deviation s / sqrt(10) * sqrt(9 / 10)
+    low, high = intervals.resample_quantiles(10)
+    assert low == pytest.approx(0.00856, abs=1e-4) and high == 1.0 - low
+    assert intervals.resample_quantiles(100_000)[0] == pytest.approx(0.025, abs=1e-5)
+
+
+def test_pairs_of_policies_that_seeds_do_not_tell_apart_count_both_ways():
+    seeds = np.linspace(-0.01, 0.01, 10)
+    first = {"a": 0.9 + seeds, "b": 0.5 + seeds, "c": 0.51 - 3 * seeds}
+    swapped = {"a": 0.2 + seeds, "b": 0.5 + seeds, "c": 0.51 - 3 * seeds}
+    tau, bounds = intervals.rank_agreement(first, first)
+    assert tau == 1.0 and bounds == pytest.approx((1 / 3, 1.0))  # b and c may be the other way round
+    tau, bounds = intervals.rank_agreement(first, swapped)
+    assert tau == pytest.approx(-1 / 3) and bounds == pytest.approx((-1.0, -1 / 3))
+    few = {policy: values[:9] for policy, values in first.items()}
+    assert intervals.rank_agreement(few, few) == (1.0, None)
 
 
 def test_paired_intervals_do_not_see_what_seeds_have_in_common():

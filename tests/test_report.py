@@ -60,14 +60,18 @@ def line(table, policy, metric, load=None):
     return own.iloc[0]
 
 
-def test_means_are_over_seeds_and_need_ten_for_an_interval():
+def test_figures_are_over_seeds_and_need_ten_for_an_interval():
     rows = [row("a", 1.0, s, ttft_s=0.1 * (s + 1)) for s in range(4)]
     few = line(tables.comparison_table(rows), "a", "ttft_p50_s")
-    assert few["mean"] == pytest.approx(0.25) and few["num_seeds"] == 4
+    assert few["value"] == pytest.approx(0.25) and few["num_seeds"] == 4
     assert math.isnan(few["low"]) and math.isnan(few["high"])
     rows = [row("a", 1.0, s, ttft_s=0.1 * (s + 1)) for s in range(10)]
     many = line(tables.comparison_table(rows), "a", "ttft_p50_s")
-    assert many["mean"] == pytest.approx(0.55) and 0.3 < many["low"] < 0.55 < many["high"] < 0.8
+    assert many["value"] == pytest.approx(0.55) and (many["low"], many["high"]) == pytest.approx((0.2, 0.9))
+    rows = [row("a", 1.0, s, attained=0.1 * s) for s in range(10)]
+    share = line(tables.comparison_table(rows), "a", "slo_attainment")
+    # t(9) = 2.262 times the standard error 0.3028 / sqrt(10)
+    assert (share["value"], share["low"], share["high"]) == pytest.approx((0.45, 0.2334, 0.6666), abs=1e-3)
 
 
 def test_classes_may_be_structs_or_text_and_are_left_out_where_there_is_nobody():
@@ -75,7 +79,7 @@ def test_classes_may_be_structs_or_text_and_are_left_out_where_there_is_nobody()
     as_text = [r | {k: json.dumps(v) for k, v in r.items() if k.endswith("_by_class")} for r in rows]
     for given in (rows, as_text):
         strict = line(tables.comparison_table(given), "a", "slo_attainment_strict")
-        assert strict["mean"] == 0.5 and strict["num_seeds"] == 1
+        assert strict["value"] == 0.5 and strict["num_seeds"] == 1
     table = tables.comparison_table([row("a", 1.0, 0)])
     assert "slo_attainment_strict" not in set(table["metric"]) and "slo_attainment_relaxed" in set(table["metric"])
 
@@ -85,8 +89,15 @@ def test_a_missing_percentile_of_ttft_is_infinite():
         [row("a", 1.0, 0), row("a", 1.0, 1, ttft_s=None), row("b", 1.0, 0), row("b", 1.0, 1)]
     )
     lost = line(table, "a", "ttft_p50_s")
-    assert math.isinf(lost["mean"]) and not lost["best"]
-    assert prose.number(lost["mean"]) == "∞"
+    assert math.isinf(lost["value"]) and not lost["best"]
+    assert prose.number(lost["value"]) == "∞"
+
+
+def test_a_figure_says_on_how_many_seeds_it_is_infinite():
+    rows = [row("a", 1.0, s, ttft_s=None if s < 3 else 0.1 * s, num_requests=5000) for s in range(10)]
+    labels, cells = _printed(rows, "a")
+    cell = dict(zip(labels, cells, strict=True))["p99 (s)"]
+    assert cell.text == "7.50" and cell.interval == "4.00–∞; ∞ in 3 of 10 seeds"  # of 3 to 9 s and three infinite ones
 
 
 @pytest.mark.parametrize(("num_requests", "grey"), [(999, True), (1000, False)])
@@ -131,7 +142,7 @@ def test_ttft_reduction_is_the_ratio_of_means_over_common_seeds():
     rows += [row("slai", 1.0, s, ttft_s=0.5 * (1.0 + s)) for s in range(4)]
     found = tables.ttft_reduction(tables.tidy(rows))
     assert found["policy"].tolist() == ["slai"]
-    assert found["mean"].iloc[0] == pytest.approx(0.5) and found["num_seeds"].iloc[0] == 3
+    assert found["value"].iloc[0] == pytest.approx(0.5) and found["num_seeds"].iloc[0] == 3
 
 
 def test_figures_beside_the_paper():
@@ -438,7 +449,7 @@ def test_a_scheduler_may_attain_more_than_the_clairvoyant_one(tmp_path):
     assert "attains 1.0 points more at 2.2 requests/s (`slai`). More than `shortest-total` is possible" in text
     gaps = tables.attainment_gap(results.rows)
     assert gaps["policy"].tolist() == ["sarathi", "slai"] * 2
-    assert gaps["mean"].tolist() == pytest.approx([-0.24, 0.01] * 2)
+    assert gaps["value"].tolist() == pytest.approx([-0.24, 0.01] * 2)
 
 
 @pytest.mark.parametrize(

@@ -180,11 +180,11 @@ def lines(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, floor: floa
     above, below = [], []
     for policy, style in policy_styles(policies).items():
         own = means[means["policy"] == policy].sort_values("load")
-        shown = own.where(np.isfinite(own["mean"]) & (own["mean"] >= floor))
+        shown = own.where(np.isfinite(own["value"]) & (own["value"] >= floor))
         ax.fill_between(own["load"], shown["low"], shown["high"], color=style.colour, alpha=0.13, linewidth=0)
-        ax.plot(own["load"], shown["mean"], color=style.colour, marker=style.marker, linestyle=style.dash, zorder=3)
-        above.append((own["load"][np.isposinf(own["mean"])], style.colour))
-        below.append((own["load"][own["mean"] < floor], style.colour))
+        ax.plot(own["load"], shown["value"], color=style.colour, marker=style.marker, linestyle=style.dash, zorder=3)
+        above.append((own["load"][np.isposinf(own["value"])], style.colour))
+        below.append((own["load"][own["value"] < floor], style.colour))
     off_scale(ax, above, up=True)
     off_scale(ax, below, up=False)
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
@@ -204,12 +204,12 @@ def dots(ax: Axes, means: pd.DataFrame, policies: Sequence[str]) -> None:
     """One load: a dot with its interval on a line of its own for each policy."""
     for y, (policy, style) in enumerate(policy_styles(policies).items()):
         own = means[means["policy"] == policy].iloc[0]
-        if np.isfinite(own["mean"]):
+        if np.isfinite(own["value"]):
             if np.isfinite(own["low"]):
                 ax.plot([own["low"], own["high"]], [y, y], color=style.colour, linewidth=4, alpha=0.35)
-            ax.plot([own["mean"]], [y], color=style.colour, marker=style.marker, markersize=7)
+            ax.plot([own["value"]], [y], color=style.colour, marker=style.marker, markersize=7)
         else:
-            text = "infinite" if np.isposinf(own["mean"]) else "none"
+            text = "infinite" if np.isposinf(own["value"]) else "none"
             ax.text(0.995, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", color=style.colour)
     ax.set_yticks(range(len(policies)), [name_in_figure(p) for p in policies])
     ax.tick_params(axis="y", length=0, labelcolor=INK)

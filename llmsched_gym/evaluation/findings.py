@@ -43,7 +43,9 @@ def overview(results: Results) -> str:
     if len(rows) > 1:
         text += f", {len(rows):,} runs and {int(rows['num_requests'].sum()):,} requests in all"
     text += "."
-    if rows.groupby(["load", "policy"])["seed"].nunique().max() < MIN_SEEDS:
+    if not tables.has_intervals(rows):
+        text += f" {SAME_REQUESTS}"
+    elif rows.groupby(["load", "policy"])["seed"].nunique().max() < MIN_SEEDS:
         text += f" With fewer than {MIN_SEEDS} seeds no intervals are given: small differences may be chance."
     return text
 
@@ -53,7 +55,7 @@ def summary(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     means = table.set_index(["load", "metric", "policy"]).sort_index()
     found = []
     for load in sorted(rows["load"].unique()):
-        own = means.loc[(load, "slo_attainment")].reindex(ordinary(tables.policies_of(rows))).dropna(subset=["mean"])
+        own = means.loc[(load, "slo_attainment")].reindex(ordinary(tables.policies_of(rows))).dropna(subset=["value"])
         strict = None
         if (load, "slo_attainment_strict") in means.index.droplevel(2):
             strict = means.loc[(load, "slo_attainment_strict")].reindex(own.index)
@@ -64,10 +66,10 @@ def summary(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
 
 
 def _at_load(own: pd.DataFrame, strict: pd.DataFrame | None, longest: Mapping[str, float]) -> str:
-    order = own.sort_values("mean", ascending=False, kind="stable")
+    order = own.sort_values("value", ascending=False, kind="stable")
     if len(order) == 1:
         return f"`{order.index[0]}` has an SLO attainment of {_percent(order.iloc[0])}."
-    if order["mean"].nunique() == 1:
+    if order["value"].nunique() == 1:
         return f"all policies attain the same, {_percent(order.iloc[0])}."
     leader = str(order.index[0])
     text = f"`{leader}` has the highest SLO attainment, {_percent(order.iloc[0])}"
@@ -81,19 +83,19 @@ def _at_load(own: pd.DataFrame, strict: pd.DataFrame | None, longest: Mapping[st
     if base is not None:
         text += f"; `{base}` has {_percent(order.loc[base])}"
     text += "."
-    if strict is not None and np.isfinite(strict["mean"]).sum() > 1:
-        first = str(strict["mean"].idxmax())
-        ahead = strict.loc[first, "mean"] - strict.loc[leader, "mean"]
+    if strict is not None and np.isfinite(strict["value"]).sum() > 1:
+        first = str(strict["value"].idxmax())
+        ahead = strict.loc[first, "value"] - strict.loc[leader, "value"]
         if ahead >= WORTH_SAYING and not strict.loc[leader, "tied"]:
             text += f" Strict users do best under `{first}`, {_percent(strict.loc[first])}"
             text += f" against {_percent(strict.loc[leader])} under `{leader}`."
-    if longest.get(leader, 1.0) < 0.75 * order["mean"].iloc[0]:
+    if longest.get(leader, 1.0) < 0.75 * order["value"].iloc[0]:
         text += f" Of the tenth with the longest prompts `{leader}` attains {100 * longest[leader]:.1f} %."
     return text
 
 
 def _percent(line: pd.Series) -> str:
-    return prose.estimate(100 * line["mean"], 100 * line["low"], 100 * line["high"], " %", 1)
+    return prose.estimate(100 * line["value"], 100 * line["low"], 100 * line["high"], " %", 1)
 
 
 def _longest(group: pd.DataFrame) -> dict[str, float]:
@@ -155,10 +157,10 @@ def _claims(results: Results) -> list[str]:
         return []
     found = []
     reduction = tables.ttft_reduction(results.rows)
-    own = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["mean"])]
+    own = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["value"])]
     parts = [
         f"{prose.estimate(100 * mean, 100 * low, 100 * high, ' %', 1)} at {load:g}"
-        for load, mean, low, high in own[["load", "mean", "low", "high"]].itertuples(index=False)
+        for load, mean, low, high in own[["load", "value", "low", "high"]].itertuples(index=False)
     ]
     if parts:
         text = f"**The paper's claim on latency:** the median TTFT of `slai` lies below that of `{BASELINE}` by "
@@ -221,8 +223,7 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
         "A request is within its SLOs when it finished, its first token came in time and every gap between its tokens "
         "was in time; the share is of all measured requests.",
         "TTFT percentiles are over all measured requests; one without a first token counts as infinite (∞).",
-        "Each figure is the mean over seeds of the runs' figures, with its 95 % bootstrap interval over seeds; with "
-        f"fewer than {MIN_SEEDS} seeds (n<{MIN_SEEDS}) there is no interval.",
+        _over_seeds(rows),
     ]
     rule = results.setting("tbt_rule", "every-gap")
     if rule != "every-gap":
@@ -258,12 +259,33 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
     return found
 
 
+def _over_seeds(rows: pd.DataFrame) -> str:
+    """What a figure over seeds and its interval are."""
+    text = (
+        "Shares, utility and rates are means over seeds of the runs' figures; latencies are medians over seeds of the "
+        "runs' percentiles, as a few seeds near saturation hold much of their mean."
+    )
+    if not tables.has_intervals(rows):
+        return f"{text} {SAME_REQUESTS}"
+    return (
+        f"{text} Ranges are 95 % intervals over seeds, of a mean by Student's t, of a median by order statistics; with "
+        f"fewer than {MIN_SEEDS} seeds (n<{MIN_SEEDS}) there are none."
+    )
+
+
+SAME_REQUESTS = (
+    "No intervals are given: with a trace's own arrival times all seeds have the same requests, so that differences "
+    "between seeds say nothing about other requests."
+)
+
+
 FLAGS = frozenset(
     [
         "profile",
         "workload",
         "trace",
         "trace_arrivals",
+        "trace_invalid",
         "strict_share",
         "jitter",
         "cost_scale",

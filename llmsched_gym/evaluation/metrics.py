@@ -186,6 +186,7 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "model": scenario.model,
         "profile": scenario.profile,
         "workload": Path(scenario.trace).name if scenario.trace else scenario.workload,
+        "arrivals": table.arrivals,
         "qps": float(table.qps),
         "requested_qps": None if scenario.qps is None else float(scenario.qps),
         "seed": episode.seed,

@@ -85,9 +85,9 @@ def _against_load(
     """A column against load, or its values at the only load; `line` is a level of the column, `fluid_qps` a load."""
     if column not in rows:
         raise draw.NothingToPlot(f"{column}: no such column")
-    means = tables.seed_means(tables.binned_loads(rows), column)
-    means[["mean", "low", "high"]] *= 100 if percent else 1
-    finite = means[np.isfinite(means["mean"]) & ((means["mean"] > 0) | (not log))]
+    means = tables.over_seeds(tables.binned_loads(rows), column)
+    means[["value", "low", "high"]] *= 100 if percent else 1
+    finite = means[np.isfinite(means["value"]) & ((means["value"] > 0) | (not log))]
     if finite.empty:
         raise draw.NothingToPlot(f"{column}: no finite value")
     policies = tables.policies_of(rows)
@@ -102,11 +102,11 @@ def _against_load(
         ax.set(xlabel="Load (requests/s)", ylabel=label)
     axis = ax.xaxis if single else ax.yaxis
     if log:
-        draw.log_scale(axis, [*finite["mean"], *(line or ())[:1]])
+        draw.log_scale(axis, [*finite["value"], *(line or ())[:1]])
     elif percent:
         ax.set(**{f"{axis.axis_name}lim": PERCENT})
-    elif finite["mean"].min() >= 0:
-        ax.set(**{f"{axis.axis_name}lim": (0, 1.06 * line[0] if line and line[0] > finite["mean"].max() else None)})
+    elif finite["value"].min() >= 0:
+        ax.set(**{f"{axis.axis_name}lim": (0, 1.06 * line[0] if line and line[0] > finite["value"].max() else None)})
     guides = [draw.guide(ax, *line, vertical=single, dash=dash)] if line else []
     if fluid_qps and not single:
         guides.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
@@ -121,14 +121,14 @@ def _fluid_label(qps: float) -> str:
 @draw.styled
 def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = tables.BASELINE, *, paper: bool = False) -> Figure:
     """Reduction of the median TTFT against `baseline` over load; with `paper` its claim and the reference figures."""
-    means = reduction.assign(**{c: 100 * reduction[c] for c in ("mean", "low", "high")})
-    finite = means[np.isfinite(means["mean"])]
+    means = reduction.assign(**{c: 100 * reduction[c] for c in ("value", "low", "high")})
+    finite = means[np.isfinite(means["value"])]
     if finite.empty:
         raise draw.NothingToPlot("no finite reduction")
     policies = tables.policies_of(means)
     title, label = f"Median TTFT reduction against {baseline}", "Reduction of median TTFT (%)"
-    low = max(-60.0, min(0.0, float(finite[["mean", "low"]].min().min())) * 1.1)
-    high = min(100.0, max(60.0, float(finite[["mean", "high"]].max().max()) + 6))
+    low = max(-60.0, min(0.0, float(finite[["value", "low"]].min().min())) * 1.1)
+    high = min(100.0, max(60.0, float(finite[["value", "high"]].max().max()) + 6))
     if means["load"].nunique() == 1:
         figure, ax = draw.panel(title, 1.35 + 0.3 * len(policies))
         draw.dots(ax, means, policies)

@@ -53,8 +53,8 @@ def decimals(value: float) -> int:
 
 
 def interval(low: float, high: float, digits: int) -> str:
-    """The two ends, or nothing."""
-    if not (np.isfinite(low) and np.isfinite(high)):
+    """The two ends, of which the upper one may be infinite, or nothing."""
+    if not np.isfinite(low) or math.isnan(high):
         return ""
     between = "–" if low >= 0 else " to "
     return f"{number(low, digits)}{between}{number(high, digits)}"
@@ -87,7 +87,7 @@ def seeds_label(num_seeds: int) -> str:
 
 def shown_metrics(table: pd.DataFrame) -> list[Metric]:
     """The columns of comparison tables: shares of requests not served only if some run has one that is not 0."""
-    used = table.groupby("metric")["mean"].max()
+    used = table.groupby("metric")["value"].max()
     return [m for m in METRICS if m.column in used and (m.group != "Not served" or used[m.column] > 0)]
 
 
@@ -112,16 +112,19 @@ def _groups(metrics: Sequence[Metric]) -> list[tuple[str, int]]:
 
 
 def _cell(metric: Metric, line: pd.Series) -> Cell:
-    mean, low, high = (metric.scale * float(line[c]) for c in ("mean", "low", "high"))
-    digits = decimals(mean) if metric.digits is None else metric.digits
+    value, low, high = (metric.scale * float(line[c]) for c in ("value", "low", "high"))
+    digits = decimals(value) if metric.digits is None else metric.digits
     kind = GREY if line["grey"] else BEST if line["best"] else TIED if line["tied"] else ""
-    return Cell(number(mean, digits), interval(low, high, digits), "" if math.isnan(mean) else kind)
+    ends, seeds = interval(low, high, digits), int(line["num_seeds"])
+    if 0 < line["num_infinite"] < seeds:
+        ends = f"{ends + '; ' if ends else ''}∞ in {line['num_infinite']} of {seeds} seeds"
+    return Cell(number(value, digits), ends, "" if math.isnan(value) else kind)
 
 
 def attainment_matrix(rows: pd.DataFrame) -> Table | None:
     """Mean SLO attainment of every policy at every load; None with a single load."""
-    means = tables.seed_means(tables.binned_loads(rows), "slo_attainment")
-    wide = means.pivot(index="policy", columns="load", values="mean").reindex(tables.policies_of(rows))
+    means = tables.over_seeds(tables.binned_loads(rows), "slo_attainment")
+    wide = means.pivot(index="policy", columns="load", values="value").reindex(tables.policies_of(rows))
     if wide.shape[1] < 2:
         return None
     drawn = bool(rows["drawn"].any())

@@ -81,7 +81,9 @@ def _against_load(results: Results) -> Section:
     if results.has_baseline and not results.repeats_paper:
         exhibits.append(_reduction(rows))
     title = "Against load" if results.num_loads > 1 else "At the load that was run"
-    text = "Means over seeds; bands are 95 % intervals." if results.num_seeds >= MIN_SEEDS else "Means over seeds."
+    text = "Shares and rates are means over seeds, latencies medians."
+    if results.num_seeds >= MIN_SEEDS and tables.has_intervals(rows):
+        text += " Bands are 95 % intervals."
     text = "One seed." if results.num_seeds == 1 else text
     if rows["drawn"].any() and results.num_loads > 1:
         text = "Every seed draws its own rate: a point is the mean over the seeds of one of a few bins of rates."

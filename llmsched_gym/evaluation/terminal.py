@@ -1,4 +1,4 @@
-"""What the command line prints: tables of seed means, with intervals where there are enough seeds, or JSON."""
+"""What the command line prints: tables of figures over seeds, with intervals where there are enough, or JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmsched_gym.evaluation.intervals import interval, mean
+from llmsched_gym.evaluation.intervals import Interval, interval, mean, median, median_interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,10 +26,9 @@ def number(value: float | None, digits: int = 3, none: str = NONE) -> str:
     return none if value is None else f"{value:.{digits}f}"
 
 
-def with_interval(values: Sequence[float | None], digits: int = 3, none: str = NONE) -> str:
-    """Mean over seeds with its 95 % interval."""
-    bounds = interval(values)
-    text = number(mean(values), digits, none)
+def with_interval(value: float | None, bounds: Interval | None, digits: int = 3) -> str:
+    """A figure over seeds with its 95 % interval; None is infinite."""
+    text = number(value, digits, INFINITE)
     return text if bounds is None else f"{text} [{number(bounds[0], digits)}, {number(bounds[1], digits)}]"
 
 
@@ -52,50 +51,64 @@ def loads(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], list
     return groups
 
 
-def comparison(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line per policy and load."""
-    table = new_table(
-        "policy",
-        "load\n(1/s)",
-        "seeds",
-        "SLO attainment\nall users",
-        "\nstrict",
-        "\nutility",
-        "TTFT (s)\np50",
-        "\np99",
-        "ITL p99 (s)\nstrict",
-        "\nrelaxed",
-        "tokens/s",
-        "lost (%)",
+def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """Who is served in time, and how fast: a table each, with one line per policy and load."""
+    rule = rows[0]["tbt_rule"]
+    served = new_table(
+        *("policy", "load\n(1/s)", "seeds", f"within SLOs (%)\nall, rule {rule}", "\nstrict", "mean\nutility"),
+        *("lost\n(%)", "rejected\n(%)"),
     )
-    for (policy, qps), group in loads(rows).items():
+    speed = new_table(
+        *("policy", "load\n(1/s)", "TTFT (s)\np50", "\np99", "p99 ITL (s)\nstrict", "\nrelaxed", "output\ntokens/s"),
+        title="Latencies: medians over seeds of each run's percentile",
+    )
+    for (policy, _), group in loads(rows).items():
 
-        def field(name: str, group: Any = group) -> list[float | None]:
-            return [row[name] for row in group]
+        def over_seeds(name: str, key: str | None = None, group: Any = group) -> list[float | None]:
+            if key is None:
+                return [row[name] for row in group]
+            return [row[name][key] for row in group if row[name][key] is not None]
 
-        def of_class(name: str, key: str, group: Any = group) -> float | None:
-            return mean([row[name][key] for row in group if row[name][key] is not None])
+        def percent(*outcomes: str, group: Any = group) -> str:
+            shares = [100 * sum(row[f"num_{o}"] for o in outcomes) / row["num_requests"] for row in group]
+            return number(mean(shares), 1)
 
-        lost = [
-            100 * (row["num_requests"] - row["num_finished"] - row["num_unfinished"]) / row["num_requests"]
-            for row in group
-        ]
-        drawn = mean(field("qps"))
-        table.add_row(
-            policy,
-            f"{qps:g}" if qps is not None else f"{number(drawn, 2)} drawn",
+        independent = group[0]["arrivals"] != "trace"  # with a trace's own arrivals all seeds have the same requests
+        attained = [None if v is None else 100 * v for v in over_seeds("slo_attainment")]
+        strict = mean(over_seeds("slo_attainment_by_class", "strict"))
+        p50_s, p99_s = over_seeds("ttft_p50_s"), over_seeds("ttft_p99_s")
+        where = (policy, load_text(group))
+        served.add_row(
+            *where,
             str(len(group)),
-            with_interval(field("slo_attainment")),
-            number(of_class("slo_attainment_by_class", "strict")),
-            number(mean(field("mean_utility"))),
-            with_interval(field("ttft_p50_s"), none=INFINITE),
-            number(mean(field("ttft_p99_s")), 2, INFINITE),
-            number(of_class("itl_p99_s_by_class", "strict")),
-            number(of_class("itl_p99_s_by_class", "relaxed")),
-            number(mean(field("throughput_tok_s")), 0),
-            number(mean(lost), 1),
+            with_interval(mean(attained), interval(attained, (0.0, 100.0)) if independent else None, 1),
+            number(None if strict is None else 100 * strict, 1),
+            number(mean(over_seeds("mean_utility"))),
+            percent("refused", "abandoned"),
+            percent("rejected"),
         )
-    return table
+        infinite = p99_s.count(None)
+        few = f"\n{INFINITE} in {infinite}/{len(group)}" if 0 < infinite < len(group) else ""
+        speed.add_row(
+            *where,
+            with_interval(median(p50_s), median_interval(p50_s) if independent else None),
+            number(median(p99_s), 2, INFINITE) + few,
+            number(median(over_seeds("itl_p99_s_by_class", "strict"))),
+            number(median(over_seeds("itl_p99_s_by_class", "relaxed"))),
+            number(mean(over_seeds("throughput_tok_s")), 0),
+        )
+    return [served, speed]
+
+
+def load_text(group: Sequence[dict[str, Any]]) -> str:
+    """The arrival rate of some runs, and where it comes from if nobody asked for it."""
+    asked, arrivals = group[0]["requested_qps"], group[0]["arrivals"]
+    if asked is not None:
+        return f"{asked:g}"
+    rates = [row["qps"] for row in group]
+    if arrivals == "trace":
+        return f"{rates[0]:.3g} trace"
+    return f"{number(mean(rates), 2)} drawn"
 
 
 def capacities(found: Sequence[Capacity], ratios: Sequence[dict[str, Any]]) -> Table:

@@ -42,16 +42,18 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
     to `horizon_s` behind a backlog of 0..`max_backlog` requests at time 0; all of them are measured, and there may be
     none at all in a short horizon.
 
-    With a trace, drawn arrivals take their lengths from rows drawn with replacement. Kept arrivals take the rows in
-    order and repeat the trace where it is too short: from row 0 in a finite run (a seed then moves only classes, hints
-    and noise), without backlog and from a random row in a continuing one.
+    A trace that has times keeps them unless `trace_arrivals` says otherwise. Kept arrivals take the rows in order and
+    repeat the trace where it is too short: from row 0 in a finite run (a seed then moves only classes, hints and
+    noise), without backlog and from a random row in a continuing one. Drawn arrivals take their lengths from rows drawn
+    with replacement.
 
     Raises :class:`ConfigError` for a bad seed or workload and :class:`TraceError` for a bad trace, one line each.
     """
     seed = _check_seed(seed)
     episode = _rng(seed, EPISODE_STREAM).random(6)
-    trace = None if scenario.trace is None else cached_trace(scenario.trace)
-    arrivals = _arrivals(scenario, seed, episode, trace)
+    trace = trace_of(scenario)
+    kind = arrival_kind(scenario, trace)
+    arrivals = _arrivals(scenario, kind, seed, episode, trace)
 
     backlog = 0
     if scenario.num_requests is None:
@@ -100,7 +102,23 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         qps=arrivals.qps,
         cost_scale=_uniform(scenario.cost_scale, episode[COST_SCALE]),
         seed=seed,
+        arrivals=kind,
     )
+
+
+def trace_of(scenario: Scenario) -> Trace | None:
+    """The scenario's trace, read."""
+    return None if scenario.trace is None else cached_trace(scenario.trace, scenario.trace_invalid)
+
+
+def arrival_kind(scenario: Scenario, trace: Trace | None) -> str:
+    """The process behind the scenario's arrivals, "trace" for its trace's own times."""
+    if trace is None:
+        if scenario.arrivals == "replay":
+            raise ConfigError("arrivals: replay needs a trace")
+        return scenario.arrivals
+    kind = scenario.trace_arrivals or ("keep" if trace.qps is not None else scenario.arrivals)
+    return "trace" if kind in ("keep", "replay") else kind
 
 
 def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
@@ -118,16 +136,10 @@ def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
     return noise
 
 
-def _arrivals(scenario: Scenario, seed: int, episode: np.ndarray, trace: Trace | None) -> Arrivals:
-    """The scenario's process; with a trace, `trace_arrivals` has the last word."""
-    kind = scenario.arrivals
-    if trace is None and kind == "replay":
-        raise ConfigError("arrivals: replay needs a trace")
-    if trace is not None:
-        kind = scenario.trace_arrivals or kind
-        if kind in ("keep", "replay"):
-            first = 0 if scenario.num_requests is not None else int(episode[FIRST_ROW] * len(trace))
-            return ReplayArrivals(trace, scenario.qps, first)
+def _arrivals(scenario: Scenario, kind: str, seed: int, episode: np.ndarray, trace: Trace | None) -> Arrivals:
+    if kind == "trace" and trace is not None:
+        first = 0 if scenario.num_requests is not None else int(episode[FIRST_ROW] * len(trace))
+        return ReplayArrivals(trace, scenario.qps, first)
     gaps, holds = _rng(seed, GAP_STREAM), _rng(seed, HOLD_STREAM)
     return random_arrivals(kind, scenario, episode[[QPS, START_SIDE]], gaps, holds)
 

@@ -23,6 +23,8 @@ import numpy as np
 MAX_TOKENS = 2**31 - 1
 CHUNK_ROWS = 100_000  # rows held as text at a time
 
+OnInvalid = Literal["raise", "drop"]
+
 
 class TraceError(ValueError):
     """A trace that cannot be used; the message is one line that names file, line and column."""
@@ -78,7 +80,7 @@ class Trace:
         return (len(self) - 1) / float(self.arrival_s[-1])
 
 
-def load_trace(path: str | Path, on_invalid: Literal["raise", "drop"] = "raise") -> Trace:
+def load_trace(path: str | Path, on_invalid: OnInvalid = "raise") -> Trace:
     """Read a trace: Azure, BurstGPT, Vidur/Splitwise, Sarathi/Vidur/SLAI lengths (CSV) or Mooncake (JSON lines).
 
     Times that are out of order are sorted (stably). `on_invalid="drop"` leaves out rows that break a rule, for instance
@@ -96,18 +98,18 @@ def load_trace(path: str | Path, on_invalid: Literal["raise", "drop"] = "raise")
         raise TraceError(f"{path}: not a text file in UTF-8") from None
 
 
-def cached_trace(path: str | Path) -> Trace:
+def cached_trace(path: str | Path, on_invalid: OnInvalid = "raise") -> Trace:
     """`load_trace`, parsed again only when the file has changed."""
     path = Path(path)
     try:
-        return _cached(path, path.stat().st_mtime_ns)
+        return _cached(path, path.stat().st_mtime_ns, on_invalid)
     except OSError as error:
         raise TraceError(f"{path}: cannot read: {error.strerror}") from None
 
 
 @functools.lru_cache(maxsize=8)
-def _cached(path: Path, mtime_ns: int) -> Trace:
-    return load_trace(path)
+def _cached(path: Path, mtime_ns: int, on_invalid: OnInvalid) -> Trace:
+    return load_trace(path, on_invalid)
 
 
 def _open_text(path: Path) -> io.TextIOBase:
