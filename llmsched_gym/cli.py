@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    with _interrupts() as seen:
+    with _interrupts() as seen, _remarks():
         try:
             code = typer.main.get_command(app).main(args=argv, prog_name="llmsched", standalone_mode=False)
         except (KeyboardInterrupt, typer.Abort):
@@ -81,6 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         return _fail("interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    """Print our own warnings as lines of ours, each once."""
+    shown: set[str] = set()
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not category.__module__.startswith("llmsched_gym."):
+            usual(message, category, *where, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print("llmsched:", message, file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager
@@ -310,6 +329,31 @@ def profiles(as_json: AsJson = False) -> None:
     terminal.print_listing(
         rows, {**heads, "full_batch_ms": "linear, 512 tokens (ms)", "num_kv_blocks": "KV blocks (16 tokens)"}, as_json
     )
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace, or a folder of ServeGen's clients.")],
+    max_model_len: Annotated[int, typer.Option(min=1, help="Longest request that an engine takes, tokens.")] = 8192,
+    trace_invalid: TraceInvalid = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw rates, gaps and lengths into this file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a trace file is: format, rates, gaps, lengths, and what of it does not fit."""
+    from llmsched_gym.evaluation.trace_facts import facts, plot_trace
+    from llmsched_gym.workload.traces import load_trace
+
+    checked = scenario(**({} if trace_invalid is None else {"trace_invalid": trace_invalid}))
+    loaded = load_trace(file, checked.trace_invalid)
+    found = facts(loaded, max_model_len)
+    if plot is not None:
+        plot_trace(loaded).savefig(plot, format="png", dpi=120, metadata={"Software": None})
+    if as_json:
+        terminal.print_rows([found])
+        return
+    terminal.print_table(terminal.trace_table(found))
 
 
 @app.command()

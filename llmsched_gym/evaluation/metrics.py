@@ -50,6 +50,7 @@ class Outcomes:
         self.prompt_tokens = requests["prompt_tokens"]
         tokens = requests["num_output_tokens"]
         self.served = tokens > 0
+        self.too_long = self.prompt_tokens + episode.table.output_tokens[episode.cohort] > scenario.max_model_len
         self.finished = self.phase == FINISHED
         self.ttft_s = _or_inf(requests["first_token_s"] - requests["arrival_s"])
         self.queue_time_s = _or_inf(requests["first_scheduled_s"] - requests["arrival_s"])
@@ -193,6 +194,7 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "num_requests": n,
         "num_finished": o.count(FINISHED),
         "num_rejected": o.count(REJECTED),
+        "num_too_long": int(o.too_long.sum()),  # of the rejected: longer than max_model_len
         "num_refused": o.count(REFUSED),
         "num_abandoned": o.count(ABANDONED),
         "num_unfinished": o.count(PENDING, WAITING, RUNNING),

@@ -37,7 +37,7 @@ def new_table(*columns: str, title: str | None = None, text: int = 1) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=0)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < text else "right", overflow="fold")
     return table
@@ -53,10 +53,10 @@ def loads(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], list
 
 def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
     """Who is served in time, and how fast: a table each, with one line per policy and load."""
-    rule = rows[0]["tbt_rule"]
+    seeds, rule = len({row["seed"] for row in rows}), rows[0]["tbt_rule"]
     served = new_table(
-        *("policy", "load\n(1/s)", "seeds", f"within SLOs (%)\nall, rule {rule}", "\nstrict", "mean\nutility"),
-        *("lost\n(%)", "rejected\n(%)"),
+        *("policy", "load\n(1/s)", "within SLOs\nall (%)", "\nstrict", "utility", "lost\n(%)", "rejected\n(%)"),
+        title=f"Means over {seeds} seed{'s' if seeds > 1 else ''}; gaps between tokens judged by the rule {rule}",
     )
     speed = new_table(
         *("policy", "load\n(1/s)", "TTFT (s)\np50", "\np99", "p99 ITL (s)\nstrict", "\nrelaxed", "output\ntokens/s"),
@@ -80,7 +80,6 @@ def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
         where = (policy, load_text(group))
         served.add_row(
             *where,
-            str(len(group)),
             with_interval(mean(attained), interval(attained, (0.0, 100.0)) if independent else None, 1),
             number(None if strict is None else 100 * strict, 1),
             number(mean(over_seeds("mean_utility"))),
@@ -88,7 +87,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
             percent("rejected"),
         )
         infinite = p99_s.count(None)
-        few = f"\n{INFINITE} in {infinite}/{len(group)}" if 0 < infinite < len(group) else ""
+        few = f"\n{infinite}/{len(group)} {INFINITE}" if 0 < infinite < len(group) else ""
         speed.add_row(
             *where,
             with_interval(median(p50_s), median_interval(p50_s) if independent else None),
@@ -125,13 +124,14 @@ def capacities(found: Sequence[Capacity], ratios: Sequence[dict[str, Any]]) -> T
 
 def served(found: Sequence[Capacity]) -> Table:
     """Who is served at capacity: shares of requests, in all and by tenths of prompt length."""
-    tenths = [f"{10 * i}-{10 * i + 10}" for i in range(10)]
-    table = new_table("share (%)", "load (1/s)", "all", *tenths, title="At capacity, by prompt length (percentiles)")
+    tenths = [f"-{10 * i + 10}" for i in range(10)]
+    title = "At capacity, by tenth of prompt length (up to that percentile)"
+    table = new_table("share (%)", "load\n(1/s)", "all", *tenths, title=title)
     for item in found:
         for name in ("attained", "refused", "abandoned"):
             if item.shares:
                 shares = [item.shares[name], *item.shares[f"{name}_by_decile"]]
-                percent = [NONE if share is None else number(100 * share, 1) for share in shares]
+                percent = [NONE if share is None else number(100 * share, 0) for share in shares]
                 table.add_row(f"{item.policy} {name}", number(item.shares["at_qps"], 2), *percent)
     return table
 
@@ -143,6 +143,40 @@ def listing(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Table:
     for row in rows:
         values = (row[name] for name in columns)
         table.add_row(*(f"{v:g}" if isinstance(v, float) else str(v) for v in values))
+    return table
+
+
+def trace_table(found: dict[str, Any]) -> Table:
+    """The facts of a trace in words."""
+
+    def seconds(name: str) -> str:
+        return f"{number(found[f'gap_{name}_s'])} s"
+
+    table = new_table("trace", found["name"], text=2)
+    dropped = f", {found['num_dropped']:,} invalid rows left out" if found["num_dropped"] else ""
+    table.add_row("format", found["format"])
+    table.add_row("requests", f"{found['num_requests']:,}{dropped}")
+    if found["num_sessions"]:
+        table.add_row("sessions", f"{found['num_sessions']:,}")
+    if found["num_images"]:
+        table.add_row("images, not simulated", f"{found['num_images']:,}")
+    if found["duration_s"] is None:
+        table.add_row("times", "none: arrivals are drawn")
+    else:
+        peak = "" if found["peak_qps"] is None else f", {number(found['peak_qps'], 2)} in the busiest minute"
+        table.add_row("lasts", f"{found['duration_s']:,.0f} s")
+        table.add_row("rate", f"{number(found['qps'], 2)} requests/s{peak}")
+        table.add_row(
+            "gaps", f"p50 {seconds('p50')}, p99 {seconds('p99')}; CV {number(found['gap_cv'], 2)} (Poisson: 1)"
+        )
+        table.add_row("dispersion, a minute", f"{number(found['dispersion'], 1)} (Poisson: 1)")
+        table.add_row("gaps that are 0", f"{100 * found['zero_gaps']:.1f} %")
+        table.add_row("steps back in time", f"{found['num_steps_back']:,}")
+    for what in ("prompt", "output"):
+        own = {name: found[f"{what}_tokens_{name}"] for name in ("mean", "p50", "p90", "p99", "max")}
+        table.add_row(f"{what} tokens", ", ".join(f"{name} {value:,.0f}" for name, value in own.items()))
+    share = f"{100 * found['over_max_model_len']:.2f} % (rejected on arrival)"
+    table.add_row(f"over {found['max_model_len']:,} tokens", share)
     return table
 
 

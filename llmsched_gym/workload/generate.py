@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from typing import cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from llmsched_gym.workload.arrivals import (
 )
 from llmsched_gym.workload.lengths import load_lengths
 from llmsched_gym.workload.table import RequestTable
-from llmsched_gym.workload.traces import Trace, cached_trace
+from llmsched_gym.workload.traces import Trace, TraceWarning, cached_trace
 
 NOISE_BLOCK = 4096
 """Steps that one block of execution noise covers."""
@@ -30,6 +31,8 @@ NOISE_BLOCK = 4096
 EPISODE_STREAM, GAP_STREAM, REQUEST_STREAM, HINT_STREAM, HOLD_STREAM, NOISE_STREAM = range(6)
 QPS, START_SIDE, STRICT_SHARE, COST_SCALE, BACKLOG, FIRST_ROW = range(6)
 """Draws of the episode stream, by position; all are always drawn, so that a setting moves no other's draw."""
+ROUNDED = 0.2
+"""Share of gaps of 0 above which a trace's times are taken for rounded."""
 MAX_DRAIN_S = 600.0
 """Arrivals behind the cohort when the run itself has no time limit."""
 
@@ -68,6 +71,8 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         )
 
     n = len(arrival_s)
+    if trace is not None and kind == "trace":
+        _warn_of_replay(scenario, trace, n)
     uniforms = _rng(seed, REQUEST_STREAM).random((n, 4))  # prompt, output, SLO class, TTFT class
     session = np.full(n, -1, np.int64)
     if trace is None:
@@ -104,6 +109,20 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         seed=seed,
         arrivals=kind,
     )
+
+
+def _warn_of_replay(scenario: Scenario, trace: Trace, num_requests: int) -> None:
+    """Say what a run on a trace's own times is not."""
+    notes = []
+    if trace.zero_gaps > ROUNDED:
+        notes.append(
+            f"{100 * trace.zero_gaps:.0f} % of the gaps between arrivals are 0, as its times are rounded: requests "
+            "come in bursts that nobody sent (trace_arrivals=poisson draws other gaps)"
+        )
+    if scenario.num_requests is not None and num_requests > len(trace):
+        notes.append(f"its {len(trace):,} requests are too few for the run and start over")
+    for note in notes:
+        warnings.warn(f"{trace.name}: {note}", TraceWarning, stacklevel=3)
 
 
 def trace_of(scenario: Scenario) -> Trace | None:
