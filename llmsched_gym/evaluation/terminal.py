@@ -90,7 +90,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
         few = f"\n{infinite}/{len(group)} {INFINITE}" if 0 < infinite < len(group) else ""
         speed.add_row(
             *where,
-            with_interval(median(p50_s), median_interval(p50_s) if independent else None),
+            with_interval(median(p50_s), median_interval(p50_s) if independent else None).replace(" [", "\n["),
             number(median(p99_s), 2, INFINITE) + few,
             number(median(over_seeds("itl_p99_s_by_class", "strict"))),
             number(median(over_seeds("itl_p99_s_by_class", "relaxed"))),

@@ -12,6 +12,10 @@ from llmsched_gym.workload.traces import Trace
 
 WINDOW_S = 60.0
 PERCENTILES = (50, 90, 99)
+TIMES = (
+    *("duration_s", "qps", "peak_qps", "gap_p50_s", "gap_p99_s", "gap_cv", "dispersion", "zero_gaps"),
+    "num_steps_back",
+)
 
 
 def facts(trace: Trace, max_model_len: int) -> dict[str, Any]:
@@ -34,10 +38,8 @@ def facts(trace: Trace, max_model_len: int) -> dict[str, Any]:
 
 
 def _times(trace: Trace) -> dict[str, Any]:
-    names = ("duration_s", "qps", "peak_qps", "gap_p50_s", "gap_p99_s", "gap_cv", "dispersion", "zero_gaps")
-    names = (*names, "num_steps_back")
     if trace.arrival_s is None:
-        return dict.fromkeys(names)
+        return dict.fromkeys(TIMES)
     gaps, counts = np.diff(trace.arrival_s), per_window(trace.arrival_s, WINDOW_S)
     several = len(counts) > 1 and counts.mean() > 0
     values = (
@@ -50,7 +52,7 @@ def _times(trace: Trace) -> dict[str, Any]:
         trace.zero_gaps,
         trace.num_steps_back,
     )
-    return dict(zip(names, values, strict=True))
+    return dict(zip(TIMES, values, strict=True))
 
 
 def per_window(arrival_s: np.ndarray, window_s: float) -> np.ndarray:
