@@ -322,13 +322,13 @@ def profiles(as_json: AsJson = False) -> None:
 
     rows = []
     for profile in list_profiles():
-        rows.append(profile.to_dict() | {"full_batch_ms": 1e3 * float(profile.linear_table_s(512)[512])})
+        full_ms = 1e3 * float(profile.linear_table_s(512)[512])
+        rows.append(profile.to_dict() | {"basis": profile.basis, "full_batch_ms": full_ms})
         if not as_json:
             rows[-1] |= {"model": profile.model.name, "device": profile.device.name}
-    heads = {"name": "profile", "model": "model", "device": "device", "tile_tokens": "tile (tokens)"}
-    terminal.print_listing(
-        rows, {**heads, "full_batch_ms": "linear, 512 tokens (ms)", "num_kv_blocks": "KV blocks (16 tokens)"}, as_json
-    )
+    heads = {"name": "profile", "device": "device", "basis": "times", "tile_tokens": "tile\n(tokens)"}
+    heads |= {"full_batch_ms": "512 tokens\n(ms)", "num_kv_blocks": "KV blocks\nof 16"}
+    terminal.print_listing(rows, heads, as_json)
 
 
 @app.command()

@@ -48,6 +48,23 @@ def capacity_text(fluid: Fluid) -> str:
     return f"{text}, and so does {what}, {batches}: a tenth more {more} would raise it by about {10 * price:.1f} %."
 
 
+def above_fluid(capacity: pd.DataFrame, fluid: Fluid | None) -> str:
+    """A sentence on the policies whose capacity lies above the fluid one; nothing if there are none."""
+    if fluid is None:
+        return ""
+    above = capacity[capacity["capacity_qps"] > fluid.qps]
+    if above.empty:
+        return ""
+    who = ", ".join(f"`{p}` {q:.2f}" for p, q in zip(above["policy"], above["capacity_qps"], strict=True))
+    shares = "attained_by_decile" in above
+    last = [v[-1] for v in (above["attained_by_decile"] if shares else []) if isinstance(v, list) and v[-1] is not None]
+    tail = f" (of the tenth with the longest prompts {100 * min(last):.0f} % attain)" if last else ""
+    return (
+        f" Above the fluid capacity, {fluid.qps:.2f}: {who}. Nobody serves everyone at such rates: the criterion does "
+        f"not see the long prompts that starve{tail}, and p99 TTFT shows them."
+    )
+
+
 def _at_load(rows: pd.DataFrame, gaps: pd.DataFrame, load: float) -> str:
     """The best policy, and SLAI, against the bound at one load; nothing if none can be compared."""
     own = gaps[(gaps["load"] == load) & gaps["value"].notna()].set_index("policy")
@@ -81,7 +98,7 @@ def gap_table(results: Results) -> Table | None:
         cells = []
         for load in loads:
             line = wide.loc[(policy, load)]
-            kind = BEST if len(policies) > 1 and line["value"] == top[load] else ""
+            kind = BEST if len(policies) > 1 and prose.same(100 * line["value"], 100 * top[load], 1) else ""
             ends = interval(100 * line["low"], 100 * line["high"], 1)
             cells.append(Cell(_signed(100 * line["value"]), ends, kind))
         lines.append([Cell(policy, kind=HEAD), *cells])

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.config import SUITES
+from llmsched_gym.cost import Profile, ProfileError, load_profile
 from llmsched_gym.evaluation import distance, prose, tables
 from llmsched_gym.evaluation.bounds import bound_of, is_clairvoyant, ordinary
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
@@ -120,7 +121,7 @@ def _gaps(results: Results) -> list[str]:
         return []
     up_to: dict[float, list[str]] = {}  # the last load that all goes well at, -inf if there is none
     for policy in tables.policies_of(rows):
-        p99 = rows[rows["policy"] == policy].groupby("load")[list(columns.values())].mean()
+        p99 = rows[rows["policy"] == policy].groupby("load")[list(columns.values())].median()
         late = np.any([p99[column] > slos[name] for name, column in columns.items()], axis=0)
         late |= p99.isna().all(axis=1).to_numpy()
         last = p99.index[: np.argmax(late) if late.any() else None].max()
@@ -188,11 +189,12 @@ def settings(results: Results) -> list[tuple[str, str]]:
     def only(column: str) -> str:
         return ", ".join(map(str, rows[column].unique())) if column in rows else "unknown"
 
-    seeds, suite = rows["seed"].unique(), results.suite
-    found = [("Suite", f"{suite}: {SUITES[suite].what}" if suite in SUITES else suite)]
-    found += [("Cost profile", only("profile")), ("Workload", only("workload"))]
+    seeds = rows["seed"].unique()
+    found = [("Suite", results.suite), ("Cost profile", _profile(only("profile"))), ("Workload", only("workload"))]
+    found += [("Arrivals", _arrivals(results))]
     found.append(("Seeds", f"{seeds.min()} to {seeds.max()}" if len(seeds) > 1 else str(seeds[0])))
     found.append(("Requests per run", ", ".join(f"{n:,}" for n in sorted(rows["num_requests"].unique()))))
+    found += [("Trace", remark) for remark in results.trace_remarks]
     if not results.config.get("scenario"):
         return found
     slo_s, per_token_s = results.ttft_slo()
@@ -201,6 +203,15 @@ def settings(results: Results) -> list[tuple[str, str]]:
     tbt = ", ".join(f"{name} {slo_s:g} s" for name, slo_s in results.tbt_slos_s().items())
     found.append(("TBT SLO", f"{tbt}; rule {get('tbt_rule', 'every-gap')}"))
     found.append(("Strict users", _range(get("strict_share", 0.05), 100) + " %"))
+    drain, after = get("drain_s", "inf"), "arrivals go on" if get("arrivals_continue", True) else "no arrivals"
+    until = "until all are served" if drain == "inf" else f"for {drain:g} s at most"
+    found.append(("Around them", f"{get('warmup_s', 0.0):g} s of warm-up; {after} behind them, {until}"))
+    blocks = get("num_kv_blocks", None) or _profile_blocks(only("profile"))
+    limits = (
+        f"max_num_seqs {get('max_num_seqs', 128):,}, max_num_batched_tokens {get('max_num_batched_tokens', 8192):,}"
+    )
+    limits += f", max_model_len {get('max_model_len', 8192):,}"
+    found.append(("Engine", f"{f'{blocks:,} KV blocks, ' if blocks else ''}{limits}"))
     patience = get("patience_s", "inf")
     found.append(("Patience", "infinite" if patience == "inf" else f"{patience:g} s late"))
     times = f"jitter {get('jitter', 0.0):g}, cost scale {_range(get('cost_scale', 1.0), 1)}"
@@ -210,6 +221,41 @@ def settings(results: Results) -> list[tuple[str, str]]:
             times += "; the scheduler's own time counts"
     found.append(("Batch times", times))
     return found
+
+
+def _arrivals(results: Results) -> str:
+    """Where arrivals come from, as runs had them."""
+    rows, get = results.rows, results.setting
+    kinds = rows["arrivals"].unique() if "arrivals" in rows else ["unknown"]
+    kind = ", ".join(map(str, kinds))
+    if kind == "trace":
+        scaled = "scaled to the loads asked for" if rows["requested_qps"].notna().any() else "as they are"
+        return f"the trace's own times, {scaled}"
+    if kind == "gamma":
+        kind += f" of shape {get('burstiness', 1.0):g}"
+    if rows["drawn"].any():
+        return f"{kind}, one rate per seed from {_range(get('qps_range', [0.0, 0.0]), 1)} requests/s"
+    if kind in ("mmpp", "switching"):
+        kind += f", rates switching every {_range(get('switch_every_s', [0.0, 0.0]), 1)} s"
+    return f"{kind} at {', '.join(f'{load:.4g}' for load in sorted(rows['load'].unique()))} requests/s"
+
+
+def _profile(name: str) -> str:
+    """The profile's name, with a remark if nobody has measured it."""
+    found = _loaded(name)
+    return name if found is None or found.basis == "measured" else f"{name} ({found.basis})"
+
+
+def _profile_blocks(name: str) -> int | None:
+    found = _loaded(name)
+    return None if found is None else found.num_kv_blocks
+
+
+def _loaded(name: str) -> Profile | None:
+    try:
+        return load_profile(name)
+    except ProfileError:
+        return None  # a file that has gone since
 
 
 def _range(value: Any, scale: float) -> str:
@@ -250,13 +296,28 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
     if lost:
         found.append(f"Requests that were {' or '.join(lost)}: none, in any run.")
     if rows["rejected_share"].any():
-        share = 100 * rows["num_rejected"].sum() / rows["num_requests"].sum()
-        found.append(f"{number(share)} % of requests could never fit, were rejected on arrival and count as misses.")
+        found.append(_rejected(results))
     found.append(
         "KV peak: the largest share of KV blocks in use in a run. Goodput: requests within all SLOs per second of the "
         "time in which they arrived; vLLM's benchmark divides by the time until its last request is done."
     )
     return found
+
+
+def _rejected(results: Results) -> str:
+    """How many requests were rejected on arrival, and what setting did it."""
+    rows = results.rows
+    share = 100 * rows["num_rejected"].sum() / rows["num_requests"].sum()
+    text = f"{number(share)} % of requests were rejected on arrival and count as misses"
+    if "num_too_long" not in rows:
+        return f"{text}: they could never fit."
+    long = 100 * rows["num_too_long"].sum() / rows["num_requests"].sum()
+    if long > 0:
+        text += f"; {number(long)} % are longer than `max_model_len={results.setting('max_model_len', 8192)}`"
+    if share - long > 1e-9:
+        text += f"; {number(share - long)} % need more KV blocks than there are"
+    tail = " They have no first token: where they are 1 % or more of a run, its p99 TTFT is infinite."
+    return f"{text}.{tail}"
 
 
 def _over_seeds(rows: pd.DataFrame) -> str:

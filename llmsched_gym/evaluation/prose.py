@@ -45,6 +45,11 @@ def number(value: float | None, digits: int | None = None) -> str:
     return f"{value:,.{decimals(value) if digits is None else digits}f}".replace("-", "−")
 
 
+def same(a: float, b: float, digits: int | None = None) -> bool:
+    """Whether two figures look the same in print: then both are the best, or none."""
+    return number(a, digits) == number(b, digits)
+
+
 def decimals(value: float) -> int:
     """Decimals that show three significant digits, at most four."""
     if value == 0 or not math.isfinite(value):
@@ -133,7 +138,10 @@ def attainment_matrix(rows: pd.DataFrame) -> Table | None:
     rivals = wide.loc[ordinary(wide.index)]
     for policy, own in wide.iterrows():
         best = rivals.max() if policy in rivals.index and len(rivals) > 1 else {}
-        cells = [Cell(number(100 * v, 1), "", BEST if v == best.get(load) else "", float(v)) for load, v in own.items()]
+        cells = [
+            Cell(number(100 * v, 1), "", BEST if load in best and same(100 * v, 100 * best[load], 1) else "", float(v))
+            for load, v in own.items()
+        ]
         lines.append([Cell(str(policy), kind=HEAD), *cells])
     return Table("SLO attainment (%) by load (requests/s)", [], labels, lines)
 

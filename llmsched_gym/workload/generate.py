@@ -72,7 +72,8 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
 
     n = len(arrival_s)
     if trace is not None and kind == "trace":
-        _warn_of_replay(scenario, trace, n)
+        for remark in _replay_remarks(scenario, trace, n):
+            warnings.warn(f"{trace.name}: {remark}", TraceWarning, stacklevel=2)
     uniforms = _rng(seed, REQUEST_STREAM).random((n, 4))  # prompt, output, SLO class, TTFT class
     session = np.full(n, -1, np.int64)
     if trace is None:
@@ -111,8 +112,21 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
     )
 
 
-def _warn_of_replay(scenario: Scenario, trace: Trace, num_requests: int) -> None:
-    """Say what a run on a trace's own times is not."""
+def trace_remarks(scenario: Scenario, seed: int) -> list[str]:
+    """What a reader of a run's results should know of its trace, a sentence each."""
+    trace = trace_of(scenario)
+    if trace is None:
+        return []
+    dropped = [f"{trace.num_dropped:,} invalid rows were left out"] * bool(trace.num_dropped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TraceWarning)
+        table = make_table(scenario, seed)
+    replayed = _replay_remarks(scenario, trace, len(table)) if table.arrivals == "trace" else []
+    return [*dropped, *trace.remarks(), *replayed]
+
+
+def _replay_remarks(scenario: Scenario, trace: Trace, num_requests: int) -> list[str]:
+    """What a run on a trace's own times is not."""
     notes = []
     if trace.zero_gaps > ROUNDED:
         notes.append(
@@ -121,8 +135,7 @@ def _warn_of_replay(scenario: Scenario, trace: Trace, num_requests: int) -> None
         )
     if scenario.num_requests is not None and num_requests > len(trace):
         notes.append(f"its {len(trace):,} requests are too few for the run and start over")
-    for note in notes:
-        warnings.warn(f"{trace.name}: {note}", TraceWarning, stacklevel=3)
+    return notes
 
 
 def trace_of(scenario: Scenario) -> Trace | None:

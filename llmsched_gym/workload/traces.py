@@ -71,6 +71,16 @@ class Trace:
             return None
         return (len(self) - 1) / float(self.arrival_s[-1])
 
+    def remarks(self) -> list[str]:
+        """What a user of the file should know, a sentence each."""
+        found = []
+        if self.num_steps_back:
+            many = f"{self.num_steps_back:,} time{'s' if self.num_steps_back > 1 else ''}"
+            found.append(f"time runs backwards {many}, as where files were joined; the rows are sorted by time")
+        if self.num_images:
+            found.append(f"{self.num_images:,} images are not simulated; prompts have the tokens of ContextTokens only")
+        return found
+
     @property
     def zero_gaps(self) -> float:
         """Share of gaps between arrivals that are 0, which is how rounded times look; 0 without times."""
@@ -96,11 +106,8 @@ def load_trace(path: str | Path, on_invalid: OnInvalid = "raise") -> Trace:
         raise TraceError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
     except UnicodeDecodeError:
         raise TraceError(f"{path}: not a text file in UTF-8") from None
-    if trace.num_steps_back:
-        many = f"{trace.num_steps_back:,} time{'s' if trace.num_steps_back > 1 else ''}"
-        _warn(f"{path}: time runs backwards {many}, as where files were joined; the rows are sorted by time")
-    if trace.num_images:
-        _warn(f"{path}: {trace.num_images:,} images are not simulated; prompts have the tokens of ContextTokens only")
+    for remark in trace.remarks():
+        _warn(f"{path}: {remark}")
     return trace
 
 
