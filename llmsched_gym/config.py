@@ -87,9 +87,7 @@ class Scenario:
     # workload
     workload: str = "sharegpt"  # fitted length distribution (see `llmsched workloads`)
     trace: str | None = None  # trace file; replaces `workload`
-    trace_arrivals: str | None = (
-        None  # with a trace: keep its times, or a process; None: keep, `arrivals` without times
-    )
+    trace_arrivals: str | None = None  # keep a trace's times, or a process; None: keep, without times `arrivals`
     trace_invalid: Literal["raise", "drop"] = "raise"  # rows of a trace that break a rule: an error, or left out
     arrivals: str = "poisson"  # poisson, gamma, mmpp, switching
     burstiness: float = 1.0  # gamma shape of the gaps; below 1 is burstier than Poisson

@@ -82,6 +82,8 @@ def load_label(rows: pd.DataFrame, load: float) -> str:
     """A load in words."""
     if rows["drawn"].any():
         return f"rates drawn per seed ({rows['qps'].min():.2f} to {rows['qps'].max():.2f} requests/s)"
+    if not tables.has_intervals(rows) and rows["requested_qps"].isna().all():
+        return f"the trace's own {load:.3g} requests/s"
     return f"{load:.4g} request{'s' if load != 1 else ''}/s"
 
 

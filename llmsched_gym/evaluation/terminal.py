@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from llmsched_gym.evaluation.capacity import Capacity
 
-NONE, INFINITE = "-", "inf"
+NONE, INFINITE, OUTSIDE = "-", "inf", "not in the range"
 BROKEN_PIPE = 141
 PIPE_WIDTH = 180  # columns of a table that no terminal bounds
 
@@ -118,7 +118,9 @@ def capacities(found: Sequence[Capacity], ratios: Sequence[dict[str, Any]]) -> T
         against = number(ratio["ratio"])
         if ratio["ratio_ci_low"] is not None:
             against += f" [{number(ratio['ratio_ci_low'])}, {number(ratio['ratio_ci_high'])}]"
-        table.add_row(item.policy, item.limited_by or item.note or NONE, number(item.qps) + bounds, against)
+        table.add_row(
+            item.policy, item.limited_by or (OUTSIDE if item.note else NONE), number(item.qps) + bounds, against
+        )
     return table
 
 
