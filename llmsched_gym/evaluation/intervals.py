@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -47,20 +48,34 @@ def interval(values: Values, within: Interval = (-math.inf, math.inf)) -> Interv
         return None
     if np.ptp(array) == 0.0:
         return float(array[0]), float(array[0])
-    from scipy.stats import sem, t
+    n = len(array)
+    middle, half = float(array.mean()), _student(n) * float(array.std(ddof=1)) / math.sqrt(n)
+    return max(middle - half, within[0]), min(middle + half, within[1])
 
-    low, high = t.interval(CONFIDENCE, len(array) - 1, loc=array.mean(), scale=sem(array))
-    return max(float(low), within[0]), min(float(high), within[1])
+
+@cache
+def _student(num_seeds: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf((1.0 + CONFIDENCE) / 2.0, num_seeds - 1))
 
 
 def median_interval(values: Values) -> Interval | None:
     """Interval of the median over seeds; an end may be infinite."""
     if len(values) < MIN_SEEDS:
         return None
+    low, high = _ranks(len(values))
+    ordered = np.sort(_finite_or_inf(values))
+    return float(ordered[low]), float(ordered[high])
+
+
+@cache
+def _ranks(num_seeds: int) -> tuple[int, int]:
+    """Which order statistics bound the median, counted from 0."""
     from scipy.stats import quantile_test
 
-    found = quantile_test(_finite_or_inf(values), p=0.5).confidence_interval(CONFIDENCE)
-    return float(found.low), float(found.high)
+    found = quantile_test(np.arange(num_seeds), p=0.5).confidence_interval(CONFIDENCE)
+    return int(found.low), int(found.high)
 
 
 def _finite_or_inf(values: Values) -> np.ndarray:
