@@ -110,7 +110,7 @@ def all_figures(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame) -
         "batch_time": against_load(long, "mean_batch_s", "Mean batch time", "Mean batch time (ms)", 1e3),
         "kv_use": against_load(long, "kv_cache_usage_max", "Largest KV cache use", "KV cache used (%)", 100),
         "ttft_reduction": plots.plot_ttft_reduction(slai, paper=True),
-        "capacity": plots.plot_capacity(paper, reference=tables.REFERENCE_CAPACITY_QPS),
+        "capacity": plots.plot_capacity(paper, reference=tables.REFERENCE_CAPACITY_QPS, fluid_qps=fluid_qps),
         "attainment": plots.plot_attainment(short, fluid_qps=fluid_qps),
         "budget_sweep": plot_sweep(data["budget_sweep"]),
         "batches": plot_batches(data["batches"]),
