@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from scipy.stats import trim_mean
 
-from agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.grid import evaluate
@@ -56,7 +56,7 @@ def table(
     by_policy = {p: [r for r in rows if r["policy"] == p] for p in (*opponents, *beside, *agents)}
     utility = {p: [r[METRIC] for r in own] for p, own in by_policy.items()}
     best = max(opponents, key=lambda p: intervals.mean(utility[p]) or 0.0)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for policy, own in by_policy.items():
         mean, base = intervals.mean(utility[policy]), intervals.mean(utility[best])
         assert mean is not None and base is not None  # utilities are finite
@@ -132,5 +132,12 @@ def compare(config: Config) -> str:
     return text
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return fail_in_one_line(lambda: print(compare(parse(Config, argv, __doc__)), end=""))
+
+
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(lambda: print(compare(parse(Config, None, (__doc__ or "").split("\n\n")[0])), end="")))
+    from llmsched_gym.agents import compare as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

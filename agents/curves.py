@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation import draw
 
@@ -60,5 +61,12 @@ def curves(config: Config) -> str:
     return config.out
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return fail_in_one_line(lambda: print(curves(parse(Config, argv, __doc__))))
+
+
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(lambda: print(curves(parse(Config, None, (__doc__ or "").split("\n\n")[0])))))
+    from llmsched_gym.agents import curves as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

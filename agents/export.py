@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from agents.networks import ACTIVATIONS, Normaliser, RowsExtractor
-from agents.options import fail_in_one_line
+from llmsched_gym.agents.networks import ACTIVATIONS, Normaliser, RowsExtractor
+from llmsched_gym.agents.options import fail_in_one_line
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env.features import NUM_FEATURES
@@ -159,12 +160,17 @@ def finish(folder: str | Path, spec: PolicySpec, tensors: dict[str, np.ndarray])
     return write_folder(folder, dataclasses.replace(spec, decision_s=measured["p50_s"], training=training), tensors)
 
 
-def _main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return fail_in_one_line(lambda: _convert(argv))
+
+
+def _convert(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="SB3 zip of PPO or MaskablePPO; only one you trust: it holds pickles")
     parser.add_argument("folder", help="policy folder to write")
     parser.add_argument("--repeat", type=int, default=1, help="action_repeat it was trained with")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     from llmsched_gym.policies.sb3_zip import _config, _load
 
     model = _load(args.model)
@@ -173,4 +179,6 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(_main))
+    from llmsched_gym.agents import export as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

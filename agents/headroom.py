@@ -28,8 +28,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from agents.envs import SELECTION_SEEDS
-from agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.envs import SELECTION_SEEDS
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation import intervals
@@ -71,7 +71,7 @@ def random_constants(count: int, seed: int = 0) -> list[str]:
         options = {"budget": rng.choice([192, 256, 320, 384, 448, 512, 640, 768, 1024]), "order": order}
         options |= {
             "hold": rng.choice(["always", "always", "true", "false"]),
-            "cap": rng.choice([0.6, 0.7, 0.8, 0.9, 0.95, "inf"]),
+            "cap": rng.choice(["0.6", "0.7", "0.8", "0.9", "0.95", "inf"]),
         }
         options |= {"offset": rng.choice(["inf", "inf", "inf", "3", "7", "10"])}
         options |= {"limit": rng.choice([8192, 8192, 6500, 5500, 4500, 3500])}
@@ -121,7 +121,12 @@ def headroom(config: Config) -> dict[str, Any]:
     return result
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, argv, __doc__)))))
+
+
 if __name__ == "__main__":
-    sys.exit(
-        fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, None, (__doc__ or "").split("\n\n")[0])))))
-    )
+    from llmsched_gym.agents import headroom as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents.envs import TrainingEnv
-from agents.export import export, finish
-from agents.networks import normaliser_of
-from agents.options import fail_in_one_line, option, parse
-from agents.train import Config as TrainConfig
-from agents.train import evaluate, make_model
+from llmsched_gym.agents.envs import TrainingEnv
+from llmsched_gym.agents.export import export, finish
+from llmsched_gym.agents.networks import normaliser_of
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.train import Config as TrainConfig
+from llmsched_gym.agents.train import evaluate, make_model
 from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.env.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.env.policy import knobs_now, sets_knobs
@@ -172,10 +172,16 @@ def _fit(policy: Any, optimizer: Any, data: dict[str, np.ndarray], config: Confi
     return agreed / n
 
 
-def _main() -> None:
-    config = parse(Config, None, (__doc__ or "").split("\n\n")[0])
-    print(imitate(config, lambda line: print(line, file=sys.stderr)))
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+
+    def note(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    return fail_in_one_line(lambda: print(imitate(parse(Config, argv, __doc__), note)))
 
 
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(_main))
+    from llmsched_gym.agents import imitate as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

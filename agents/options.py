@@ -25,8 +25,9 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(cls: type, argv: Sequence[str] | None, description: str) -> Any:
-    """An instance of the dataclass from a command line."""
+def parse(cls: type, argv: Sequence[str] | None, doc: str | None) -> Any:
+    """An instance of the dataclass from a command line that the first paragraph of `doc` describes."""
+    description = (doc or "").split("\n\n")[0]
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -75,7 +76,7 @@ def _integers(text: str) -> tuple[int, ...]:
 
 def fail_in_one_line(main: Callable[[], Any]) -> int:
     """Run `main`; what a user got wrong becomes one line and exit code 2."""
-    backend_error = importlib.import_module("real_backend").BackendError
+    backend_error = importlib.import_module("llmsched_gym.real_backend").BackendError
     try:
         main()
     except (ConfigError, PolicyError, ProfileError, TraceError, backend_error) as error:

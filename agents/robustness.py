@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.grid import evaluate
@@ -111,10 +112,17 @@ def markdown(cells: list[dict[str, Any]], baseline: str) -> str:
     return "\n".join(text) + "\n"
 
 
-def _main() -> None:
-    config = parse(Config, None, (__doc__ or "").split("\n\n")[0])
-    print(markdown(robustness(config), config.baseline), end="")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+
+    def run() -> None:
+        config = parse(Config, argv, __doc__)
+        print(markdown(robustness(config), config.baseline), end="")
+
+    return fail_in_one_line(run)
 
 
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(_main))
+    from llmsched_gym.agents import robustness as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,12 +30,18 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.checkpoint import cut_progress, load_checkpoint, random_state, save_checkpoint, set_random_state
-from agents.envs import SELECTION_SEEDS, TrainingEnv
-from agents.export import export, finish, load_actor
-from agents.networks import normaliser_of, policy_class, policy_kwargs
-from agents.options import fail_in_one_line, option, parse
-from agents.rollout import Discounts, buffer_class
+from llmsched_gym.agents.checkpoint import (
+    cut_progress,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from llmsched_gym.agents.envs import SELECTION_SEEDS, TrainingEnv
+from llmsched_gym.agents.export import export, finish, load_actor
+from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.rollout import Discounts, buffer_class
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -318,5 +325,12 @@ def _bar(total: int) -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return fail_in_one_line(lambda: print(train(parse(Config, argv, __doc__))))
+
+
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(lambda: print(train(parse(Config, None, (__doc__ or "").split("\n\n")[0])))))
+    from llmsched_gym.agents import train as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

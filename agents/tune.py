@@ -18,7 +18,7 @@ import json
 import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from agents.checkpoint import cut_progress, load_checkpoint, save_checkpoint
-from agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
-from agents.export import finish
-from agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.checkpoint import cut_progress, load_checkpoint, save_checkpoint
+from llmsched_gym.agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
+from llmsched_gym.agents.export import finish
+from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import knobs_for
@@ -270,5 +270,12 @@ def _open_run(config: Config, out: Path) -> Config:
     return config
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    return fail_in_one_line(lambda: print(tune(parse(Config, argv, __doc__))))
+
+
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(lambda: print(tune(parse(Config, None, (__doc__ or "").split("\n\n")[0])))))
+    from llmsched_gym.agents import tune as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

@@ -1,9 +1,9 @@
 """RAD without one of its principles, or with both, or off the tile: for experiments, so not in the registry.
 
-Named as ``baselines.rad_ablation:FIXED_SPLIT``.
+Named as ``llmsched_gym.baselines.rad_ablation:FIXED_SPLIT``.
 """
 
-from baselines.rad import form_batch
+from llmsched_gym.baselines.rad import form_batch
 from llmsched_gym.engine.pack import FCFS
 from llmsched_gym.scheduler import Compiled
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.engine import Engine
+from llmsched_gym.real_backend import BackendError, make_backend
 from llmsched_gym.scheduler import PolicyError, install, make_scheduler
 from llmsched_gym.workload import RequestTable
-from real_backend import BackendError, make_backend
 
 PROMPT_TOKENS = 96
 BUDGET_MS = 1.0

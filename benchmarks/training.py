@@ -22,8 +22,8 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from agents.export import measure_decision_s
-from agents.train import Config, train
+from llmsched_gym.agents.export import measure_decision_s
+from llmsched_gym.agents.train import Config, train
 from llmsched_gym.evaluation.bench import machine
 from llmsched_gym.policies import LoadedPolicy
 from llmsched_gym.scheduler import make_scheduler

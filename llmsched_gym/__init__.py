@@ -1,8 +1,15 @@
 """llmsched-gym: a Gymnasium environment for scheduling LLM inference. Importing it registers the environments."""
 
+from pathlib import Path
+
 from gymnasium.envs.registration import register
 
 from llmsched_gym.config import SUITES, ConfigError, EnvConfig, Scenario, env_config, scenario
+
+_root = Path(__file__).resolve().parents[1]
+if (_root / "pyproject.toml").is_file() and (_root / "baselines").is_dir():
+    # A source tree: agents, baselines and real_backend lie beside this folder, installed they lie in it.
+    __path__.append(str(_root))
 
 __version__ = "0.1.0"
 __all__ = ["SUITES", "ConfigError", "EnvConfig", "Scenario", "env_config", "scenario"]

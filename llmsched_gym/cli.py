@@ -147,7 +147,7 @@ def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception],
     from llmsched_gym.scheduler import PolicyError
     from llmsched_gym.workload import TraceError
 
-    backend_error = importlib.import_module("real_backend").BackendError
+    backend_error = importlib.import_module("llmsched_gym.real_backend").BackendError
     return (ConfigError, PolicyError, TraceError, ProfileError, backend_error), (
         IllegalBatch,
         StalledScheduler,
@@ -388,8 +388,8 @@ def sim2real(context: typer.Context) -> None:
 
 def _on_real_model(name: str, args: list[str]) -> int:
     """Run a command of `real_backend`, which nothing here imports by itself; returns its exit code."""
-    function = getattr(importlib.import_module(f"real_backend.{name}"), f"{name}_command")
-    code: int = importlib.import_module("real_backend.command").call(function, f"llmsched {name}", args)
+    function = getattr(importlib.import_module(f"llmsched_gym.real_backend.{name}"), f"{name}_command")
+    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
     return code
 
 

@@ -167,9 +167,9 @@ def registry() -> dict[str, Any]:
     A value is a :class:`Compiled` or a class whose instances are schedulers.
     """
     found: dict[str, Any] = {}
-    package = importlib.import_module("baselines")
+    package = importlib.import_module("llmsched_gym.baselines")
     for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
-        entries = getattr(importlib.import_module(f"baselines.{module}"), "SCHEDULERS", {})
+        entries = getattr(importlib.import_module(f"llmsched_gym.baselines.{module}"), "SCHEDULERS", {})
         for name, entry in entries.items():
             found[name] = replace(entry, name=name) if isinstance(entry, Compiled) else entry
     return found

@@ -5,23 +5,28 @@ Importing this package needs neither torch nor transformers; :func:`make_backend
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-from real_backend.errors import BackendError
+from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
     from llmsched_gym.config import Scenario
-    from real_backend.backend import TransformersBackend
+    from llmsched_gym.real_backend.backend import TransformersBackend
 
 __all__ = ["BackendError", "make_backend"]
+
+if __name__ == "real_backend":  # a clone's spelling of the same package
+    sys.modules[__name__] = importlib.import_module("llmsched_gym.real_backend")
 
 
 def make_backend(
     scenario: Scenario, model: Any = "random:tiny", device: str | None = None, **options: Any
 ) -> TransformersBackend:
-    """A backend for ``Engine(scenario, ..., backend=...)``; see :func:`real_backend.backend.make_backend`."""
+    """A backend for ``Engine(scenario, ..., backend=...)``; arguments: see ``make_backend`` in backend.py."""
     try:
-        from real_backend import backend
+        from llmsched_gym.real_backend import backend
     except ImportError as error:
         needs = "the transformers backend needs torch and transformers: pip install 'llmsched-gym[real]'"
         raise BackendError(f"{needs} ({error})") from None

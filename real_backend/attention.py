@@ -1,8 +1,8 @@
 """Attention of a hybrid batch over a paged KV cache, hooked into transformers by name.
 
 A forward pass gets all tokens of the batch as one sequence, and a :class:`Segments` that says whose they are. On a GPU
-with triton the kernel of :mod:`real_backend.paged_attention` attends; here is the portable path, SDPA: per prompt
-chunk, and per group of decodes with contexts of about the same length.
+with triton the kernel of paged_attention.py attends; here is the portable path, SDPA: per prompt chunk, and per group
+of decodes with contexts of about the same length.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from llmsched_gym.config import BLOCK_SIZE
-from real_backend.errors import BackendError
+from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
-    from real_backend.paged_attention import PagedBatch
+    from llmsched_gym.real_backend.paged_attention import PagedBatch
 
 NAME = "llmsched_paged"
 """The attention implementation's name; transformers knows no mask for it, so it builds none."""
@@ -190,7 +190,7 @@ def paged_attention(
     kv_heads = key.shape[1]
     out = query.new_empty((tokens, heads, value.shape[-1]))
     if segments.paged is not None:
-        from real_backend.paged_attention import attend  # triton is optional
+        from llmsched_gym.real_backend.paged_attention import attend  # triton is optional
 
         scale = dim**-0.5 if scaling is None else scaling
         attend(query[0].transpose(0, 1), *cache.layer(layer), out, segments.paged, scale, sliding_window)

@@ -13,16 +13,16 @@ import transformers
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.engine import Execution, ScheduledBatch
+from llmsched_gym.real_backend.attention import KVCache, choose_attention
+from llmsched_gym.real_backend.block_table import NOBODY, BlockTable
+from llmsched_gym.real_backend.ceilings import device_name
+from llmsched_gym.real_backend.errors import BackendError, one_line
+from llmsched_gym.real_backend.graphs import DecodeGraphs
+from llmsched_gym.real_backend.memory import Stopwatch, fitting_blocks, is_out_of_memory, release_memory
+from llmsched_gym.real_backend.runner import Runner, Work
+from llmsched_gym.real_backend.tokens import TokenStore
+from llmsched_gym.real_backend.weights import LoadedModel, load_model
 from llmsched_gym.workload import RequestTable
-from real_backend.attention import KVCache, choose_attention
-from real_backend.block_table import NOBODY, BlockTable
-from real_backend.ceilings import device_name
-from real_backend.errors import BackendError, one_line
-from real_backend.graphs import DecodeGraphs
-from real_backend.memory import Stopwatch, fitting_blocks, is_out_of_memory, release_memory
-from real_backend.runner import Runner, Work
-from real_backend.tokens import TokenStore
-from real_backend.weights import LoadedModel, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def make_backend(
     Args:
         scenario: its `max_num_seqs`, `max_model_len`, `max_num_batched_tokens` and `num_kv_blocks` count; without
             `num_kv_blocks` the cache gets the blocks that memory holds.
-        model: local folder, hub id, a name of :data:`real_backend.weights.RANDOM_MODELS`, or a model.
+        model: local folder, hub id, a name of :data:`llmsched_gym.real_backend.weights.RANDOM_MODELS`, or a model.
         device: "cuda", "cuda:1", "cpu"; None is the GPU if there is one.
         dtype: of weights and KV; None is bfloat16 on a GPU, float32 on the CPU.
         seed: of random weights.

@@ -11,8 +11,8 @@ import typer
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import ProfileError
+from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.scheduler import PolicyError
-from real_backend.errors import BackendError
 
 USAGE, INTERRUPTED = 2, 130
 

@@ -21,12 +21,12 @@ from typing import Annotated
 import typer
 
 from llmsched_gym.config import ConfigError
-from real_backend import command
-from real_backend.calibrate import limits_for
-from real_backend.errors import BackendError, one_line
-from real_backend.gpu_report import write
-from real_backend.gpu_sections import SECTIONS
-from real_backend.gpu_state import Check, TimeUp
+from llmsched_gym.real_backend import command
+from llmsched_gym.real_backend.calibrate import limits_for
+from llmsched_gym.real_backend.errors import BackendError, one_line
+from llmsched_gym.real_backend.gpu_report import write
+from llmsched_gym.real_backend.gpu_sections import SECTIONS
+from llmsched_gym.real_backend.gpu_state import Check, TimeUp
 
 MAX_SEQS = 256
 """Sequences of the largest batch on a GPU."""
@@ -101,4 +101,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from llmsched_gym.real_backend import gpu_check as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

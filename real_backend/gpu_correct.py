@@ -11,12 +11,12 @@ import torch
 
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation.run import simulate
-from real_backend.runner import Work
-from real_backend.small_world import limits, scaled_workload
-from real_backend.sweep import Limits
+from llmsched_gym.real_backend.runner import Work
+from llmsched_gym.real_backend.small_world import limits, scaled_workload
+from llmsched_gym.real_backend.sweep import Limits
 
 if TYPE_CHECKING:
-    from real_backend.backend import TransformersBackend
+    from llmsched_gym.real_backend.backend import TransformersBackend
 
 TOKENS_SCALE, TOKENS_POLICY = 1 / 16, "sarathi[budget=64]"
 FLOOR_FACTOR = 3.0
@@ -28,7 +28,7 @@ GRAPH_TOLERANCE = 0.03
 
 def tokens_against_generate(out: Path, device: str, attention: str, num_requests: int = 12) -> dict[str, Any]:
     """Greedy tokens of random:tiny in float32, from hybrid batches, against transformers' generate, one by one."""
-    from real_backend import make_backend
+    from llmsched_gym.real_backend import make_backend
 
     workload = str(scaled_workload("sharegpt", TOKENS_SCALE, out))
     world = scenario("default", workload=workload, num_requests=num_requests, qps=1e3, arrivals_continue=False)
@@ -85,9 +85,9 @@ def logits_of_attentions(backend: TransformersBackend, bounds: Limits, num_batch
         work = backend.made_up(chunks, decodes, seed)
         portable = _logits(backend, work, "sdpa")
         parts = [_logits(backend, work.take(slice(i, i + 1)), "sdpa") for i in range(len(work.request))]
-        row = {"batch": f"{chunks} + {decodes}", "floor": _difference(torch.cat(parts), portable)}
-        row |= _compare(row["floor"], _logits(backend, work, backend.attention), portable)
-        rows.append(row)
+        floor = _difference(torch.cat(parts), portable)
+        compared = _compare(floor, _logits(backend, work, backend.attention), portable)
+        rows.append({"batch": f"{chunks} + {decodes}", "floor": floor, **compared})
     backend.blocks.clear(0)
     return rows
 

@@ -53,7 +53,7 @@ def _pairs(values: dict[str, Any]) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name} ") if isinstance(value, dict) else {prefix + name: value}
     return flat

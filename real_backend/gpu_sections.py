@@ -9,12 +9,12 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from real_backend import small_world
-from real_backend.calibrate import CPU_TILE, ROUNDS, fit
-from real_backend.errors import BackendError
-from real_backend.gpu_state import Check, TimeUp
-from real_backend.measurements import Sheet, run_sweep
-from real_backend.sweep import plan
+from llmsched_gym.real_backend import small_world
+from llmsched_gym.real_backend.calibrate import CPU_TILE, ROUNDS, fit
+from llmsched_gym.real_backend.errors import BackendError
+from llmsched_gym.real_backend.gpu_state import Check, TimeUp
+from llmsched_gym.real_backend.measurements import Sheet, run_sweep
+from llmsched_gym.real_backend.sweep import plan
 
 POLICIES = ("slai", "sarathi", "rad", "srpt-capped", "learned")
 LOADS = (0.8, 1.1, 0.5)
@@ -58,7 +58,7 @@ def ceilings(check: Check) -> None:
     """Bytes per second of a large copy, FLOP/s of a large matrix product in the dtype of the weights."""
     import torch
 
-    from real_backend.ceilings import measured_device
+    from llmsched_gym.real_backend.ceilings import measured_device
 
     dtype = torch.bfloat16 if check.torch_device.type == "cuda" else torch.float32
     check.ceiling = measured_device(check.torch_device, dtype)
@@ -88,7 +88,7 @@ def sweep(check: Check) -> None:
 
 def bounds(check: Check) -> None:
     """Some batches' times against what the measured ceilings allow."""
-    from real_backend.gpu_speed import batches, time_batch
+    from llmsched_gym.real_backend.gpu_speed import batches, time_batch
 
     for name, batch in batches(check.limits, check.backend.num_kv_blocks).items():
         check.in_time()
@@ -97,7 +97,11 @@ def bounds(check: Check) -> None:
 
 def correctness(check: Check) -> None:
     """The fast path against the portable one and against generate."""
-    from real_backend.gpu_correct import graphs_against_eager, logits_of_attentions, tokens_against_generate
+    from llmsched_gym.real_backend.gpu_correct import (
+        graphs_against_eager,
+        logits_of_attentions,
+        tokens_against_generate,
+    )
 
     found = check.results.setdefault("correctness", {})
     found["logits"] = logits_of_attentions(check.backend, check.limits)
@@ -110,7 +114,7 @@ def sim2real(check: Check) -> None:
     """The simulator, with the profile measured here, against the model; saved after each load."""
     import pandas as pd
 
-    from real_backend.sim2real import Comparison, compare, save
+    from llmsched_gym.real_backend.sim2real import Comparison, compare, save
 
     if check.profile is None:
         raise BackendError("no profile: the sweep did not get far enough")
@@ -125,8 +129,8 @@ def sim2real(check: Check) -> None:
         parts.append(part)
         rows, steps = (pd.concat([getattr(p, name) for p in parts], ignore_index=True) for name in ("rows", "steps"))
         found = save(Comparison(rows, steps, check.profile, backend.setup, world), out)
-        keys = ("step_time", "median_relative_error", "median_absolute_error", "mean_kendall_tau")
-        keys = (*keys, "clear_pairs", "clear_kept", "saturation_qps")
+        keys = ["step_time", "median_relative_error", "median_absolute_error", "mean_kendall_tau"]
+        keys += ["clear_pairs", "clear_kept", "saturation_qps"]
         check.results["sim2real"] = {"requests": num_requests, "loads": len(parts), **{k: found[k] for k in keys}}
 
 
@@ -152,7 +156,7 @@ def _requests_in_time(check: Check, world: small_world.SmallWorld) -> int:
 
 def kernel(check: Check) -> None:
     """The attention kernel alone, at several tile sizes; on a GPU only."""
-    from real_backend.gpu_speed import time_kernel
+    from llmsched_gym.real_backend.gpu_speed import time_kernel
 
     if check.backend.attention == "triton" and check.backend.device.type == "cuda":
         for row in time_kernel(check.backend, check.limits, check.measured):
@@ -161,7 +165,7 @@ def kernel(check: Check) -> None:
 
 def generate(check: Check) -> None:
     """Decode steps of transformers' own generate, at the batches of `bounds`. Takes the cache's memory: comes last."""
-    from real_backend.gpu_speed import batches, free_cache, time_generate
+    from llmsched_gym.real_backend.gpu_speed import batches, free_cache, time_generate
 
     backend = check.backend
     own = {row["batch"]: row["ms"] for row in check.results.get("bounds", [])}

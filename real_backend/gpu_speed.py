@@ -12,11 +12,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llmsched_gym.config import DeviceSpec, ModelSpec
-from real_backend.memory import release_memory
-from real_backend.sweep import Composition, Limits
+from llmsched_gym.real_backend.memory import release_memory
+from llmsched_gym.real_backend.sweep import Composition, Limits
 
 if TYPE_CHECKING:
-    from real_backend.backend import TransformersBackend
+    from llmsched_gym.real_backend.backend import TransformersBackend
 
 CONTEXT = 1024
 DECODES = (1, 8, 32, 64, 128, 256)
@@ -48,7 +48,7 @@ def bound_ms(model: ModelSpec, device: DeviceSpec, batch: Composition) -> dict[s
     weights = (model.layer_params + model.head_params) * model.bytes_per_value
     moved = weights + model.kv_bytes_per_token * (read + batch.num_tokens)
     pairs = sum(batch.decodes) + sum(n * computed + n * (n + 1) / 2 for computed, n in batch.chunks)
-    flops = 2 * (model.layer_params * batch.num_tokens + model.head_params * batch.num_seqs)
+    flops: float = 2 * (model.layer_params * batch.num_tokens + model.head_params * batch.num_seqs)
     flops += 4 * model.num_heads * model.head_dim * model.num_layers * pairs
     bytes_ms, flops_ms = 1e3 * moved / device.bandwidth_bytes_s, 1e3 * flops / device.flops_s
     return {"bound_ms": max(bytes_ms, flops_ms), "bytes_ms": bytes_ms, "flops_ms": flops_ms}
@@ -148,7 +148,7 @@ def time_kernel(backend: TransformersBackend, limits: Limits, device: DeviceSpec
     import triton
     from triton.testing import do_bench
 
-    from real_backend import paged_attention as kernel
+    from llmsched_gym.real_backend import paged_attention as kernel
 
     spec, runner = backend.loaded.spec, backend.runner
     shapes = {

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmsched_gym.config import DeviceSpec, scenario
 from llmsched_gym.cost import Profile
-from real_backend import small_world
-from real_backend.errors import BackendError, one_line
-from real_backend.sweep import Limits
+from llmsched_gym.real_backend import small_world
+from llmsched_gym.real_backend.errors import BackendError, one_line
+from llmsched_gym.real_backend.sweep import Limits
 
 if TYPE_CHECKING:
     import torch
 
-    from real_backend.backend import TransformersBackend
+    from llmsched_gym.real_backend.backend import TransformersBackend
 
 
 class TimeUp(Exception):
@@ -44,13 +44,13 @@ class Check:
     @property
     def scale(self) -> float:
         """Of the world's requests, as in sim2real."""
-        from real_backend.sim2real import CPU_SCALE
+        from llmsched_gym.real_backend.sim2real import CPU_SCALE
 
         return 1.0 if self.torch_device.type == "cuda" else CPU_SCALE
 
     @property
     def torch_device(self) -> torch.device:
-        from real_backend.backend import find_device
+        from llmsched_gym.real_backend.backend import find_device
 
         return find_device(self.device)
 
@@ -73,8 +73,8 @@ class Check:
         return self._backend
 
     def _make_backend(self, graphs: bool | None) -> TransformersBackend:
-        from real_backend import make_backend
-        from real_backend.sim2real import kv_blocks
+        from llmsched_gym.real_backend import make_backend
+        from llmsched_gym.real_backend.sim2real import kv_blocks
 
         own = small_world.limits(self.scale)
         world = scenario(

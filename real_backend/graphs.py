@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from llmsched_gym.config import BLOCK_SIZE
-from real_backend.attention import DecodeGroup, Segments
-from real_backend.block_table import SCRATCH, BlockTable
-from real_backend.runner import Inputs, Runner, Work
-from real_backend.tokens import TokenStore
+from llmsched_gym.real_backend.attention import DecodeGroup, Segments
+from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable
+from llmsched_gym.real_backend.runner import Inputs, Runner, Work
+from llmsched_gym.real_backend.tokens import TokenStore
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 TILE_COLUMNS = 4  # as in paged_attention, which needs triton
@@ -123,7 +123,7 @@ class DecodeGraphs:
         tiles, blocks = self._table[:size].split([TILE_COLUMNS, self._table.shape[1] - TILE_COLUMNS], dim=1)
         segments = Segments(self.runner.cache, slots)
         if self.runner.attention == "triton":
-            from real_backend.paged_attention import Launch, PagedBatch, choose_splits, num_units
+            from llmsched_gym.real_backend.paged_attention import Launch, PagedBatch, choose_splits, num_units
 
             splits = choose_splits(size, self.runner.loaded.spec.num_kv_heads, num_units(self.runner.device))
             segments.paged = PagedBatch(blocks, [Launch(0, size, tiles, 1, splits)])

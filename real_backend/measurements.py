@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsched_gym.cost.fit import batch_row
-from real_backend.errors import BackendError
-from real_backend.sweep import Composition
+from llmsched_gym.real_backend.errors import BackendError
+from llmsched_gym.real_backend.sweep import Composition
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from llmsched_gym.config import BLOCK_SIZE, ModelSpec, Scenario
-from real_backend.block_table import blocks_of
-from real_backend.errors import BackendError
+from llmsched_gym.real_backend.block_table import blocks_of
+from llmsched_gym.real_backend.errors import BackendError
 
 GPU_SHARE = 0.9
 """Share of a GPU's memory that weights, KV and the largest pass may take together."""

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from llmsched_gym.config import BLOCK_SIZE
-from real_backend.attention import Chunk, DecodeGroup, KVCache, Segments
-from real_backend.block_table import SCRATCH, BlockTable, blocks_of
-from real_backend.errors import BackendError, one_line
-from real_backend.tokens import TokenStore
-from real_backend.weights import LoadedModel
+from llmsched_gym.real_backend.attention import Chunk, DecodeGroup, KVCache, Segments
+from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, blocks_of
+from llmsched_gym.real_backend.errors import BackendError, one_line
+from llmsched_gym.real_backend.tokens import TokenStore
+from llmsched_gym.real_backend.weights import LoadedModel
 
 if TYPE_CHECKING:
-    from real_backend.graphs import DecodeGraphs
-    from real_backend.paged_attention import PagedBatch
+    from llmsched_gym.real_backend.graphs import DecodeGraphs
+    from llmsched_gym.real_backend.paged_attention import PagedBatch
 
 MAX_PADDED_TOKENS = 1 << 16
 """KV tokens, padding included, that one group of decodes gathers at a time: bounds the portable path's memory."""
@@ -84,7 +84,7 @@ class Runner:
 
     def compile_kernel(self) -> None:
         """Compile all that batches may need of the paged kernel, so that no measured one pays for it."""
-        from real_backend import paged_attention  # triton is optional
+        from llmsched_gym.real_backend import paged_attention  # triton is optional
 
         spec, windows = self.loaded.spec, {None, getattr(self.loaded.model.config, "sliding_window", None)}
         paged_attention.warm_up(
@@ -190,7 +190,7 @@ class Runner:
         )
 
     def _paged(self, blocks: np.ndarray, num_tokens: np.ndarray, num_computed: np.ndarray) -> PagedBatch:
-        from real_backend.paged_attention import lay_out  # triton is optional
+        from llmsched_gym.real_backend.paged_attention import lay_out  # triton is optional
 
         spec, device = self.loaded.spec, self.device
         return lay_out(

@@ -22,15 +22,15 @@ from llmsched_gym.config import BLOCK_SIZE, ConfigError, scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.evaluation import metrics
 from llmsched_gym.evaluation.run import Episode, simulate
+from llmsched_gym.real_backend import command, page
+from llmsched_gym.real_backend.agreement import summary
+from llmsched_gym.real_backend.calibrate import calibrate, describe, limits_for
+from llmsched_gym.real_backend.errors import BackendError
+from llmsched_gym.real_backend.small_world import SmallWorld, limits, make_world
 from llmsched_gym.scheduler import make_scheduler
-from real_backend import command, page
-from real_backend.agreement import summary
-from real_backend.calibrate import calibrate, describe, limits_for
-from real_backend.errors import BackendError
-from real_backend.small_world import SmallWorld, limits, make_world
 
 if TYPE_CHECKING:
-    from real_backend.backend import TransformersBackend
+    from llmsched_gym.real_backend.backend import TransformersBackend
 
 POLICIES = ("sarathi", "sarathi-spf", "slai", "rad", "srpt-capped")
 LOADS = (0.5, 0.8, 1.1)
@@ -133,7 +133,7 @@ def prepare(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[TransformersBackend, Profile, SmallWorld]:
     """The backend, its profile (measured unless given) and the world to compare in."""
-    from real_backend import make_backend
+    from llmsched_gym.real_backend import make_backend
 
     on_cpu = limits_for(device, max_tokens=None).max_tokens < 2048
     scale = scale if scale is not None else (CPU_SCALE if on_cpu else 1.0)
@@ -216,4 +216,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from llmsched_gym.real_backend import sim2real as module  # under its one name, not this copy of it
+
+    sys.exit(module.main())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE
-from real_backend.block_table import blocks_of
+from llmsched_gym.real_backend.block_table import blocks_of
 
 FIRST_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28)
 """Batch tokens below the first tile edge."""

@@ -13,8 +13,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmsched_gym.config import ModelSpec
-from real_backend.attention import NAME
-from real_backend.errors import BackendError, one_line
+from llmsched_gym.real_backend.attention import NAME
+from llmsched_gym.real_backend.errors import BackendError, one_line
 
 _MISTRAL_7B = {
     "model_type": "mistral",

@@ -21,11 +21,11 @@ pytest.importorskip("torch", reason="torch is not installed")
 import torch
 from gymnasium import spaces
 
-from agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from agents.envs import TRAINING_SEEDS, TrainingEnv
-from agents.export import export, finish, measure_decision_s
-from agents.rollout import Discounts, Rollouts
-from agents.train import Config, make_model, normaliser_of, train, typical_features
+from llmsched_gym.agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from llmsched_gym.agents.envs import TRAINING_SEEDS, TrainingEnv
+from llmsched_gym.agents.export import export, finish, measure_decision_s
+from llmsched_gym.agents.rollout import Discounts, Rollouts
+from llmsched_gym.agents.train import Config, make_model, normaliser_of, train, typical_features
 from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -238,7 +238,7 @@ def test_killed_and_resumed_is_the_unbroken_run(tmp_path, observation, action, m
         random.Random(os.getpid()),
         tmp_path / "broken",
     )  # any moment
-    context.set_forkserver_preload(["agents.train"])
+    context.set_forkserver_preload(["llmsched_gym.agents.train"])
     broken, kills = replace(config, out=str(out)), 0
     while True:
         resumes = (out / "config.json").exists()

@@ -12,12 +12,12 @@ pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("cma", reason="cma is not installed")
 
-from agents.compare import Config as CompareConfig
-from agents.compare import compare, interquartile_mean, winners
-from agents.envs import TrainingEnv
-from agents.imitate import Config as ImitateConfig
-from agents.imitate import imitate, make_teacher
-from agents.tune import Config, KnobRules, new_search, tune
+from llmsched_gym.agents.compare import Config as CompareConfig
+from llmsched_gym.agents.compare import compare, interquartile_mean, winners
+from llmsched_gym.agents.envs import TrainingEnv
+from llmsched_gym.agents.imitate import Config as ImitateConfig
+from llmsched_gym.agents.imitate import imitate, make_teacher
+from llmsched_gym.agents.tune import Config, KnobRules, new_search, tune
 from llmsched_gym.config import ConfigError, env_config, scenario
 from llmsched_gym.env.knobs import CAP, KNOBS, MARGIN
 from llmsched_gym.evaluation.metrics import row

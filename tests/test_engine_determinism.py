@@ -140,7 +140,7 @@ for policy in ("slai", "vllm-v1", "rad"):
 Run("slai", [request()]).drain()
 counts = {policy: make_scheduler(policy).kernel for policy in ("slai", "vllm-v1", "rad")}
 for name, module in list(sys.modules.items()):
-    if name.startswith(("llmsched_gym.", "baselines.")):
+    if name.startswith("llmsched_gym."):
         counts.update({f"{name}.{k}": v for k, v in vars(module).items() if isinstance(v, Dispatcher)})
 counts = {k: (v.stats.cache_hits, v.stats.cache_misses) for k, v in counts.items()}
 print(json.dumps({k: [sum(hits.values()), sum(misses.values())] for k, (hits, misses) in counts.items()}))

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = ("llmsched_gym", "baselines", "real_backend")
+FOLDERS = ("llmsched_gym", "agents", "baselines", "real_backend")
+CLONE_ONLY = ("tests", "benchmarks", "examples")
 NO_NETWORK = re.compile(
     "No matching distribution|Could not find a version|name resolution|[Cc]onnection|timed out|retries"
 )
@@ -20,23 +21,23 @@ NO_NETWORK = re.compile(
 pytestmark = pytest.mark.slow
 
 
-def project():
+def pyproject():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_the_core_depends_on_nothing_of_the_extras():
-    config = project()["project"]
+    config = pyproject()["project"]
     core = {re.match(r"[\w-]+", name)[0].lower() for name in config["dependencies"]}
     known = "gymnasium, numpy, numba, pandas, pyarrow, scipy, matplotlib, jinja2, typer, rich, safetensors, pillow"
     assert core == set(known.split(", "))
-    assert {"agents", "real", "ray", "dev"} <= set(config["optional-dependencies"])
+    assert {"agents", "real", "ray", "rllib", "bench", "docs", "dev"} <= set(config["optional-dependencies"])
 
 
 def test_constraints_pin_every_direct_dependency():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(re.fullmatch(r"([\w.-]+)==(\S+)", line).groups() for line in lines if line and not line.startswith("#"))
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
-    config = project()["project"]
+    config = pyproject()["project"]
     wanted = [*config["dependencies"]]
     for extra in ("agents", "real", "dev"):
         wanted += config["optional-dependencies"][extra]
@@ -55,7 +56,7 @@ def installed(tmp_path_factory):
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in SHIPPED:
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=60)
     pip = [venv / "bin/python", "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
@@ -96,8 +97,13 @@ def test_the_command_works_in_it(installed, tmp_path):
 
 
 def test_what_the_wheel_ships(installed, tmp_path):
-    code = "from importlib.util import find_spec; print([n for n in {!r} if find_spec(n)])"
-    done = run(
-        installed, tmp_path, "python", "-c", code.format((*SHIPPED, "agents", "tests", "benchmarks", "examples"))
-    )
-    assert done.stdout.strip() == str([*SHIPPED])
+    code = "from importlib.util import find_spec; import llmsched_gym; print([n for n in {!r} if find_spec(n)])"
+    long = [f"llmsched_gym.{name}" for name in (*FOLDERS[1:], *CLONE_ONLY)]
+    done = run(installed, tmp_path, "python", "-c", code.format((*FOLDERS, *CLONE_ONLY, *long)))
+    assert done.stdout.strip() == str(["llmsched_gym", *long[: len(FOLDERS) - 1]])
+
+
+def test_every_package_is_listed_and_every_listed_one_is_there():
+    folders = {path.parent.relative_to(ROOT) for name in FOLDERS for path in (ROOT / name).rglob("__init__.py")}
+    names = {".".join(f.parts if f.parts[0] == "llmsched_gym" else ("llmsched_gym", *f.parts)) for f in folders}
+    assert names == set(pyproject()["tool"]["setuptools"]["packages"])

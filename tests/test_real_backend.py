@@ -15,9 +15,9 @@ from llmsched_gym.config import scenario
 from llmsched_gym.engine import Batch, Engine, check
 from llmsched_gym.engine.records import FINISHED, RUNNING
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.real_backend import make_backend
+from llmsched_gym.real_backend.block_table import blocks_of
 from llmsched_gym.scheduler import install, make_scheduler
-from real_backend import make_backend
-from real_backend.block_table import blocks_of
 
 torch.set_num_threads(1)
 

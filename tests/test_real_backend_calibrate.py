@@ -11,11 +11,11 @@ import pytest
 
 from llmsched_gym.cost import DEVICES, MODELS, Profile, TableLinear, load_profile
 from llmsched_gym.cost.fit import read_batches
-from real_backend import BackendError
-from real_backend.calibrate import fit
-from real_backend.calibrate import main as calibrate_main
-from real_backend.measurements import COLUMNS, Sheet, key, run_sweep
-from real_backend.sweep import Composition, Limits, plan
+from llmsched_gym.real_backend import BackendError
+from llmsched_gym.real_backend.calibrate import fit
+from llmsched_gym.real_backend.calibrate import main as calibrate_main
+from llmsched_gym.real_backend.measurements import COLUMNS, Sheet, key, run_sweep
+from llmsched_gym.real_backend.sweep import Composition, Limits, plan
 
 SMALL = Limits(max_tokens=256, max_context=256, max_seqs=16, mixtures=40)
 BLOCKS = 400
@@ -168,8 +168,8 @@ def test_a_header_cut_off_by_a_kill_is_written_again(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from real_backend.measurements import Sheet, run_sweep
-from real_backend.sweep import Limits, plan
+from llmsched_gym.real_backend.measurements import Sheet, run_sweep
+from llmsched_gym.real_backend.sweep import Limits, plan
 
 path, calls = Path(sys.argv[1]), [0]
 

@@ -258,7 +258,7 @@ def simulated_run(tmp_path_factory):
     """A run folder of agents.train, in simulation, and its settings."""
     for name in ("stable_baselines3", "sb3_contrib", "tensorboard"):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    from agents.train import Config, train
+    from llmsched_gym.agents.train import Config, train
 
     world = {"qps": 1.5, "warmup_s": 0.0, "drain_s": 5.0, "arrivals_continue": False}
     config = Config(
@@ -278,8 +278,8 @@ def simulated_run(tmp_path_factory):
 
 @pytest.mark.parametrize("source", ["", "best"])
 def test_training_goes_on_on_a_model(simulated_run, source, one_thread, tmp_path):
-    from agents.checkpoint import load_checkpoint
-    from agents.train import Config, train
+    from llmsched_gym.agents.checkpoint import load_checkpoint
+    from llmsched_gym.agents.train import Config, train
     from llmsched_gym.policies import read_folder
 
     start = Path(simulated_run.out) / source
@@ -305,7 +305,7 @@ def test_training_goes_on_on_a_model(simulated_run, source, one_thread, tmp_path
 
 
 def test_what_a_warm_start_cannot_use_is_one_line(simulated_run, one_thread, tmp_path):
-    from agents.train import train
+    from llmsched_gym.agents.train import train
     from llmsched_gym.scheduler import PolicyError
 
     best = str(Path(simulated_run.out) / "best")

@@ -14,9 +14,9 @@ from test_real_backend import MODELS, SHAPES, WORLD, random_table, run_chaos, ta
 
 from llmsched_gym.engine import Batch, Engine, check
 from llmsched_gym.engine.records import FINISHED
+from llmsched_gym.real_backend import BackendError, make_backend
+from llmsched_gym.real_backend.weights import load_model
 from llmsched_gym.scheduler import install, make_scheduler
-from real_backend import BackendError, make_backend
-from real_backend.weights import load_model
 
 torch.set_num_threads(1)
 
@@ -290,7 +290,7 @@ def test_too_many_blocks_for_the_memory_is_one_line(monkeypatch):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 TB")
         return zeros(shape, **kwargs)
 
-    monkeypatch.setattr("real_backend.attention.torch.zeros", refuse)
+    monkeypatch.setattr("llmsched_gym.real_backend.attention.torch.zeros", refuse)
     with pytest.raises(BackendError) as error:
         make_backend(WORLD, tiny_model(), "cpu")
     one_line(error)

@@ -11,10 +11,10 @@ pytest.importorskip("transformers", reason="the real backend needs transformers"
 
 from llmsched_gym.config import DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, load_profile
-from real_backend import gpu_check, gpu_report, gpu_speed
-from real_backend.gpu_sections import SECTIONS
-from real_backend.gpu_state import Check, TimeUp
-from real_backend.sweep import Composition, Limits
+from llmsched_gym.real_backend import gpu_check, gpu_report, gpu_speed
+from llmsched_gym.real_backend.gpu_sections import SECTIONS
+from llmsched_gym.real_backend.gpu_state import Check, TimeUp
+from llmsched_gym.real_backend.sweep import Composition, Limits
 
 SMALL = ["--model", "random:tiny", "--device", "cpu", "--threads", "1"]
 
@@ -126,7 +126,7 @@ def test_everything_runs_on_the_cpu(tmp_path, capsys):
 
 
 def test_static_shapes_pass_the_check_of_graphs(tmp_path):
-    from real_backend.gpu_correct import graphs_against_eager
+    from llmsched_gym.real_backend.gpu_correct import graphs_against_eager
 
     limits = Limits(max_tokens=64, max_context=64, max_seqs=8)
     check = Check("random:tiny", tmp_path, "cpu", limits, graphs=True)

@@ -8,11 +8,11 @@ torch = pytest.importorskip("torch", reason="the real backend needs torch")
 pytest.importorskip("transformers", reason="the real backend needs transformers")
 from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_model
 
-from real_backend import BackendError, make_backend
-from real_backend.attention import NAME, KVCache, choose_attention
-from real_backend.graphs import DecodeGraphs, padded_size, sizes_up_to
-from real_backend.runner import Runner, Work
-from real_backend.weights import LoadedModel, model_spec
+from llmsched_gym.real_backend import BackendError, make_backend
+from llmsched_gym.real_backend.attention import NAME, KVCache, choose_attention
+from llmsched_gym.real_backend.graphs import DecodeGraphs, padded_size, sizes_up_to
+from llmsched_gym.real_backend.runner import Runner, Work
+from llmsched_gym.real_backend.weights import LoadedModel, model_spec
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -125,8 +125,8 @@ def test_a_kernel_that_does_not_compile_is_done_without(monkeypatch):
     def no_compiler(*_):
         raise RuntimeError("no C compiler")
 
-    monkeypatch.setattr("real_backend.backend.choose_attention", lambda *_: "triton")
-    monkeypatch.setattr("real_backend.runner.Runner._paged", no_compiler)
+    monkeypatch.setattr("llmsched_gym.real_backend.backend.choose_attention", lambda *_: "triton")
+    monkeypatch.setattr("llmsched_gym.real_backend.runner.Runner._paged", no_compiler)
     with pytest.warns(UserWarning, match="no C compiler"):
         backend = make_backend(WORLD, tiny_model(), "cpu")
     assert backend.attention == backend.runner.attention == "sdpa"

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_model
 
 from llmsched_gym.config import BLOCK_SIZE
-from real_backend import make_backend
-from real_backend import paged_attention as kernel
+from llmsched_gym.real_backend import make_backend
+from llmsched_gym.real_backend import paged_attention as kernel
 
 torch.set_num_threads(1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch", reason="the real backend needs torch")
 transformers = pytest.importorskip("transformers", reason="the real backend needs transformers")
 from test_real_backend import WORLD
 
-from real_backend import BackendError, make_backend
-from real_backend.backend import split
-from real_backend.block_table import BlockTable, blocks_of
-from real_backend.runner import Work, group_decodes
-from real_backend.tokens import TokenStore, prompt_ids
-from real_backend.weights import RANDOM_MODELS
+from llmsched_gym.real_backend import BackendError, make_backend
+from llmsched_gym.real_backend.backend import split
+from llmsched_gym.real_backend.block_table import BlockTable, blocks_of
+from llmsched_gym.real_backend.runner import Work, group_decodes
+from llmsched_gym.real_backend.tokens import TokenStore, prompt_ids
+from llmsched_gym.real_backend.weights import RANDOM_MODELS
 
 torch.set_num_threads(1)
 
@@ -124,7 +124,7 @@ def test_a_missing_gpu_is_one_clear_line():
 def test_the_package_imports_without_torch():
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import real_backend\n"
+        "from llmsched_gym import real_backend\n"
         "from llmsched_gym.config import scenario\n"
         "try:\n    real_backend.make_backend(scenario('paper'))\n"
         "except real_backend.BackendError as error:\n    print(error)\n"

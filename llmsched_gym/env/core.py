@@ -95,7 +95,7 @@ class EnvCore:
 
         if self.config.model is None:
             raise ConfigError("model: expected a folder, a hub id or random:tiny with backend='transformers', got None")
-        return importlib.import_module("real_backend").make_backend(self.config, self.config.model)
+        return importlib.import_module("llmsched_gym.real_backend").make_backend(self.config, self.config.model)
 
     def reset(self, env: int, seed: int) -> None:
         """Start environment `env` on the requests of `seed`."""

@@ -55,7 +55,9 @@ def make_backend(scenario: Scenario, workers: int | None = 1) -> Any:
     if workers not in (None, 1):
         raise ConfigError(f"workers: expected 1 with backend={scenario.backend!r}, got {workers}")
     blocks = scenario.num_kv_blocks or load_profile(scenario.profile).num_kv_blocks
-    return importlib.import_module("real_backend").make_backend(scenario.replace(num_kv_blocks=blocks), scenario.model)
+    return importlib.import_module("llmsched_gym.real_backend").make_backend(
+        scenario.replace(num_kv_blocks=blocks), scenario.model
+    )
 
 
 def simulate(

@@ -87,7 +87,9 @@ def grid_config(scenario: Scenario, policies: Sequence[str], **settings: Any) ->
 def _code_digest(scenario: Scenario, policies: Sequence[str]) -> str:
     package = Path(llmsched_gym.__file__).parent
     sources = [package / name for name in _RESULT_SOURCES]
-    names = ["baselines"] if scenario.backend == "simulated" else ["baselines", "real_backend"]
+    names = ["llmsched_gym.baselines"]
+    if scenario.backend != "simulated":
+        names.append("llmsched_gym.real_backend")
     for policy in policies:
         name = policy.partition("[")[0]
         if Path(name).exists():

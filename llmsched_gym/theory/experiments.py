@@ -18,7 +18,7 @@ from llmsched_gym.cost import Profile, load_profile, roofline
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.theory.stability import NUM_REQUESTS, SEEDS, Drift, boundary, drift, trajectory
 
-ABLATION = "baselines.rad_ablation:"
+ABLATION = "llmsched_gym.baselines.rad_ablation:"
 SMOOTH, STAIRCASE, WAVES = "rtx6000ada-mistral-7b", "a100-mistral-7b", "a100 roofline with waves"
 STABILITY_POLICIES = ("rad", "rad-512", "sarathi", "slai", "orca", "vllm-v0", "vllm-v1", "faster-transformer")
 VARIANTS = {
