@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,13 @@ SuiteName = Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")]
 Profile = Annotated[str | None, typer.Option(help="Cost profile: a name or a JSON file.")]
 Workload = Annotated[str | None, typer.Option(help="Fitted workload: a name or a JSON file.")]
 TraceFile = Annotated[str | None, typer.Option(help="Trace file that replaces the workload.")]
-TraceArrivals = Annotated[str | None, typer.Option(help="With a trace: keep its times, or poisson, gamma.")]
+TraceArrivals = Annotated[
+    str | None,
+    typer.Option(
+        help="With a trace: keep its times (the default where it has some), or poisson, gamma, mmpp, switching."
+    ),
+]
+TraceInvalid = Annotated[str | None, typer.Option(help="Rows of a trace that break a rule: raise, or drop.")]
 NumRequests = Annotated[int | None, typer.Option(help="Measured requests of a run (2000).")]
 Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
 FirstSeed = Annotated[int, typer.Option(help="The first seed.")]
@@ -48,7 +55,7 @@ Jitter = Annotated[float | None, typer.Option(help="Sigma of the log-normal fact
 Patience = Annotated[float | None, typer.Option(help="Lateness at which a client leaves, seconds; inf: never.")]
 CostScale = Annotated[float | None, typer.Option(help="Hidden factor on batch times.")]
 LengthHint = Annotated[str | None, typer.Option(help="Output length told to policies: none, noisy:SIGMA, oracle.")]
-TbtRule = Annotated[str | None, typer.Option(help="every-gap, fraction:X or deadline.")]
+TbtRule = Annotated[str | None, typer.Option(help="every-gap, fraction:X, deadline or mean.")]
 BackendName = Annotated[
     str | None, typer.Option("--backend", help="What executes batches: simulated, or transformers for a real model.")
 ]
@@ -65,7 +72,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     terminal.print_anywhere()
-    with _interrupts() as seen:
+    with _interrupts() as seen, _remarks():
         try:
             code = typer.main.get_command(app).main(args=argv, prog_name="llmsched", standalone_mode=False)
         except (KeyboardInterrupt, typer.Abort):
@@ -77,6 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         return _fail("interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _remarks() -> Iterator[None]:
+    """Print our own warnings as lines of ours, each once."""
+    shown: set[str] = set()
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not category.__module__.startswith("llmsched_gym."):
+            usual(message, category, *where, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print("llmsched:", message, file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager
@@ -146,6 +171,7 @@ def evaluate(
     workload: Workload = None,
     trace: TraceFile = None,
     trace_arrivals: TraceArrivals = None,
+    trace_invalid: TraceInvalid = None,
     qps: Annotated[str | None, typer.Option(help="Arrival rates, 1/s, separated by commas; else the suite's.")] = None,
     num_requests: NumRequests = None,
     seeds: Seeds = 20,
@@ -193,7 +219,8 @@ def evaluate(
         if as_json:
             terminal.print_rows(rows)
         else:
-            terminal.print_table(terminal.comparison(rows))
+            for table in terminal.comparison(rows):
+                terminal.print_table(table)
     if chosen != named:
         note = f"{chosen[-1]} ran too: a bound that knows every output length (--no-bound leaves it out)"
         print(f"llmsched: {note}", file=sys.stderr)
@@ -208,6 +235,7 @@ def capacity(
     workload: Workload = None,
     trace: TraceFile = None,
     trace_arrivals: TraceArrivals = None,
+    trace_invalid: TraceInvalid = None,
     qps: Annotated[str, typer.Option(help="Lowest and highest rate searched, 1/s.")] = "0.1,16",
     num_requests: NumRequests = None,
     seeds: Seeds = 20,
@@ -298,13 +326,38 @@ def profiles(as_json: AsJson = False) -> None:
 
     rows = []
     for profile in list_profiles():
-        rows.append(profile.to_dict() | {"full_batch_ms": 1e3 * float(profile.linear_table_s(512)[512])})
+        full_ms = 1e3 * float(profile.linear_table_s(512)[512])
+        rows.append(profile.to_dict() | {"basis": profile.basis, "full_batch_ms": full_ms})
         if not as_json:
             rows[-1] |= {"model": profile.model.name, "device": profile.device.name}
-    heads = {"name": "profile", "model": "model", "device": "device", "tile_tokens": "tile (tokens)"}
-    terminal.print_listing(
-        rows, {**heads, "full_batch_ms": "linear, 512 tokens (ms)", "num_kv_blocks": "KV blocks (16 tokens)"}, as_json
-    )
+    heads = {"name": "profile", "device": "device", "basis": "times", "tile_tokens": "tile\n(tokens)"}
+    heads |= {"full_batch_ms": "512 tokens\n(ms)", "num_kv_blocks": "KV blocks\nof 16"}
+    terminal.print_listing(rows, heads, as_json)
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A trace, or a folder of ServeGen's clients.")],
+    max_model_len: Annotated[int, typer.Option(min=1, help="Longest request that an engine takes, tokens.")] = 8192,
+    trace_invalid: TraceInvalid = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PNG", help="Draw rates, gaps and lengths into this file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a trace file is: format, rates, gaps, lengths, and what of it does not fit."""
+    from llmsched_gym.evaluation.trace_facts import facts, plot_trace
+    from llmsched_gym.workload.traces import load_trace
+
+    checked = scenario(**({} if trace_invalid is None else {"trace_invalid": trace_invalid}))
+    loaded = load_trace(file, checked.trace_invalid)
+    found = facts(loaded, max_model_len)
+    if plot is not None:
+        plot_trace(loaded).savefig(plot, format="png", dpi=120, metadata={"Software": None})
+    if as_json:
+        terminal.print_rows([found])
+        return
+    terminal.print_table(terminal.trace_table(found))
 
 
 @app.command()
@@ -352,10 +405,13 @@ def _scenario(options: dict[str, Any]) -> Scenario:
     """The suite's scenario with the fields that were given."""
     if options["trace"] is not None and options["workload"] is not None:
         raise ConfigError("workload: expected one of --workload and --trace, got both")
-    if options["trace"] is None and options["trace_arrivals"] is not None:
-        raise ConfigError("trace_arrivals: needs --trace")
-    names = "profile workload trace trace_arrivals num_requests strict_share jitter cost_scale length_hint tbt_rule"
-    names += " backend model"
+    for name in ("trace_arrivals", "trace_invalid"):
+        if options["trace"] is None and options[name] is not None:
+            raise ConfigError(f"{name}: needs --trace")
+    names = (
+        "profile workload trace trace_arrivals trace_invalid num_requests strict_share jitter cost_scale length_hint"
+    )
+    names += " tbt_rule backend model"
     fields = {name: options[name] for name in names.split() if options.get(name) is not None}
     if options["patience"] is not None:
         fields["patience_s"] = options["patience"]

@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -20,10 +20,11 @@ BLOCK_SIZE = 16
 
 SLO_CLASSES = ("strict", "relaxed")
 ARRIVALS = ("poisson", "gamma", "mmpp", "switching", "replay")
+TRACE_ARRIVALS = ("keep", "poisson", "gamma", "mmpp", "switching")
 ADMISSIONS = ("prompt", "chunk", "prompt-check")
 """Blocks taken at admission: the whole prompt's; the first chunk's; likewise, if the whole prompt's are free now."""
 BACKENDS = ("simulated", "transformers")
-TBT_RULES = ("every-gap", "deadline")  # and "fraction:X"
+TBT_RULES = ("every-gap", "deadline", "mean")  # and "fraction:X"
 
 
 MEASURED = {"jitter": 0.0, "straggler_share": 0.0, "cost_scale": 1.0}
@@ -140,7 +141,8 @@ class Scenario:
     # workload
     workload: str = "sharegpt"  # fitted length distribution (see `llmsched workloads`)
     trace: str | None = None  # trace file; replaces `workload`
-    trace_arrivals: str | None = None  # with a trace: keep its times, or poisson / gamma; None: as `arrivals` says
+    trace_arrivals: str | None = None  # keep a trace's times, or a process; None: keep, without times `arrivals`
+    trace_invalid: Literal["raise", "drop"] = "raise"  # rows of a trace that break a rule: an error, or left out
     arrivals: str = "poisson"  # poisson, gamma, mmpp, switching
     burstiness: float = 1.0  # gamma shape of the gaps; below 1 is burstier than Poisson
     qps: float | None = None  # mean arrival rate, 1/s; None: drawn from qps_range
@@ -155,7 +157,7 @@ class Scenario:
     ttft_class_scales: tuple[float, ...] = (1.0,)  # each request's TTFT SLO is scaled by one of these, uniformly
     patience_s: float = 60.0  # lateness at which a client leaves
     beta: float = 0.5  # weight of lateness, and of a refusal, in a request's utility
-    tbt_rule: str = "every-gap"  # every-gap, fraction:X, deadline
+    tbt_rule: str = "every-gap"  # every-gap, fraction:X, deadline, mean
     # machine
     cost_scale: float | tuple[float, float] = 1.0  # hidden factor on every batch time; a range is drawn from
     jitter: float = 0.05  # sigma of the log-normal factor on batch times
@@ -251,7 +253,8 @@ class Scenario:
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name}: expected a name or a file, got {getattr(self, name)!r}")
         if self.trace_arrivals is not None:
-            self._check_choice("trace_arrivals", ("keep", "poisson", "gamma"))
+            self._check_choice("trace_arrivals", TRACE_ARRIVALS)
+        self._check_choice("trace_invalid", ("raise", "drop"))
         self._check_choice("arrivals", ARRIVALS)
         self._check_choice("admission", ADMISSIONS)
         self._check_choice("tbt_rule", TBT_RULES, "fraction", 1.0)

@@ -64,7 +64,7 @@ class Fluid:
 def lengths(scenario: Scenario) -> tuple[np.ndarray, np.ndarray]:
     """Prompt and output tokens that stand for the scenario's distribution: all rows of a trace, or a lattice."""
     if scenario.trace is not None:
-        trace = cached_trace(scenario.trace)
+        trace = cached_trace(scenario.trace, scenario.trace_invalid)
         return trace.prompt_tokens, trace.output_tokens
     i = np.arange(LATTICE)
     golden = (math.sqrt(5.0) - 1.0) / 2.0

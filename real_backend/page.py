@@ -125,7 +125,7 @@ def write(
     figures = {
         "steps.png": (plot_steps(steps), "Each point is one batch of a real run."),
         "pairs.png": (plot_pairs(pairs), "Means over seeds; on the line, simulator and model agree."),
-        "order.png": (plot_order(pairs), "Policies in the same order on both sides: the simulator ranks them rightly."),
+        "order.png": (plot_order(pairs), order_caption(found)),
     }
     intro = introduction(rows, found, profile, world)
     tables = [
@@ -190,6 +190,14 @@ def step_table(found: dict[str, Any]) -> Table:
             *_signed(step, "bias", "total"),
         )
     ]
+
+
+def order_caption(found: dict[str, Any]) -> str:
+    """What the figure of both sides shows, as it came out."""
+    kept, pairs = found["clear_kept"], found["clear_pairs"]
+    if not pairs:
+        return "Policies on both sides: no two differ clearly on the model."
+    return f"Policies on both sides: {kept} of {pairs} clearly different pairs are in the same order."
 
 
 def ranking_table(found: dict[str, Any]) -> Table:

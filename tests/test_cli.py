@@ -137,10 +137,9 @@ def test_the_table_has_one_line_per_policy_and_load(capsys):
     out, err = capsys.readouterr()
     assert err == ""
     lines = [line.split() for line in out.splitlines() if line.strip().startswith("slai")]
-    assert [line[:3] for line in lines] == [
-        [name, qps, "2"] for name in ("slai", "slai[hold=true,limit=6500]") for qps in ("1", "1.5")
-    ]
-    assert "(1/s)" in out and "TTFT (s)" in out
+    cells = [[name, qps] for name in ("slai", "slai[hold=true,limit=6500]") for qps in ("1", "1.5")]
+    assert [line[:2] for line in lines] == [*cells, *cells]  # who is served in time, and how fast
+    assert "(1/s)" in out and "TTFT (s)" in out and "every-gap" in out and "2 seeds" in out
 
 
 def test_a_folder_gets_tables_and_a_report(tmp_path, capsys):
@@ -202,6 +201,86 @@ def test_settings_reach_the_run(tmp_path, capsys):
     assert (row["jitter"], row["cost_scale"], row["tbt_rule"], row["workload"]) == (0.1, 2.0, "deadline", "own.csv")
     assert row["num_requests_by_class"] == {"strict": 20, "relaxed": 0}
     assert row["slo_attainment_by_class"]["relaxed"] is None
+
+
+def test_a_trace_keeps_its_times_unless_told_otherwise(tmp_path, capsys):
+    rows = "".join(f"{t},100,5\n" for t in (0.0, 0.5, 0.5, 0.5, 2.0))
+    path = tmp_path / "own.csv"
+    path.write_text(f"arrived_at,num_prefill_tokens,num_decode_tokens\n{rows}")
+    args = ["evaluate", "--policy", "slai", "--suite", "paper", "--seeds", "10", "--num-requests", "8", "--trace"]
+    assert main([*args, str(path), "--workers", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "2 trace" in out and "drawn" not in out and "[" not in out  # no interval over equal requests
+    assert "50 % of the gaps between arrivals are 0" in err and "its 5 requests are too few for the run" in err
+    assert err.count("\n") == 2
+    assert main([*args, str(path), "--trace-arrivals", "poisson", "--workers", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert "drawn" in out and "[" in out and err == ""
+
+
+def test_invalid_rows_can_be_left_out(tmp_path, capsys):
+    path = tmp_path / "own.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,5,1\n1,5,0\n2,5,1\n")
+    args = [
+        "evaluate",
+        "--policy",
+        "slai",
+        "--suite",
+        "paper",
+        "--seeds",
+        "1",
+        "--num-requests",
+        "2",
+        "--trace",
+        str(path),
+    ]
+    assert main([*args, "--json"]) == 2
+    assert "line 3, column 'num_decode_tokens'" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert main([*args, "--trace-invalid", "drop", "--json", "--out", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["num_finished"] == 2
+    assert "1 invalid rows were left out" in (out / "report.md").read_text()
+    assert main([*args, "--trace-invalid", "ignore"]) == 2
+    assert "trace_invalid: expected one of raise, drop" in capsys.readouterr().err
+    assert main(["evaluate", "--policy", "slai", "--trace-invalid", "drop"]) == 2
+    assert "needs --trace" in capsys.readouterr().err
+
+
+def test_what_a_trace_is(tmp_path, capsys):
+    path = tmp_path / "own.csv"
+    rows = [(0, 10, 2), (30, 9000, 1), (90, 20, 3), (60, 30, 4), (120, 40, 5), (180, 50, 6)]
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + "".join(f"{a},{b},{c}\n" for a, b, c in rows))
+    assert main(["trace", str(path), "--json", "--plot", str(tmp_path / "own.png")]) == 0
+    out, err = capsys.readouterr()
+    (found,) = json.loads(out, parse_constant=refuse)
+    assert (found["format"], found["num_requests"], found["num_steps_back"]) == ("vidur", 6, 1)
+    assert found["qps"] == pytest.approx(5 / 180) and found["peak_qps"] == 2 / 60 and found["zero_gaps"] == 0.0
+    assert found["over_max_model_len"] == 1 / 6 and found["prompt_tokens_max"] == 9000.0
+    assert "backwards 1 time" in err and (tmp_path / "own.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["trace", str(path), "--max-model-len", "10000"]) == 0
+    out = capsys.readouterr().out
+    assert "0.00 %" in out and "steps back in time" in out and max(map(len, out.splitlines())) <= 80
+    path.write_text("num_prefill_tokens,num_decode_tokens\n3,4\n")
+    assert main(["trace", str(path), "--plot", str(tmp_path / "lengths.png")]) == 0
+    assert "arrivals are drawn" in capsys.readouterr().out
+    assert main(["trace", str(tmp_path / "gone.csv")]) == 2
+
+
+def test_tables_fit_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("llmsched_gym.evaluation.terminal.PIPE_WIDTH", 80)
+    args = ["--suite", "paper", "--seeds", "10", "--num-requests", "20", "--workers", "1", "--policy"]
+    assert main(["evaluate", *args, "slai,faster-transformer", "--qps", "1.8"]) == 0
+    assert main(["capacity", *args, "slai,sarathi", "--criterion", "attainment:0.5", "--qps", "0.5,60"]) == 0
+    printed = "\n".join(capsys.readouterr())
+    assert max(len(line) for line in printed.splitlines() if not line.startswith("llmsched:")) <= 80
+    assert "faster-transformer" in printed and "sarathi attained" in printed  # not cut into pieces
+
+
+def test_a_profile_that_nobody_measured_says_so(capsys):
+    assert main(["profiles", "--json"]) == 0
+    basis = {row["name"]: row["basis"] for row in json.loads(capsys.readouterr().out)}
+    assert basis["rtx6000ada-mistral-7b"] == "measured" and basis["h100-mistral-7b"] == "roofline, not measured"
+    assert basis["a100-mistral-7b"] == "linear layers measured, attention a roofline"
 
 
 def test_capacity_prints_rows_and_who_was_served(capsys, tmp_path):

@@ -170,7 +170,7 @@ def test_ten_schedulers_are_ordered_alike_by_return_and_utility(suite):
     assert list(np.argsort(returns, kind="stable")) == list(np.argsort(utilities, kind="stable"))
 
 
-@pytest.mark.parametrize("rule", ["every-gap", "fraction:0.9", "deadline"])
+@pytest.mark.parametrize("rule", ["every-gap", "fraction:0.9", "deadline", "mean"])
 def test_with_beta_zero_the_return_is_attainment(rule):
     fields = {"qps": 1.9, "num_requests": 60, "drain_s": math.inf, "tbt_rule": rule}
     env = LLMSchedEnv("default", beta=0.0, **fields)

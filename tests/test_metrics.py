@@ -114,8 +114,6 @@ def test_counts_latencies_and_rates_of_a_hand_made_run():
     relaxed = np.float32([0.4, 0.2, 0.8, 0.4, 9.6]).astype(float)
     assert figures["itl_p99_s_by_class"]["relaxed"] == pytest.approx(np.quantile(relaxed, 0.99))
     assert figures["itl_p50_s"] == pytest.approx(np.float32(0.4))
-    assert figures["request_goodput"] == 1 / CLOCK_S
-    assert figures["throughput_tok_s"] == (3 + 2 + 3 + 2) / CLOCK_S
     assert (figures["mean_batch_s"], figures["mean_batch_tokens"], figures["iterations"]) == (0.2, 80.0, 50)
     assert (figures["sim_time_s"], figures["wall_time_s"], figures["kv_cache_usage_max"]) == (CLOCK_S, 0.5, 0.25)
 
@@ -135,7 +133,7 @@ def test_without_patience_only_refusal_costs_utility():
 
 @pytest.mark.parametrize(
     ("rule", "attained"),
-    [("every-gap", False), ("fraction:0.5", True), ("fraction:0.51", False), ("deadline", True)],
+    [("every-gap", False), ("fraction:0.5", True), ("fraction:0.51", False), ("deadline", True), ("mean", True)],
 )
 def test_rules_for_gaps(rule, attained):
     # one of two gaps is late; token k is due at 0.5 + 1.0 + 0.5 k: the last one came at 2.0, due at 2.5
@@ -147,6 +145,46 @@ def test_a_token_behind_its_deadline_fails_by_that_rule_alone():
     assert outcome(slow, tbt_rule="deadline").attained.tolist() == [True]
     late = client("finished", 1.5, 1.6, ttft=1.0)
     assert outcome(late, tbt_rule="deadline").attained.tolist() == [False]
+
+
+def test_the_mean_gap_is_what_vllm_means_by_tpot():
+    # gaps of 0.2, 0.2 and 1.1: a mean of 0.5 is in time, one of 0.501 is not, and a lone token has none to be late
+    assert outcome(client("finished", 1.0, 1.2, 1.4, 2.5), tbt_rule="mean").attained.tolist() == [True]
+    assert outcome(client("finished", 1.0, 1.2, 1.4, 2.503), tbt_rule="mean").attained.tolist() == [False]
+    assert outcome(client("finished", 1.0), tbt_rule="mean").attained.tolist() == [True]
+    assert outcome(client("running", 1.0, 1.2, output=9), tbt_rule="mean").attained.tolist() == [False]
+
+
+def test_rates_are_over_the_time_in_which_the_cohort_arrived():
+    before = client("finished", 1.0, 3.0, 5.0, 7.0, arrival=0.5)  # of the warm-up; two tokens while the cohort arrives
+    good = client("finished", 4.0, 4.5, arrival=3.5)
+    late = client("finished", 9.0, 9.5, 10.0, 10.5, arrival=5.0)  # its tokens come in the drain
+    lost = client("abandoned", arrival=6.0, resolved=15.0)
+    last = client("finished", 7.5, 8.0, arrival=7.5)
+    behind = client("finished", 8.0, 20.0, arrival=7.9)
+    figures = row(episode([before, good, late, lost, last, behind], cohort=(1, 5)))
+    # from 3.5 to 7.5: two tokens of the first, two of the second, the first token of the last one
+    assert figures["throughput_tok_s"] == (2 + 2 + 1) / 4.0
+    assert (figures["num_attained"], figures["request_goodput"]) == (2, 0.5 * 3 / 4.0)
+    # until its last request left at 15.0; tokens of those that finished
+    assert figures["vllm_request_goodput"] == 2 / (15.0 - 3.5)
+    assert figures["vllm_output_throughput"] == (2 + 4 + 2) / (15.0 - 3.5)
+
+
+def test_rates_of_fewer_than_two_arrivals_are_null():
+    for clients in ([ATTAINS], [ATTAINS, ATTAINS]):  # or of several at once
+        figures = row(episode(clients))
+        assert figures["request_goodput"] is None and figures["throughput_tok_s"] is None
+        assert figures["vllm_request_goodput"] == pytest.approx(len(clients) / 0.64)
+
+
+def test_goodput_is_near_the_rate_where_everybody_attains():
+    run = simulate(scenario("default", num_requests=20, qps=1.0), "sarathi", 0)
+    figures = row(run)
+    arrival_s = run.table.arrival_s[run.cohort]
+    span_s = arrival_s[-1] - arrival_s[0]
+    assert figures["request_goodput"] == pytest.approx(figures["slo_attainment"] * 19 / span_s)
+    assert figures["request_goodput"] > 0.5 and figures["vllm_request_goodput"] < figures["request_goodput"]
 
 
 def test_a_share_of_late_gaps_is_not_lost_to_rounding():
@@ -277,8 +315,16 @@ def test_rows_of_a_real_run_add_up(suite):
         figures["num_gaps_by_class"]["relaxed"]
         >= (frame["num_output_tokens"] - 1)[frame["slo_class"] == "relaxed"].sum()
     )
-    if suite == "paper":  # everybody is measured
-        assert figures["throughput_tok_s"] == pytest.approx(frame["num_output_tokens"].sum() / figures["sim_time_s"])
+    arrival_s = run.table.arrival_s[run.cohort]
+    times = [
+        r["first_token_s"]
+        + np.append(0.0, np.cumsum(run.gaps[r["gap_start"] :][: r["num_output_tokens"] - 1], dtype=float))
+        for r in run.requests
+        if r["num_output_tokens"]
+    ]
+    meanwhile = np.concatenate(times)
+    meanwhile = meanwhile[(meanwhile >= arrival_s[0]) & (meanwhile <= arrival_s[-1])]
+    assert figures["throughput_tok_s"] == pytest.approx(len(meanwhile) / (arrival_s[-1] - arrival_s[0]))
 
 
 # Intervals
@@ -301,8 +347,49 @@ def test_intervals_cover_the_mean_about_as_often_as_they_say():
 
 
 def test_a_sample_with_one_odd_seed_has_an_interval():
-    low, high = intervals.interval([0.0] * 19 + [1.0])
+    low, high = intervals.interval([0.0] * 19 + [1.0], within=(0.0, 1.0))
     assert low == 0.0 and 0.05 < high < 0.5
+
+
+def test_a_median_has_the_interval_of_its_order_statistics():
+    ten = [float(i) for i in range(1, 11)]
+    # P(2nd <= median <= 9th) of ten = 1 - 2 (1 + 10) / 1024 = 0.979; of twenty, 6th to 15th: 0.959
+    assert intervals.median_interval(ten) == (2.0, 9.0) and intervals.median(ten) == 5.5
+    assert intervals.median_interval([float(i) for i in range(1, 21)]) == (6.0, 15.0)
+    assert intervals.median_interval(ten[:9]) is None
+    some = [*ten[:7], None, None, None]  # three seeds are infinite: the median is not, the upper end is
+    assert intervals.median(some) == 5.5 and intervals.median_interval(some) == (2.0, math.inf)
+    assert intervals.median([1.0, None, None]) is None and intervals.median([]) is None
+
+
+def test_a_few_seeds_that_hold_the_mean_do_not_spoil_the_interval():
+    """Seeds like those of a median TTFT near saturation: a long upper tail, whose mean no small sample finds."""
+    rng = np.random.default_rng(3)
+    pool = np.exp(1.3 * rng.standard_normal(100_000)) ** 1.5
+    draws = pool[rng.integers(len(pool), size=(400, 10))]
+    covered = [low <= np.median(pool) <= high for low, high in map(intervals.median_interval, draws.tolist())]
+    assert np.mean(covered) > 0.95
+    of_mean = [low <= pool.mean() <= high for low, high in map(intervals.interval, draws.tolist())]
+    assert np.mean(of_mean) < 0.8  # why latencies have no interval of the mean
+
+
+def test_quantiles_of_resamples_make_up_for_few_seeds():
+    # of a mean: t's half width is 2.262 s / sqrt(10), a resample's deviation s / sqrt(10) * sqrt(9 / 10)
+    low, high = intervals.resample_quantiles(10)
+    assert low == pytest.approx(0.00856, abs=1e-4) and high == 1.0 - low
+    assert intervals.resample_quantiles(100_000)[0] == pytest.approx(0.025, abs=1e-5)
+
+
+def test_pairs_of_policies_that_seeds_do_not_tell_apart_count_both_ways():
+    seeds = np.linspace(-0.01, 0.01, 10)
+    first = {"a": 0.9 + seeds, "b": 0.5 + seeds, "c": 0.51 - 3 * seeds}
+    swapped = {"a": 0.2 + seeds, "b": 0.5 + seeds, "c": 0.51 - 3 * seeds}
+    tau, bounds = intervals.rank_agreement(first, first)
+    assert tau == 1.0 and bounds == pytest.approx((1 / 3, 1.0))  # b and c may be the other way round
+    tau, bounds = intervals.rank_agreement(first, swapped)
+    assert tau == pytest.approx(-1 / 3) and bounds == pytest.approx((-1.0, -1 / 3))
+    few = {policy: values[:9] for policy, values in first.items()}
+    assert intervals.rank_agreement(few, few) == (1.0, None)
 
 
 def test_paired_intervals_do_not_see_what_seeds_have_in_common():

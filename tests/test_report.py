@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 
 from llmsched_gym.config import scenario
-from llmsched_gym.evaluation import bounds, draw, findings, plots, prose, tables
+from llmsched_gym.evaluation import bounds, distance, draw, findings, plots, prose, sections, tables
 from llmsched_gym.evaluation.report import ReportError, write_report
 from llmsched_gym.evaluation.results import read_results
 from llmsched_gym.evaluation.store import encode
@@ -60,14 +61,18 @@ def line(table, policy, metric, load=None):
     return own.iloc[0]
 
 
-def test_means_are_over_seeds_and_need_ten_for_an_interval():
+def test_figures_are_over_seeds_and_need_ten_for_an_interval():
     rows = [row("a", 1.0, s, ttft_s=0.1 * (s + 1)) for s in range(4)]
     few = line(tables.comparison_table(rows), "a", "ttft_p50_s")
-    assert few["mean"] == pytest.approx(0.25) and few["num_seeds"] == 4
+    assert few["value"] == pytest.approx(0.25) and few["num_seeds"] == 4
     assert math.isnan(few["low"]) and math.isnan(few["high"])
     rows = [row("a", 1.0, s, ttft_s=0.1 * (s + 1)) for s in range(10)]
     many = line(tables.comparison_table(rows), "a", "ttft_p50_s")
-    assert many["mean"] == pytest.approx(0.55) and 0.3 < many["low"] < 0.55 < many["high"] < 0.8
+    assert many["value"] == pytest.approx(0.55) and (many["low"], many["high"]) == pytest.approx((0.2, 0.9))
+    rows = [row("a", 1.0, s, attained=0.1 * s) for s in range(10)]
+    share = line(tables.comparison_table(rows), "a", "slo_attainment")
+    # t(9) = 2.262 times the standard error 0.3028 / sqrt(10)
+    assert (share["value"], share["low"], share["high"]) == pytest.approx((0.45, 0.2334, 0.6666), abs=1e-3)
 
 
 def test_classes_may_be_structs_or_text_and_are_left_out_where_there_is_nobody():
@@ -75,7 +80,7 @@ def test_classes_may_be_structs_or_text_and_are_left_out_where_there_is_nobody()
     as_text = [r | {k: json.dumps(v) for k, v in r.items() if k.endswith("_by_class")} for r in rows]
     for given in (rows, as_text):
         strict = line(tables.comparison_table(given), "a", "slo_attainment_strict")
-        assert strict["mean"] == 0.5 and strict["num_seeds"] == 1
+        assert strict["value"] == 0.5 and strict["num_seeds"] == 1
     table = tables.comparison_table([row("a", 1.0, 0)])
     assert "slo_attainment_strict" not in set(table["metric"]) and "slo_attainment_relaxed" in set(table["metric"])
 
@@ -85,8 +90,15 @@ def test_a_missing_percentile_of_ttft_is_infinite():
         [row("a", 1.0, 0), row("a", 1.0, 1, ttft_s=None), row("b", 1.0, 0), row("b", 1.0, 1)]
     )
     lost = line(table, "a", "ttft_p50_s")
-    assert math.isinf(lost["mean"]) and not lost["best"]
-    assert prose.number(lost["mean"]) == "∞"
+    assert math.isinf(lost["value"]) and not lost["best"]
+    assert prose.number(lost["value"]) == "∞"
+
+
+def test_a_figure_says_on_how_many_seeds_it_is_infinite():
+    rows = [row("a", 1.0, s, ttft_s=None if s < 3 else 0.1 * s, num_requests=5000) for s in range(10)]
+    labels, cells = _printed(rows, "a")
+    cell = dict(zip(labels, cells, strict=True))["p99 (s)"]
+    assert cell.text == "7.50" and cell.interval == "4.00–∞; ∞ in 3 of 10 seeds"  # of 3 to 9 s and three infinite ones
 
 
 @pytest.mark.parametrize(("num_requests", "grey"), [(999, True), (1000, False)])
@@ -131,7 +143,7 @@ def test_ttft_reduction_is_the_ratio_of_means_over_common_seeds():
     rows += [row("slai", 1.0, s, ttft_s=0.5 * (1.0 + s)) for s in range(4)]
     found = tables.ttft_reduction(tables.tidy(rows))
     assert found["policy"].tolist() == ["slai"]
-    assert found["mean"].iloc[0] == pytest.approx(0.5) and found["num_seeds"].iloc[0] == 3
+    assert found["value"].iloc[0] == pytest.approx(0.5) and found["num_seeds"].iloc[0] == 3
 
 
 def test_figures_beside_the_paper():
@@ -438,7 +450,7 @@ def test_a_scheduler_may_attain_more_than_the_clairvoyant_one(tmp_path):
     assert "attains 1.0 points more at 2.2 requests/s (`slai`). More than `shortest-total` is possible" in text
     gaps = tables.attainment_gap(results.rows)
     assert gaps["policy"].tolist() == ["sarathi", "slai"] * 2
-    assert gaps["mean"].tolist() == pytest.approx([-0.24, 0.01] * 2)
+    assert gaps["value"].tolist() == pytest.approx([-0.24, 0.01] * 2)
 
 
 @pytest.mark.parametrize(
@@ -519,3 +531,112 @@ def test_broken_files_and_no_folder_are_one_line(tmp_path):
         else:
             (folder / name).write_bytes(before)
     assert read_results(folder).focus == 1.0
+
+
+def settings_of(folder):
+    return dict(findings.settings(read_results(folder)))
+
+
+def test_the_head_says_what_was_run_not_what_the_suite_would_do(tmp_path):
+    rows = [row("a", q, s, arrivals="gamma") for q in (1.0, 2.0) for s in range(2)]
+    found = settings_of(make_folder(tmp_path / "one", rows, arrivals="gamma", burstiness=0.25, warmup_s=30.0))
+    assert found["Suite"] == "paper" and found["Arrivals"] == "gamma of shape 0.25 at 1, 2 requests/s"
+    assert found["Around them"] == "30 s of warm-up; no arrivals behind them, until all are served"
+    assert found["Engine"].startswith("14,733 KV blocks, max_num_seqs 128, max_num_batched_tokens 8,192, max_model_len")
+    kept = [row("a", 5.9, s, requested=None, arrivals="trace", profile="h100-mistral-7b") for s in range(10)]
+    folder = make_folder(tmp_path / "two", kept, num_kv_blocks=2000)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"trace_remarks": ["its 20 requests start over"]}))
+    found = settings_of(folder)
+    assert found["Arrivals"] == "the trace's own times, as they are" and found["Engine"].startswith("2,000 KV blocks")
+    assert found["Cost profile"] == "h100-mistral-7b (roofline, not measured)"
+    assert found["Trace"] == "its 20 requests start over"
+    assert prose.load_label(read_results(folder).rows, 5.9) == "the trace's own 5.9 requests/s"
+
+
+def test_there_are_no_intervals_where_all_seeds_have_the_same_requests(tmp_path):
+    rows = [
+        row(p, 5.9, s, requested=None, arrivals="trace", attained=0.8 + 0.01 * s, ttft_s=t)
+        for p, t in (("sarathi", 0.5), ("slai", 0.4))
+        for s in range(10)
+    ]
+    assert tables.comparison_table(rows)[["low", "high"]].isna().all(axis=None)
+    assert tables.ttft_reduction(tables.tidy(rows))[["low", "high"]].isna().all(axis=None)
+    folder = make_folder(tmp_path / "out", rows)
+    text = write_report(folder).with_suffix(".md").read_text()
+    assert "all seeds have the same requests" in text and "bootstrap" not in text and "Ranges are 95 %" not in text
+    drawn = tables.comparison_table([r | {"arrivals": "poisson"} for r in rows])
+    assert drawn["low"].notna().any()
+
+
+def test_rejections_name_the_setting(tmp_path):
+    rows = [row("a", 1.0, s, num_rejected=3, num_too_long=2) for s in range(2)]
+    results = read_results(make_folder(tmp_path / "out", rows, max_model_len=4000))
+    text = " ".join(findings.remarks(results, tables.comparison_table(results.rows)))
+    assert "3.00 % of requests were rejected on arrival" in text and "p99 TTFT is infinite" in text
+    assert "2.00 % are longer than `max_model_len=4000`; 1.00 % need more KV blocks than there are" in text
+
+
+def test_a_capacity_above_the_fluid_one_is_remarked_on(tmp_path):
+    capacity = [
+        {"policy": p, "criterion": "ttft-median", "capacity_qps": q, "ci_low": None, "ci_high": None}
+        | {"attained_by_decile": [1.0] * 9 + [0.25]}
+        for p, q in (("slai", 1.7), ("on-time", 2.31))
+    ]
+    rows = [row(p, q, 0) for p in ("slai", "on-time") for q in (1.8, 2.2)]
+    folder = make_folder(tmp_path / "out", rows, capacity=capacity)
+    text = write_report(folder).with_suffix(".md").read_text()
+    assert "Above the fluid capacity, 2.01: `on-time` 2.31." in text
+    assert "long prompts that starve (of the tenth with the longest prompts 25 % attain)" in text
+    figure = plots.plot_capacity(read_results(folder).capacity, fluid_qps=2.01)
+    assert "fluid capacity, 2.01 requests/s" in [t.get_text() for t in figure.legends[0].get_texts()]
+
+
+def test_equal_figures_are_emphasised_alike(tmp_path):
+    rows = [row(p, q, 0, attained=a) for q in (1.0, 2.0) for p, a in (("a", 0.90001), ("b", 0.90004), ("c", 0.8))]
+    matrix = prose.attainment_matrix(tables.tidy(rows))
+    assert [[cell.kind for cell in cells[1:]] for cells in matrix.rows] == [["best"] * 2, ["best"] * 2, [""] * 2]
+    bounded = [*rows, *(row("shortest-total", q, 0, attained=0.95) for q in (1.0, 2.0))]
+    gaps = distance.gap_table(read_results(make_folder(tmp_path / "out", bounded)))
+    assert [[cell.kind for cell in cells[1:]] for cells in gaps.rows] == [["best"] * 2, ["best"] * 2, [""] * 2]
+
+
+def test_marks_beyond_the_axes_stand_inside_them_and_captions_speak_of_no_others():
+    rows = [row(p, q, 0, ttft_s=t) for q in (1.0, 2.0) for p, t in (("sarathi", 0.3), ("never", None), ("slow", 9.0))]
+    two = tables.tidy(rows)
+    for figure in (plots.plot_ttft(two, 99), plots.plot_ttft_reduction(tables.ttft_reduction(two))):
+        figure.draw_without_rendering()
+        ax = figure.axes[0]
+        low, high = ax.get_window_extent().intervaly
+        marks = [line for line in ax.lines if line.get_marker() in "^v" and line.get_linestyle() == "None"]
+        assert marks
+        for line in marks:
+            middle = line.get_transform().transform(line.get_xydata())[:, 1]
+            half = line.get_markersize() / 2 / 72 * figure.dpi
+            assert (middle + half <= high + 1).all() and (middle - half >= low - 1).all()
+    assert "Triangles" in sections._infinite(two, 99) and "Triangles" in sections._reduction(two).caption
+    fine = tables.tidy([r for r in rows if r["policy"] == "sarathi"] + [row("slai", q, 0) for q in (1.0, 2.0)])
+    assert sections._infinite(fine, 99) == "" and "Triangles" not in sections._reduction(fine).caption
+
+
+def test_a_figure_of_one_load_shows_whole_marks_and_intervals():
+    shares = {"all": 1.0, "none": 0.0}
+    one = tables.tidy([row(p, 1.0, s, attained=a, ttft_s=0.3 + 0.3 * s) for p, a in shares.items() for s in range(10)])
+    axes = plots.plot_attainment(one).axes[0]
+    assert all(not line.get_clip_on() for line in axes.lines if line.get_marker() in draw.Line2D.filled_markers)
+    axes = plots.plot_ttft(one).axes[0]
+    low, high = axes.get_xlim()
+    ends = [x for line in axes.lines for x in line.get_xdata()]
+    assert low < min(ends) and max(ends) < high
+    slow = [row("sarathi", 1.0, 0, ttft_s=0.1), row("slow", 1.0, 0, ttft_s=90.0), row("slai", 1.0, 0, ttft_s=0.05)]
+    axes = plots.plot_ttft_reduction(tables.ttft_reduction(tables.tidy(slow))).axes[0]
+    assert axes.get_xlim()[0] >= -66 and "◂ −89,900" in [t.get_text().replace("-", "−") for t in axes.texts]
+
+
+def test_a_folder_keeps_its_fluid_capacity(tmp_path):
+    fluid = fluid_capacity(scenario("paper"))
+    folder = make_folder(tmp_path / "out", [row("slai", 1.8, 0)])
+    config = json.loads((folder / "config.json").read_text())
+    kept = json.loads(json.dumps(dataclasses.asdict(fluid) | {"qps": 9.99}))
+    (folder / "config.json").write_text(json.dumps(config | {"fluid": kept}))
+    assert read_results(folder).fluid.qps == 9.99

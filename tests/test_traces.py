@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmsched_gym.workload import TraceError, load_trace
+from llmsched_gym.workload import TraceError, TraceWarning, load_trace
 
 DATA_DIR = os.environ.get("LLMSCHED_DATA_DIR")
 
@@ -43,6 +43,58 @@ VIDUR = """arrived_at,num_prefill_tokens,num_decode_tokens
 """
 
 
+AZURE_LMM = """TIMESTAMP,NumImages,ContextTokens,GeneratedTokens
+2024-10-01 00:00:00+00:00,2,900,10
+2024-10-01 00:00:01.500000+00:00,0,100,20
+"""
+BAILIAN = """{"chat_id": 0, "parent_chat_id": -1, "timestamp": 0.25, "input_length": 40, "output_length": 5}
+{"chat_id": 1, "parent_chat_id": 0, "timestamp": 2.25, "input_length": 90, "output_length": 6, "hash_ids": [1, 2]}
+{"chat_id": 2, "parent_chat_id": 77, "timestamp": 5.25, "input_length": 30, "output_length": 7, "hash_ids": [9]}
+"""
+
+
+def copilot(*calls):
+    """A session of one turn."""
+    calls = [
+        {"timestamp": t, "duration_ms": 900, "tokens": {"prompt": p, "completion": c, "cached": 8}} for t, p, c in calls
+    ]
+    return {"session_id": "s", "date": "x", "turns": [{"turn_id": 1, "llm_calls": calls, "tool_batches": []}]}
+
+
+COPILOT = (
+    json.dumps(copilot(("2026-06-01T00:00:10Z", 100, 5), ("2026-06-01T00:00:12.5Z", 130, 6)))
+    + "\n"
+    + json.dumps(copilot(("2026-06-01T00:00:11Z", 50, 7)) | {"session_id": "t"})
+    + "\n"
+)
+
+
+def tracelab(second, total, prefix, output):
+    stamp = "2026-08-25T00:00:{:02}Z"
+    events = [("tool_result", second - 2), ("user_message", second), ("text", second + 1), ("tool_result", second + 2)]
+    return {
+        "provider": "p",
+        "session_id": "s",
+        "round_index": 0,
+        "input_tokens_total": total,
+        "prefix_tokens": prefix,
+        "newly_append_tokens": total - prefix,
+        "output_tokens": output,
+        "timing_events": [{"event_type": kind, "timestamp": stamp.format(at)} for kind, at in events],
+        "tools": [],
+    }
+
+
+TRACELAB = "\n".join(json.dumps(tracelab(*row)) for row in ((10, 200, 0, 4), (13, 260, 204, 5)))
+SIMULATED = """{"session_id": "a", "arrival_time_ns": 1000000000, "sub_requests": [
+ {"input_toks": 10, "output_toks": 2, "tool_duration_ns": 500000000}, {"input_toks": 20, "output_toks": 3}]}
+{"input_toks": 30, "output_toks": 4, "arrival_time_ns": 1250000000}
+""".replace("[\n", "[")
+SIMULATED_FLAT = """{"input_toks": 30, "output_toks": 4, "arrival_time_ns": 5}
+{"input_toks": 31, "output_toks": 5, "arrival_time_ns": 2000000005}
+"""
+
+
 def write(tmp_path, text, name="trace.csv"):
     path = tmp_path / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -59,6 +111,15 @@ def write(tmp_path, text, name="trace.csv"):
         (BURSTGPT_FIRST, "burstgpt", [0.0, 40.0], [472, 1087], [18, 230]),
         (LENGTHS, "lengths", None, [74, 290], [918, 905]),
         (VIDUR, "vidur", [0.0, 0.5], [100, 200], [10, 20]),
+        (BAILIAN, "bailian", [0.0, 2.0, 5.0], [40, 90, 30], [5, 6, 7]),
+        (COPILOT, "copilot", [0.0, 1.0, 2.5], [100, 50, 130], [5, 7, 6]),
+        (TRACELAB, "tracelab", [0.0, 3.0], [200, 260], [4, 5]),
+        (SIMULATED, "llmservingsim", [0.0, 0.25, 0.5], [10, 30, 20], [2, 4, 3]),
+        (SIMULATED_FLAT, "llmservingsim", [0.0, 2.0], [30, 31], [4, 5]),
+        pytest.param(
+            *(AZURE_LMM, "azure-lmm", [0.0, 1.5], [900, 100], [10, 20]),
+            marks=pytest.mark.filterwarnings("ignore:.*images"),
+        ),
     ],
 )
 @pytest.mark.parametrize("dress", ["plain", "gzip", "bom", "crlf"])
@@ -81,14 +142,97 @@ def test_sessions(tmp_path):
     assert load_trace(write(tmp_path, BURSTGPT)).session_id.tolist() == [0, -1, 0]
     assert load_trace(write(tmp_path, BURSTGPT_FIRST)).session_id is None
     assert load_trace(write(tmp_path, AZURE)).session_id is None
+    # a chat is called after its first turn, and one whose parent lies outside the file is another
+    assert load_trace(write(tmp_path, BAILIAN)).session_id.tolist() == [0, 0, 1]
+    assert load_trace(write(tmp_path, COPILOT)).session_id.tolist() == [0, 1, 0]
+    assert load_trace(write(tmp_path, TRACELAB)).session_id.tolist() == [0, 0]
+    assert load_trace(write(tmp_path, SIMULATED)).session_id.tolist() == [0, -1, 0]
 
 
+def test_seconds_are_not_taken_for_milliseconds(tmp_path):
+    keys = ("chat_id", "parent_chat_id", "timestamp", "input_length", "output_length", "hash_ids")
+    rows = [dict(zip(keys, (i, -1, 1.25 * i, 10, 2, [i]), strict=True)) for i in range(5)]
+    assert load_trace(write(tmp_path, "\n".join(map(json.dumps, rows)))).qps == pytest.approx(4 / 5)
+
+
+def test_images_and_steps_back_in_time_are_said(tmp_path):
+    with pytest.warns(TraceWarning, match="2 images are not simulated"):
+        assert load_trace(write(tmp_path, AZURE_LMM)).num_images == 2
+    joined = VIDUR + "".join(f"{t},5,5\n" for t in (0.25, 0.5, 0.125))  # 0.75 is followed by 0.25, 0.5 by 0.125
+    with pytest.warns(TraceWarning, match="time runs backwards 2 times"):
+        trace = load_trace(write(tmp_path, joined))
+    assert trace.num_steps_back == 2 and trace.arrival_s.tolist() == [0, 0.125, 0.125, 0.375, 0.625]
+    assert load_trace(write(tmp_path, COPILOT)).num_steps_back == 0  # sessions overlap
+
+
+def test_rows_that_differ_in_their_fraction_are_one_format(tmp_path):
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:01+00:00,1,1\n2024-05-10 00:00:01.5+00:00,1,1\n"
+    assert load_trace(write(tmp_path, text)).arrival_s.tolist() == [0.0, 0.5]
+
+
+def test_calls_that_failed_are_rows_that_break_a_rule(tmp_path):
+    session = copilot(("2026-06-01T00:00:10Z", 100, 5), ("2026-06-01T00:00:12Z", 130, 6))
+    session["turns"][0]["llm_calls"][1]["status_code"] = 429
+    path = write(tmp_path, json.dumps(session))
+    with pytest.raises(TraceError, match="line 1: a call that did not succeed"):
+        load_trace(path)
+    assert load_trace(path, "drop").num_dropped == 1
+
+
+def servegen(tmp_path, windows, lengths=None):
+    """A folder with one client."""
+    lengths = lengths or {"0": {"input_tokens": "{5: 0.25, 7: 0.75}", "output_tokens": "{3: 1.0}"}}
+    folder = tmp_path / "clients"
+    folder.mkdir(exist_ok=True)
+    (folder / "chunk-0-trace.csv").write_text("".join(",".join(map(str, w)) + "\n" for w in windows))
+    (folder / "chunk-0-dataset.json").write_text(json.dumps(lengths))
+    return folder
+
+
+@pytest.mark.parametrize("kind", [("Gamma", 0.5, 99.0), ("Weibull", 0.5, 99.0), ("", "", "")])
+def test_a_client_of_servegen_sends_at_its_rate_whatever_its_scale(tmp_path, kind):
+    folder = servegen(tmp_path, [(0, 4.0, 1.0, *kind), (600, 0.0, 0.0, "", "", ""), (1200, 8.0, 1.0, *kind)])
+    trace = load_trace(folder)
+    arrival_s = trace.arrival_s
+    assert trace.format == "servegen" and trace.session_id.tolist() == [0] * len(trace)
+    first, none, last = (((arrival_s >= t) & (arrival_s < t + 595)).sum() for t in (0, 601, 1200))
+    assert none == 0 and first == pytest.approx(4 * 600, rel=0.2) and last == pytest.approx(8 * 600, rel=0.2)
+    assert set(trace.prompt_tokens) == {5, 7} and set(trace.output_tokens) == {3}
+    assert (trace.prompt_tokens == 7).mean() == pytest.approx(0.75, abs=0.04)
+    np.testing.assert_array_equal(load_trace(folder).arrival_s, arrival_s)
+
+
+def test_a_folder_of_servegen_is_drawn_for_an_hour(tmp_path):
+    folder = servegen(tmp_path, [(7200 + 600 * i, 1.0, 1.0, "", "", "") for i in range(12)])
+    with pytest.warns(TraceWarning, match="the first hour of the 2"):
+        assert load_trace(folder).arrival_s[-1] == pytest.approx(3600, abs=30)
+
+
+@pytest.mark.parametrize(
+    ("windows", "lengths", "message"),
+    [
+        ([("x", 1, 1, "", "", "")], None, "chunk-0-trace.csv: line 1: expected start"),
+        ([(0, 1, 1, "Pareto", 1, 1)], None, "line 1: expected a rate >= 0 and Gamma"),
+        ([(0, -1, 1, "", "", "")], None, "line 1: expected a rate"),
+        ([(0, 1, 1, "", "", "")], {"0": {"input_tokens": "__import__('os')", "output_tokens": "{}"}}, "dataset.json"),
+        ([(0, 1, 1, "", "", "")], {"0": {"input_tokens": "{}", "output_tokens": "{}"}}, "no lengths"),
+        ([(0, 0, 1, "", "", "")], None, "no client sends anything"),
+    ],
+)
+def test_bad_folders_of_servegen(tmp_path, windows, lengths, message):
+    with pytest.raises(TraceError, match=message) as error:
+        load_trace(servegen(tmp_path, windows, lengths))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*backwards")
 def test_columns_in_any_order_and_blank_lines(tmp_path):
     trace = load_trace(write(tmp_path, "\nnum_decode_tokens, arrived_at ,x,num_prefill_tokens\n1,9,q,2\n\n3,8,q,4\n\n"))
     assert trace.format == "vidur"
     assert trace.arrival_s.tolist() == [0.0, 1.0] and trace.prompt_tokens.tolist() == [4, 2]
 
 
+@pytest.mark.filterwarnings("ignore:.*backwards")
 def test_times_are_sorted_stably(tmp_path):
     text = "arrived_at,num_prefill_tokens,num_decode_tokens\n5,1,1\n3,2,1\n5,3,1\n3,4,1\n-1,5,1\n"
     trace = load_trace(write(tmp_path, text))
@@ -134,7 +278,8 @@ def vidur_with(line, row):
         (MOONCAKE + "\n[1, 2]\n", "line 4", r"expected a JSON object, got '\[1, 2\]'"),
         (MOONCAKE + "{broken\n", "line 3", "not JSON"),
         ('{"prompt": 3, "completion": 4}\n', "line 1", "unknown header 'prompt,completion'"),
-        ("a,b,c\n1,2,3\n", "line 1", "unknown header 'a,b,c'; known columns are azure: TIMESTAMP,ContextTokens"),
+        ('{"timestamp": 1, "messages": []}\n', "line 1", "'messages' holds text; expected lengths in tokens"),
+        ("a,b,c\n1,2,3\n", "line 1", "unknown header 'a,b,c'; known columns are azure-lmm: TIMESTAMP,ContextTokens"),
         ("num_prefill_tokens,tokens\n1,2\n", "line 1", "unknown header"),
         ("", "trace.csv", "the file is empty"),
         ("\n \n", "trace.csv", "the file is empty"),

@@ -460,7 +460,18 @@ def test_sessions_are_kept_with_kept_times(tmp_path):
     )
     table = make_table(finite(trace=str(path), trace_arrivals="keep", qps=None, num_requests=8), 0)
     assert table.session_id.tolist() == [0, -1, 0, 1, 2, -1, 2, 3]
-    assert (make_table(finite(trace=str(path)), 0).session_id == -1).all()
+    assert (make_table(finite(trace=str(path), trace_arrivals="poisson"), 0).session_id == -1).all()
+
+
+def test_a_trace_with_times_keeps_them_and_one_without_draws_them(tmp_path):
+    timed = write_trace(tmp_path / "timed.csv", ROWS)
+    table = make_table(finite(trace=timed, qps=None, num_requests=4), 0)
+    assert table.arrivals == "trace"
+    np.testing.assert_array_equal(table.arrival_s, [row[0] - ROWS[0][0] for row in sorted(ROWS)][:4])
+    assert make_table(finite(trace=timed, trace_arrivals="poisson"), 0).arrivals == "poisson"
+    untimed = write_trace(tmp_path / "lengths.csv", [row[1:] for row in ROWS], "num_prefill_tokens,num_decode_tokens")
+    assert make_table(finite(trace=untimed), 0).arrivals == "poisson"
+    assert make_table(finite(trace=untimed, arrivals="gamma"), 0).arrivals == "gamma"
 
 
 def test_a_changed_trace_is_read_again(tmp_path):

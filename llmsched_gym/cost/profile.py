@@ -126,6 +126,15 @@ class Profile:
     def kv_s(self) -> float:
         return self.kv_ms / 1e3
 
+    @property
+    def basis(self) -> str:
+        """What its times rest on, in a word or a few."""
+        if self.fit is not None:
+            return "measured"
+        if any(note.startswith("linear:") for note in self.notes):
+            return "linear layers measured, attention a roofline"
+        return "roofline, not measured"
+
     def linear_table_s(self, max_tokens: int) -> np.ndarray:
         """Overhead plus linear layers of 0..max_tokens tokens, seconds; read-only, (max_tokens + 1,), and [0] is 0."""
         return _linear_table_s(self.linear, self.overhead_ms, max_tokens)

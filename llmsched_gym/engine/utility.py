@@ -12,6 +12,9 @@ from llmsched_gym.engine.jit import kernel
 TOLERANCE = 1e-9
 """Late gaps that rounding may make of a share times a number of gaps."""
 
+RELATIVE_TOLERANCE = 1e-12
+"""Of sums of gaps, which rounding may lengthen."""
+
 
 def late_share(rule: str) -> float:
     """Share of a request's gaps that may be late under the TBT rule every-gap or fraction:X."""
@@ -23,10 +26,16 @@ def gaps_in_time(num_late: Any, num_gaps: Any, share: float) -> Any:
     return num_late <= share * num_gaps + TOLERANCE
 
 
+def mean_in_time(lasted_s: Any, num_gaps: Any, tbt_slo_s: Any) -> Any:
+    """Whether the mean of gaps that lasted so long together is within the TBT SLO; none are in time."""
+    return lasted_s <= num_gaps * tbt_slo_s * (1.0 + RELATIVE_TOLERANCE)
+
+
 def utility(attained: Any, lost: Any, beta: float) -> Any:
     """1 for a request that attained, minus beta times what it lost: late seconds as a share of patience; refused, 1."""
     return attained - beta * lost
 
 
 gaps_in_time_kernel = kernel()(gaps_in_time)
+mean_in_time_kernel = kernel()(mean_in_time)
 utility_kernel = kernel()(utility)

@@ -254,7 +254,8 @@ and the return over a resolved cohort is `reward_scale` times the sum of these, 
 number of requests that attained: divided by the number that arrived, the SLO attainment. Without patience
 (`patience_s=inf`) lateness costs nothing. With `credit="finish"` the sum is the same and each U_i is paid when its
 request is resolved. `tbt_rule` says which tokens count as late: any gap over the TBT SLO (`every-gap`), more than a
-share 1 - X of the gaps (`fraction:X`), or token k after TTFT SLO + k * TBT SLO (`deadline`).
+share 1 - X of the gaps (`fraction:X`), token k after TTFT SLO + k * TBT SLO (`deadline`), or gaps whose mean is over
+the TBT SLO (`mean`: what vLLM's `--goodput tpot:` and MLPerf mean).
 
 `info` has the parts, before `reward_scale`, as `reward_on_time` (+1 each), `reward_expired` (-1 each),
 `reward_lateness`, `reward_refused`; `reward_terms()` has the last step's by their short names.

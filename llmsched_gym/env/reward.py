@@ -18,10 +18,10 @@ from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import open_lateness_s
 from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, record_dtype
-from llmsched_gym.engine.utility import gaps_in_time_kernel, late_share, utility_kernel
+from llmsched_gym.engine.utility import gaps_in_time_kernel, late_share, mean_in_time_kernel, utility_kernel
 from llmsched_gym.engine.view import View
 
-EVERY_GAP, FRACTION, DEADLINE = range(3)
+EVERY_GAP, FRACTION, DEADLINE, MEAN = range(4)
 TERMS = ("on_time", "expired", "lateness", "refused")
 ON_TIME, EXPIRED, LATENESS, REFUSAL = range(len(TERMS))
 
@@ -46,9 +46,8 @@ def rules_of(config: EnvConfig) -> np.ndarray:
     row.beta, row.scale, row.tau_s = config.beta, config.reward_scale, config.tau_s
     row.at_finish = config.credit == "finish"
     row.action_repeat, row.token_budget = config.action_repeat, config.token_budget
-    row.tbt_rule = EVERY_GAP if config.tbt_rule == "every-gap" else DEADLINE
-    if config.tbt_rule.startswith("fraction"):
-        row.tbt_rule = FRACTION
+    rule = config.tbt_rule.partition(":")[0]
+    row.tbt_rule = {"every-gap": EVERY_GAP, "fraction": FRACTION, "deadline": DEADLINE, "mean": MEAN}[rule]
     row.late_share = late_share(config.tbt_rule)
     return rules
 
@@ -64,6 +63,9 @@ def attains(request, rules, now_s):
         return 1.0 if request.deadline_miss_s <= 0.0 and (done or now_s <= due_s) else 0.0
     overdue = not done and now_s - request.last_token_s > request.tbt_slo_s
     late, gaps = request.num_late_gaps + overdue, request.num_output_tokens - 1 + overdue
+    if rules.tbt_rule == MEAN:
+        lasted_s = (now_s if overdue else request.last_token_s) - request.first_token_s
+        return 1.0 if mean_in_time_kernel(lasted_s, gaps, request.tbt_slo_s) else 0.0
     return 1.0 if gaps_in_time_kernel(late, gaps, rules.late_share) else 0.0
 
 

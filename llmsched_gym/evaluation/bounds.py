@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from llmsched_gym.evaluation.store import scenario_from_json
-from llmsched_gym.fluid import Fluid, fluid_capacity
+from llmsched_gym.fluid import Fluid, Work, fluid_capacity
 from llmsched_gym.scheduler import registry
 
 CLAIRVOYANT = "shortest-total"
@@ -36,7 +36,9 @@ def with_bound(policies: Sequence[str]) -> list[str]:
 
 
 def fluid_of(config: Mapping[str, Any]) -> Fluid | None:
-    """The fluid capacity of a folder's scenario; None where it cannot be had: no scenario, no cost model, no trace."""
+    """The fluid capacity that a folder keeps, or of its scenario; None where it cannot be had, as without its trace."""
+    if isinstance(kept := config.get("fluid"), dict):
+        return Fluid(**{**kept, "work": Work(**kept["work"])})
     fields = config.get("scenario")
     if not isinstance(fields, dict) or not fields or fields.get("backend", "simulated") != "simulated":
         return None

@@ -19,7 +19,7 @@ import numpy as np
 from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario, plain
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.grid import check, finite, seed_range
-from llmsched_gym.evaluation.intervals import MIN_SEEDS
+from llmsched_gym.evaluation.intervals import MIN_SEEDS, resample_quantiles
 from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.store import dumps, grid_config, make_folder, write_text
 
@@ -113,6 +113,7 @@ class Capacity:
     limited_by: str | None = None  # the condition that ends it
     shares: dict[str, Any] = field(default_factory=dict)  # means at the highest rate on the grid that is not above it
     curve: list[dict[str, Any]] = field(default_factory=list)  # per rate, seed mean of each condition's excess
+    num_seeds: int = 0
     resamples: np.ndarray | None = None  # (NUM_RESAMPLES,) capacities of resampled seeds
 
     def to_row(self) -> Row:
@@ -145,6 +146,7 @@ class Search:
         if self.low >= self.high:
             raise ConfigError(f"qps: expected a range of rates wider than 2 %, got {qps[0]:g}-{qps[1]:g}")
         self.rows: dict[tuple[str, int, int], Row] = {}  # by policy, rate's place on the grid, seed
+        self._quantiles = resample_quantiles(max(len(self.seeds), MIN_SEEDS))
         draws = np.random.default_rng(0).integers(len(self.seeds), size=(NUM_RESAMPLES, len(self.seeds)))
         # how often each resample has each seed; the first is the sample itself
         self._weights = np.stack([np.bincount(draw, minlength=len(self.seeds)) for draw in draws]).astype(float)
@@ -160,7 +162,8 @@ class Search:
         while True:
             self._run(policy, rates, self.seeds)
             places, limits = self._cross(policy, sorted(rates), self._weights)
-            first, last = math.floor(np.quantile(places, 0.025)), math.ceil(np.quantile(places, 0.975))
+            first, last = (np.quantile(places, q) for q in self._quantiles)
+            first, last = math.floor(first), math.ceil(last)
             # what lies at the edge of the rates that were run may lie beyond
             first, last = first - (MEDIUM if first <= min(rates) else 1), last + (MEDIUM if last >= max(rates) else 1)
             wanted = set(range(max(first, self.low), min(last, self.high) + 1))
@@ -179,8 +182,8 @@ class Search:
         below = max(k for k in rates if k <= place)
         found.shares = {"at_qps": STEP**below} | _shares([self.rows[policy, below, seed] for seed in self.seeds])
         if len(self.seeds) >= MIN_SEEDS:
-            found.resamples = STEP ** places[1:]
-            found.ci_low, found.ci_high = (float(q) for q in np.quantile(found.resamples, [0.025, 0.975]))
+            found.num_seeds, found.resamples = len(self.seeds), STEP ** places[1:]
+            found.ci_low, found.ci_high = (float(q) for q in np.quantile(found.resamples, self._quantiles))
         return found
 
     @staticmethod
@@ -272,7 +275,8 @@ def ratios(found: Sequence[Capacity], base: int = 0) -> list[dict[str, Any]]:
         ratio = other.qps / reference.qps if other.qps and reference.qps else None
         low = high = None
         if other.resamples is not None and reference.resamples is not None:
-            low, high = (float(q) for q in np.quantile(other.resamples / reference.resamples, [0.025, 0.975]))
+            quantiles = resample_quantiles(reference.num_seeds)
+            low, high = (float(q) for q in np.quantile(other.resamples / reference.resamples, quantiles))
         entries.append({"ratio_to": reference.policy, "ratio": ratio, "ratio_ci_low": low, "ratio_ci_high": high})
     return entries
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import Compiled, make_scheduler
+from llmsched_gym.workload import TraceWarning
 
 LOGGED_STEPS = 3000
 """Batches of a run kept for plots of what happens over time."""
@@ -158,8 +160,9 @@ def _run_chunk(scenario: Scenario, cells: list[Cell], folder: Path | None) -> li
 
 
 def _start_worker(speaker: Any) -> None:
-    """Leave interrupts to the parent, and do not outlive it; one of all says that kernels are being compiled."""
+    """Leave interrupts and remarks on traces to the parent, and do not outlive it; one of all tells of compiling."""
     speak_if_first(speaker)
+    warnings.simplefilter("ignore", TraceWarning)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 

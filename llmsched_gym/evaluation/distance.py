@@ -28,7 +28,7 @@ def findings(results: Results) -> list[str]:
         who = "the best of the others" if gaps["policy"].nunique() > 1 else "the other one"
         text = f"**How far from the best:** against `{bound}`, which knows every output length, {who} attains "
         found.append(f"{text}{' and '.join(parts)}.")
-        if gaps["mean"].max() > 0:
+        if gaps["value"].max() > 0:
             found[-1] += f" More than `{bound}` is possible: it serves the least work left first, whatever is due."
     return found
 
@@ -48,12 +48,29 @@ def capacity_text(fluid: Fluid) -> str:
     return f"{text}, and so does {what}, {batches}: a tenth more {more} would raise it by about {10 * price:.1f} %."
 
 
+def above_fluid(capacity: pd.DataFrame, fluid: Fluid | None) -> str:
+    """A sentence on the policies whose capacity lies above the fluid one; nothing if there are none."""
+    if fluid is None:
+        return ""
+    above = capacity[capacity["capacity_qps"] > fluid.qps]
+    if above.empty:
+        return ""
+    who = ", ".join(f"`{p}` {q:.2f}" for p, q in zip(above["policy"], above["capacity_qps"], strict=True))
+    shares = "attained_by_decile" in above
+    last = [v[-1] for v in (above["attained_by_decile"] if shares else []) if isinstance(v, list) and v[-1] is not None]
+    tail = f" (of the tenth with the longest prompts {100 * min(last):.0f} % attain)" if last else ""
+    return (
+        f" Above the fluid capacity, {fluid.qps:.2f}: {who}. Nobody serves everyone at such rates: the criterion does "
+        f"not see the long prompts that starve{tail}, and p99 TTFT shows them."
+    )
+
+
 def _at_load(rows: pd.DataFrame, gaps: pd.DataFrame, load: float) -> str:
     """The best policy, and SLAI, against the bound at one load; nothing if none can be compared."""
-    own = gaps[(gaps["load"] == load) & gaps["mean"].notna()].set_index("policy")
+    own = gaps[(gaps["load"] == load) & gaps["value"].notna()].set_index("policy")
     if own.empty:
         return ""
-    best = str(own["mean"].idxmax())
+    best = str(own["value"].idxmax())
     who = f"`{best}`"
     if "slai" in own.index and best != "slai":
         who += f"; `slai` {points(own.loc['slai'])}"
@@ -62,9 +79,9 @@ def _at_load(rows: pd.DataFrame, gaps: pd.DataFrame, load: float) -> str:
 
 def points(line: pd.Series) -> str:
     """A difference in attainment in words: 3.1 points [2.6–3.7] less."""
-    sign = -1 if line["mean"] < 0 else 1
+    sign = -1 if line["value"] < 0 else 1
     low, high = sorted((100 * sign * line["low"], 100 * sign * line["high"]))
-    return prose.estimate(100 * sign * line["mean"], low, high, " points", 1) + (" less" if sign < 0 else " more")
+    return prose.estimate(100 * sign * line["value"], low, high, " points", 1) + (" less" if sign < 0 else " more")
 
 
 def gap_table(results: Results) -> Table | None:
@@ -75,15 +92,15 @@ def gap_table(results: Results) -> Table | None:
     bound = bound_of(tables.policies_of(results.rows))
     wide = gaps.set_index(["policy", "load"])
     loads, policies = list(gaps["load"].unique()), list(gaps["policy"].unique())
-    top = gaps.groupby("load")["mean"].max()
+    top = gaps.groupby("load")["value"].max()
     lines = []
     for policy in policies:
         cells = []
         for load in loads:
             line = wide.loc[(policy, load)]
-            kind = BEST if len(policies) > 1 and line["mean"] == top[load] else ""
+            kind = BEST if len(policies) > 1 and prose.same(100 * line["value"], 100 * top[load], 1) else ""
             ends = interval(100 * line["low"], 100 * line["high"], 1)
-            cells.append(Cell(_signed(100 * line["mean"]), ends, kind))
+            cells.append(Cell(_signed(100 * line["value"]), ends, kind))
         lines.append([Cell(policy, kind=HEAD), *cells])
     labels, notes = ["policy", *(f"{load:.3g}" for load in loads)], []
     if results.fluid is not None:

@@ -52,6 +52,12 @@ RC = {
 }
 
 
+BEYOND = 1e12
+"""Stands for an infinite end of an interval, which the axes cut off."""
+INSIDE_PT = 4.5
+"""How far from the edge a mark of what lies beyond it stands: its whole height is inside."""
+
+
 class NothingToPlot(ValueError):
     """There is no value that the figure could show."""
 
@@ -180,36 +186,43 @@ def lines(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, floor: floa
     above, below = [], []
     for policy, style in policy_styles(policies).items():
         own = means[means["policy"] == policy].sort_values("load")
-        shown = own.where(np.isfinite(own["mean"]) & (own["mean"] >= floor))
-        ax.fill_between(own["load"], shown["low"], shown["high"], color=style.colour, alpha=0.13, linewidth=0)
-        ax.plot(own["load"], shown["mean"], color=style.colour, marker=style.marker, linestyle=style.dash, zorder=3)
-        above.append((own["load"][np.isposinf(own["mean"])], style.colour))
-        below.append((own["load"][own["mean"] < floor], style.colour))
+        shown = own.where(np.isfinite(own["value"]) & (own["value"] >= floor))
+        band = shown[["low", "high"]].clip(-BEYOND, BEYOND)
+        ax.fill_between(own["load"], band["low"], band["high"], color=style.colour, alpha=0.13, linewidth=0)
+        ax.plot(own["load"], shown["value"], color=style.colour, marker=style.marker, linestyle=style.dash, zorder=3)
+        above.append((own["load"][np.isposinf(own["value"])], style.colour))
+        below.append((own["load"][own["value"] < floor], style.colour))
     off_scale(ax, above, up=True)
     off_scale(ax, below, up=False)
     ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
 
 
 def off_scale(ax: Axes, marks: Iterable[tuple[Any, str]], *, up: bool) -> None:
-    """Triangles on the edge of the axes for values beyond it, those of several policies (x, colour) side by side."""
+    """Triangles inside the edge of the axes for values beyond it, of several policies (x, colour) side by side."""
     marks = [(x, colour) for x, colour in marks if len(x)]
     for i, (x, colour) in enumerate(marks):
-        beside = ScaledTranslation(6 / 72 * (i - (len(marks) - 1) / 2), 0, ax.figure.dpi_scale_trans)
+        inside = (-1 if up else 1) * INSIDE_PT / 72
+        beside = ScaledTranslation(6 / 72 * (i - (len(marks) - 1) / 2), inside, ax.figure.dpi_scale_trans)
         kind: dict[str, Any] = dict(marker="^" if up else "v", linestyle="none", markerfacecolor="none", color=colour)
         y = [1.0 if up else 0.0] * len(x)
         ax.plot(x, y, transform=ax.get_xaxis_transform() + beside, clip_on=False, zorder=4, **kind)
 
 
-def dots(ax: Axes, means: pd.DataFrame, policies: Sequence[str]) -> None:
-    """One load: a dot with its interval on a line of its own for each policy."""
+def dots(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, floor: float = -math.inf) -> None:
+    """One load: a dot with its interval on a line of its own for each policy; a number for one below `floor`."""
     for y, (policy, style) in enumerate(policy_styles(policies).items()):
         own = means[means["policy"] == policy].iloc[0]
-        if np.isfinite(own["mean"]):
-            if np.isfinite(own["low"]):
-                ax.plot([own["low"], own["high"]], [y, y], color=style.colour, linewidth=4, alpha=0.35)
-            ax.plot([own["mean"]], [y], color=style.colour, marker=style.marker, markersize=7)
+        low, high = own["low"], own["high"]
+        if np.isfinite(own["value"]) and own["value"] < floor:
+            text = f"◂ {own['value']:,.0f}"
+            ax.text(0.01, y, text, transform=ax.get_yaxis_transform(), ha="left", va="center", color=style.colour)
+        elif np.isfinite(own["value"]):
+            if not np.isnan(low):
+                ends = [max(low, -BEYOND), min(high, BEYOND)]
+                ax.plot(ends, [y, y], color=style.colour, linewidth=4, alpha=0.35, solid_capstyle="butt")
+            ax.plot([own["value"]], [y], color=style.colour, marker=style.marker, markersize=7, clip_on=False, zorder=3)
         else:
-            text = "infinite" if np.isposinf(own["mean"]) else "none"
+            text = "infinite" if np.isposinf(own["value"]) else "none"
             ax.text(0.995, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", color=style.colour)
     ax.set_yticks(range(len(policies)), [name_in_figure(p) for p in policies])
     ax.tick_params(axis="y", length=0, labelcolor=INK)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.config import SUITES
+from llmsched_gym.cost import Profile, ProfileError, load_profile
 from llmsched_gym.evaluation import distance, prose, tables
 from llmsched_gym.evaluation.bounds import bound_of, is_clairvoyant, ordinary
 from llmsched_gym.evaluation.intervals import MIN_SEEDS
@@ -43,7 +44,9 @@ def overview(results: Results) -> str:
     if len(rows) > 1:
         text += f", {len(rows):,} runs and {int(rows['num_requests'].sum()):,} requests in all"
     text += "."
-    if rows.groupby(["load", "policy"])["seed"].nunique().max() < MIN_SEEDS:
+    if not tables.has_intervals(rows):
+        text += f" {SAME_REQUESTS}"
+    elif rows.groupby(["load", "policy"])["seed"].nunique().max() < MIN_SEEDS:
         text += f" With fewer than {MIN_SEEDS} seeds no intervals are given: small differences may be chance."
     return text
 
@@ -53,7 +56,7 @@ def summary(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     means = table.set_index(["load", "metric", "policy"]).sort_index()
     found = []
     for load in sorted(rows["load"].unique()):
-        own = means.loc[(load, "slo_attainment")].reindex(ordinary(tables.policies_of(rows))).dropna(subset=["mean"])
+        own = means.loc[(load, "slo_attainment")].reindex(ordinary(tables.policies_of(rows))).dropna(subset=["value"])
         strict = None
         if (load, "slo_attainment_strict") in means.index.droplevel(2):
             strict = means.loc[(load, "slo_attainment_strict")].reindex(own.index)
@@ -64,10 +67,10 @@ def summary(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
 
 
 def _at_load(own: pd.DataFrame, strict: pd.DataFrame | None, longest: Mapping[str, float]) -> str:
-    order = own.sort_values("mean", ascending=False, kind="stable")
+    order = own.sort_values("value", ascending=False, kind="stable")
     if len(order) == 1:
         return f"`{order.index[0]}` has an SLO attainment of {_percent(order.iloc[0])}."
-    if order["mean"].nunique() == 1:
+    if order["value"].nunique() == 1:
         return f"all policies attain the same, {_percent(order.iloc[0])}."
     leader = str(order.index[0])
     text = f"`{leader}` has the highest SLO attainment, {_percent(order.iloc[0])}"
@@ -81,19 +84,19 @@ def _at_load(own: pd.DataFrame, strict: pd.DataFrame | None, longest: Mapping[st
     if base is not None:
         text += f"; `{base}` has {_percent(order.loc[base])}"
     text += "."
-    if strict is not None and np.isfinite(strict["mean"]).sum() > 1:
-        first = str(strict["mean"].idxmax())
-        ahead = strict.loc[first, "mean"] - strict.loc[leader, "mean"]
+    if strict is not None and np.isfinite(strict["value"]).sum() > 1:
+        first = str(strict["value"].idxmax())
+        ahead = strict.loc[first, "value"] - strict.loc[leader, "value"]
         if ahead >= WORTH_SAYING and not strict.loc[leader, "tied"]:
             text += f" Strict users do best under `{first}`, {_percent(strict.loc[first])}"
             text += f" against {_percent(strict.loc[leader])} under `{leader}`."
-    if longest.get(leader, 1.0) < 0.75 * order["mean"].iloc[0]:
+    if longest.get(leader, 1.0) < 0.75 * order["value"].iloc[0]:
         text += f" Of the tenth with the longest prompts `{leader}` attains {100 * longest[leader]:.1f} %."
     return text
 
 
 def _percent(line: pd.Series) -> str:
-    return prose.estimate(100 * line["mean"], 100 * line["low"], 100 * line["high"], " %", 1)
+    return prose.estimate(100 * line["value"], 100 * line["low"], 100 * line["high"], " %", 1)
 
 
 def _longest(group: pd.DataFrame) -> dict[str, float]:
@@ -118,7 +121,7 @@ def _gaps(results: Results) -> list[str]:
         return []
     up_to: dict[float, list[str]] = {}  # the last load that all goes well at, -inf if there is none
     for policy in tables.policies_of(rows):
-        p99 = rows[rows["policy"] == policy].groupby("load")[list(columns.values())].mean()
+        p99 = rows[rows["policy"] == policy].groupby("load")[list(columns.values())].median()
         late = np.any([p99[column] > slos[name] for name, column in columns.items()], axis=0)
         late |= p99.isna().all(axis=1).to_numpy()
         last = p99.index[: np.argmax(late) if late.any() else None].max()
@@ -155,10 +158,10 @@ def _claims(results: Results) -> list[str]:
         return []
     found = []
     reduction = tables.ttft_reduction(results.rows)
-    own = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["mean"])]
+    own = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["value"])]
     parts = [
         f"{prose.estimate(100 * mean, 100 * low, 100 * high, ' %', 1)} at {load:g}"
-        for load, mean, low, high in own[["load", "mean", "low", "high"]].itertuples(index=False)
+        for load, mean, low, high in own[["load", "value", "low", "high"]].itertuples(index=False)
     ]
     if parts:
         text = f"**The paper's claim on latency:** the median TTFT of `slai` lies below that of `{BASELINE}` by "
@@ -186,11 +189,12 @@ def settings(results: Results) -> list[tuple[str, str]]:
     def only(column: str) -> str:
         return ", ".join(map(str, rows[column].unique())) if column in rows else "unknown"
 
-    seeds, suite = rows["seed"].unique(), results.suite
-    found = [("Suite", f"{suite}: {SUITES[suite].what}" if suite in SUITES else suite)]
-    found += [("Cost profile", only("profile")), ("Workload", only("workload"))]
+    seeds = rows["seed"].unique()
+    found = [("Suite", results.suite), ("Cost profile", _profile(only("profile"))), ("Workload", only("workload"))]
+    found += [("Arrivals", _arrivals(results))]
     found.append(("Seeds", f"{seeds.min()} to {seeds.max()}" if len(seeds) > 1 else str(seeds[0])))
     found.append(("Requests per run", ", ".join(f"{n:,}" for n in sorted(rows["num_requests"].unique()))))
+    found += [("Trace", remark) for remark in results.trace_remarks]
     if not results.config.get("scenario"):
         return found
     slo_s, per_token_s = results.ttft_slo()
@@ -199,6 +203,15 @@ def settings(results: Results) -> list[tuple[str, str]]:
     tbt = ", ".join(f"{name} {slo_s:g} s" for name, slo_s in results.tbt_slos_s().items())
     found.append(("TBT SLO", f"{tbt}; rule {get('tbt_rule', 'every-gap')}"))
     found.append(("Strict users", _range(get("strict_share", 0.05), 100) + " %"))
+    drain, after = get("drain_s", "inf"), "arrivals go on" if get("arrivals_continue", True) else "no arrivals"
+    until = "until all are served" if drain == "inf" else f"for {drain:g} s at most"
+    found.append(("Around them", f"{get('warmup_s', 0.0):g} s of warm-up; {after} behind them, {until}"))
+    blocks = get("num_kv_blocks", None) or _profile_blocks(only("profile"))
+    limits = (
+        f"max_num_seqs {get('max_num_seqs', 128):,}, max_num_batched_tokens {get('max_num_batched_tokens', 8192):,}"
+    )
+    limits += f", max_model_len {get('max_model_len', 8192):,}"
+    found.append(("Engine", f"{f'{blocks:,} KV blocks, ' if blocks else ''}{limits}"))
     patience = get("patience_s", "inf")
     found.append(("Patience", "infinite" if patience == "inf" else f"{patience:g} s late"))
     times = f"jitter {get('jitter', 0.0):g}, cost scale {_range(get('cost_scale', 1.0), 1)}"
@@ -208,6 +221,41 @@ def settings(results: Results) -> list[tuple[str, str]]:
             times += "; the scheduler's own time counts"
     found.append(("Batch times", times))
     return found
+
+
+def _arrivals(results: Results) -> str:
+    """Where arrivals come from, as runs had them."""
+    rows, get = results.rows, results.setting
+    kinds = rows["arrivals"].unique() if "arrivals" in rows else ["unknown"]
+    kind = ", ".join(map(str, kinds))
+    if kind == "trace":
+        scaled = "scaled to the loads asked for" if rows["requested_qps"].notna().any() else "as they are"
+        return f"the trace's own times, {scaled}"
+    if kind == "gamma":
+        kind += f" of shape {get('burstiness', 1.0):g}"
+    if rows["drawn"].any():
+        return f"{kind}, one rate per seed from {_range(get('qps_range', [0.0, 0.0]), 1)} requests/s"
+    if kind in ("mmpp", "switching"):
+        kind += f", rates switching every {_range(get('switch_every_s', [0.0, 0.0]), 1)} s"
+    return f"{kind} at {', '.join(f'{load:.4g}' for load in sorted(rows['load'].unique()))} requests/s"
+
+
+def _profile(name: str) -> str:
+    """The profile's name, with a remark if nobody has measured it."""
+    found = _loaded(name)
+    return name if found is None or found.basis == "measured" else f"{name} ({found.basis})"
+
+
+def _profile_blocks(name: str) -> int | None:
+    found = _loaded(name)
+    return None if found is None else found.num_kv_blocks
+
+
+def _loaded(name: str) -> Profile | None:
+    try:
+        return load_profile(name)
+    except ProfileError:
+        return None  # a file that has gone since
 
 
 def _range(value: Any, scale: float) -> str:
@@ -221,8 +269,7 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
         "A request is within its SLOs when it finished, its first token came in time and every gap between its tokens "
         "was in time; the share is of all measured requests.",
         "TTFT percentiles are over all measured requests; one without a first token counts as infinite (∞).",
-        "Each figure is the mean over seeds of the runs' figures, with its 95 % bootstrap interval over seeds; with "
-        f"fewer than {MIN_SEEDS} seeds (n<{MIN_SEEDS}) there is no interval.",
+        _over_seeds(rows),
     ]
     rule = results.setting("tbt_rule", "every-gap")
     if rule != "every-gap":
@@ -249,12 +296,48 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
     if lost:
         found.append(f"Requests that were {' or '.join(lost)}: none, in any run.")
     if rows["rejected_share"].any():
-        share = 100 * rows["num_rejected"].sum() / rows["num_requests"].sum()
-        found.append(f"{number(share)} % of requests could never fit, were rejected on arrival and count as misses.")
+        found.append(_rejected(results))
     found.append(
-        "KV peak: the largest share of KV blocks in use in a run. Goodput: requests within all SLOs per second."
+        "KV peak: the largest share of KV blocks in use in a run. Goodput: requests within all SLOs per second of the "
+        "time in which they arrived; vLLM's benchmark divides by the time until its last request is done."
     )
     return found
+
+
+def _rejected(results: Results) -> str:
+    """How many requests were rejected on arrival, and what setting did it."""
+    rows = results.rows
+    share = 100 * rows["num_rejected"].sum() / rows["num_requests"].sum()
+    text = f"{number(share)} % of requests were rejected on arrival and count as misses"
+    if "num_too_long" not in rows:
+        return f"{text}: they could never fit."
+    long = 100 * rows["num_too_long"].sum() / rows["num_requests"].sum()
+    if long > 0:
+        text += f"; {number(long)} % are longer than `max_model_len={results.setting('max_model_len', 8192)}`"
+    if share - long > 1e-9:
+        text += f"; {number(share - long)} % need more KV blocks than there are"
+    tail = " They have no first token: where they are 1 % or more of a run, its p99 TTFT is infinite."
+    return f"{text}.{tail}"
+
+
+def _over_seeds(rows: pd.DataFrame) -> str:
+    """What a figure over seeds and its interval are."""
+    text = (
+        "Shares, utility and rates are means over seeds of the runs' figures; latencies are medians over seeds of the "
+        "runs' percentiles, as a few seeds near saturation hold much of their mean."
+    )
+    if not tables.has_intervals(rows):
+        return f"{text} {SAME_REQUESTS}"
+    return (
+        f"{text} Ranges are 95 % intervals over seeds, of a mean by Student's t, of a median by order statistics; with "
+        f"fewer than {MIN_SEEDS} seeds (n<{MIN_SEEDS}) there are none."
+    )
+
+
+SAME_REQUESTS = (
+    "No intervals are given: with a trace's own arrival times all seeds have the same requests, so that differences "
+    "between seeds say nothing about other requests."
+)
 
 
 FLAGS = frozenset(
@@ -263,6 +346,7 @@ FLAGS = frozenset(
         "workload",
         "trace",
         "trace_arrivals",
+        "trace_invalid",
         "strict_share",
         "jitter",
         "cost_scale",

@@ -15,6 +15,7 @@ from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.store import Store, digest, grid_config
 from llmsched_gym.scheduler import make_scheduler
 from llmsched_gym.workload import make_table
+from llmsched_gym.workload.generate import trace_remarks
 
 NUM_REQUESTS = 2000
 """Measured requests of a run, unless told otherwise."""
@@ -93,6 +94,8 @@ def evaluate(
             "seeds": len(numbers),
             "first_seed": numbers.start,
         }
+        world = scenario if rates[0] is None else scenario.replace(qps=rates[0])
+        settings["trace_remarks"] = trace_remarks(world, numbers.start)
         if backend is not None:
             settings["setup"] = backend.setup
         store = Store(out, grid_config(scenario, policies, **settings))

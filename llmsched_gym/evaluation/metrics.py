@@ -1,7 +1,8 @@
 """Metrics of one run: pure functions from an episode's records to a row of figures, a frame of requests, gap counts.
 
-Counts and percentiles are over the measured cohort; batches, tokens per second and KV use are over the whole run. A
-request without a first token has an infinite TTFT; an infinite figure is None in a row, and so is one of nothing.
+Counts and percentiles are over the measured cohort, rates over the time in which it arrived; batches and KV use are
+over the whole run. A request without a first token has an infinite TTFT; an infinite figure is None in a row, and so is
+one of nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from llmsched_gym.config import SLO_CLASSES
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, PHASES, REFUSED, REJECTED, RUNNING, WAITING
-from llmsched_gym.engine.utility import gaps_in_time, late_share, utility
+from llmsched_gym.engine.utility import gaps_in_time, late_share, mean_in_time, utility
 from llmsched_gym.evaluation.gaps import Gaps, percentile
 from llmsched_gym.evaluation.run import Episode
 
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
 NUM_DECILES = 10
 
 
-def attains_tbt(rule: str, num_gaps: np.ndarray, num_late: np.ndarray, deadline_miss_s: np.ndarray) -> np.ndarray:
-    """Whether each request's gaps are in time under `rule`: every-gap, fraction:X or deadline; shape (n,)."""
+def attains_tbt(rule: str, requests: np.ndarray, num_gaps: np.ndarray, num_late: np.ndarray) -> np.ndarray:
+    """Whether the gaps of each finished request are in time under `rule`, one of `config.TBT_RULES`; shape (n,)."""
     if rule == "deadline":
-        return np.asarray(deadline_miss_s <= 0.0)
+        return np.asarray(requests["deadline_miss_s"] <= 0.0)
+    if rule == "mean":
+        lasted_s = requests["last_token_s"] - requests["first_token_s"]
+        return np.asarray(mean_in_time(lasted_s, num_gaps, requests["tbt_slo_s"]))
     return np.asarray(gaps_in_time(num_late, num_gaps, late_share(rule)))
 
 
@@ -43,6 +47,7 @@ class Outcomes:
         self.prompt_tokens = requests["prompt_tokens"]
         tokens = requests["num_output_tokens"]
         self.served = tokens > 0
+        self.too_long = self.prompt_tokens + episode.table.output_tokens[episode.cohort] > scenario.max_model_len
         self.finished = self.phase == FINISHED
         self.ttft_s = _or_inf(requests["first_token_s"] - requests["arrival_s"])
         self.queue_time_s = _or_inf(requests["first_scheduled_s"] - requests["arrival_s"])
@@ -67,7 +72,7 @@ class Outcomes:
             clock_s - requests["arrival_s"] - requests["ttft_slo_s"],
         )
         self.lateness_s = requests["lateness_s"] + np.where(pending, np.maximum(open_s, 0.0), 0.0)
-        in_time = attains_tbt(scenario.tbt_rule, self.num_gaps, self.num_late_gaps, requests["deadline_miss_s"])
+        in_time = attains_tbt(scenario.tbt_rule, requests, self.num_gaps, self.num_late_gaps)
         self.attained = self.finished & (self.ttft_s <= requests["ttft_slo_s"]) & in_time
         lost = np.zeros(len(requests))
         if math.isfinite(scenario.patience_s):
@@ -119,12 +124,49 @@ def gaps_of(episode: Episode, outcomes: Outcomes) -> Gaps:
     )
 
 
+def tokens_between(episode: Episode, start_s: float, stop_s: float) -> int:
+    """Tokens emitted from `start_s` to `stop_s`, ends included, whoever's."""
+    requests = episode.requests
+    first_s, last_s = requests["first_token_s"], requests["last_token_s"]  # nan without a token, which is in no range
+    meets = (first_s <= stop_s) & (last_s >= start_s)
+    inside = meets & (first_s >= start_s) & (last_s <= stop_s)
+    total = int(requests["num_output_tokens"][inside].sum())
+    for request in requests[meets & ~inside]:
+        start, num_gaps = int(request["gap_start"]), int(request["num_output_tokens"]) - 1
+        later_s = np.cumsum(episode.gaps[start : start + num_gaps], dtype=np.float64)
+        token_s = request["first_token_s"] + np.concatenate([[0.0], later_s])
+        total += int(((token_s >= start_s) & (token_s <= stop_s)).sum())
+    return total
+
+
+def rates(episode: Episode, outcomes: Outcomes) -> dict[str, float | None]:
+    """Requests within their SLOs and tokens, per second.
+
+    Over the span of the cohort's arrivals, at which load is offered: never the warm-up or the drain. vLLM's benchmark
+    divides by the time until its last request is done, and counts the tokens of finished requests.
+    """
+    arrival_s = episode.table.arrival_s[episode.cohort]
+    n, attained = len(arrival_s), outcomes.attained
+    start_s, stop_s = (float(arrival_s[0]), float(arrival_s[-1])) if n else (0.0, 0.0)
+    span_s = stop_s - start_s
+    known = n > 1 and span_s > 0.0
+    resolved_s = episode.requests["resolved_s"][episode.cohort]
+    done_s = float(np.where(np.isnan(resolved_s), float(episode.sim.clock_s), resolved_s).max(initial=0.0)) - start_s
+    tokens = int(episode.requests["num_output_tokens"][episode.cohort][outcomes.finished].sum())
+    return {
+        "request_goodput": float(attained.mean()) * (n - 1) / span_s if known else None,
+        "throughput_tok_s": tokens_between(episode, start_s, stop_s) / span_s if known else None,
+        "vllm_request_goodput": int(attained.sum()) / done_s if done_s > 0.0 else None,
+        "vllm_output_throughput": tokens / done_s if done_s > 0.0 else None,
+    }
+
+
 def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = None) -> dict[str, Any]:
     """The figures of one run, ready for JSON: no NaN, no infinity."""
     o = outcomes or Outcomes(episode)
     g = gaps or gaps_of(episode, o)
     scenario, table, sim = episode.scenario, episode.table, episode.sim
-    n, sim_time_s = len(o.phase), float(sim.clock_s)
+    n = len(o.phase)
 
     def by_class(function: Any) -> dict[str, float | None]:
         return {name: function(c) if (o.slo_class == c).any() else None for c, name in enumerate(SLO_CLASSES)}
@@ -134,9 +176,6 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         total = int(o.num_gaps[mine].sum())
         return 1.0 - int(o.num_late_gaps[mine].sum()) / total if total else None
 
-    def per_second(amount: float) -> float:
-        return amount / sim_time_s if sim_time_s > 0 else 0.0
-
     tpot_s = o.tpot_s[~np.isnan(o.tpot_s)]
     return {
         "policy": episode.policy,
@@ -145,12 +184,14 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "model": scenario.model,
         "profile": scenario.profile,
         "workload": Path(scenario.trace).name if scenario.trace else scenario.workload,
+        "arrivals": table.arrivals,
         "qps": float(table.qps),
         "requested_qps": None if scenario.qps is None else float(scenario.qps),
         "seed": int(episode.seed),
         "num_requests": n,
         "num_finished": o.count(FINISHED),
         "num_rejected": o.count(REJECTED),
+        "num_too_long": int(o.too_long.sum()),  # of the rejected: longer than max_model_len
         "num_refused": o.count(REFUSED),
         "num_abandoned": o.count(ABANDONED),
         "num_unfinished": o.count(PENDING, WAITING, RUNNING),
@@ -169,14 +210,13 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "slo_attainment": float(o.attained.mean()) if n else None,
         "slo_attainment_by_class": by_class(lambda c: float(o.attained[o.slo_class == c].mean())),
         "mean_utility": float(o.utility.mean()) if n else None,
-        "request_goodput": per_second(int(o.attained.sum())),
-        "throughput_tok_s": per_second(int(sim.tokens_emitted)),
+        **rates(episode, o),
         "mean_batch_s": float(sim.mean_batch_s) if sim.num_batches else None,
         "mean_batch_tokens": float(sim.batch_tokens_sum / sim.num_batches) if sim.num_batches else None,
         "kv_cache_usage_max": float(sim.kv_cache_usage_max),
         "num_preemptions": int(episode.requests["num_preemptions"][episode.cohort].sum()),
         "iterations": int(sim.num_batches),
-        "sim_time_s": sim_time_s,
+        "sim_time_s": float(sim.clock_s),
         "wall_time_s": float(episode.wall_time_s),
         "e2e_p50_s": percentile(o.e2e_latency_s, 0.5),
         "e2e_p99_s": percentile(o.e2e_latency_s, 0.99),

@@ -19,6 +19,8 @@ from llmsched_gym.evaluation import draw, tables
 
 PREFILL, DECODE = "#e69f00", "#0072b2"
 PERCENT = (0, 101.5)
+FAR_BELOW = -60.0
+"""A reduction (%) below which a policy is off the scale."""
 FLUID = (0, (7, 2, 1, 2))
 """Dash of a line at the fluid capacity."""
 
@@ -85,9 +87,9 @@ def _against_load(
     """A column against load, or its values at the only load; `line` is a level of the column, `fluid_qps` a load."""
     if column not in rows:
         raise draw.NothingToPlot(f"{column}: no such column")
-    means = tables.seed_means(tables.binned_loads(rows), column)
-    means[["mean", "low", "high"]] *= 100 if percent else 1
-    finite = means[np.isfinite(means["mean"]) & ((means["mean"] > 0) | (not log))]
+    means = tables.over_seeds(tables.binned_loads(rows), column)
+    means[["value", "low", "high"]] *= 100 if percent else 1
+    finite = means[np.isfinite(means["value"]) & ((means["value"] > 0) | (not log))]
     if finite.empty:
         raise draw.NothingToPlot(f"{column}: no finite value")
     policies = tables.policies_of(rows)
@@ -102,11 +104,12 @@ def _against_load(
         ax.set(xlabel="Load (requests/s)", ylabel=label)
     axis = ax.xaxis if single else ax.yaxis
     if log:
-        draw.log_scale(axis, [*finite["mean"], *(line or ())[:1]])
+        ends = finite[["low", "high"]].to_numpy().ravel() if single else []
+        draw.log_scale(axis, [*finite["value"], *ends, *(line or ())[:1]])
     elif percent:
         ax.set(**{f"{axis.axis_name}lim": PERCENT})
-    elif finite["mean"].min() >= 0:
-        ax.set(**{f"{axis.axis_name}lim": (0, 1.06 * line[0] if line and line[0] > finite["mean"].max() else None)})
+    elif finite["value"].min() >= 0:
+        ax.set(**{f"{axis.axis_name}lim": (0, 1.06 * line[0] if line and line[0] > finite["value"].max() else None)})
     guides = [draw.guide(ax, *line, vertical=single, dash=dash)] if line else []
     if fluid_qps and not single:
         guides.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
@@ -121,18 +124,19 @@ def _fluid_label(qps: float) -> str:
 @draw.styled
 def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = tables.BASELINE, *, paper: bool = False) -> Figure:
     """Reduction of the median TTFT against `baseline` over load; with `paper` its claim and the reference figures."""
-    means = reduction.assign(**{c: 100 * reduction[c] for c in ("mean", "low", "high")})
-    finite = means[np.isfinite(means["mean"])]
+    means = reduction.assign(**{c: 100 * reduction[c] for c in ("value", "low", "high")})
+    finite = means[np.isfinite(means["value"])]
     if finite.empty:
         raise draw.NothingToPlot("no finite reduction")
     policies = tables.policies_of(means)
     title, label = f"Median TTFT reduction against {baseline}", "Reduction of median TTFT (%)"
-    low = max(-60.0, min(0.0, float(finite[["mean", "low"]].min().min())) * 1.1)
-    high = min(100.0, max(60.0, float(finite[["mean", "high"]].max().max()) + 6))
+    low = max(FAR_BELOW, min(0.0, float(finite[["value", "low"]].min().min())) * 1.1)
+    high = min(100.0, max(60.0, float(finite[["value", "high"]].max().max()) + 6))
     if means["load"].nunique() == 1:
         figure, ax = draw.panel(title, 1.35 + 0.3 * len(policies))
-        draw.dots(ax, means, policies)
+        draw.dots(ax, means, policies, floor=low)
         ax.set_xlabel(label)
+        ax.set_xlim(low, high)
         ax.axvline(0, color=draw.FAINT, linewidth=1)
         return figure
     figure, ax = draw.panel(title)
@@ -361,8 +365,10 @@ def _averaged(run: pd.DataFrame, column: str, edges: np.ndarray) -> np.ndarray:
 
 
 @draw.styled
-def plot_capacity(capacity: pd.DataFrame, *, reference: Mapping[str, float] | None = None) -> Figure:
-    """Capacity by policy with intervals, for one criterion; dotted lines are reference figures."""
+def plot_capacity(
+    capacity: pd.DataFrame, *, reference: Mapping[str, float] | None = None, fluid_qps: float | None = None
+) -> Figure:
+    """Capacity by policy with intervals, for one criterion; dotted: reference figures, dash-dotted: the fluid bound."""
     own = capacity[np.isfinite(capacity["capacity_qps"].astype(float))].reset_index(drop=True)
     if own.empty:
         raise draw.NothingToPlot("no capacity")
@@ -370,7 +376,7 @@ def plot_capacity(capacity: pd.DataFrame, *, reference: Mapping[str, float] | No
     shown = {p: (reference or {})[p] for p in policies if p in (reference or {})}
     figure, ax = draw.panel(f"Capacity ({own['criterion'].iloc[0]})", 1.3 + 0.34 * len(own))
     styles = draw.policy_styles(policies)
-    right = float(max([*own["capacity_qps"], *own["ci_high"].dropna(), *shown.values()]))
+    right = float(max([*own["capacity_qps"], *own["ci_high"].dropna(), *shown.values(), fluid_qps or 0.0]))
     for y, bar in own.iterrows():
         ax.barh(y, bar["capacity_qps"], height=0.62, color=styles[bar["policy"]].colour, alpha=0.85, linewidth=0)
         if np.isfinite(bar["ci_low"]) and np.isfinite(bar["ci_high"]):
@@ -385,6 +391,8 @@ def plot_capacity(capacity: pd.DataFrame, *, reference: Mapping[str, float] | No
         entries.append((Line2D([], [], color=draw.INK, marker="|", linewidth=1.6), "95 % interval"))
     if shown:
         entries.append((Line2D([], [], **dotted), "reference figure"))
+    if fluid_qps:
+        entries.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
     draw.legend(figure, [], entries)
     ax.set_yticks(range(len(own)), [draw.name_in_figure(p) for p in policies])
     ax.tick_params(axis="y", length=0, labelcolor=draw.INK)

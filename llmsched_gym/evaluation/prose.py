@@ -45,6 +45,11 @@ def number(value: float | None, digits: int | None = None) -> str:
     return f"{value:,.{decimals(value) if digits is None else digits}f}".replace("-", "−")
 
 
+def same(a: float, b: float, digits: int | None = None) -> bool:
+    """Whether two figures look the same in print: then both are the best, or none."""
+    return number(a, digits) == number(b, digits)
+
+
 def decimals(value: float) -> int:
     """Decimals that show three significant digits, at most four."""
     if value == 0 or not math.isfinite(value):
@@ -53,8 +58,8 @@ def decimals(value: float) -> int:
 
 
 def interval(low: float, high: float, digits: int) -> str:
-    """The two ends, or nothing."""
-    if not (np.isfinite(low) and np.isfinite(high)):
+    """The two ends, of which the upper one may be infinite, or nothing."""
+    if not np.isfinite(low) or math.isnan(high):
         return ""
     between = "–" if low >= 0 else " to "
     return f"{number(low, digits)}{between}{number(high, digits)}"
@@ -77,6 +82,8 @@ def load_label(rows: pd.DataFrame, load: float) -> str:
     """A load in words."""
     if rows["drawn"].any():
         return f"rates drawn per seed ({rows['qps'].min():.2f} to {rows['qps'].max():.2f} requests/s)"
+    if not tables.has_intervals(rows) and rows["requested_qps"].isna().all():
+        return f"the trace's own {load:.3g} requests/s"
     return f"{load:.4g} request{'s' if load != 1 else ''}/s"
 
 
@@ -87,7 +94,7 @@ def seeds_label(num_seeds: int) -> str:
 
 def shown_metrics(table: pd.DataFrame) -> list[Metric]:
     """The columns of comparison tables: shares of requests not served only if some run has one that is not 0."""
-    used = table.groupby("metric")["mean"].max()
+    used = table.groupby("metric")["value"].max()
     return [m for m in METRICS if m.column in used and (m.group != "Not served" or used[m.column] > 0)]
 
 
@@ -112,16 +119,19 @@ def _groups(metrics: Sequence[Metric]) -> list[tuple[str, int]]:
 
 
 def _cell(metric: Metric, line: pd.Series) -> Cell:
-    mean, low, high = (metric.scale * float(line[c]) for c in ("mean", "low", "high"))
-    digits = decimals(mean) if metric.digits is None else metric.digits
+    value, low, high = (metric.scale * float(line[c]) for c in ("value", "low", "high"))
+    digits = decimals(value) if metric.digits is None else metric.digits
     kind = GREY if line["grey"] else BEST if line["best"] else TIED if line["tied"] else ""
-    return Cell(number(mean, digits), interval(low, high, digits), "" if math.isnan(mean) else kind)
+    ends, seeds = interval(low, high, digits), int(line["num_seeds"])
+    if 0 < line["num_infinite"] < seeds:
+        ends = f"{ends + '; ' if ends else ''}∞ in {line['num_infinite']} of {seeds} seeds"
+    return Cell(number(value, digits), ends, "" if math.isnan(value) else kind)
 
 
 def attainment_matrix(rows: pd.DataFrame) -> Table | None:
     """Mean SLO attainment of every policy at every load; None with a single load."""
-    means = tables.seed_means(tables.binned_loads(rows), "slo_attainment")
-    wide = means.pivot(index="policy", columns="load", values="mean").reindex(tables.policies_of(rows))
+    means = tables.over_seeds(tables.binned_loads(rows), "slo_attainment")
+    wide = means.pivot(index="policy", columns="load", values="value").reindex(tables.policies_of(rows))
     if wide.shape[1] < 2:
         return None
     drawn = bool(rows["drawn"].any())
@@ -130,7 +140,10 @@ def attainment_matrix(rows: pd.DataFrame) -> Table | None:
     rivals = wide.loc[ordinary(wide.index)]
     for policy, own in wide.iterrows():
         best = rivals.max() if policy in rivals.index and len(rivals) > 1 else {}
-        cells = [Cell(number(100 * v, 1), "", BEST if v == best.get(load) else "", float(v)) for load, v in own.items()]
+        cells = [
+            Cell(number(100 * v, 1), "", BEST if load in best and same(100 * v, 100 * best[load], 1) else "", float(v))
+            for load, v in own.items()
+        ]
         lines.append([Cell(str(policy), kind=HEAD), *cells])
     return Table("SLO attainment (%) by load (requests/s)", [], labels, lines)
 

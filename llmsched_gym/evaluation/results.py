@@ -56,6 +56,10 @@ class Results:
     def has_baseline(self) -> bool:
         return BASELINE in set(self.rows["policy"]) and self.rows["policy"].nunique() > 1
 
+    @property
+    def trace_remarks(self) -> list[str]:
+        return [str(remark) for remark in self.config.get("trace_remarks") or []]
+
     def setting(self, name: str, default: Any) -> Any:
         """A field of the scenario."""
         return (self.config.get("scenario") or {}).get(name, default)

@@ -65,15 +65,15 @@ def _against_load(results: Results) -> Section:
     exhibits = [
         Exhibit("slo-attainment", attainment, "Share of arrived requests that meet all SLOs."),
         Exhibit("slo-attainment-strict", partial(attainment, "strict"), strict),
-        Exhibit("ttft-median", partial(ttft, 50), f"{dashed}, and the paper's limit."),
-        Exhibit("ttft-p99", partial(ttft, 99), f"{dashed}.{_infinite(rows)}"),
+        Exhibit("ttft-median", partial(ttft, 50), f"{dashed}, and the paper's limit.{_infinite(rows, 50)}"),
+        Exhibit("ttft-p99", partial(ttft, 99), f"{dashed}.{_infinite(rows, 99)}"),
     ]
     for name, tbt_s in results.tbt_slos_s().items():
         text = f"Gaps between tokens of {name} users, preemptions included. Dashed: their TBT SLO."
         exhibits.append(Exhibit(f"itl-p99-{name}", partial(plots.plot_itl, rows, name, tbt_s), text))
     exhibits += [
-        Exhibit("goodput", goodput, "Requests within all SLOs, per second of run."),
-        Exhibit("throughput", throughput, "All tokens sent, in time or not."),
+        Exhibit("goodput", goodput, "Requests within all SLOs, per second of the time in which they arrived."),
+        Exhibit("throughput", throughput, "All tokens sent while the measured requests arrived, in time or not."),
     ]
     if "mean_utility" in rows and not np.allclose(rows["mean_utility"], rows["slo_attainment"], atol=5e-4):
         text = "1 for a request within all SLOs, less up to one half for its late seconds."
@@ -81,7 +81,9 @@ def _against_load(results: Results) -> Section:
     if results.has_baseline and not results.repeats_paper:
         exhibits.append(_reduction(rows))
     title = "Against load" if results.num_loads > 1 else "At the load that was run"
-    text = "Means over seeds; bands are 95 % intervals." if results.num_seeds >= MIN_SEEDS else "Means over seeds."
+    text = "Shares and rates are means over seeds, latencies medians."
+    if results.num_seeds >= MIN_SEEDS and tables.has_intervals(rows):
+        text += " Bands are 95 % intervals."
     text = "One seed." if results.num_seeds == 1 else text
     if rows["drawn"].any() and results.num_loads > 1:
         text = "Every seed draws its own rate: a point is the mean over the seeds of one of a few bins of rates."
@@ -90,9 +92,16 @@ def _against_load(results: Results) -> Section:
     return Section("load", title, text, exhibits)
 
 
-def _infinite(rows: pd.DataFrame) -> str:
-    lost = "ttft_p99_s" in rows and np.isposinf(rows["ttft_p99_s"]).any()
-    return " Triangles on the upper edge: infinite, as 1 % or more never got a first token." if lost else ""
+def _infinite(rows: pd.DataFrame, percentile: int) -> str:
+    """A sentence on the triangles at the upper edge, if the figure has some."""
+    column = f"ttft_p{percentile}_s"
+    binned = tables.binned_loads(rows)
+    if column not in rows or binned["load"].nunique() == 1:
+        return ""
+    if not np.isposinf(tables.over_seeds(binned, column)["value"]).any():
+        return ""
+    share = f"{100 - percentile} % or more" if percentile > 50 else "half or more"
+    return f" Triangles on the upper edge: infinite in half of the seeds, as {share} never got a first token."
 
 
 def _against_bound(results: Results) -> Section:
@@ -108,7 +117,9 @@ def _against_bound(results: Results) -> Section:
 
 def _reduction(rows: pd.DataFrame, *, paper: bool = False) -> Exhibit:
     reduction = tables.ttft_reduction(tables.binned_loads(rows))
-    text = "How much lower the median TTFT is, paired by seed; triangles on the lower edge stand for far higher ones."
+    text = "How much lower the median TTFT is: the median over seeds of paired runs."
+    if reduction["load"].nunique() > 1 and (reduction["value"] < plots.FAR_BELOW / 100).any():
+        text += " Triangles on the lower edge stand for far higher ones."
     return Exhibit("ttft-reduction", partial(plots.plot_ttft_reduction, reduction, paper=paper), text)
 
 
@@ -136,7 +147,9 @@ def _capacity(results: Results) -> Section:
         name = "capacity-" + re.sub(r"[^a-z0-9.]+", "-", f"{criterion}{other}".lower())
         measured = own["measured"].iloc[0]
         text = f"Largest rate that meets `{criterion}`" + (f", suite {suite}, {measured}." if measured else ".")
-        exhibits.append(Exhibit(name, partial(plots.plot_capacity, own, reference=reference), text))
+        fluid = results.fluid if suite == results.suite else None
+        plot = partial(plots.plot_capacity, own, reference=reference, fluid_qps=fluid.qps if fluid else None)
+        exhibits.append(Exhibit(name, plot, text + distance.above_fluid(own, fluid)))
         beside = prose.capacity_reference_table(own) if reference else None
         if beside is not None:
             shown.append(beside)

@@ -7,6 +7,7 @@ While a grid runs, ``partial/`` holds one JSON line per finished cell, and the c
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import itertools
@@ -26,6 +27,7 @@ import llmsched_gym
 from llmsched_gym import sources
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.evaluation.cells import part_path
+from llmsched_gym.fluid import fluid_capacity
 
 ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.log10(0.02), -5.0, 105)[1:], [1.0]])
 """Where the distribution of gaps is sampled, (400,): evenly, then finer and finer into the tail."""
@@ -55,11 +57,13 @@ def digest(value: Any) -> str:
 
 
 def grid_config(scenario: Scenario, policies: Sequence[str], **settings: Any) -> dict[str, Any]:
-    """All that a grid's results depend on, versions and a digest of the code and files behind them included."""
+    """All that a grid's results depend on, and the fluid capacity; with versions and a digest of code and files."""
+    fluid = fluid_capacity(scenario) if scenario.backend == "simulated" else None
     return {
         "scenario": encode(scenario.to_dict()),
         "policies": list(policies),
         **settings,
+        "fluid": None if fluid is None else dataclasses.asdict(fluid),
         "version": llmsched_gym.__version__,
         "code": _code_digest(scenario, policies),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""What a report says in numbers: rows made tidy, means and intervals over seeds, the comparison with the paper.
+"""What a report says in numbers: rows made tidy, figures over seeds with intervals, the comparison with the paper.
 
 Pure functions of rows. A *load* is an arrival rate that was asked for; a suite that draws another rate for each seed
 has one load, the mean of the rates drawn.
@@ -70,7 +70,8 @@ METRICS = (
     Metric("refused_share", "Not served", "refused", "%", -1, 100, 1),
     Metric("abandoned_share", "Not served", "abandoned", "%", -1, 100, 1),
     Metric("unfinished_share", "Not served", "unfinished", "%", -1, 100, 1),
-    Metric("request_goodput", "Goodput", "", "req/s", 1, 1, 3),
+    Metric("request_goodput", "Goodput", "while arriving", "req/s", 1, 1, 3),
+    Metric("vllm_request_goodput", "Goodput", "vLLM's", "req/s", 1, 1, 3),
     Metric("kv_cache_usage_max", "Engine", "KV peak", "%", 0, 100, 1),
     Metric("num_preemptions", "Engine", "preemptions", "1/run", 0, 1, 1),
 )
@@ -134,9 +135,20 @@ def binned_loads(df: pd.DataFrame) -> pd.DataFrame:
     return df.assign(load=df["seed"].map(rates.groupby(bins).transform("mean")))
 
 
-def _interval(values: np.ndarray) -> tuple[float, float]:
-    """Interval of the mean over the seeds that have a value; nan below MIN_SEEDS of them or without a finite mean."""
-    return intervals.interval(values[~np.isnan(values)].tolist()) or (np.nan, np.nan)
+def _estimate(column: str, values: np.ndarray) -> tuple[float, float, float, int]:
+    """A figure over the seeds that have one, the ends of its interval and how many seeds are infinite.
+
+    The figure is the median of latencies and the mean of all else (see `intervals`); nan where there is none.
+    """
+    known = values[~np.isnan(values)]
+    if len(known) == 0:
+        return np.nan, np.nan, np.nan, 0
+    if intervals.is_latency(column):
+        ends = intervals.median_interval(known.tolist())
+        return float(np.median(known)), *(ends or (np.nan, np.nan)), int(np.isposinf(known).sum())
+    bounded = column.startswith("slo_attainment") or column.endswith("_share") or column == "kv_cache_usage_max"
+    ends = intervals.interval(known.tolist(), (0.0, 1.0) if bounded else (-np.inf, np.inf))
+    return float(known.mean()), *(ends or (np.nan, np.nan)), 0
 
 
 def _by_seed(group: pd.DataFrame, column: str, policies: list[str]) -> np.ndarray:
@@ -144,28 +156,33 @@ def _by_seed(group: pd.DataFrame, column: str, policies: list[str]) -> np.ndarra
     return group.pivot(index="policy", columns="seed", values=column).reindex(policies).to_numpy(float)
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Row means over the seeds that have a value; nan where none has."""
-    count = (~np.isnan(values)).sum(axis=1)
-    return np.where(count > 0, np.nansum(values, axis=1) / np.maximum(count, 1), np.nan)
-
-
-def seed_means(df: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Mean over seeds and its interval by load and policy: columns load, policy, mean, low, high, num_seeds."""
+def over_seeds(df: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A column over seeds by load and policy: columns load, policy, value, low, high, num_infinite, num_seeds."""
     policies = policies_of(df)
-    parts = [_summarise(load, policies, _by_seed(group, column, policies)) for load, group in df.groupby("load")]
+    parts = [
+        _summarise(load, policies, column, _by_seed(group, column, policies), has_intervals(group))
+        for load, group in df.groupby("load")
+    ]
     return pd.concat(parts, ignore_index=True)
 
 
-def _summarise(load: Any, policies: list[str], values: np.ndarray) -> pd.DataFrame:
-    ends = np.array([_interval(own) for own in values])
+def has_intervals(rows: pd.DataFrame) -> bool:
+    """Whether seeds are independent: not where a trace's own arrivals are kept, the same requests for every seed."""
+    return "arrivals" not in rows or not (rows["arrivals"] == "trace").any()
+
+
+def _summarise(load: Any, policies: list[str], column: str, values: np.ndarray, intervals_too: bool) -> pd.DataFrame:
+    found = np.array([_estimate(column, own) for own in values])
+    if not intervals_too:
+        found[:, 1:3] = np.nan
     return pd.DataFrame(
         {
             "load": load,
             "policy": policies,
-            "mean": _mean(values),
-            "low": ends[:, 0],
-            "high": ends[:, 1],
+            "value": found[:, 0],
+            "low": found[:, 1],
+            "high": found[:, 2],
+            "num_infinite": found[:, 3].astype(int),
             "num_seeds": (~np.isnan(values)).sum(axis=1),
         }
     )
@@ -174,9 +191,10 @@ def _summarise(load: Any, policies: list[str], values: np.ndarray) -> pd.DataFra
 def comparison_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Every metric of every policy at every load, one a line.
 
-    Columns: load, policy, metric (a column of METRICS), mean and its interval (low, high) over num_seeds seeds, grey
-    (a percentile with fewer than MIN_SAMPLES_BEYOND samples beyond it), best, tied (its paired difference from the
-    best has an interval that includes 0). A clairvoyant policy is neither, where there are others.
+    Columns: load, policy, metric (a column of METRICS), value and its interval (low, high) over num_seeds seeds, of
+    which num_infinite are infinite, grey (a percentile with fewer than MIN_SAMPLES_BEYOND samples beyond it), best,
+    tied (its paired difference from the best has an interval that includes 0). A clairvoyant policy is neither, where
+    there are others.
     """
     df = rows if isinstance(rows, pd.DataFrame) and "load" in rows else tidy(rows)
     policies, parts = policies_of(df), []
@@ -185,10 +203,11 @@ def comparison_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.Dat
             if metric.column not in df or df[metric.column].isna().all():
                 continue
             values = _by_seed(group, metric.column, policies)
-            part = _summarise(load, policies, values)
+            part = _summarise(load, policies, metric.column, values, has_intervals(group))
             part.insert(2, "metric", metric.column)
             part["grey"] = samples_beyond(group, metric, policies) < MIN_SAMPLES_BEYOND
             part["best"], part["tied"] = _best(metric, values, part, np.isin(policies, ordinary(policies)))
+            part["tied"] &= has_intervals(group)
             parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
@@ -211,23 +230,24 @@ def samples_beyond(group: pd.DataFrame, metric: Metric, policies: list[str]) -> 
 def _best(
     metric: Metric, values: np.ndarray, part: pd.DataFrame, eligible: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which of the eligible policies have the best mean, and which others a paired interval cannot tell from it."""
+    """Which of the eligible policies have the best value, and which others a paired interval cannot tell from it."""
     nobody = np.zeros(len(values), bool)
-    mean = part["mean"].to_numpy()
-    eligible = eligible & np.isfinite(mean) & ~part["grey"].to_numpy()
-    if metric.better == 0 or eligible.sum() < 2 or np.ptp(mean[eligible]) == 0:
+    value = part["value"].to_numpy()
+    eligible = eligible & np.isfinite(value) & ~part["grey"].to_numpy()
+    if metric.better == 0 or eligible.sum() < 2 or np.ptp(value[eligible]) == 0:
         return nobody, nobody
-    best = eligible & (mean == (mean[eligible].max() if metric.better > 0 else mean[eligible].min()))
+    best = eligible & (value == (value[eligible].max() if metric.better > 0 else value[eligible].min()))
     with np.errstate(invalid="ignore"):
         differences = values - values[np.argmax(best)]
-    ends = np.array([_interval(own) for own in differences])
+    name = metric.column if intervals.is_latency(metric.column) else "difference"
+    ends = np.array([_estimate(name, own)[1:3] for own in differences])
     return best, eligible & ~best & (ends[:, 0] <= 0) & (ends[:, 1] >= 0)
 
 
 def ttft_reduction(df: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
-    """Reduction of the median TTFT against `baseline`: 1 - ratio of means over the seeds that both ran.
+    """Reduction of the median TTFT against `baseline`: the median over the seeds that both ran of 1 - ratio.
 
-    Columns load, policy, mean, low, high, num_seeds; intervals resample the pairs of runs.
+    Columns load, policy, value, low, high, num_seeds.
     """
     policies, parts = policies_of(df), []
     for load, group in df.groupby("load") if baseline in policies else ():
@@ -237,26 +257,28 @@ def ttft_reduction(df: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
             both = ~np.isnan(own) & ~np.isnan(base)
             if policy == baseline or not both.any():
                 continue
-            known = np.isfinite(base[both]).all() and base[both].mean() > 0
-            mean = 1 - own[both].mean() / base[both].mean() if known else np.nan
-            low, high = intervals.reduction(own[both].tolist(), base[both].tolist()) or (np.nan, np.nan)
-            parts.append(dict(load=load, policy=policy, mean=mean, low=low, high=high, num_seeds=int(both.sum())))
-    found = pd.DataFrame(parts, columns=["load", "policy", "mean", "low", "high", "num_seeds"])
-    return found.astype({column: float for column in ("load", "mean", "low", "high")})
+            found = intervals.reductions(own[both].tolist(), base[both].tolist())
+            value = float(np.median(found)) if found else np.nan
+            ends = intervals.median_interval(found) if has_intervals(group) else None
+            low, high = ends or (np.nan, np.nan)
+            parts.append(dict(load=load, policy=policy, value=value, low=low, high=high, num_seeds=len(found)))
+    frame = pd.DataFrame(parts, columns=["load", "policy", "value", "low", "high", "num_seeds"])
+    return frame.astype({column: float for column in ("load", "value", "low", "high")})
 
 
 def attainment_gap(df: pd.DataFrame) -> pd.DataFrame:
     """SLO attainment of each policy less that of the first clairvoyant one, over the seeds that both ran.
 
-    Columns load, policy, mean, low, high, num_seeds; intervals resample the pairs of runs. Empty without such a policy.
+    Columns load, policy, value, low, high, num_seeds, the interval of the mean of pairs. Empty without such a policy.
     """
     policies, parts = policies_of(df), []
     bound = bound_of(policies)
     for load, group in df.groupby("load") if bound is not None else ():
         values = _by_seed(group, "slo_attainment", policies)
-        parts.append(_summarise(load, policies, values - values[policies.index(str(bound))]))
+        apart = values - values[policies.index(str(bound))]
+        parts.append(_summarise(load, policies, "difference", apart, has_intervals(group)))
     if not parts:
-        return pd.DataFrame(columns=["load", "policy", "mean", "low", "high", "num_seeds"])
+        return pd.DataFrame(columns=["load", "policy", "value", "low", "high", "num_seeds"])
     found = pd.concat(parts, ignore_index=True)
     return found[~found["policy"].map(is_clairvoyant).astype(bool)].reset_index(drop=True)
 
@@ -266,13 +288,13 @@ def reduction_against_reference(reduction: pd.DataFrame) -> pd.DataFrame:
 
     Between two loads that were run ours is a straight line; outside them there is no line.
     """
-    ours = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["mean"])].sort_values("load")
+    ours = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["value"])].sort_values("load")
     loads, lines = ours["load"].to_numpy(), []
     for load, reference in REFERENCE_TTFT_REDUCTION.items():
         if len(loads) and loads[0] - 1e-9 <= load <= loads[-1] + 1e-9:
-            at = {c: float(np.interp(load, loads, ours[c])) for c in ("mean", "low", "high")}
+            at = {c: float(np.interp(load, loads, ours[c])) for c in ("value", "low", "high")}
             exact = bool(np.isclose(loads, load).any())
-            lines.append((load, at["mean"], at["low"], at["high"], reference, at["mean"] - reference, not exact))
+            lines.append((load, at["value"], at["low"], at["high"], reference, at["value"] - reference, not exact))
     return pd.DataFrame(lines, columns=["load", "ours", "low", "high", "reference", "difference", "interpolated"])
 
 

@@ -54,19 +54,22 @@ def section_claims(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame
 
 | | paper | here | where |
 |---|---:|---:|---|
-| median TTFT, SLAI against Sarathi-Serve | -53 % | {percent(-slai["mean"].max())} at most | the reduction depends on the load: -53 % {reached} |
+| median TTFT, SLAI against Sarathi-Serve | -53 % | {percent(-slai["value"].max())} at most | the reduction depends on the load: -53 % {reached} |
 | capacity (median TTFT below 0.5 s), SLAI against Sarathi-Serve | +26 % | {percent(gain)} | runs of {plan.short_requests:,} requests, {plan.seeds} seeds; {long_gain} in the single runs of {plan.num_requests:,} |
 
 {capacity}
 
-Intervals are 95 % bootstrap over {plan.seeds} seeds of {plan.short_requests:,} requests; ratios resample seeds jointly. The reference figures are of the
-authors' own scheduler classes on a virtual clock with a formula of the same measurements, 1,500 requests and two seeds.
+Intervals are 95 % over {plan.seeds} seeds of {plan.short_requests:,} requests, resampled with expanded percentiles; ratios resample seeds jointly. The
+reference figures are of the authors' own scheduler classes on a virtual clock with a formula of the same measurements, 1,500 requests and two seeds.
 *{plan.num_requests:,} requests* is where the main table's single long runs cross 0.5 s, on a straight line between loads 0.2
 apart. *p99 ITL within SLOs too* adds the tail condition for both classes to the criterion.
 
 ![Capacity](figures/capacity.png) ![TTFT reduction](figures/ttft_reduction.png)
 
 {ttft}
+
+Reductions are medians over seeds of the ratio of two runs on the same requests, with the interval of their order statistics
+([intervals.md](intervals.md)).
 
 What explains the differences:
 
@@ -101,7 +104,7 @@ def _gain(ratio: float | None) -> float | None:
 
 
 def _at(slai: pd.DataFrame, load: float) -> float:
-    own = slai.loc[np.isclose(slai["load"], load), "mean"]
+    own = slai.loc[np.isclose(slai["load"], load), "value"]
     return float(own.iloc[0]) if len(own) else float("nan")
 
 
@@ -111,7 +114,7 @@ def _long_change(long: pd.DataFrame, load: float) -> float:
 
 
 def _load_of(slai: pd.DataFrame, level: float) -> float | None:
-    x, y = slai["load"].to_numpy(), slai["mean"].to_numpy()
+    x, y = slai["load"].to_numpy(), slai["value"].to_numpy()
     above = np.flatnonzero(y >= level)
     if len(above) == 0 or above[0] == 0:
         return None

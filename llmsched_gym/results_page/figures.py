@@ -28,13 +28,13 @@ PUBLISHED_SWEEP = (
 @draw.styled
 def against_load(rows: pd.DataFrame, column: str, title: str, label: str, scale: float = 1.0) -> Figure:
     """A column's mean over seeds against load."""
-    means = tables.seed_means(rows, column)
-    means[["mean", "low", "high"]] *= scale
+    means = tables.over_seeds(rows, column)
+    means[["value", "low", "high"]] *= scale
     policies = tables.policies_of(rows)
     figure, ax = draw.panel(title)
     for policy, style in draw.policy_styles(policies).items():
         own = means[means["policy"] == policy].sort_values("load")
-        ax.plot(own["load"], own["mean"], color=style.colour, marker=style.marker, linestyle=style.dash)
+        ax.plot(own["load"], own["value"], color=style.colour, marker=style.marker, linestyle=style.dash)
     ax.set(xlabel="Load (requests/s)", ylabel=label)
     ax.set_ylim(0, None)
     draw.legend(figure, policies)
@@ -110,7 +110,7 @@ def all_figures(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame) -
         "batch_time": against_load(long, "mean_batch_s", "Mean batch time", "Mean batch time (ms)", 1e3),
         "kv_use": against_load(long, "kv_cache_usage_max", "Largest KV cache use", "KV cache used (%)", 100),
         "ttft_reduction": plots.plot_ttft_reduction(slai, paper=True),
-        "capacity": plots.plot_capacity(paper, reference=tables.REFERENCE_CAPACITY_QPS),
+        "capacity": plots.plot_capacity(paper, reference=tables.REFERENCE_CAPACITY_QPS, fluid_qps=fluid_qps),
         "attainment": plots.plot_attainment(short, fluid_qps=fluid_qps),
         "budget_sweep": plot_sweep(data["budget_sweep"]),
         "batches": plot_batches(data["batches"]),

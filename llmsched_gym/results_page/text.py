@@ -20,6 +20,11 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
 
 
+def seconds(value: float | None) -> str:
+    """A latency; infinite where that many requests never got a token."""
+    return "infinite" if value is not None and value == np.inf else number(value)
+
+
 def between(low: float | None, high: float | None, digits: int = 2) -> str:
     return "" if low is None or high is None or not np.isfinite(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
 

@@ -3,7 +3,7 @@
 from llmsched_gym.workload.generate import NOISE_BLOCK, check_seed, make_table, noise_block
 from llmsched_gym.workload.lengths import WORKLOADS, describe_workloads
 from llmsched_gym.workload.table import RequestTable
-from llmsched_gym.workload.traces import Trace, TraceError, load_trace
+from llmsched_gym.workload.traces import Trace, TraceError, TraceWarning, load_trace
 
 __all__ = [
     "NOISE_BLOCK",
@@ -11,6 +11,7 @@ __all__ = [
     "RequestTable",
     "Trace",
     "TraceError",
+    "TraceWarning",
     "check_seed",
     "describe_workloads",
     "load_trace",

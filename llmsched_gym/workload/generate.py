@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from typing import cast
 
 import numpy as np
@@ -22,7 +23,7 @@ from llmsched_gym.workload.arrivals import (
 )
 from llmsched_gym.workload.lengths import load_lengths
 from llmsched_gym.workload.table import RequestTable
-from llmsched_gym.workload.traces import Trace, cached_trace
+from llmsched_gym.workload.traces import Trace, TraceWarning, cached_trace
 
 NOISE_BLOCK = 4096
 """Steps that one block of execution noise covers."""
@@ -30,6 +31,8 @@ NOISE_BLOCK = 4096
 EPISODE_STREAM, GAP_STREAM, REQUEST_STREAM, HINT_STREAM, HOLD_STREAM, NOISE_STREAM = range(6)
 QPS, START_SIDE, STRICT_SHARE, COST_SCALE, BACKLOG, FIRST_ROW = range(6)
 """Draws of the episode stream, by position; all are always drawn, so that a setting moves no other's draw."""
+ROUNDED = 0.2
+"""Share of gaps of 0 above which a trace's times are taken for rounded."""
 MAX_DRAIN_S = 600.0
 """Arrivals behind the cohort when the run itself has no time limit."""
 
@@ -42,16 +45,18 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
     to `horizon_s` behind a backlog of 0..`max_backlog` requests at time 0; all of them are measured, and there may be
     none at all in a short horizon.
 
-    With a trace, drawn arrivals take their lengths from rows drawn with replacement. Kept arrivals take the rows in
-    order and repeat the trace where it is too short: from row 0 in a finite run (a seed then moves only classes, hints
-    and noise), without backlog and from a random row in a continuing one.
+    A trace that has times keeps them unless `trace_arrivals` says otherwise. Kept arrivals take the rows in order and
+    repeat the trace where it is too short: from row 0 in a finite run (a seed then moves only classes, hints and
+    noise), without backlog and from a random row in a continuing one. Drawn arrivals take their lengths from rows drawn
+    with replacement.
 
     Raises :class:`ConfigError` for a bad seed or workload and :class:`TraceError` for a bad trace, one line each.
     """
     seed = check_seed(seed)
     episode = _rng(seed, EPISODE_STREAM).random(6)
-    trace = None if scenario.trace is None else cached_trace(scenario.trace)
-    arrivals = _arrivals(scenario, seed, episode, trace)
+    trace = trace_of(scenario)
+    kind = arrival_kind(scenario, trace)
+    arrivals = _arrivals(scenario, kind, seed, episode, trace)
 
     backlog = 0
     if scenario.num_requests is None:
@@ -66,6 +71,9 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         )
 
     n = len(arrival_s)
+    if trace is not None and kind == "trace":
+        for remark in _replay_remarks(scenario, trace, n):
+            warnings.warn(f"{trace.name}: {remark}", TraceWarning, stacklevel=2)
     uniforms = _rng(seed, REQUEST_STREAM).random((n, 4))  # prompt, output, SLO class, TTFT class
     session = np.full(n, -1, np.int64)
     if trace is None:
@@ -100,7 +108,49 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         qps=arrivals.qps,
         cost_scale=_uniform(scenario.cost_scale, episode[COST_SCALE]),
         seed=seed,
+        arrivals=kind,
     )
+
+
+def trace_remarks(scenario: Scenario, seed: int) -> list[str]:
+    """What a reader of a run's results should know of its trace, a sentence each."""
+    trace = trace_of(scenario)
+    if trace is None:
+        return []
+    dropped = [f"{trace.num_dropped:,} invalid rows were left out"] * bool(trace.num_dropped)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TraceWarning)
+        table = make_table(scenario, seed)
+    replayed = _replay_remarks(scenario, trace, len(table)) if table.arrivals == "trace" else []
+    return [*dropped, *trace.remarks(), *replayed]
+
+
+def _replay_remarks(scenario: Scenario, trace: Trace, num_requests: int) -> list[str]:
+    """What a run on a trace's own times is not."""
+    notes = []
+    if trace.zero_gaps > ROUNDED:
+        notes.append(
+            f"{100 * trace.zero_gaps:.0f} % of the gaps between arrivals are 0, as its times are rounded: requests "
+            "come in bursts that nobody sent (trace_arrivals=poisson draws other gaps)"
+        )
+    if scenario.num_requests is not None and num_requests > len(trace):
+        notes.append(f"its {len(trace):,} requests are too few for the run and start over")
+    return notes
+
+
+def trace_of(scenario: Scenario) -> Trace | None:
+    """The scenario's trace, read."""
+    return None if scenario.trace is None else cached_trace(scenario.trace, scenario.trace_invalid)
+
+
+def arrival_kind(scenario: Scenario, trace: Trace | None) -> str:
+    """The process behind the scenario's arrivals, "trace" for its trace's own times."""
+    if trace is None:
+        if scenario.arrivals == "replay":
+            raise ConfigError("arrivals: replay needs a trace")
+        return scenario.arrivals
+    kind = scenario.trace_arrivals or ("keep" if trace.qps is not None else scenario.arrivals)
+    return "trace" if kind in ("keep", "replay") else kind
 
 
 def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
@@ -118,16 +168,10 @@ def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
     return noise
 
 
-def _arrivals(scenario: Scenario, seed: int, episode: np.ndarray, trace: Trace | None) -> Arrivals:
-    """The scenario's process; with a trace, `trace_arrivals` has the last word."""
-    kind = scenario.arrivals
-    if trace is None and kind == "replay":
-        raise ConfigError("arrivals: replay needs a trace")
-    if trace is not None:
-        kind = scenario.trace_arrivals or kind
-        if kind in ("keep", "replay"):
-            first = 0 if scenario.num_requests is not None else int(episode[FIRST_ROW] * len(trace))
-            return ReplayArrivals(trace, scenario.qps, first)
+def _arrivals(scenario: Scenario, kind: str, seed: int, episode: np.ndarray, trace: Trace | None) -> Arrivals:
+    if kind == "trace" and trace is not None:
+        first = 0 if scenario.num_requests is not None else int(episode[FIRST_ROW] * len(trace))
+        return ReplayArrivals(trace, scenario.qps, first)
     gaps, holds = _rng(seed, GAP_STREAM), _rng(seed, HOLD_STREAM)
     return random_arrivals(kind, scenario, episode[[QPS, START_SIDE]], gaps, holds)
 

@@ -27,6 +27,7 @@ class RequestTable:
     qps: float  # mean rate of the episode, 1/s
     cost_scale: float  # hidden factor on batch times
     seed: int
+    arrivals: str = "given"  # the process behind them, "trace" for a trace's own times
 
     def __len__(self) -> int:
         return len(self.arrival_s)

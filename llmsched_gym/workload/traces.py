@@ -1,7 +1,8 @@
-"""Request traces: files of arrival times and lengths, their format told by the header, every row accounted for.
+"""Request traces: files of arrival times and lengths, their format told by what is in them, every row accounted for.
 
 Lengths are whole numbers >= 1. A row that breaks a rule is an error that names file, line and column; rows go only when
-the caller asks for it (`on_invalid="drop"`), and are counted then. Blank lines are no rows. Files may be gzipped.
+the caller asks for it (`on_invalid="drop"`), and are counted then. Blank lines are no rows. Files may be gzipped, and
+are read a part at a time.
 """
 
 from __future__ import annotations
@@ -11,50 +12,40 @@ import functools
 import gzip
 import io
 import json
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from llmsched_gym.files import version_of
+from llmsched_gym.workload.servegen import SPAN_S, draw_requests, is_servegen
+from llmsched_gym.workload.trace_formats import (
+    CSV_FORMATS,
+    JSON_FORMATS,
+    SECONDS,
+    TEXTS,
+    TraceFormat,
+    json_columns,
+    json_rows,
+)
 
 MAX_TOKENS = 2**31 - 1
 CHUNK_ROWS = 100_000  # rows held as text at a time
+
+OnInvalid = Literal["raise", "drop"]
 
 
 class TraceError(ValueError):
     """A trace that cannot be used; the message is one line that names file, line and column."""
 
 
-@dataclass(frozen=True)
-class TraceFormat:
-    """Column names of a known format."""
-
-    name: str
-    prompt: str
-    output: str
-    time: str | None = None
-    time_kind: str = "s"  # s, ms, or datetime (ISO 8601)
-    session: str | None = None  # optional column
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns that must be there."""
-        return [self.time, self.prompt, self.output] if self.time else [self.prompt, self.output]
-
-
-MOONCAKE = TraceFormat("mooncake", "input_length", "output_length", "timestamp", "ms")  # JSON lines
-CSV_FORMATS = (
-    TraceFormat("azure", "ContextTokens", "GeneratedTokens", "TIMESTAMP", "datetime"),
-    TraceFormat("burstgpt", "Request tokens", "Response tokens", "Timestamp", "s", "Session ID"),
-    TraceFormat("vidur", "num_prefill_tokens", "num_decode_tokens", "arrived_at", "s"),
-    TraceFormat("lengths", "num_prefill_tokens", "num_decode_tokens"),
-)
-"""Formats of CSV files; the first whose columns are all in the header is taken."""
+class TraceWarning(UserWarning):
+    """Something about a trace that its user should know; one line."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +59,8 @@ class Trace:
     session_id: np.ndarray | None  # int64, numbered by first appearance, -1 where the file's field is empty
     format: str
     num_dropped: int = 0  # invalid rows left out because the caller asked for it
+    num_steps_back: int = 0  # rows of the file whose time lies before the row above
+    num_images: int = 0  # that came with the requests; nothing simulates them
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -79,38 +72,74 @@ class Trace:
             return None
         return (len(self) - 1) / float(self.arrival_s[-1])
 
+    def remarks(self) -> list[str]:
+        """What a user of the file should know, a sentence each."""
+        found = []
+        if self.num_steps_back:
+            many = f"{self.num_steps_back:,} time{'s' if self.num_steps_back > 1 else ''}"
+            found.append(f"time runs backwards {many}, as where files were joined; the rows are sorted by time")
+        if self.num_images:
+            found.append(f"{self.num_images:,} images are not simulated; prompts have the tokens of ContextTokens only")
+        return found
 
-def load_trace(path: str | Path, on_invalid: Literal["raise", "drop"] = "raise") -> Trace:
-    """Read a trace: Azure, BurstGPT, Vidur/Splitwise, Sarathi/Vidur/SLAI lengths (CSV) or Mooncake (JSON lines).
+    @property
+    def zero_gaps(self) -> float:
+        """Share of gaps between arrivals that are 0, which is how rounded times look; 0 without times."""
+        return float((np.diff(self.arrival_s) == 0.0).mean()) if self.arrival_s is not None and len(self) > 1 else 0.0
 
-    Times that are out of order are sorted (stably). `on_invalid="drop"` leaves out rows that break a rule, for instance
-    BurstGPT's failures with 0 response tokens, and counts them in `num_dropped`. Raises :class:`TraceError`.
+
+def load_trace(path: str | Path, on_invalid: OnInvalid = "raise") -> Trace:
+    """Read a trace in one of the formats of docs/formats.md, or draw one from a folder of ServeGen's clients.
+
+    Times that are out of order are sorted (stably), with a :class:`TraceWarning`; so are images that nobody simulates.
+    `on_invalid="drop"` leaves out rows that break a rule, for instance BurstGPT's failures with 0 response tokens, and
+    counts them in `num_dropped`. Raises :class:`TraceError`.
     """
     if on_invalid not in ("raise", "drop"):
         raise ValueError(f"on_invalid: expected raise or drop, got {on_invalid!r}")
     path = Path(path)
+    if is_servegen(path):
+        return _servegen(path)
     try:
         with _open_text(path) as file:
-            return _parse(path, file, on_invalid == "drop")
+            trace = _parse(path, file, on_invalid == "drop")
     except (OSError, EOFError, zlib.error) as error:  # damaged gzip raises any of them
         raise TraceError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
     except UnicodeDecodeError:
         raise TraceError(f"{path}: not a text file in UTF-8") from None
+    for remark in trace.remarks():
+        _warn(f"{path}: {remark}")
+    return trace
 
 
-def cached_trace(path: str | Path) -> Trace:
+def _warn(message: str) -> None:
+    warnings.warn(message, TraceWarning, stacklevel=3)
+
+
+def _servegen(path: Path) -> Trace:
+    try:
+        arrival_s, prompt, output, client, covered_s = draw_requests(path)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise TraceError(str(error)) from None
+    if covered_s > SPAN_S:
+        _warn(f"{path}: requests are drawn for the first hour of the {covered_s / 3600:.0f} that the folder covers")
+    columns = {"time": arrival_s, "prompt": prompt, "output": output, "client": client}
+    return _trace(path, TraceFormat("servegen", "prompt", "output", "time", session="client"), columns, 0)
+
+
+def cached_trace(path: str | Path, on_invalid: OnInvalid = "raise") -> Trace:
     """`load_trace`, parsed again only when the file has changed."""
     path = Path(path)
     try:
         absolute, version = version_of(path)
     except OSError as error:
         raise TraceError(f"{path}: cannot read: {error.strerror}") from None
-    return _cached(path, absolute, version)
+    return _cached(path, absolute, version, on_invalid)
 
 
 @functools.lru_cache(maxsize=8)
-def _cached(path: Path, absolute: Path, version: tuple[int, ...]) -> Trace:
-    return load_trace(path)
+def _cached(path: Path, absolute: Path, version: tuple[int, ...], on_invalid: OnInvalid) -> Trace:
+    return load_trace(path, on_invalid)
 
 
 def _open_text(path: Path) -> io.TextIOBase:
@@ -131,8 +160,10 @@ def _parse(path: Path, file: Iterable[str], drop: bool) -> Trace:
         except StopIteration:
             raise TraceError(f"{path}: the file is empty") from None
     if first.lstrip().startswith("{"):
-        rows, fmt = _json_rows(path, first, lines, header_line), MOONCAKE
-        names = fmt.columns
+        items = _json_items(path, first, lines, header_line)
+        line, item = next(items)
+        fmt = _detect_json(path, item, line)
+        rows, names = json_rows(fmt, chain([(line, item)], items)), json_columns(fmt)
     else:
         header = [name.strip() for name in next(csv.reader([first]))]
         fmt = _detect(path, header, header_line)
@@ -150,11 +181,23 @@ def _detect(path: Path, header: list[str], line: int) -> TraceFormat:
     raise _unknown_header(path, header, line)
 
 
+def _detect_json(path: Path, item: dict[str, Any], line: int) -> TraceFormat:
+    for fmt in JSON_FORMATS:
+        if set(fmt.keys) <= set(item):
+            return fmt
+    text = next((key for key in TEXTS if key in item), None)
+    if text is not None:
+        raise TraceError(f"{path}: line {line}: {text!r} holds text; expected lengths in tokens, as input_length")
+    raise _unknown_header(path, list(item), line)
+
+
 def _unknown_header(path: Path, header: list[str], line: int) -> TraceError:
-    known = "; ".join(f"{fmt.name}: {','.join(fmt.columns)}" for fmt in (*CSV_FORMATS, MOONCAKE))
+    known = "; ".join(f"{fmt.name}: {','.join(fmt.columns)}" for fmt in CSV_FORMATS)
+    first = {fmt.name: fmt for fmt in reversed(JSON_FORMATS)}
+    known += "; in JSON lines, " + "; ".join(f"{name}: {','.join(fmt.keys)}" for name, fmt in first.items())
     shown = ",".join(header)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return TraceError(f"{path}: line {line}: unknown header {shown!r}; known columns are {known} (JSON lines)")
+    return TraceError(f"{path}: line {line}: unknown header {shown!r}; known columns are {known}")
 
 
 def _csv_rows(path: Path, header: list[str], lines: Iterator[str], before: int) -> Iterator[tuple[int, list[str]]]:
@@ -168,8 +211,8 @@ def _csv_rows(path: Path, header: list[str], lines: Iterator[str], before: int) 
         raise TraceError(f"{path}: line {before + reader.line_num}: not CSV: {error}") from None
 
 
-def _json_rows(path: Path, first: str, lines: Iterator[str], before: int) -> Iterator[tuple[int, list[str]]]:
-    """(line number, [timestamp, input_length, output_length] as text) of every JSON line; a missing key is empty."""
+def _json_items(path: Path, first: str, lines: Iterator[str], before: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of every JSON line."""
     for line, text in enumerate(chain([first], lines), before):
         if not text.strip():
             continue
@@ -179,9 +222,7 @@ def _json_rows(path: Path, first: str, lines: Iterator[str], before: int) -> Ite
             raise TraceError(f"{path}: line {line}: not JSON: {error}") from None
         if not isinstance(item, dict):
             raise TraceError(f"{path}: line {line}: expected a JSON object, got {text.strip()[:40]!r}")
-        if line == before and not {MOONCAKE.prompt, MOONCAKE.output} & set(item):
-            raise _unknown_header(path, list(item), line)
-        yield line, [json.dumps(item[name]) if name in item else "" for name in MOONCAKE.columns]
+        yield line, item
 
 
 def _collect(
@@ -194,7 +235,10 @@ def _collect(
         whole = [(line, row) for line, row in chunk if row]
         if len(whole) < len(chunk) and not drop:
             line = next(line for line, row in chunk if not row)
-            raise TraceError(f"{path}: line {line}, column {names[-1]!r}: more or fewer fields than in the header")
+            what = "more or fewer fields than in the header"
+            if fmt.keys:
+                raise TraceError(f"{path}: line {line}: a call that did not succeed; leave such out with drop")
+            raise TraceError(f"{path}: line {line}, column {names[-1]!r}: {what}")
         parsed = [_parse_column(fmt, name, [row[j] for _, row in whole]) for j, name in enumerate(names)]
         valid = np.logical_and.reduce([ok for _, ok, _ in parsed])
         if not valid.all() and not drop:
@@ -216,11 +260,13 @@ def _collect(
 def _trace(path: Path, fmt: TraceFormat, columns: dict[str, np.ndarray], num_dropped: int) -> Trace:
     order: np.ndarray | slice = slice(None)
     arrival_s = session_id = None
+    steps_back = 0
     if fmt.time is not None:
+        steps_back = int((np.diff(columns[fmt.time]) < 0).sum()) if fmt.keeps_order else 0
         order = np.argsort(columns[fmt.time], kind="stable")
         times = columns[fmt.time][order]
         # Subtract before scaling: nanoseconds since 1970 do not fit into a float.
-        arrival_s = (times - times[0]) * {"s": 1.0, "ms": 1e-3, "datetime": 1e-9}[fmt.time_kind]
+        arrival_s = (times - times[0]) * SECONDS[fmt.time_kind]
     if fmt.session is not None and fmt.session in columns:
         import pandas as pd
 
@@ -229,7 +275,8 @@ def _trace(path: Path, fmt: TraceFormat, columns: dict[str, np.ndarray], num_dro
     for array in (arrival_s, prompt, output, session_id):
         if array is not None:
             array.setflags(write=False)
-    return Trace(path.name, arrival_s, prompt, output, session_id, fmt.name, num_dropped)
+    images = int(columns[fmt.images].sum()) if fmt.images else 0
+    return Trace(path.name, arrival_s, prompt, output, session_id, fmt.name, num_dropped, steps_back, images)
 
 
 def _parse_column(fmt: TraceFormat, name: str, fields: list[str]) -> tuple[np.ndarray, np.ndarray, str]:
@@ -247,6 +294,7 @@ def _parse_column(fmt: TraceFormat, name: str, fields: list[str]) -> tuple[np.nd
     numbers = np.asarray(pd.to_numeric(text, errors="coerce"), dtype=np.float64)
     if name == fmt.time:
         return numbers, np.isfinite(numbers), f"a finite time in {fmt.time_kind}"
+    least = 0.0 if name == fmt.images else 1.0
     with np.errstate(invalid="ignore"):
-        valid = (numbers >= 1.0) & (numbers <= MAX_TOKENS) & (numbers == np.floor(numbers))
-    return numbers, valid, "a whole number >= 1"
+        valid = (numbers >= least) & (numbers <= MAX_TOKENS) & (numbers == np.floor(numbers))
+    return numbers, valid, f"a whole number >= {least:g}"
