@@ -10,6 +10,9 @@ if not Path("/dev/nvidia0").exists():
     # Read when triton is first imported, which transformers may do: tests of its kernels run without a GPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests count lines on stderr, and whether kernels are compiled by then depends on what ran before.
+os.environ.setdefault("LLMSCHED_SAY_COMPILING", "0")
+
 settings.register_profile(
     "fixed", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -170,7 +170,7 @@ def test_compiling_is_announced_once_on_stderr_and_a_warm_cache_is_silent(tmp_pa
             shutil.rmtree(tmp_path / "cache")
         done = subprocess.run(
             [sys.executable, tmp_path / "slowly.py", quiet_s],
-            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "LLMSCHED_SAY_COMPILING": "1"},
             capture_output=True,
             text=True,
             timeout=200,

@@ -180,7 +180,7 @@ def test_shipped_files_are_what_the_command_writes(tmp_path):
     facts = data_file("facts", "linear_ops_ms_by_tokens.csv")
     result = CliRunner().invoke(build.app, ["--facts", str(facts), "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    for name in PROFILES:
+    for name in {*PROFILES} - {"h100-mistral-7b"}:  # that one is measured, see test_real_backend_calibrate
         assert Profile.from_json(tmp_path / f"{name}.json") == load_profile(name), name
     result = CliRunner().invoke(build.app, ["--facts", str(tmp_path / "gone.csv"), "--out", str(tmp_path)])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
@@ -299,7 +299,7 @@ def test_fit_recovers_a_known_profile(tmp_path):
 
 
 def test_fit_without_overhead_puts_it_into_the_table():
-    truth, rng = load_profile("h100-mistral-7b"), np.random.default_rng(1)
+    truth, rng = roofline("mistral-7b", "h100-sxm"), np.random.default_rng(1)
     fitted = fit_profile(measure(truth, rng, 800), **FIT)
     assert fitted.overhead_ms == 0.0 and fitted.fit["mape"] < 0.01
     n = np.array([32, 128, 512, 1024])

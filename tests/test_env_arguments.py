@@ -127,7 +127,7 @@ def test_numpy_scalars_are_seeds_and_numbers_of_things():
     for seeds in (np.array([3, 4]), [np.int32(3), np.uint64(4)], np.int64(3)):
         assert np.array_equal(vector.reset(seed=seeds)[0], wanted)
     for bad in (np.float64(1.5), np.int64(-1), True, "3"):
-        with pytest.raises(ValueError, match="seed: expected a whole number from 0"):
+        with pytest.raises(ValueError, match="seed: expected a whole number >= 0"):
             env.reset(seed=bad)
 
 

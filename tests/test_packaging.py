@@ -114,7 +114,11 @@ def test_the_sdist_holds_what_its_tests_need(tmp_path):
     pytest.importorskip("setuptools", minversion="77", reason="the sdist needs setuptools 77")
     source = tmp_path / "source"
     shutil.copytree(
-        ROOT, source, ignore=shutil.ignore_patterns(".*env*", ".git", "out", "runs", "*.egg-info", "*cache*", "shared")
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(
+            ".*env*", ".git", "out", "runs", "*.egg-info", "__pycache__", ".*cache", "shared"
+        ),
     )
     code = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, timeout=120)

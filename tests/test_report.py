@@ -543,13 +543,13 @@ def test_the_head_says_what_was_run_not_what_the_suite_would_do(tmp_path):
     assert found["Suite"] == "paper" and found["Arrivals"] == "gamma of shape 0.25 at 1, 2 requests/s"
     assert found["Around them"] == "30 s of warm-up; no arrivals behind them, until all are served"
     assert found["Engine"].startswith("14,733 KV blocks, max_num_seqs 128, max_num_batched_tokens 8,192, max_model_len")
-    kept = [row("a", 5.9, s, requested=None, arrivals="trace", profile="h100-mistral-7b") for s in range(10)]
+    kept = [row("a", 5.9, s, requested=None, arrivals="trace", profile="a100-mistral-7b") for s in range(10)]
     folder = make_folder(tmp_path / "two", kept, num_kv_blocks=2000)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"trace_remarks": ["its 20 requests start over"]}))
     found = settings_of(folder)
     assert found["Arrivals"] == "the trace's own times, as they are" and found["Engine"].startswith("2,000 KV blocks")
-    assert found["Cost profile"] == "h100-mistral-7b (roofline, not measured)"
+    assert found["Cost profile"] == "a100-mistral-7b (linear layers measured, attention a roofline)"
     assert found["Trace"] == "its 20 requests start over"
     assert prose.load_label(read_results(folder).rows, 5.9) == "the trace's own 5.9 requests/s"
 

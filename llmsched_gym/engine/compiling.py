@@ -1,12 +1,13 @@
 """While numba compiles: one line on stderr after a second, so that the first step is not silent, and no collector.
 
 numba makes millions of small objects that live on; looking through them for garbage again and again takes a seventh of
-the time.
+the time. LLMSCHED_SAY_COMPILING=0 keeps the line away.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import threading
 import time
@@ -59,7 +60,7 @@ class _Compiling(event.Listener):
             self.spent_s += time.perf_counter() - self._start_s
 
     def say(self) -> None:
-        if self.said or sys.stderr is None:
+        if self.said or sys.stderr is None or os.environ.get("LLMSCHED_SAY_COMPILING") == "0":
             return
         self.said = True
         of = f"{self.kernels}/{max(self.expected, self.kernels)}"

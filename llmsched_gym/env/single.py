@@ -20,6 +20,8 @@ from llmsched_gym.workload import check_seed
 
 RENDER_MODES = ("ansi", "rgb_array", "human")
 RESET_OPTIONS = ("qps",)
+SEED_BITS = 63
+"""Of the seeds that infos can hold."""
 EPISODE_INFOS = tuple(f"episode_{name}" for name in METRICS)
 NO_EPISODE = "step: the episode has ended or never begun, call reset()"
 
@@ -115,7 +117,7 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         return [feature.name for feature in FEATURES]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        self.restart(None if seed is None else check_seed(seed), **check_options(options))
+        self.restart(None if seed is None else check_seed(seed, SEED_BITS), **check_options(options))
         if self.render_mode == "human":
             self.render()
         return self.core.observation(self._index), self._info(ended=False)

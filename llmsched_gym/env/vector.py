@@ -17,7 +17,7 @@ from llmsched_gym.env.arrays import DURATION_S, PAUSED, REWARD, TERMINATED
 from llmsched_gym.env.core import INFOS, EnvCore
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.reward import TERMS
-from llmsched_gym.env.single import EPISODE_INFOS, RESET_OPTIONS, LLMSchedEnv, check_options
+from llmsched_gym.env.single import EPISODE_INFOS, RESET_OPTIONS, SEED_BITS, LLMSchedEnv, check_options
 from llmsched_gym.env.spec import JsonSpec
 from llmsched_gym.workload import check_seed
 
@@ -279,8 +279,8 @@ def _seeds(seed: Any, num_envs: int) -> list[int | None]:
     if seed is None:
         return [None] * num_envs
     if np.ndim(seed) == 0:
-        first = check_seed(seed)
-        return [check_seed(first + i) for i in range(num_envs)]
+        first = check_seed(seed, SEED_BITS)
+        return [check_seed(first + i, SEED_BITS) for i in range(num_envs)]
     if len(seed) != num_envs:
         raise ConfigError(f"seed: expected {num_envs} seeds, got {len(seed)}")
-    return [None if s is None else check_seed(s) for s in seed]
+    return [None if s is None else check_seed(s, SEED_BITS) for s in seed]

@@ -206,10 +206,11 @@ def settings(results: Results) -> list[tuple[str, str]]:
     drain, after = get("drain_s", "inf"), "arrivals go on" if get("arrivals_continue", True) else "no arrivals"
     until = "until all are served" if drain == "inf" else f"for {drain:g} s at most"
     found.append(("Around them", f"{get('warmup_s', 0.0):g} s of warm-up; {after} behind them, {until}"))
-    blocks = get("num_kv_blocks", None) or _profile_blocks(only("profile"))
-    limits = (
-        f"max_num_seqs {get('max_num_seqs', 128):,}, max_num_batched_tokens {get('max_num_batched_tokens', 8192):,}"
-    )
+    profile = _loaded(only("profile"))
+    blocks = get("num_kv_blocks", None) or (profile and profile.num_kv_blocks)
+    seqs = get("max_num_seqs", None) or (profile and profile.device.max_num_seqs)
+    limits = f"max_num_seqs {seqs:,}, " if seqs else ""
+    limits += f"max_num_batched_tokens {get('max_num_batched_tokens', 8192):,}"
     limits += f", max_model_len {get('max_model_len', 8192):,}"
     found.append(("Engine", f"{f'{blocks:,} KV blocks, ' if blocks else ''}{limits}"))
     patience = get("patience_s", "inf")
@@ -244,11 +245,6 @@ def _profile(name: str) -> str:
     """The profile's name, with a remark if nobody has measured it."""
     found = _loaded(name)
     return name if found is None or found.basis == "measured" else f"{name} ({found.basis})"
-
-
-def _profile_blocks(name: str) -> int | None:
-    found = _loaded(name)
-    return None if found is None else found.num_kv_blocks
 
 
 def _loaded(name: str) -> Profile | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from typing import cast
 
 import numpy as np
 
@@ -197,8 +196,10 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
 
 
-def check_seed(seed: int) -> int:
-    """The seed as Python's int; raises :class:`ConfigError` for anything but a whole number that records can hold."""
-    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool) or not 0 <= cast(int, seed) < 2**63:
-        raise ConfigError(f"seed: expected a whole number from 0 to 2**63 - 1, got {seed!r}")
+def check_seed(seed: int, bits: int | None = None) -> int:
+    """The seed as Python's int; raises :class:`ConfigError` for anything but a whole number of at most `bits` bits."""
+    is_whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+    if not is_whole or seed < 0 or (bits is not None and seed >= 2**bits):
+        most = "" if bits is None else f" and < 2**{bits}"
+        raise ConfigError(f"seed: expected a whole number >= 0{most}, got {seed!r}")
     return int(seed)
