@@ -9,6 +9,7 @@ from helpers import Run, profile, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import aging
 from llmsched_gym.baselines.on_time import AGED_SHARE
 from llmsched_gym.config import scenario
 from llmsched_gym.engine.jit import entry
@@ -154,6 +155,15 @@ def test_aging_bounds_the_longest_wait():
     policies = ("on-time", "on-time[age=60]", "on-time[age=20]")
     longest_s = [Outcomes(simulate(world, policy, 2002)).ttft_s.max() for policy in policies]
     assert longest_s[0] / 3 > longest_s[1] > longest_s[2]
+
+
+def test_figures_of_pooled_requests():
+    ttft_s = np.arange(1001.0)
+    found = aging.pooled("on-time", ttft_s, ttft_s < 900.9)
+    assert (found.attainment, found.median_s) == (901 / 1001, 500.0)
+    assert found.tails_s == {"p99": 990.0, "p99.9": 999.0, "largest": 1000.0}
+    ttft_s[7] = math.inf  # never served
+    assert aging.pooled("on-time", ttft_s, ttft_s < 900.9).tails_s["largest"] == math.inf
 
 
 def test_the_plan_as_knobs_leaves_the_engine_alone():
