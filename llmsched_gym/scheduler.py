@@ -53,7 +53,7 @@ def default_knobs() -> np.ndarray:
     knobs["token_budget"] = 512
     knobs["limit"] = np.iinfo(np.int32).max
     knobs["cap"] = knobs["offset"] = knobs["offset_full"] = math.inf
-    knobs["usage_switch"] = math.inf
+    knobs["usage_switch"] = knobs["age"] = math.inf
     knobs["margin"] = math.nan
     return knobs
 
@@ -165,6 +165,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "quiet": ("quiet", _positive_int, "whole number of running requests >= 1"),
     "stretch": ("stretch", _positive, "factor on predicted prefill times, > 0"),
     "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
+    "age": ("age", _not_negative, "seconds since arrival >= 0, inf for no aging"),
     "threshold": ("threshold", _not_negative_int, "whole number of tokens, 0 for none"),
 }
 # bracket parameter: (reader of the admission rule, what is expected)
@@ -173,7 +174,7 @@ ADMISSION_OPTIONS: dict[str, tuple[Callable[[str], str], str]] = {
     "reserve": (lambda text: "prompt-check" if _boolean(text) else "chunk", "true or false"),
 }
 COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
-PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name not in ("quiet", "stretch", "threshold"))
+PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name not in ("quiet", "stretch", "age", "threshold"))
 
 
 @cache

@@ -9,13 +9,15 @@ from helpers import Run, profile, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import aging
+from llmsched_gym.baselines.on_time import AGED_SHARE
 from llmsched_gym.config import scenario
 from llmsched_gym.engine.jit import entry
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.env.policy import SchedulerPolicy, knobs_now
-from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.metrics import Outcomes, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import make_scheduler
 
@@ -103,15 +105,81 @@ def test_a_quiet_engine_serves_the_hopeless():
             assert (running in run.step()) is expected
 
 
+def test_late_prompts_go_by_age():
+    rows = [request(prompt=400, output=1, ttft=0.01), request(0.001, prompt=300, output=1, ttft=0.01)]
+    # without aging the shorter one overtakes
+    for policy, second in (("on-time", {1: 80}), ("on-time[age=inf]", {1: 80}), ("on-time[age=1000]", {0: 80})):
+        run = Run(policy, rows, device=LINEAR)
+        assert run.steps(2) == [{0: 80}, second]
+
+
+def test_an_aged_prompt_has_its_share_before_promised_ones():
+    rows = [request(prompt=400, output=1, ttft=0.01), request(0.001, prompt=300, output=1, ttft=100.0)]
+    assert AGED_SHARE == 0.4
+    # 80 tokens a batch; at 0.08 s, after its first 80 tokens, the late prompt is due or not
+    first = {0: 80}
+    due = Run("on-time[age=0.05]", rows, device=LINEAR)
+    assert due.drain() == [first, *[{0: 32, 1: 48}] * 6, {0: 68, 1: 12}, {0: 60}]
+    # not due, it has what the promised one leaves in a batch; without aging not even that
+    assert Run("on-time[age=1000]", rows, device=LINEAR).steps(5)[1:] == [*[{1: 80}] * 3, {1: 60, 0: 20}]
+    assert Run("on-time", rows, device=LINEAR).steps(5)[1:] == [*[{1: 80}] * 3, {1: 60}]
+
+
+def test_while_one_is_due_less_is_promised():
+    late = request(prompt=400, output=1, ttft=0.01)
+    rows = [request(prompt=10, output=99, ttft=9.0), late, request(0.001, prompt=100, output=1, ttft=0.5)]
+    # 100 tokens take 0.13 s with the usual stretch, 0.65 s with that of aging, and 0.42 s are left
+    for age, second in ((0.05, {0: 1, 1: 330}), (1000, {0: 1, 2: 100, 1: 298})):  # 0.4 s, less a rounding
+        assert Run(f"on-time[age={age}]", rows, device=LINEAR).steps(2) == [{0: 10, 1: 70}, second]
+
+
+def test_with_aging_decodes_are_not_put_off_when_blocks_run_out():
+    rows = [request(prompt=20, output=10, tbt=0.1), request(prompt=20, output=10), request(0.01, prompt=200, ttft=0.5)]
+    for policy, blocks, third in (("on-time", 17, False), ("on-time[age=9]", 17, True), ("on-time[age=9]", 50, False)):
+        run = Run(policy, rows, device=LINEAR, num_kv_blocks=blocks)
+        batches = run.steps(3)
+        assert 1 not in batches[1], "at risk, and blocks are free"
+        assert (1 in batches[2]) is third
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_aging_is_on_time(seed):
+    world = scenario("drift", num_requests=300)
+    runs = [simulate(world, policy, seed) for policy in ("on-time", "on-time[age=inf]", "on-time[age=5]")]
+    requests = [run.requests.tobytes() for run in runs]
+    assert requests[0] == requests[1] != requests[2]
+
+
+def test_aging_bounds_the_longest_wait():
+    world = scenario("paper", qps=1.9)
+    policies = ("on-time", "on-time[age=60]", "on-time[age=20]")
+    longest_s = [Outcomes(simulate(world, policy, 2002)).ttft_s.max() for policy in policies]
+    assert longest_s[0] / 3 > longest_s[1] > longest_s[2]
+
+
+def test_figures_of_pooled_requests():
+    ttft_s = np.arange(1001.0)
+    found = aging.pooled("on-time", ttft_s, ttft_s < 900.9)
+    assert (found.attainment, found.median_s) == (901 / 1001, 500.0)
+    assert found.tails_s == {"p99": 990.0, "p99.9": 999.0, "largest": 1000.0}
+    ttft_s[7] = math.inf  # never served
+    assert aging.pooled("on-time", ttft_s, ttft_s < 900.9).tails_s["largest"] == math.inf
+
+
 def test_the_plan_as_knobs_leaves_the_engine_alone():
     env = LLMSchedEnv(suite="drift", num_requests=60)
     env.reset(seed=3)
     policy = SchedulerPolicy(env, "on-time")
     state, seen = env.core.engine.state, set()
+
+    def values():  # of fields: what lies between them is nobody's
+        arrays = state.batches, state.knobs, state.requests
+        return [array[name].tobytes() for array in arrays for name in array.dtype.names]
+
     for _ in range(3000):
-        before = state.batches.tobytes(), state.knobs.tobytes(), state.requests.tobytes()
+        before = values()
         seen.add(tuple(policy.action()))
-        assert before == (state.batches.tobytes(), state.knobs.tobytes(), state.requests.tobytes())
+        assert before == values()
         if policy.step()[2]:
             break
     assert len(seen) > 2  # by deadline or shortest first, decodes put off or not, ...

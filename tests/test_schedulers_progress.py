@@ -58,6 +58,7 @@ VALUES = {
     "margin": ["0", "1", "3"],
     "quiet": ["1", "5"],
     "stretch": ["0.5", "3"],
+    "age": ["0", "0.05", "1"],
     "threshold": ["7", "40"],
     "reserve": ["true", "false"],
 }

@@ -341,12 +341,19 @@ def keep_going(lane):
 
 
 @kernel()
+def margin_in_s(lane):
+    """How long before its deadline a decode is critical, in seconds; nan: by its last schedulable time."""
+    cap, margin = lane.knobs.cap, lane.batch.margin
+    if math.isnan(margin):
+        return math.nan
+    return margin * cap * smallest_tbt_slo_s(lane) if cap < math.inf else math.inf
+
+
+@kernel()
 def fill(lane):
     """Critical decodes, started prompts, admissions, the other decodes: into an open batch, by its settings."""
     knobs, batch = lane.knobs, lane.batch
-    margin_s = math.nan
-    if not math.isnan(batch.margin):
-        margin_s = batch.margin * knobs.cap * smallest_tbt_slo_s(lane) if knobs.cap < math.inf else math.inf
+    margin_s = margin_in_s(lane)
     add_critical_decodes(lane, margin_s)
     if knobs.refuse and lane.sim.allow_refusal:
         refuse_hopeless(lane)

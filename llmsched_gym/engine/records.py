@@ -132,8 +132,9 @@ KNOBS = record_dtype(
         ("usage_switch", "f8"),
         ("margin", "f8"),  # in capped batches: a decode is critical so long before its deadline; nan: use the LST
         ("quiet", "i4"),  # on-time: with so few running requests hopeless prompts need not wait for decodes
-        ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
         ("threshold", "i4"),  # vllm-v1: largest chunk of a prompt while there is another request; 0: none
+        ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
+        ("age", "f8"),  # on-time: seconds since arrival after which a hopeless prompt has a share of each batch
     ]
 )
 
