@@ -55,7 +55,7 @@ class Config:
     learning_rate: float = option(1e-3, "of Adam")
     hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
     width: int = option(32, "slots: width of a row's embedding")
-    layers: int = option(1, "slots: attention layers; 0 is deep sets")
+    layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0)
     eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
     eval_requests: int = option(500, "measured requests of an evaluation run")
 

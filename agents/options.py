@@ -18,7 +18,7 @@ from llmsched_gym.workload import TraceError
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with its default and its line of help."""
+    """A field with its default and its line of help; whole numbers with a default >= 1 are >= `low`, 1 unless given."""
     metadata["help"] = help
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -60,6 +60,12 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
     for name, kind in hints.items():
         if kind == dict[str, Any]:
             values[name] = dict(values[name] or ())
+    for field in dataclasses.fields(cls):
+        if hints[field.name] is int and isinstance(field.default, int) and field.default >= 1:
+            low = field.metadata.get("low", 0 if field.name.endswith("seed") else 1)
+            if values[field.name] < low:
+                name = field.name.replace("_", "-")
+                raise ConfigError(f"--{name}: expected a whole number >= {low}, got {values[field.name]}")
     return cls(**values)
 
 

@@ -85,7 +85,7 @@ class Config:
     hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
     activation: str = option("tanh", "between layers", choices=("tanh", "relu"))
     width: int = option(32, "slots: width of a row's embedding")
-    layers: int = option(1, "slots: attention layers; 0 is deep sets")
+    layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0)
     heads: int = option(2, "slots: attention heads")
     # looking and saving
     eval_every: int = option(250_000, "decisions between evaluations on selection seeds")

@@ -422,6 +422,8 @@ def _scenario(options: dict[str, Any]) -> Scenario:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"set: expected FIELD=VALUE, got {text!r}")
+        if name == "suite":
+            raise ConfigError("set: suite is no field of the scenario; use --suite")
         try:
             fields[name] = json.loads(value)
         except ValueError:

@@ -18,6 +18,10 @@ import numpy as np
 BLOCK_SIZE = 16
 """Tokens in one KV block (vLLM's default)."""
 
+MOST = 2**31 - 1
+"""Of whole numbers: records hold them in 32 bits."""
+MOST_SEQS = 2**20
+
 SLO_CLASSES = ("strict", "relaxed")
 ARRIVALS = ("poisson", "gamma", "mmpp", "switching", "replay")
 TRACE_ARRIVALS = ("keep", "poisson", "gamma", "mmpp", "switching")
@@ -215,12 +219,14 @@ class Scenario:
             bound = f"a number {'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
             raise ConfigError(f"{name}: expected {bound}, got {value!r}")
 
-    def _check_integer(self, name: str, low: int, *, none: bool = False) -> None:
+    def _check_integer(self, name: str, low: int, *, most: int = MOST, none: bool = False) -> None:
         value = getattr(self, name)
         if none and value is None:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
+        if value > most:
+            raise ConfigError(f"{name}: expected a whole number <= {most:,}, got {value!r}")
 
     def _check_interval(self, name: str, low: float, high: float = math.inf, *, scalar: bool = False) -> None:
         value = getattr(self, name)
@@ -282,7 +288,7 @@ class Scenario:
         self._check_integer("num_requests", 1, none=True)
         self._check_integer("max_backlog", 0)
         self._check_integer("num_kv_blocks", 1, none=True)
-        self._check_integer("max_num_seqs", 1, none=True)
+        self._check_integer("max_num_seqs", 1, most=MOST_SEQS, none=True)
         for name in ("max_model_len", "max_num_batched_tokens"):
             self._check_integer(name, 1)
         for name in ("arrivals_continue", "allow_refusal", "count_host_time"):

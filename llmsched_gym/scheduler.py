@@ -206,7 +206,7 @@ def make_scheduler(spec: str) -> Any:
         return with_options(spec, entry, options)
     if entry is not None:
         return _instantiate(spec, entry, options)
-    if Path(name).is_dir() or name.endswith((".zip", "/")):
+    if Path(name).is_dir() or name.endswith(".zip"):
         return importlib.import_module("llmsched_gym.policies").load_policy(name, **options)
     if "/" in name or "\\" in name or name.startswith("~"):  # no name and no module has them
         what = "expected a policy folder, got a file" if Path(name).is_file() else "no such policy folder"

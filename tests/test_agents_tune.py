@@ -192,3 +192,12 @@ def test_agents_are_compared_with_the_best_opponent_on_the_same_seeds(tmp_path):
     assert interquartile_mean([0.0, 1.0, 2.0, 10.0]) == 1.5
     with pytest.raises(ConfigError, match="agents: expected policies that are named once"):
         compare(replace(config, agents="sarathi"))
+
+
+def test_counts_below_one_are_refused_before_anything_is_written(tmp_path):
+    from llmsched_gym.agents import train
+
+    for name in ("steps", "num-envs", "eval-seeds"):
+        with pytest.raises(ConfigError, match=f"--{name}: expected a whole number >= 1, got -5"):
+            train.command([f"--{name}=-5", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

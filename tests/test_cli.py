@@ -381,3 +381,21 @@ def test_an_interrupt_is_one_line(tmp_path, workers):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, "", "llmsched: interrupted\n")
     assert not (tmp_path / "runs.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--set", "num_kv_blocks=3000000000"], "num_kv_blocks: expected a whole number <= 2,147,483,647"),
+        (["--set", "max_num_seqs=100000000000"], "max_num_seqs: expected a whole number <= 1,048,576"),
+        (["--first-seed", "99999999999999999999"], "seeds: expected at most 1,000,000, below 2**63"),
+        (["--seeds", "99999999999999"], "seeds: expected at most 1,000,000, below 2**63"),
+        (["--set", 'suite="x"'], "suite is no field of the scenario; use --suite"),
+        (["--policy", "nosuch/"], "policy 'nosuch/': no such policy folder"),
+    ],
+)
+def test_numbers_that_records_cannot_hold_and_the_like_are_one_line(options, line, capsys):
+    given = ["evaluate", "--policy", "sarathi", "--num-requests", "5", "--qps", "1", *options]
+    assert main(given) == 2
+    out, err = capsys.readouterr()
+    assert line in err and err.count("\n") == 1 and not out

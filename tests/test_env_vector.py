@@ -71,7 +71,7 @@ def test_it_equals_gymnasiums_vector_of_single_environments(suite, fields, mode)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_limit_of_steps_is_gymnasiums_time_limit(mode):
-    kwargs = {"max_episode_steps": 5, "horizon_s": 0.4}
+    kwargs = {"max_episode_steps": 5, "horizon_s": 0.4, "episode_metrics": True}
     ours = gym.make_vec(
         "LLMSched-v0", 3, vectorization_mode="vector_entry_point", vector_kwargs={}, autoreset_mode=mode, **kwargs
     )

@@ -176,6 +176,7 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         outcomes = self._outcomes()
         rewards, told = outcomes[REWARD], outcomes[DURATION_S:]
         terminated, truncated = verdicts = outcomes[TERMINATED:PAUSED] > 0.0
+        own = terminated | truncated  # a limit on steps is outside the episode, as gymnasium's TimeLimit is: no figures
         if self._most_steps is not None:
             truncated |= self._steps >= self._most_steps
         if not np.count_nonzero(verdicts):  # the common case: whatever was over has begun anew
@@ -183,8 +184,8 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         self._is_over = ended = terminated | truncated
         self._any_over = True
         if mode != AutoresetMode.SAME_STEP:
-            return self._observations(), rewards, terminated, truncated, self._infos(told, None, ended)
-        final_obs, final_info = np.full(self.num_envs, None, dtype=object), self._infos(told, ended, ended)
+            return self._observations(), rewards, terminated, truncated, self._infos(told, None, own)
+        final_obs, final_info = np.full(self.num_envs, None, dtype=object), self._infos(told, ended, own)
         for env in np.flatnonzero(ended).tolist():
             final_obs[env] = core.observation(env)
             self._restart(env, None, {})

@@ -32,11 +32,16 @@ def finite(scenario: Scenario) -> Scenario:
     return scenario if scenario.num_requests is not None else scenario.replace(num_requests=NUM_REQUESTS)
 
 
+MOST_SEEDS = 1_000_000
+
+
 def seed_range(seeds: int, first_seed: int) -> range:
     seeds, first_seed = plain((seeds, first_seed))
     for name, value, low in (("seeds", seeds, 1), ("first_seed", first_seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
+    if seeds > MOST_SEEDS or first_seed + seeds > 2**63:
+        raise ConfigError(f"seeds: expected at most {MOST_SEEDS:,}, below 2**63, got {seeds} from {first_seed} on")
     return range(first_seed, first_seed + seeds)
 
 

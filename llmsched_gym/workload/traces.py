@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from llmsched_gym.config import ConfigError
 from llmsched_gym.files import version_of
 from llmsched_gym.workload.servegen import SPAN_S, draw_requests, is_servegen
 from llmsched_gym.workload.trace_formats import (
@@ -40,7 +41,7 @@ CHUNK_ROWS = 100_000  # rows held as text at a time
 OnInvalid = Literal["raise", "drop"]
 
 
-class TraceError(ValueError):
+class TraceError(ConfigError):
     """A trace that cannot be used; the message is one line that names file, line and column."""
 
 
