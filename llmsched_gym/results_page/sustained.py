@@ -14,7 +14,7 @@ from llmsched_gym.theory import figures as theory
 def section_theory(data: dict[str, Any], plan: Any) -> str:
     bounds = [
         [
-            theory.device_title(b["profile"]) if b["profile"] != "h100-mistral-7b" else "H100, roofline",
+            theory.device_title(b["profile"]),
             number(b["qps"]),
             " and ".join(f"{n:,}" for n in b["sizes"]) if len(b["sizes"]) <= 2 else number(b["batch_tokens"], 0),
             number(b["decodes_per_batch"], 1),

@@ -10,7 +10,11 @@ from matplotlib.figure import Figure
 
 from llmsched_gym.evaluation import draw
 
-SHORT = {"rtx6000ada-mistral-7b": "RTX 6000 Ada, smooth", "a100-mistral-7b": "A100, measured staircase"}
+SHORT = {
+    "rtx6000ada-mistral-7b": "RTX 6000 Ada, smooth",
+    "a100-mistral-7b": "A100, measured staircase",
+    "h100-mistral-7b": "H100, measured",
+}
 COLOURS = ("#0072b2", "#d55e00", "#117733", "#aa4499", "#68737f")
 
 
