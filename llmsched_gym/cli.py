@@ -353,7 +353,10 @@ def trace(
     loaded = load_trace(file, checked.trace_invalid)
     found = facts(loaded, max_model_len)
     if plot is not None:
-        plot_trace(loaded).savefig(plot, format="png", dpi=120, metadata={"Software": None})
+        try:
+            plot_trace(loaded).savefig(plot, format="png", dpi=120, metadata={"Software": None})
+        except OSError as error:
+            raise ConfigError(f"plot: cannot write to {plot}: {error.strerror}") from None
     if as_json:
         terminal.print_rows([found])
         return

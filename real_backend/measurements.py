@@ -80,6 +80,8 @@ class Sheet:
         import pandas as pd
 
         rows = pd.read_csv(self.path, dtype={"prefill": str, "decode": str}, keep_default_na=False)
+        if not {"prefill", "decode", "ms"} <= set(rows.columns):
+            raise BackendError(f"{self.path}: line 1: expected the columns {','.join(COLUMNS)}")
         return rows.groupby(["prefill", "decode"], sort=False, as_index=False)["ms"].median()
 
     def _drop_torn_line(self) -> None:

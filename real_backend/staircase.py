@@ -15,6 +15,7 @@ import numpy as np
 import typer
 from matplotlib.figure import Figure
 
+from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.cost.fit import read_batches
 from llmsched_gym.cost.tiles import CANDIDATES, tile_gain
@@ -77,6 +78,8 @@ def staircase_command(
     out: Annotated[Path, typer.Option(help="Picture to write, .png or .svg.")],
 ) -> None:
     """Draw the time per token against batch size, and print what the steps cost."""
+    if out.suffix not in (".png", ".svg"):
+        raise ConfigError(f"out: expected a .png or .svg file, got {str(out)!r}")
     fitted = load_profile(profile)
     tokens, ms = whole_prompts(sweep)
     figure = plot(tokens, ms, fitted)

@@ -399,3 +399,11 @@ def test_numbers_that_records_cannot_hold_and_the_like_are_one_line(options, lin
     assert main(given) == 2
     out, err = capsys.readouterr()
     assert line in err and err.count("\n") == 1 and not out
+
+
+def test_a_plot_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    path = tmp_path / "own.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,100,5\n1.0,100,5\n")
+    assert main(["trace", str(path), "--plot", str(tmp_path / "no" / "x.png")]) == 2
+    out, err = capsys.readouterr()
+    assert "plot: cannot write to" in err and err.count("\n") == 1 and not out

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -305,3 +306,22 @@ def test_rows_of_another_model_of_the_same_last_name_are_refused(tmp_path, capsy
     assert run("m2") == 2
     assert "measured on 'final (" in capsys.readouterr().err
     assert (tmp_path / "rows.csv").read_bytes() == kept and not (tmp_path / "m2.json").exists()
+
+
+def test_the_staircase_of_the_h100(tmp_path, capsys):
+    from llmsched_gym.real_backend.staircase import main
+
+    sweep = Path(__file__).parent.parent / "docs" / "gpu" / "h100" / "sweep.csv.gz"
+    picture = tmp_path / "stairs.png"
+    assert main([str(sweep), "--profile", "h100-mistral-7b", "--out", str(picture)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 0.15 < found["step"]["256"] < 0.2 < found["step"]["512"] and picture.stat().st_size > 10_000
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for arguments, line in (
+        ([str(tmp_path / "other.csv"), "--profile", "h100-mistral-7b", "--out", str(picture)], "expected the columns"),
+        ([str(sweep), "--profile", "h100-mistral-7b", "--out", "x.doc"], "out: expected a .png or .svg file"),
+        ([str(tmp_path / "no.csv"), "--profile", "h100-mistral-7b", "--out", str(picture)], "no.csv"),
+    ):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert line in err and err.count("\n") == 1 and not out
