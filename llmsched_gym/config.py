@@ -260,6 +260,8 @@ class Scenario:
                 raise ConfigError(f"{name}: expected a name or a file, got {getattr(self, name)!r}")
         if self.trace_arrivals is not None:
             self._check_choice("trace_arrivals", TRACE_ARRIVALS)
+            if self.trace is None:
+                raise ConfigError("trace_arrivals: needs a trace")
         self._check_choice("trace_invalid", ("raise", "drop"))
         self._check_choice("arrivals", ARRIVALS)
         self._check_choice("admission", ADMISSIONS)

@@ -199,3 +199,8 @@ def test_a_spec_read_back_from_json_is_equal(fields):
             assert gym.make(again).unwrapped.config == env.unwrapped.config
     for name in ("LLMSched-v0", "LLMSched-Tenants-v0"):
         assert EnvSpec.from_json(gym.spec(name).to_json()) == gym.spec(name)
+
+
+def test_arrivals_of_a_trace_need_one():
+    with pytest.raises(ValueError, match="trace_arrivals: needs a trace"):
+        gym.make("LLMSched-v0", trace_arrivals="keep")
