@@ -5,7 +5,9 @@ A batch of N tokens takes
     overhead + linear(N) + pair * sum_prefill n * (c + (n + 1) / 2) + kv * (sum_decode len + sum_prefill (c + n))
 
 where a prefill chunk computes n tokens behind c computed ones, and a decode reads a context of len tokens. (In the
-published runs that the default profile is fitted to, len counts the KV tokens present before the decode.)
+published runs that the default profile is fitted to, len counts the KV tokens present before the decode.) That suits
+engines whose attention kernels are separate by phase; where one kernel serves both, a :class:`Surface` takes the place
+of the last two terms.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE, ConfigError, DeviceSpec, ModelSpec, plain_fields
+from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec, plain_fields
+from llmsched_gym.cost.surface import ProfileError, Sums, Surface
 from llmsched_gym.files import version_of
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "profiles"
 
-
-class ProfileError(ConfigError):
-    """A profile that cannot be used; the message is one line that names the file (or profile) and the field."""
+FORMATS = (1, 2)
+"""Of the JSON files: 2 has a surface; a file that says nothing is of format 1."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ class Profile:
     pair_ms: float  # per pair of a prefill's query token and a key token it attends to
     kv_ms: float  # per KV token read
     num_kv_blocks: int  # of BLOCK_SIZE tokens
+    surface: Surface | None = None  # attention by kind of batch; then kv_ms is only what the sum comes closest with
+    engine: str = ""  # whose times these are: engine and attention backend
     notes: tuple[str, ...] = ()  # where each figure comes from
     fit: dict[str, Any] | None = field(default=None, hash=False)  # errors against measurements, if there were any
 
@@ -125,6 +129,17 @@ class Profile:
     @property
     def kv_s(self) -> float:
         return self.kv_ms / 1e3
+
+    def coefficients(self, max_num_seqs: int) -> np.ndarray:
+        """What kernels know of the profile beside :meth:`linear_table_s`, float64.
+
+        Seconds per query-key pair, seconds per KV token, `tile_tokens`, `vllm_token_budget`; with a surface also a number
+        that only an equal profile has, and the surface (:meth:`Surface.packed`).
+        """
+        plain = [self.pair_s, self.kv_s, float(self.tile_tokens), float(self.device.vllm_token_budget)]
+        if self.surface is None:
+            return np.array(plain)
+        return np.concatenate([plain, [float(hash(self) % (1 << 52))], self.surface.packed(max_num_seqs)])
 
     @property
     def basis(self) -> str:
@@ -149,7 +164,13 @@ class Profile:
         else:
             linear = replace(self.linear, ms=tuple(factor * ms for ms in self.linear.ms))
         times = {name: factor * getattr(self, name) for name in ("overhead_ms", "pair_ms", "kv_ms")}
-        return replace(self, linear=linear, fit=None, **times)
+        surface = None if self.surface is None else self.surface.scaled(factor)
+        return replace(self, linear=linear, surface=surface, fit=None, **times)
+
+    def with_mixing(self, factor: float) -> Profile:
+        """The profile on which what decodes add to a batch with a chunk costs `factor` times as much attention."""
+        surface = self.surface or Surface.additive(self.kv_ms)
+        return replace(self, surface=surface.with_mixing(factor), fit=None)
 
     def predict_s(self, chunks: Sequence[tuple[int, int]], decode_contexts: Sequence[int]) -> float:
         """Seconds that a batch takes: prefill chunks as (computed, n) tokens, decodes as context lengths in tokens.
@@ -159,6 +180,11 @@ class Profile:
         num_tokens = sum(n for _, n in chunks) + len(decode_contexts)
         if num_tokens == 0:
             return 0.0
+        if self.surface is not None:
+            num_sequences = len(chunks) + len(decode_contexts)
+            longest = max(decode_contexts, default=0)
+            sums = Sums(len(decode_contexts), sum(decode_contexts), longest, num_sequences, chunks)
+            return (self.overhead_ms + self.linear.at(num_tokens) + self.surface.ms(sums, self.pair_ms)) / 1e3
         pairs = sum(n * (computed + (n + 1) / 2) for computed, n in chunks)
         kv_tokens = sum(decode_contexts) + sum(computed + n for computed, n in chunks)
         ms = self.overhead_ms + self.linear.at(num_tokens) + self.pair_ms * pairs + self.kv_ms * kv_tokens
@@ -191,14 +217,23 @@ class Profile:
             raise ProfileError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        data = dataclasses.asdict(self)
+        data = {"format": 1 if self.surface is None else 2, **dataclasses.asdict(self)}
+        if self.surface is None:
+            del data["surface"]
         data["linear"] = {"kind": "table" if isinstance(self.linear, TableLinear) else "smooth", **data["linear"]}
         return data
 
     @classmethod
     def from_dict(cls, data: Any) -> Profile:
         """A profile from its JSON form; raises :class:`ProfileError` naming the field."""
-        data = _section(data, "profile", required=_names(cls, required=True), known=_names(cls))
+        data = _section(data, "profile", required=_names(cls, required=True), known=[*_names(cls), "format"])
+        number = data.pop("format", 1)
+        if number not in FORMATS:
+            raise ProfileError(f"format: expected one of {', '.join(map(str, FORMATS))}, got {number!r}")
+        if (data.get("surface") is not None) != (number == 2):
+            raise ProfileError(f"surface: expected {'an object' if number == 2 else 'none'} in format {number}")
+        if not isinstance(data.get("engine", ""), str):
+            raise ProfileError(f"engine: expected a sentence, got {data['engine']!r}")
         fit = data.get("fit")
         notes = data.get("notes", [])
         if not isinstance(data["name"], str):
@@ -209,6 +244,9 @@ class Profile:
             raise ProfileError("fit: expected an object or null")
         model, device = _spec(ModelSpec, data["model"], "model"), _spec(DeviceSpec, data["device"], "device")
         parsed = {"model": model, "device": device, "linear": _linear(data["linear"]), "notes": tuple(notes)}
+        if number == 2:
+            fields = _section(data["surface"], "surface", _names(Surface, required=True), _names(Surface))
+            parsed["surface"] = Surface.from_dict(fields)
         return cls(**{**data, **parsed})
 
 

@@ -45,7 +45,7 @@ class State(NamedTuple):
     resolved: Any  # (num_envs, capacity) int32, requests in the order they were resolved
     noise: Any  # (num_envs, 1 or NOISE_BLOCK) float64, factors on batch times
     linear_s: Any  # (max_num_batched_tokens + 1,) float64, the executing profile
-    coef_s: Any  # (4,) float64: seconds per query-key pair, seconds per KV token read, tile_tokens, vllm_token_budget
+    coef_s: Any  # (4 or more,) float64, see Profile.coefficients: pairs, KV tokens, tile, vLLM's budget, the surface
     own_linear_s: Any  # the scheduler's profile
     own_coef_s: Any
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
@@ -248,16 +248,12 @@ def allocate(
         resolved=np.zeros((n, capacity), np.int32),
         noise=np.ones((n, noise_size)),
         linear_s=np.array(profile.linear_table_s(limit)),  # a copy: kernels take writeable arrays only
-        coef_s=_coefficients(profile),
+        coef_s=profile.coefficients(seqs),
         own_linear_s=np.array(own.linear_table_s(limit)),
-        own_coef_s=_coefficients(own),
+        own_coef_s=own.coefficients(seqs),
         gaps=np.zeros((n, max(num_gaps, 1)), np.float32),
         steps=np.zeros((n, num_steps), STEP),
     )
-
-
-def _coefficients(profile: Profile) -> np.ndarray:
-    return np.array([profile.pair_s, profile.kv_s, profile.tile_tokens, profile.device.vllm_token_budget])
 
 
 def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
