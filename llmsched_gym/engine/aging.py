@@ -19,6 +19,7 @@ from llmsched_gym.engine.batch import (
 )
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import RUNNING
+from llmsched_gym.engine.surface import recount
 
 
 @kernel()
@@ -74,10 +75,13 @@ def grow_chunk(lane, i):
     batch.token_room += n
     batch.pairs -= n * (computed + (n + 1) * 0.5)
     batch.kv_tokens -= computed + n
+    request.num_scheduled_tokens = 0
+    recount(batch, lane.items, lane.requests, lane.coef_s)
     more = max(n, chunk_room(lane, item.request))
     batch.num_tokens += more
     batch.token_room -= more
     batch.pairs += more * (computed + (more + 1) * 0.5)
     batch.kv_tokens += computed + more
-    batch.free_blocks -= blocks_to_hold(lane.sim, request, more) - blocks_to_hold(lane.sim, request, n)
     item.tokens = request.num_scheduled_tokens = more
+    recount(batch, lane.items, lane.requests, lane.coef_s)
+    batch.free_blocks -= blocks_to_hold(lane.sim, request, more) - blocks_to_hold(lane.sim, request, n)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.config import ADMISSIONS, BLOCK_SIZE
+from llmsched_gym.engine import surface
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
 from llmsched_gym.engine.state import lane_of
+from llmsched_gym.engine.surface import has_surface
 
 BY_PROMPT, BY_CHUNK, BY_PROMPT_CHECK = range(len(ADMISSIONS))
 
 
 @kernel()
 def batch_s(linear_s, coef_s, num_tokens, pairs, kv_tokens):
-    """Seconds of a batch: linear layers and overhead by token count, attention by pairs and KV read."""
+    """Seconds of a batch on an additive profile: linear layers and overhead by tokens, attention by pairs and KV."""
     return linear_s[num_tokens] + coef_s[0] * pairs + coef_s[1] * kv_tokens
 
 
@@ -63,8 +65,7 @@ def open_batch(lane):
     batch.num_deferred = 0
     batch.token_room = max(0, min(lane.knobs.token_budget, sim.max_num_batched_tokens))
     batch.free_blocks = sim.free_blocks
-    batch.pairs = 0.0
-    batch.kv_tokens = 0.0
+    clear_sums(batch)
     batch.margin, batch.order = lane.knobs.margin, lane.knobs.order
     batch.limit, batch.hold = lane.knobs.limit, lane.knobs.hold
     set_cap(lane, lane.knobs.cap)
@@ -106,9 +107,23 @@ def next_deadline_s(lane):
 
 
 @kernel()
+def clear_sums(batch):
+    """No work in the batch: what its time is told from."""
+    batch.pairs = 0.0
+    batch.kv_tokens = 0.0
+    batch.longest = 0
+    batch.num_chunks = 0
+    batch.chunk_kv_tokens = 0.0
+    batch.chunks_s = 0.0
+    batch.price_s = -1.0
+
+
+@kernel()
 def predicted_s(lane):
     """What the scheduler's own profile says of the batch as it stands."""
     batch = lane.batch
+    if has_surface(lane.coef_s):
+        return surface.predicted_s(batch, lane.linear_s, lane.coef_s)
     return batch_s(lane.linear_s, lane.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
 
 
@@ -132,6 +147,8 @@ def chunk_room(lane, r):
     if n <= 0 or batch.cap_s == math.inf:
         return max(n, 0)
     computed = request.num_computed_tokens
+    if has_surface(lane.coef_s):
+        return surface.chunk_room(batch, lane.linear_s, lane.coef_s, computed, n)
     if _predicted_with_s(lane, computed, n) <= batch.cap_s:
         return n
     low, high = 0, n  # low fits (nothing always does), high does not
@@ -154,7 +171,11 @@ def decode_fits(lane, r):
         return False
     if batch.cap_s == math.inf:
         return True
-    kv_tokens = batch.kv_tokens + lane.requests[r].num_computed_tokens + 1
+    context = lane.requests[r].num_computed_tokens + 1
+    if has_surface(lane.coef_s):
+        alone = float(context)
+        return surface.with_decodes_s(batch, lane.linear_s, lane.coef_s, 1, alone, alone) <= batch.cap_s
+    kv_tokens = batch.kv_tokens + context
     return batch_s(lane.linear_s, lane.coef_s, batch.num_tokens + 1, batch.pairs, kv_tokens) <= batch.cap_s
 
 
@@ -197,6 +218,8 @@ def add_decode(lane, r):
     batch.num_decodes += 1
     batch.token_room -= 1
     batch.kv_tokens += request.num_computed_tokens + 1
+    if has_surface(lane.coef_s):
+        batch.longest = max(batch.longest, request.num_computed_tokens + 1)
     batch.free_blocks -= request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
     request.num_scheduled_tokens = 1
 
@@ -220,6 +243,8 @@ def add_decodes(lane, count):
     batch.num_decodes += count
     batch.token_room -= count
     batch.kv_tokens += context
+    if has_surface(lane.coef_s):
+        surface.see_longest(batch, lane.requests, lane.scratch, count)
     batch.free_blocks -= new_blocks
 
 
@@ -234,6 +259,8 @@ def add_chunk(lane, r, n):
     batch.token_room -= n
     batch.pairs += n * (request.num_computed_tokens + (n + 1) * 0.5)
     batch.kv_tokens += request.num_computed_tokens + n
+    if has_surface(lane.coef_s):
+        surface.see_chunk(batch, lane.coef_s, request.num_computed_tokens, n)
     batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     batch.num_admitted += request.phase == WAITING
     request.num_scheduled_tokens = n
@@ -295,15 +322,21 @@ def time_left_s(lane, r):
 def time_alone_s(lane, r):
     """Predicted seconds until the prompt of `r` is complete if it is served alone from now on."""
     request = lane.requests[r]
-    n = remaining_prefill(request)
     chunk = max(1, min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens))
+    return prompt_s(lane.linear_s, lane.coef_s, request.num_computed_tokens, remaining_prefill(request), chunk)
+
+
+@kernel()
+def prompt_s(linear_s, coef_s, computed, n, chunk):
+    """Seconds that n tokens of a prompt behind `computed` ones take alone, in chunks of so many."""
+    if has_surface(coef_s):
+        return surface.prompt_s(linear_s, coef_s, computed, n, chunk)
     whole, rest = n // chunk, n % chunk
-    computed = request.num_computed_tokens
-    seconds = whole * lane.linear_s[chunk] + (lane.linear_s[rest] if rest > 0 else 0.0)
-    seconds += lane.coef_s[0] * n * (computed + (n + 1) * 0.5)
+    seconds = whole * linear_s[chunk] + (linear_s[rest] if rest > 0 else 0.0)
+    seconds += coef_s[0] * n * (computed + (n + 1) * 0.5)
     # the KV read by chunk i ends at computed + (i + 1) * chunk
     kv_tokens = whole * computed + chunk * whole * (whole + 1) * 0.5 + (computed + n if rest > 0 else 0)
-    return seconds + lane.coef_s[1] * kv_tokens
+    return seconds + coef_s[1] * kv_tokens
 
 
 @kernel()

@@ -25,6 +25,7 @@ from llmsched_gym.engine.batch import (
 )
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import RUNNING
+from llmsched_gym.engine.surface import has_surface, with_decodes_s
 
 ORDERS = ("fcfs", "spf", "class", "srpt", "edf", "feasible")
 FCFS, SPF, CLASS, SRPT, EDF, FEASIBLE = range(6)
@@ -114,12 +115,25 @@ def _all_fit(lane, count):
         return False
     if batch.cap_s == math.inf:
         return True
-    kv_tokens = batch.kv_tokens
-    linear_s = 0.0  # a staircase may fall, so the largest on the way
+    return _all_within_cap(batch, lane.scratch, lane.requests, lane.linear_s, lane.coef_s, count)
+
+
+@kernel()
+def _all_within_cap(batch, scratch, requests, linear_s, coef_s, count):
+    context = longest = 0
+    most_s = 0.0  # of the linear layers: a staircase may fall, so the largest on the way
     for i in range(count):
-        kv_tokens += lane.requests[lane.scratch[i]].num_computed_tokens + 1
-        linear_s = max(linear_s, lane.linear_s[batch.num_tokens + 1 + i])
-    return linear_s + lane.coef_s[0] * batch.pairs + lane.coef_s[1] * kv_tokens <= batch.cap_s
+        tokens = requests[scratch[i]].num_computed_tokens + 1
+        context += tokens
+        longest = max(longest, tokens)
+        most_s = max(most_s, linear_s[batch.num_tokens + 1 + i])
+    if not has_surface(coef_s):
+        return most_s + coef_s[0] * batch.pairs + coef_s[1] * (batch.kv_tokens + context) <= batch.cap_s
+    if count == 0:
+        return True
+    fall_s = most_s - linear_s[batch.num_tokens + count]
+    full_s = with_decodes_s(batch, linear_s, coef_s, count, float(context), float(longest))
+    return full_s + fall_s <= batch.cap_s
 
 
 @kernel()
@@ -128,7 +142,11 @@ def add_deferred_decodes(lane, margin_s):
     batch = lane.batch
     if batch.num_deferred == 0 or batch.token_room <= 0:
         return
-    if batch_s(lane.linear_s, lane.coef_s, batch.num_tokens + 1, batch.pairs, batch.kv_tokens) > batch.cap_s:
+    if has_surface(lane.coef_s):
+        least_s = with_decodes_s(batch, lane.linear_s, lane.coef_s, 1, 0.0, 0.0)
+    else:
+        least_s = batch_s(lane.linear_s, lane.coef_s, batch.num_tokens + 1, batch.pairs, batch.kv_tokens)
+    if least_s > batch.cap_s:
         return  # prompts have filled the batch: not even a decode without a context fits
     count = 0
     for i in range(lane.sim.num_running):

@@ -162,6 +162,12 @@ BATCH = record_dtype(
         ("order", "i4"),
         ("limit", "i4"),
         ("hold", "i1"),
+        # counted where the scheduler's profile has a surface
+        ("longest", "i4"),  # KV tokens read by the decode that reads most
+        ("num_chunks", "i4"),
+        ("chunk_kv_tokens", "f8"),  # of kv_tokens, those that chunks read
+        ("chunks_s", "f8"),  # attention of the chunks, the kernels' launch left out
+        ("price_s", "f8"),  # what the profile said when the batch was executed; below 0: not asked yet
     ]
 )
 

@@ -12,13 +12,22 @@ from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.lifecycle import arrive
 from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, lane_of, unpack
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
+from llmsched_gym.engine.surface import ID, has_surface, predicted_s, recount
 
 
 @kernel()
 def execute_s(s, env, lane, world):
     """Duration of the applied batch on the simulated device (rule 13)."""
     batch = lane.batch
-    seconds = batch_s(s.linear_s, s.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
+    if has_surface(s.coef_s):
+        if not has_surface(s.own_coef_s) or s.own_coef_s[ID] != s.coef_s[ID]:
+            recount(batch, lane.items, lane.requests, s.coef_s)  # the chunks have the scheduler's own prices
+            seconds = predicted_s(batch, s.linear_s, s.coef_s)
+            recount(batch, lane.items, lane.requests, s.own_coef_s)
+        else:
+            seconds = batch.price_s = predicted_s(batch, s.linear_s, s.coef_s)
+    else:
+        seconds = batch_s(s.linear_s, s.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
     noise = s.noise[env]  # two blocks; the caller refills one while the other is in use
     return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
 
