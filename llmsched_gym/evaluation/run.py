@@ -70,8 +70,11 @@ def simulate(
     backend: Backend | None = None,
     profile: Profile | None = None,
     own_profile: Profile | None = None,
+    table: RequestTable | None = None,
 ) -> Episode:
     """Run `policy` (a name or a scheduler) on the requests of `seed` to the end; the first `num_steps` are logged.
+
+    A `table` of requests takes the place of the seed's.
 
     Clairvoyant schedulers need a scenario with ``length_hint``; they get an oracle's if it has none. A scenario for the
     real backend needs one, see `make_backend`.
@@ -83,7 +86,7 @@ def simulate(
     scenario = scenario_for(scenario, scheduler)
     if getattr(scheduler, "clairvoyant", False) and scenario.length_hint == "none":
         scenario = scenario.replace(length_hint="oracle")
-    table = make_table(scenario, seed)
+    table = make_table(scenario, seed) if table is None else table
     num_gaps = int(np.sum(table.output_tokens, dtype=np.int64) - len(table))
     engine = Engine(
         scenario,

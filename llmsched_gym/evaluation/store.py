@@ -165,8 +165,8 @@ class Store:
         """Put the tables in place and clear away the parts."""
         self._join("requests", len(rows))
         self._join("steps", len(rows))
-        _replace(self.out / "itl.parquet", lambda path: self._itl(len(rows)).to_parquet(path, index=False))
-        _replace(self.out / "runs.parquet", lambda path: _write_rows(rows, path))
+        replace_file(self.out / "itl.parquet", lambda path: self._itl(len(rows)).to_parquet(path, index=False))
+        replace_file(self.out / "runs.parquet", lambda path: _write_rows(rows, path))
         shutil.rmtree(self.partial)
 
     def _parts(self, kind: str, num_cells: int) -> list[Path]:
@@ -191,7 +191,7 @@ class Store:
                         writer.write_table(pa.concat_tables(tables).unify_dictionaries())
                         tables = []
 
-        _replace(self.out / f"{kind}.parquet", write)
+        replace_file(self.out / f"{kind}.parquet", write)
 
     def _itl(self, num_cells: int) -> Any:
         """Distribution of gaps by policy, load and class, pooled over seeds: itl_s at ITL_PROBS."""
@@ -260,7 +260,7 @@ def dumps(value: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file; a reader never sees half of it."""
-    _replace(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -272,7 +272,8 @@ def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     pq.write_table(table.cast(pa.schema(known)), path, compression="zstd")
 
 
-def _replace(path: Path, write: Any) -> None:
+def replace_file(path: Path, write: Any) -> None:
+    """Let `write` fill a file beside `path`, then put it in place: a reader never sees half of it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         write(partial)

@@ -102,7 +102,7 @@ def load_trace(path: str | Path, on_invalid: OnInvalid = "raise") -> Trace:
     if is_servegen(path):
         return _servegen(path)
     try:
-        with _open_text(path) as file:
+        with open_text(path) as file:
             trace = _parse(path, file, on_invalid == "drop")
     except (OSError, EOFError, zlib.error) as error:  # damaged gzip raises any of them
         raise TraceError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
@@ -143,7 +143,8 @@ def _cached(path: Path, absolute: Path, version: tuple[int, ...], on_invalid: On
     return load_trace(path, on_invalid)
 
 
-def _open_text(path: Path) -> io.TextIOBase:
+def open_text(path: Path) -> io.TextIOBase:
+    """A text file in UTF-8, gzipped or not."""
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     if zipped:
@@ -168,7 +169,7 @@ def _parse(path: Path, file: Iterable[str], drop: bool) -> Trace:
     else:
         header = [name.strip() for name in next(csv.reader([first]))]
         fmt = _detect(path, header, header_line)
-        rows = _csv_rows(path, header, lines, header_line)
+        rows = csv_rows(path, header, lines, header_line)
         names = [*fmt.columns, *([fmt.session] if fmt.session in header else [])]
         pick = [header.index(name) for name in names]
         rows = ((line, [row[i] for i in pick] if row else row) for line, row in rows)
@@ -201,7 +202,7 @@ def _unknown_header(path: Path, header: list[str], line: int) -> TraceError:
     return TraceError(f"{path}: line {line}: unknown header {shown!r}; known columns are {known}")
 
 
-def _csv_rows(path: Path, header: list[str], lines: Iterator[str], before: int) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(path: Path, header: list[str], lines: Iterator[str], before: int) -> Iterator[tuple[int, list[str]]]:
     """(line number, fields) of every row; a row of the wrong width has no fields."""
     reader = csv.reader(lines)
     try:

@@ -1,0 +1,234 @@
+"""Measured serving runs: when each request came, and when a real server gave its first and its last token.
+
+Read from a CSV file of times on one clock, or from what ``vllm bench serve --save-result --save-detailed`` writes; the
+content tells which. Files may be gzipped. Every row counts: one that breaks a rule is an error that names it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.workload.traces import MAX_TOKENS, TraceError, TraceWarning, csv_rows, open_text
+
+CSV_COLUMNS = ("input_toks", "output_toks", "queued_s", "scheduled_s", "first_token_s", "last_token_s")
+TOKEN_COLUMNS = CSV_COLUMNS[:2]
+BENCH_KEYS = ("input_lens", "output_lens", "start_times", "ttfts", "itls")
+BENCH = "vllm bench serve --save-result --save-detailed"
+EXPECTED = f"expected a CSV file with {','.join(CSV_COLUMNS)}, or the JSON of `{BENCH}`"
+
+
+@dataclass(frozen=True, eq=False)
+class ServedRun:
+    """Finished requests of a serving run in order of arrival; arrays have shape (num_requests,).
+
+    Times are float64, seconds since the first arrival. A run of the simulator has the same form.
+    """
+
+    name: str  # the file's name
+    row: np.ndarray  # int64, where the file has it: line of a CSV file, index in the lists of a JSON file
+    prompt_tokens: np.ndarray  # int32, >= 1
+    output_tokens: np.ndarray  # int32, >= 1
+    arrival_s: np.ndarray
+    scheduled_s: np.ndarray  # when it first ran; nan where the file does not say
+    first_token_s: np.ndarray  # > arrival_s
+    last_token_s: np.ndarray  # >= first_token_s
+    num_failed: int = 0  # requests of the file that failed and are left out
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def ttft_s(self) -> np.ndarray:
+        return self.first_token_s - self.arrival_s
+
+    @property
+    def queue_time_s(self) -> np.ndarray:
+        return self.scheduled_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> np.ndarray:
+        """(last - first) / (n - 1); nan where all tokens came at once, as one alone does."""
+        lasted_s = self.last_token_s - self.first_token_s
+        apart = (self.output_tokens > 1) & (lasted_s > 0.0)
+        return np.where(apart, lasted_s / np.maximum(self.output_tokens - 1, 1), np.nan)
+
+    @property
+    def e2e_latency_s(self) -> np.ndarray:
+        return self.last_token_s - self.arrival_s
+
+    @property
+    def end_s(self) -> float:
+        """When the run's last token came."""
+        return float(self.last_token_s.max())
+
+
+def load_run(path: str | Path) -> ServedRun:
+    """Read a measured run; raises :class:`TraceError`, and warns (:class:`TraceWarning`) of failed requests."""
+    path = Path(path)
+    try:
+        with open_text(path) as file:
+            text = file.read()
+    except (OSError, EOFError, zlib.error) as error:  # damaged gzip raises any of them
+        raise TraceError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
+    except UnicodeDecodeError:
+        raise TraceError(f"{path}: not a text file in UTF-8") from None
+    if not text.strip():
+        raise TraceError(f"{path}: the file is empty")
+    run = _from_bench(path, text) if text.lstrip()[0] in "{[" else _from_csv(path, text)
+    if run.num_failed:
+        many = f"{run.num_failed:,} of its {len(run) + run.num_failed:,} requests failed"
+        message = f"{path}: {many}: they are left out, and so is the load that they were"
+        warnings.warn(message, TraceWarning, stacklevel=2)
+    return run
+
+
+def _from_csv(path: Path, text: str) -> ServedRun:
+    lines = io.StringIO(text, newline="")
+    before, first = next((i, line) for i, line in enumerate(lines, 1) if line.strip())
+    header = [name.strip() for name in next(csv.reader([first]))]
+    for name in CSV_COLUMNS:
+        if name not in header:
+            raise TraceError(f"{path}: line {before}: no column {name!r}; {EXPECTED}")
+    columns: dict[str, list[float]] = {name: [] for name in CSV_COLUMNS}
+    row = []
+    for line, fields in csv_rows(path, header, lines, before):
+        if not fields:
+            raise TraceError(f"{path}: line {line}, column {header[-1]!r}: more or fewer fields than in the header")
+        values = dict(zip(header, fields, strict=True))
+        earlier, earlier_s = "", -math.inf
+        for name, column in columns.items():
+            where = f"{path}: line {line}, column {name!r}"
+            if name in TOKEN_COLUMNS:
+                column.append(_tokens(where, values[name]))
+                continue
+            time_s = _number(values[name])
+            if time_s is None or time_s < earlier_s:
+                what = f"a time in seconds{f', not before {earlier}' if earlier else ''}"
+                raise TraceError(f"{where}: expected {what}, got {_shown(values[name])}")
+            if name == "first_token_s" and time_s <= columns["queued_s"][-1]:
+                raise TraceError(f"{where}: expected a time after queued_s, got {_shown(values[name])}")
+            column.append(time_s)
+            earlier, earlier_s = name, time_s
+        row.append(line)
+    if not row:
+        raise TraceError(f"{path}: no rows behind the header")
+    arrays = {name: np.array(column, np.float64) for name, column in columns.items()}
+    tokens = [arrays[name] for name in TOKEN_COLUMNS]
+    start_s = arrays["queued_s"].min()
+    times = [arrays[name] - start_s for name in CSV_COLUMNS if name not in TOKEN_COLUMNS]
+    return _run(path, row, *tokens, *times)
+
+
+def _from_bench(path: Path, text: str) -> ServedRun:
+    lists = _bench_lists(path, _bench_result(path, text))
+    rows, columns = [], []
+    for i, (error, output) in enumerate(zip(lists["errors"], lists["output_lens"], strict=True)):
+        if error or output == 0:
+            continue
+        where = {key: f"{path}: {key!r}, request {i}" for key in BENCH_KEYS}
+        prompt, output = (_tokens(where[key], lists[key][i]) for key in ("input_lens", "output_lens"))
+        begin_s, ttft_s = _number(lists["start_times"][i]), _number(lists["ttfts"][i])
+        if begin_s is None:
+            raise TraceError(
+                f"{where['start_times']}: expected a time in seconds, got {_shown(lists['start_times'][i])}"
+            )
+        if ttft_s is None or ttft_s <= 0.0:
+            raise TraceError(f"{where['ttfts']}: expected seconds > 0, got {_shown(lists['ttfts'][i])}")
+        given = lists["itls"][i]
+        gaps = [_number(gap) for gap in given] if isinstance(given, list) else [None]
+        if not all(gap is not None and gap >= 0.0 for gap in gaps):
+            raise TraceError(f"{where['itls']}: expected a list of seconds >= 0, got {_shown(given)}")
+        rows.append(i)
+        columns.append((prompt, output, begin_s, ttft_s, math.fsum(gap for gap in gaps if gap is not None)))
+    if not rows:
+        failed = f"all {len(lists['errors']):,} requests failed" if lists["errors"] else "no requests"
+        raise TraceError(f"{path}: {failed}")
+    prompts, outputs, begin, ttft, decoding = np.array(columns, np.float64).T
+    arrival_s = begin - begin.min()
+    first_s = arrival_s + ttft
+    times = [arrival_s, np.full(len(rows), np.nan), first_s, first_s + decoding]
+    return _run(path, rows, prompts, outputs, *times, num_failed=len(lists["errors"]) - len(rows))
+
+
+def _bench_lists(path: Path, data: dict[str, Any]) -> dict[str, list[Any]]:
+    """BENCH_KEYS and errors, a value for each request."""
+    for key in BENCH_KEYS:
+        if key not in data:
+            why = ", without which nobody knows when requests arrived (vLLM saves them since January 2026)"
+            what = f"expected what `{BENCH}` writes"
+            raise TraceError(f"{path}: no {key!r}{why if key == 'start_times' else ''}: {what}")
+    lists: dict[str, list[Any]] = {key: data[key] for key in BENCH_KEYS}
+    lengths = {key: len(value) if isinstance(value, list) else -1 for key, value in lists.items()}
+    lists["errors"] = data.get("errors", [""] * max(lengths.values()))  # without them nobody failed
+    lengths["errors"] = len(lists["errors"]) if isinstance(lists["errors"], list) else -1
+    for key, length in lengths.items():
+        if length != max(lengths.values()):
+            what = f"expected a list of {max(lengths.values()):,} values, one for each request"
+            raise TraceError(f"{path}: {key!r}: {what}, got {length:,}" if length >= 0 else f"{path}: {key!r}: {what}")
+    return lists
+
+
+def _bench_result(path: Path, text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # --append-result adds a line for each
+            raise TraceError(f"{path}: line {error.lineno}: expected the result of one run, got several") from None
+        raise TraceError(f"{path}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
+        raise TraceError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise TraceError(f"{path}: expected a JSON object, got {_shown(data)}; {EXPECTED}")
+    return data
+
+
+def _run(
+    path: Path, row: list[int], prompt: np.ndarray, output: np.ndarray, *times: np.ndarray, num_failed: int = 0
+) -> ServedRun:
+    """The run from columns as the file has them; times as in ServedRun."""
+    order = np.argsort(times[0], kind="stable")
+    arrival_s, scheduled_s, first_token_s, last_token_s = (time_s[order] for time_s in times)
+    return ServedRun(
+        name=path.name,
+        row=np.array(row, np.int64)[order],
+        prompt_tokens=prompt[order].astype(np.int32),
+        output_tokens=output[order].astype(np.int32),
+        arrival_s=arrival_s,
+        scheduled_s=scheduled_s,
+        first_token_s=first_token_s,
+        last_token_s=last_token_s,
+        num_failed=num_failed,
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, of a JSON file or as text of a CSV file; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or "_" in str(value):
+        return None  # Python would read 1_000
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _tokens(where: str, value: Any) -> int:
+    number = _number(value)
+    if number is None or not number.is_integer() or not 1 <= number <= MAX_TOKENS:
+        raise TraceError(f"{where}: expected a whole number >= 1, got {_shown(value)}")
+    return int(number)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
