@@ -18,6 +18,7 @@ import numpy as np
 
 from llmsched_gym.config import SUITES, scenario
 from llmsched_gym.engine import Engine
+from llmsched_gym.engine.records import PENDING
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.scheduler import install, make_scheduler, registry
 from llmsched_gym.workload import make_table
@@ -143,6 +144,7 @@ def engine_hash(policy: str, suite: str, seed: int, num_requests: int, steps: in
     for name in COUNTERS:
         sha.add(counter(engine, 0, name))
     requests, log = engine.state.requests[0, : len(table)], engine.state.steps[0]
+    requests = requests[requests["phase"] != PENDING]
     for name in COLUMNS:
         sha.add(requests[name])
     for name in LOG:
