@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import Profile, ProfileError, load_profile
 from llmsched_gym.cost.surface import Sums, Surface
-from llmsched_gym.engine.batch import predicted_s
+from llmsched_gym.engine.batch import predicted_s, prompt_s
 from llmsched_gym.engine.run import apply_env, commit_env, execute_env
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.surface import chunk_s, surface_s
@@ -128,6 +128,14 @@ def test_kernels_are_the_reference(data, seed):
         sum(chunk_s(coef_s, computed, n) for computed, n in chunks),
     )
     assert found == pytest.approx(device.predict_s(chunks, decodes), rel=1e-12)
+
+
+@given(seed=st.integers(0, 99), computed=st.integers(0, 300), n=st.integers(1, 900), size=st.integers(1, 400))
+def test_a_prompt_alone_takes_the_sum_of_its_batches(seed, computed, n, size):
+    device = dataclasses.replace(BASE, surface=rough_surface(np.random.default_rng(seed)))
+    expected = sum(device.predict_s([(computed + at, min(size, n - at))], []) for at in range(0, n, size))
+    found = prompt_s(device.linear_table_s(2048), device.coefficients(64), computed, n, size)
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("policy", ["sarathi", "slai", "vllm-v1", "srpt-capped", "on-time[age=5]", "rad", "edf"])
