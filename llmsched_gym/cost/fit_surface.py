@@ -1,0 +1,120 @@
+"""The surface of attention from a table of measured kernels: chunks alone, decodes alone, both together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmsched_gym.cost import fit_table
+from llmsched_gym.cost.surface import ProfileError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHORT_CHUNK = 64
+"""Chunks up to so many tokens hide nothing of one decode: beside them the floor is read off."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of one layer, microseconds: a :class:`Surface` before it is scaled to all layers."""
+
+    sequences: tuple[int, ...]
+    context: tuple[int, ...]
+    chunk: tuple[int, ...]
+    prefix: tuple[int, ...]
+    pair_us: float
+    decode_us: np.ndarray  # (N, K)
+    chunk_us: np.ndarray  # (C, P), less pair_us per query-key pair
+    hybrid_us: np.ndarray  # (C, N, K)
+    floor_us: np.ndarray  # (K,)
+
+    def predict(self, cells: pd.DataFrame) -> np.ndarray:
+        """Microseconds of batches of one chunk (c tokens behind p) and n decodes of k tokens, (rows,)."""
+        c, p, n, k = (cells[name].to_numpy(float) for name in "cpnk")
+        chunk = np.where(c > 0, self.chunks(c, p), 0.0)
+        alone = _at(self.decode_us, (self.sequences, self.context), (n, k))
+        hybrid = _at(self.hybrid_us, (self.chunk, self.sequences, self.context), (c, n, k))
+        together = np.maximum(chunk, self.floor(k)) + hybrid
+        return np.where(n == 0, chunk, np.where(c == 0, alone, together))
+
+    def chunks(self, c: np.ndarray, p: np.ndarray) -> np.ndarray:
+        return self.pair_us * pairs(c, p) + _at(self.chunk_us, (self.chunk, self.prefix), (c, p))
+
+    def floor(self, k: np.ndarray) -> np.ndarray:
+        return _at(self.floor_us, (self.context,), (k,))
+
+
+def pairs(c: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Query-key pairs of chunks of c tokens behind p."""
+    return c * (p + (c + 1.0) / 2.0)
+
+
+def fit_attention(cells: pd.DataFrame, where: str = "attention") -> Attention:
+    """The surface closest to measured cells (columns c, p, n, k, us), relative errors counted, outliers little.
+
+    Knots are the powers of two that the cells span; levels that were not measured are filled from their neighbours.
+    Raises :class:`ProfileError`, which starts with `where`, if a kind of batch is missing.
+    """
+    kinds = {"chunks alone": cells[cells.n == 0], "decodes alone": cells[cells.c == 0]}
+    kinds["hybrid batches"] = cells[(cells.c > 0) & (cells.n > 0)]
+    for kind, part in kinds.items():
+        axes = [name for name in "cpnk" if part[name].any()]
+        if not len(part) or any(part[name].nunique() < 2 for name in axes):
+            raise ProfileError(f"{where}: expected {kind}, at two sizes at least; there are {len(part)} such rows")
+    chunks, decodes, hybrids = kinds.values()
+    sequences, context = octaves(cells.n, first=1), octaves(cells.k)
+    chunk, prefix = octaves(cells.c), (0, *octaves(cells.p))
+
+    pair_us = _pair_us(chunks)
+    c, p, us = (chunks[name].to_numpy(float) for name in ("c", "p", "us"))
+    axes = (chunk, prefix)
+    rest = fit_table.fit(axes, (c, p), us - pair_us * pairs(c, p), us, lambda t: fit_table.fill(t, axes, convex=0))
+
+    launch = float(cells.us.min())
+    n, k, us = (decodes[name].to_numpy(float) for name in ("n", "k", "us"))
+    axes = (sequences, context)
+    alone = fit_table.fit(axes, (n, k), us, us, lambda t: fit_table.fill(t, axes, convex=0, at_zero=launch))
+
+    lone = hybrids[(hybrids.n == hybrids.n.min()) & (hybrids.p == hybrids.p.min())]
+    lone = lone[lone.c <= max(SHORT_CHUNK, lone.c.min())]
+    k, us = (lone[name].to_numpy(float) for name in ("k", "us"))
+    floor = fit_table.fit((context,), (k,), us, us, lambda t: fit_table.fill(t, (context,)))
+
+    table = Attention(sequences, context, chunk, prefix, pair_us, alone, rest, np.zeros(0), _rising(floor, 0))
+    c, p, n, k, us = (hybrids[name].to_numpy(float) for name in ("c", "p", "n", "k", "us"))
+    axes = (chunk, sequences, context)
+    above = us - np.maximum(table.chunks(c, p), table.floor(k))
+    hybrid = fit_table.fit(axes, (c, n, k), above, us, lambda t: fit_table.fill(t, axes, (1, 2, 0), convex=1, at_zero=0.0))
+    return replace(table, decode_us=_rising(alone, 0, 1), hybrid_us=_rising(hybrid, 1, 2))
+
+
+def octaves(values: pd.Series, first: int | None = None) -> tuple[int, ...]:
+    """Powers of two around the positive values, at least two."""
+    positive = values[values > 0].to_numpy(int)
+    low = int(positive.min()).bit_length() - 1 if first is None else first.bit_length() - 1
+    high = max((int(positive.max()) - 1).bit_length(), low + 1)
+    return tuple(1 << i for i in range(low, high + 1))
+
+
+def _pair_us(chunks: pd.DataFrame) -> float:
+    """Microseconds per query-key pair, beside a constant and a time per key token; small relative errors."""
+    from scipy.optimize import nnls
+
+    c, p, us = (chunks[name].to_numpy(float) for name in ("c", "p", "us"))
+    matrix = np.column_stack([np.ones(len(c)), c + p, pairs(c, p)]) / us[:, None]
+    return float(nnls(matrix, np.ones(len(c)))[0][2])
+
+
+def _rising(table: np.ndarray, *axes: int) -> np.ndarray:
+    """Not below 0, and never falling along the axes: more decodes and longer ones take no less time."""
+    table = np.maximum(table, 0.0)
+    for axis in axes:
+        table = np.maximum.accumulate(table, axis=axis)
+    return table
+
+
+def _at(table: np.ndarray, knots: tuple[tuple[int, ...], ...], at: tuple[np.ndarray, ...]) -> np.ndarray:
+    return np.asarray(fit_table.weights(knots, at) @ table.ravel())
