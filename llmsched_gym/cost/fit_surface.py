@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmsched_gym.cost import fit_table
-from llmsched_gym.cost.surface import ProfileError
+from llmsched_gym.cost.surface import ProfileError, Surface
 
 if TYPE_CHECKING:
     import pandas as pd
 
+TABLES = ("decode", "chunk", "hybrid", "floor")
 SHORT_CHUNK = 64
 """Chunks up to so many tokens hide nothing of one decode: beside them the floor is read off."""
 
@@ -39,6 +40,14 @@ class Attention:
         hybrid = _at(self.hybrid_us, (self.chunk, self.sequences, self.context), (c, n, k))
         together = np.maximum(chunk, self.floor(k)) + hybrid
         return np.where(n == 0, chunk, np.where(c == 0, alone, together))
+
+    @classmethod
+    def of(cls, surface: Surface, pair_ms: float, num_layers: int) -> Attention:
+        """One layer of a profile's surface."""
+        to_us = 1e3 / num_layers
+        tables = {f"{name}_us": to_us * np.array(getattr(surface, f"{name}_ms")) for name in TABLES}
+        knots = {name: getattr(surface, name) for name in ("sequences", "context", "chunk", "prefix")}
+        return cls(**knots, **tables, pair_us=to_us * pair_ms)
 
     def chunks(self, c: np.ndarray, p: np.ndarray) -> np.ndarray:
         return self.pair_us * pairs(c, p) + _at(self.chunk_us, (self.chunk, self.prefix), (c, p))
