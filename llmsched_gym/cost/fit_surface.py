@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLES = ("decode", "chunk", "hybrid", "floor")
+MIXING_CAP = 4.0
+"""Times as much as alone that decodes cost at most beside a chunk, where more of them than were measured run beside one:
+query heads per KV head of common models, which kernels for decodes alone read together. Tables may show more."""
 SHORT_CHUNK = 64
 """Chunks up to so many tokens hide nothing of one decode: beside them the floor is read off."""
 
@@ -97,7 +100,9 @@ def fit_attention(cells: pd.DataFrame, where: str = "attention") -> Attention:
     axes = (chunk, sequences, context)
     above = us - np.maximum(table.chunks(c, p), table.floor(k))
     hybrid = fit_table.fit(axes, (c, n, k), above, us, lambda t: fit_table.fill(t, axes, (1, 2, 0), convex=1, at_zero=0.0))
-    return replace(table, decode_us=_rising(alone, 0, 1), hybrid_us=_rising(hybrid, 1, 2))
+    alone = _rising(alone, 0, 1)
+    hybrid = _rising(_capped(hybrid, alone, int(np.searchsorted(sequences, n.max()))), 1, 2)
+    return replace(table, decode_us=alone, hybrid_us=hybrid)
 
 
 def octaves(values: pd.Series, first: int | None = None) -> tuple[int, ...]:
@@ -115,6 +120,18 @@ def _pair_us(chunks: pd.DataFrame) -> float:
     c, p, us = (chunks[name].to_numpy(float) for name in ("c", "p", "us"))
     matrix = np.column_stack([np.ones(len(c)), c + p, pairs(c, p)]) / us[:, None]
     return float(nnls(matrix, np.ones(len(c)))[0][2])
+
+
+def _capped(hybrid: np.ndarray, alone: np.ndarray, last: int) -> np.ndarray:
+    """Past `last`, the most decodes measured beside a chunk, their time grows with the context at most so many times as
+    fast as alone (:data:`MIXING_CAP`, or what the measured ones show)."""
+    growth = alone - alone[:, :1]  # (N, K), over the shortest context
+    shown = (hybrid[0] - hybrid[0, :, :1])[: last + 1, 1:] / np.maximum(growth[: last + 1, 1:], 1e-9)
+    cap = max(MIXING_CAP, float(np.max(shown[-1])))
+    hybrid = hybrid.copy()
+    for i in range(last + 1, len(alone)):
+        hybrid[:, i] = np.minimum(hybrid[:, i], hybrid[:, i, :1] + cap * growth[i])
+    return hybrid
 
 
 def _rising(table: np.ndarray, *axes: int) -> np.ndarray:

@@ -88,8 +88,8 @@ def fill(
     """NaNs replaced along the axes in turn: first between neighbours, then past the last ones, in each axis' own unit.
 
     Along the axis `convex`, times are maxima of bounds and so nearly convex: between two neighbours a value lies below
-    their chord and above the lines through the next two on either side, and the middle of that is taken. `at_zero` is
-    the value at 0 of that axis, known beforehand.
+    their chord and above the lines through the next two on either side, and the middle of that is taken; past the last
+    one a power law goes on where it is steeper than the line. `at_zero` is the value at 0 of that axis, known beforehand.
     """
     table = table.copy()
     for beyond in (False, True):
@@ -120,12 +120,20 @@ def _fill_line(
             line[i] = (chord + low) / 2.0 if low < chord else chord
         elif beyond:
             line[i] = _line(x, y, 0 if right == 0 else len(x) - 2, knots[i])
+            if convex and right > 0 and y[-1] > y[-2] > 0.0:
+                line[i] = max(line[i], _power_law(x, y, knots[i]))
     return line
 
 
 def _line(x: np.ndarray, y: np.ndarray, i: int, at: float) -> float:
     """The line through points i and i + 1."""
     return float(y[i] + (y[i + 1] - y[i]) / (x[i + 1] - x[i]) * (at - x[i]))
+
+
+def _power_law(x: np.ndarray, y: np.ndarray, at: float) -> float:
+    """The one through the last two points, whose values are > 0."""
+    exponent = np.log(y[-1] / y[-2]) / np.log(x[-1] / x[-2])
+    return float(y[-1] * (at / x[-1]) ** exponent)
 
 
 def _typical(matrix: sparse.csr_matrix, scale: np.ndarray) -> np.ndarray:
