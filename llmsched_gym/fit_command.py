@@ -1,4 +1,4 @@
-"""`llmsched fit`: a cost profile from tables of measured kernels, or from the measured batches of `llmsched calibrate`."""
+"""`llmsched fit`: a cost profile from tables of measured kernels, or from the batches that `calibrate` measured."""
 
 from __future__ import annotations
 

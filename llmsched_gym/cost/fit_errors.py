@@ -1,4 +1,4 @@
-"""How far a fitted surface is from measured cells: by kind of batch, the worst cells, and with whole levels left out."""
+"""How far a fitted surface is from measured cells: by kind of batch, worst cells, and with whole levels left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmsched_gym.cost.fit_surface import fit_attention
+from llmsched_gym.cost.fit_surface import AXES, fit_attention, kinds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,12 +17,6 @@ LARGE_US = 50.0
 NUM_WORST = 5
 LEVELS = {"n": ("decodes", "hybrid"), "k": ("decodes", "hybrid"), "c": ("chunks",), "p": ("chunks",)}
 """Columns of which levels are left out, and the kinds of batches whose error that tells."""
-LEVEL_NAMES = {"n": "n_decode", "k": "kv_decode", "c": "prefill_chunk", "p": "kv_prefill"}
-
-
-def kinds(cells: pd.DataFrame) -> dict[str, pd.Series]:
-    """Which cells are decodes alone, chunks alone and hybrid batches."""
-    return {"decodes": cells.c == 0, "chunks": cells.n == 0, "hybrid": (cells.c > 0) & (cells.n > 0)}
 
 
 def figures(error: np.ndarray) -> dict[str, float | int]:
@@ -53,9 +47,13 @@ def worst(cells: pd.DataFrame, predicted_us: np.ndarray) -> list[dict[str, Any]]
     """The cells with the largest relative errors."""
     error = predicted_us / cells.us.to_numpy() - 1.0
     order = np.argsort(-np.abs(error), kind="stable")[:NUM_WORST]
-    rows = cells.iloc[order].rename(columns=LEVEL_NAMES)
+    rows = cells.iloc[order].rename(columns=AXES)
     return [
-        {**{name: int(row[name]) for name in LEVEL_NAMES.values()}, "us": round(row["us"], 1), "error": round(float(e), 3)}
+        {
+            **{name: int(row[name]) for name in AXES.values()},
+            "us": round(row["us"], 1),
+            "error": round(float(e), 3),
+        }
         for row, e in zip(rows.to_dict("records"), error[order], strict=True)
     ]
 
@@ -76,9 +74,7 @@ def held_out(
         fitted = fit_attention(cells[cells[column] != level])
         errors[column][level] = left_out.assign(error=fitted.predict(left_out) / left_out.us - 1.0)
     progress(len(plan), len(plan))
-    return {
-        LEVEL_NAMES[column]: {kind: _pooled(errors[column], kind) for kind in of} for column, of in LEVELS.items()
-    }
+    return {AXES[column]: {kind: _pooled(errors[column], kind) for kind in of} for column, of in LEVELS.items()}
 
 
 def _pooled(by_level: dict[int, pd.DataFrame], kind: str) -> dict[str, Any]:
@@ -89,9 +85,7 @@ def _pooled(by_level: dict[int, pd.DataFrame], kind: str) -> dict[str, Any]:
             parts[level] = rows.error.to_numpy()[mask]
     levels = list(parts)
     groups = {"inner": levels[1:-1], "edges": [levels[0], levels[-1]]}
-    pooled = {
-        name: figures(np.concatenate([parts[v] for v in group])) for name, group in groups.items() if group
-    }
+    pooled = {name: figures(np.concatenate([parts[v] for v in group])) for name, group in groups.items() if group}
     each = {str(level): figures(error) for level, error in parts.items()}
     return {**figures(np.concatenate(list(parts.values()))), **pooled, "levels": each}
 

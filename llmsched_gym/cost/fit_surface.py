@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,12 +13,14 @@ from llmsched_gym.cost.surface import ProfileError, Surface
 if TYPE_CHECKING:
     import pandas as pd
 
+AXES = {"n": "n_decode", "k": "kv_decode", "c": "prefill_chunk", "p": "kv_prefill"}
+"""Columns of cells, and what tables of kernels call them."""
 TABLES = ("decode", "chunk", "hybrid", "floor")
 MIXING_CAP = 4.0
-"""Times as much as alone that decodes cost at most beside a chunk, where more of them than were measured run beside one:
+"""Times as much as alone that decodes cost at most beside a chunk where more of them run than were measured beside one:
 query heads per KV head of common models, which kernels for decodes alone read together. Tables may show more."""
-SHORT_CHUNK = 64
-"""Chunks up to so many tokens hide nothing of one decode: beside them the floor is read off."""
+FEW, SHORT_CHUNK = 2, 64
+"""So few decodes beside so short a chunk show the floor: one sequence's way through the kernel, with nothing hidden."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Attention:
     def of(cls, surface: Surface, pair_ms: float, num_layers: int) -> Attention:
         """One layer of a profile's surface."""
         to_us = 1e3 / num_layers
-        tables = {f"{name}_us": to_us * np.array(getattr(surface, f"{name}_ms")) for name in TABLES}
+        tables: dict[str, Any] = {f"{name}_us": to_us * np.array(getattr(surface, f"{name}_ms")) for name in TABLES}
         knots = {name: getattr(surface, name) for name in ("sequences", "context", "chunk", "prefix")}
         return cls(**knots, **tables, pair_us=to_us * pair_ms)
 
@@ -59,50 +61,59 @@ class Attention:
         return _at(self.floor_us, (self.context,), (k,))
 
 
+def kinds(cells: pd.DataFrame) -> dict[str, pd.Series]:
+    """Which cells are decodes alone, chunks alone and hybrid batches."""
+    return {"decodes": cells.c == 0, "chunks": cells.n == 0, "hybrid": (cells.c > 0) & (cells.n > 0)}
+
+
 def pairs(c: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Query-key pairs of chunks of c tokens behind p."""
     return c * (p + (c + 1.0) / 2.0)
 
 
-def fit_attention(cells: pd.DataFrame, where: str = "attention") -> Attention:
+def fit_attention(cells: pd.DataFrame, where: str = "attention", pair_us: float | None = None) -> Attention:
     """The surface closest to measured cells (columns c, p, n, k, us), relative errors counted, outliers little.
 
-    Knots are the powers of two that the cells span; levels that were not measured are filled from their neighbours.
-    Raises :class:`ProfileError`, which starts with `where`, if a kind of batch is missing.
+    Knots are the powers of two that the cells span; levels that were not measured are filled from their neighbours. A
+    column `scale` says what errors are relative to, us unless given. Raises :class:`ProfileError`, which starts with
+    `where`, if a kind of batch is missing.
     """
-    kinds = {"chunks alone": cells[cells.n == 0], "decodes alone": cells[cells.c == 0]}
-    kinds["hybrid batches"] = cells[(cells.c > 0) & (cells.n > 0)]
-    for kind, part in kinds.items():
-        axes = [name for name in "cpnk" if part[name].any()]
-        if not len(part) or any(part[name].nunique() < 2 for name in axes):
-            raise ProfileError(f"{where}: expected {kind}, at two sizes at least; there are {len(part)} such rows")
-    chunks, decodes, hybrids = kinds.values()
+    cells = cells if "scale" in cells else cells.assign(scale=cells.us)
+    decodes, chunks, hybrids = (cells[mask] for mask in kinds(cells).values())
+    wanted = ((decodes, "decodes alone", "nk"), (chunks, "chunks alone", "cp"), (hybrids, "hybrid batches", "cnk"))
+    for part, kind, axes in wanted:
+        lacking = [AXES[name] for name in axes if part[name].nunique() < 2]
+        if lacking:
+            raise ProfileError(f"{where}: expected {kind} of at least two sizes by {lacking[0]}, got {len(part)} rows")
     sequences, context = octaves(cells.n, first=1), octaves(cells.k)
     chunk, prefix = octaves(cells.c), (0, *octaves(cells.p))
 
-    pair_us = _pair_us(chunks)
-    c, p, us = (chunks[name].to_numpy(float) for name in ("c", "p", "us"))
-    axes = (chunk, prefix)
-    rest = fit_table.fit(axes, (c, p), us - pair_us * pairs(c, p), us, lambda t: fit_table.fill(t, axes, convex=0))
+    pair_us = _pair_us(chunks) if pair_us is None else pair_us
+    c, p, us, scale = _columns(chunks, "c", "p", "us", "scale")
+    rest = fit_table.fit((chunk, prefix), (c, p), us - pair_us * pairs(c, p), scale, convex=0)
 
-    launch = float(cells.us.min())
-    n, k, us = (decodes[name].to_numpy(float) for name in ("n", "k", "us"))
-    axes = (sequences, context)
-    alone = fit_table.fit(axes, (n, k), us, us, lambda t: fit_table.fill(t, axes, convex=0, at_zero=launch))
-
-    lone = hybrids[(hybrids.n == hybrids.n.min()) & (hybrids.p == hybrids.p.min())]
-    lone = lone[lone.c <= max(SHORT_CHUNK, lone.c.min())]
-    k, us = (lone[name].to_numpy(float) for name in ("k", "us"))
-    floor = fit_table.fit((context,), (k,), us, us, lambda t: fit_table.fill(t, (context,)))
-
-    table = Attention(sequences, context, chunk, prefix, pair_us, alone, rest, np.zeros(0), _rising(floor, 0))
-    c, p, n, k, us = (hybrids[name].to_numpy(float) for name in ("c", "p", "n", "k", "us"))
-    axes = (chunk, sequences, context)
-    above = us - np.maximum(table.chunks(c, p), table.floor(k))
-    hybrid = fit_table.fit(axes, (c, n, k), above, us, lambda t: fit_table.fill(t, axes, (1, 2, 0), convex=1, at_zero=0.0))
+    n, k, us, scale = _columns(decodes, "n", "k", "us", "scale")
+    alone = fit_table.fit((sequences, context), (n, k), us, scale, convex=0, at_zero=float(cells.us.min()))
     alone = _rising(alone, 0, 1)
-    hybrid = _rising(_capped(hybrid, alone, int(np.searchsorted(sequences, n.max()))), 1, 2)
-    return replace(table, decode_us=alone, hybrid_us=hybrid)
+
+    floor = np.zeros(len(context))
+    if hybrids.n.min() <= FEW:
+        lone = hybrids[(hybrids.n == hybrids.n.min()) & (hybrids.p == hybrids.p.min())]
+        lone = lone[lone.c <= max(SHORT_CHUNK, lone.c.min())]
+        k, us, scale = _columns(lone, "k", "us", "scale")
+        floor = _rising(fit_table.fit((context,), (k,), us, scale), 0)
+
+    table = Attention(sequences, context, chunk, prefix, pair_us, alone, rest, np.zeros(0), floor)
+    c, p, n, k, us, scale = _columns(hybrids, "c", "p", "n", "k", "us", "scale")
+    above = us - np.maximum(table.chunks(c, p), table.floor(k))
+    knots = (chunk, sequences, context)
+    hybrid = fit_table.fit(knots, (c, n, k), above, scale, order=(1, 2, 0), convex=1, at_zero=0.0)
+    last = int(np.searchsorted(sequences, n.max()))
+    return replace(table, hybrid_us=_rising(_capped(hybrid, alone, last), 1, 2))
+
+
+def _columns(rows: pd.DataFrame, *names: str) -> list[np.ndarray]:
+    return [rows[name].to_numpy(float) for name in names]
 
 
 def octaves(values: pd.Series, first: int | None = None) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
-"""One table of a surface from scattered measurements: robust least squares of the weights of multilinear interpolation."""
+"""One table of a surface from scattered measurements: robust least squares over multilinear interpolation."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import sparse
@@ -14,7 +14,7 @@ PULL = 0.02  # weight of the first guess against one cell's error, both relative
 
 
 def weights(knots: Sequence[Sequence[int]], at: Sequence[np.ndarray]) -> sparse.csr_matrix:
-    """Interpolation as a matrix, (rows, entries of the table): multilinear in each axis' own unit, as surfaces do it."""
+    """Interpolation as a matrix, (rows, entries of the table): multilinear in each axis' own unit, as surfaces are."""
     rows = len(at[0])
     index, share = np.zeros((rows, 1), np.int64), np.ones((rows, 1))
     for axis, values in zip(knots, at, strict=True):
@@ -35,16 +35,19 @@ def fit(
     at: Sequence[np.ndarray],
     target: np.ndarray,
     scale: np.ndarray,
-    filled: Callable[[np.ndarray], np.ndarray],
+    *,
+    order: Sequence[int] | None = None,
+    convex: int | None = None,
+    at_zero: float | None = None,
 ) -> np.ndarray:
     """The table over `knots` whose interpolation at `at` is close to `target`, in units of `scale`, (rows,) each.
 
-    Cells on knots give the first guess (medians, weighted by 1 / scale); `filled` replaces its NaNs. All cells then
+    Cells on knots give the first guess (medians, weighted by 1 / scale), :func:`fill` the rest of it. All cells then
     correct it: least absolute errors, by reweighting, with a weak pull towards the first guess for knots that no cell
     speaks of.
     """
     shape = tuple(len(axis) for axis in knots)
-    guess = filled(on_knots(knots, at, target, scale)).ravel()
+    guess = fill(on_knots(knots, at, target, scale), knots, order, convex, at_zero).ravel()
     matrix = weights(knots, at)
     size = np.maximum(_typical(matrix, scale), 1e-12)
     pull = sparse.diags((PULL / size) ** 2)
@@ -81,19 +84,19 @@ def on_knots(
 def fill(
     table: np.ndarray,
     knots: Sequence[Sequence[int]],
-    axes: Sequence[int] | None = None,
+    order: Sequence[int] | None = None,
     convex: int | None = None,
     at_zero: float | None = None,
 ) -> np.ndarray:
-    """NaNs replaced along the axes in turn: first between neighbours, then past the last ones, in each axis' own unit.
+    """NaNs replaced along the axes, in `order`, in each axis' own unit: between neighbours, then past the last ones.
 
     Along the axis `convex`, times are maxima of bounds and so nearly convex: between two neighbours a value lies below
     their chord and above the lines through the next two on either side, and the middle of that is taken; past the last
-    one a power law goes on where it is steeper than the line. `at_zero` is the value at 0 of that axis, known beforehand.
+    one a power law goes on where it is steeper than the line. `at_zero` is the value at 0 of that axis, if known.
     """
     table = table.copy()
     for beyond in (False, True):
-        for axis in range(table.ndim) if axes is None else axes:
+        for axis in range(table.ndim) if order is None else order:
             if np.isnan(table).any():
                 zero = at_zero if axis == convex else None
                 line = functools.partial(_fill_line, beyond=beyond, convex=axis == convex, at_zero=zero)
@@ -101,9 +104,7 @@ def fill(
     return table
 
 
-def _fill_line(
-    line: np.ndarray, knots: np.ndarray, *, beyond: bool, convex: bool, at_zero: float | None
-) -> np.ndarray:
+def _fill_line(line: np.ndarray, knots: np.ndarray, *, beyond: bool, convex: bool, at_zero: float | None) -> np.ndarray:
     known = ~np.isnan(line)
     if known.all() or known.sum() < 2:
         return line

@@ -13,14 +13,12 @@ from llmsched_gym.cost import kernel_tables
 from llmsched_gym.cost.fit_errors import by_kind, held_out, worst
 from llmsched_gym.cost.fit_surface import Attention, fit_attention
 from llmsched_gym.cost.profile import Profile, ProfileError, TableLinear, kv_blocks
-from llmsched_gym.cost.surface import Surface
+from llmsched_gym.cost.surface import Surface, nested, rounded
 from llmsched_gym.cost.tiles import best_tile
 
 if TYPE_CHECKING:
     import pandas as pd
 
-DIGITS = 4
-"""Significant ones of the figures written; measurements have no more."""
 TAILS = np.arange(0.0, 8.01, 0.25)
 MANY = 32
 """From so many decodes on, what a long one among them costs matters; fewer leave half the device idle anyway."""
@@ -46,10 +44,10 @@ def fit_tables(
     """The profile of the CSV files described in :mod:`llmsched_gym.cost.kernel_tables`, plain or gzip.
 
     `model` and `device` say what is described (and how many KV blocks fit, unless given); times come from the tables
-    alone, attention being that of one layer times `num_layers`. Without `skew`, unequal contexts cost what equal ones of
-    their mean do. `profile.fit` has the errors by kind of batch, and
-    `with_held_out` those on whole levels left out in turn (:func:`llmsched_gym.cost.fit_errors.held_out`, which takes
-    seconds and calls `progress`). Raises :class:`ProfileError` naming file, line and column.
+    alone, attention being that of one layer times `num_layers`. Without `skew`, unequal contexts cost what equal ones
+    of their mean do. `profile.fit` has the errors by kind of batch, and `with_held_out` those on whole levels left out
+    in turn (:func:`llmsched_gym.cost.fit_errors.held_out`, which takes seconds and calls `progress`). Raises
+    :class:`ProfileError` naming file, line and column.
     """
     if num_layers < 1:
         raise ProfileError(f"num_layers: expected a whole number >= 1, got {num_layers}")
@@ -71,15 +69,15 @@ def fit_tables(
         context=fitted.context,
         chunk=fitted.chunk,
         prefix=fitted.prefix,
-        decode_ms=_nested(fitted.decode_us * to_ms),
-        chunk_ms=_nested(fitted.chunk_us * to_ms),
-        hybrid_ms=_nested(fitted.hybrid_us * to_ms),
-        floor_ms=_nested(fitted.floor_us * to_ms),
-        launch_ms=_round(float(cells.us[cells.n == 0].min()) * to_ms),
+        decode_ms=nested(fitted.decode_us * to_ms),
+        chunk_ms=nested(fitted.chunk_us * to_ms),
+        hybrid_ms=nested(fitted.hybrid_us * to_ms),
+        floor_ms=nested(fitted.floor_us * to_ms),
+        launch_ms=float(cells.us[cells.n == 0].min()) * to_ms,
         tail_alone=tails[0],
         tail_hybrid=tails[1],
-        sequence_ms=_nested(sequence_ms),
-    )
+        sequence_ms=nested(sequence_ms),
+    ).rounded()
     fit: dict[str, Any] = {"rows": len(cells), **by_kind(cells, predicted), "worst": worst(cells, predicted)}
     if unequal is not None:
         fit["unequal_contexts"] = tail_errors(fitted, unequal, tails)
@@ -90,16 +88,16 @@ def fit_tables(
         model=model,
         device=device,
         tile_tokens=best_tile(tokens, linear_us.tolist()),
-        linear=TableLinear(tuple(tokens), tuple(_round(us / 1e3) for us in linear_us)),
+        linear=TableLinear(tuple(tokens), tuple(rounded(us / 1e3) for us in linear_us)),
         overhead_ms=overhead_ms,
-        pair_ms=_round(fitted.pair_us * to_ms),
-        kv_ms=_round(_additive_us(fitted, cells) * to_ms),
+        pair_ms=rounded(fitted.pair_us * to_ms),
+        kv_ms=rounded(_additive_us(fitted, cells) * to_ms),
         num_kv_blocks=kv_blocks(model, device) if num_kv_blocks is None else num_kv_blocks,
         surface=surface,
         engine=engine,
         notes=(
             *notes,
-            f"Fitted to tables of {len(cells)} measured attention kernels and {len(tokens)} sizes of the linear layers; "
+            f"Fitted to {len(cells)} measured attention kernels and {len(tokens)} sizes of the linear layers; "
             f"attention is one layer's times {num_layers}. Host time and gaps between kernels are not in them.",
             "kv_ms is what an additive model comes closest with; batches cost what the surface says.",
         ),
@@ -111,7 +109,9 @@ def fit_tails(fitted: Attention, unequal: pd.DataFrame) -> tuple[float, float]:
     """(alone, hybrid): tokens of the longest context's lead that count, where the mean relative error is least."""
     found = []
     for part in _many(unequal):
-        errors = [np.abs(_unequal_ratio(fitted, part, t) / part.ratio - 1.0).mean() for t in TAILS] if len(part) else [0]
+        errors = (
+            [np.abs(_unequal_ratio(fitted, part, t) / part.ratio - 1.0).mean() for t in TAILS] if len(part) else [0]
+        )
         found.append(float(TAILS[int(np.argmin(errors))]))
     return found[0], found[1]
 
@@ -122,8 +122,8 @@ def tail_errors(fitted: Attention, unequal: pd.DataFrame, tails: tuple[float, fl
     for kind, part, tail in zip(("decodes", "hybrid"), _many(unequal), tails, strict=True):
         if len(part):
             error, without = (np.abs(_unequal_ratio(fitted, part, t) / part.ratio - 1.0) for t in (tail, 0.0))
-            out[kind] = {"rows": len(part), "median": _round(float(np.median(error))), "p95": _quantile(error)}
-            out[kind] |= {"median_without": _round(float(np.median(without))), "p95_without": _quantile(without)}
+            out[kind] = {"rows": len(part), "median": rounded(float(np.median(error))), "p95": _quantile(error)}
+            out[kind] |= {"median_without": rounded(float(np.median(without))), "p95_without": _quantile(without)}
     return out
 
 
@@ -140,7 +140,7 @@ def _unequal_ratio(fitted: Attention, rows: pd.DataFrame, tail: float) -> pd.Ser
 
 
 def _additive_us(fitted: Attention, cells: pd.DataFrame) -> float:
-    """Microseconds per KV token with which the sum over a batch's parts comes closest, decodes alone and hybrids alike."""
+    """Microseconds per KV token with which the sum over parts comes closest, decodes alone and hybrids alike."""
     from scipy.optimize import minimize_scalar
 
     rows = cells[cells.n > 0]
@@ -157,14 +157,4 @@ def _additive_us(fitted: Attention, cells: pd.DataFrame) -> float:
 
 
 def _quantile(values: Any) -> float:
-    return _round(float(np.quantile(values, 0.95)))
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
-
-
-def _nested(table: np.ndarray) -> Any:
-    return tuple(_nested(row) for row in table) if table.ndim > 1 else tuple(_round(float(v)) for v in table)
-
-
+    return rounded(float(np.quantile(values, 0.95)))

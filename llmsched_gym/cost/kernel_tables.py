@@ -1,7 +1,7 @@
 """Tables of measured kernel times, as profilers of serving engines write them: CSV files, plain or gzip.
 
     dense         layer, tokens, time_us: linear layers and norms
-    attention     prefill_chunk, kv_prefill, n_decode, kv_decode, time_us: one layer, a batch of one chunk and n equal decodes
+    attention     prefill_chunk, kv_prefill, n_decode, kv_decode, time_us: one layer, one chunk and n equal decodes
     per-sequence  layer, sequences, time_us: output head and sampler
     skew          n, pc, kp, kv_big, kv_mean, t_mean_us, t_skew_us, ...: decodes of unequal contexts against equal ones
 
@@ -29,7 +29,7 @@ SKEW = ("n", "pc", "kp", "kv_big", "kv_mean", "t_mean_us", "t_skew_us")
 
 
 def read_attention(path: str | Path) -> pd.DataFrame:
-    """Columns c, p, n, k (tokens of the chunk, before it; decodes, KV tokens of each) and us; medians of equal cells."""
+    """Columns c, p, n, k (tokens of the chunk, before it; decodes, KV tokens of each), us; medians of equal cells."""
     table = _read(path, ATTENTION)
     chunk, decodes, context = table.prefill_chunk, table.n_decode, table.kv_decode
     _check(path, table, "prefill_chunk", (chunk > 0) | (decodes > 0), "a chunk or decodes")
@@ -41,7 +41,7 @@ def read_attention(path: str | Path) -> pd.DataFrame:
 
 
 def read_dense(path: str | Path, num_layers: int) -> pd.Series:
-    """Microseconds of all linear layers by tokens: norms twice a layer, embedding and final norm once, others once a layer."""
+    """Microseconds of all linear layers by tokens: layernorm twice a layer, embedding and final_layernorm once."""
     table = _wide(path, DENSE, "tokens")
     times = {name: num_layers * (2 if name == "layernorm" else 1) for name in table.columns}
     times |= dict.fromkeys(("embedding", "final_layernorm"), 1)
@@ -54,7 +54,7 @@ def read_per_sequence(path: str | Path) -> pd.Series:
 
 
 def read_skew(path: str | Path) -> pd.DataFrame:
-    """Columns c, p, n (whole numbers), longest, mean (KV tokens of the decodes), ratio (to equal contexts of the mean)."""
+    """Columns c, p, n, longest and mean (KV tokens of the decodes), ratio (to equal contexts of the mean)."""
     table = _read(path, SKEW, whole=("n", "pc", "kp"))
     _check(path, table, "n", table.n > 0, "decodes")
     for name in ("kv_mean", "t_mean_us", "t_skew_us"):

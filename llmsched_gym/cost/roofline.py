@@ -32,8 +32,8 @@ DEVICES = {
 }
 """Memory, bandwidth and dense bf16 rate from NVIDIA's data sheets; efficiencies as seen in published profiles.
 
-RTX PRO 6000 Blackwell Server Edition: 4 PFLOP/s of FP4 with sparsity, an eighth of that in dense bf16; RTX 4090: the Ada
-white paper's rate with FP32 accumulation. Their efficiencies are assumed."""
+RTX PRO 6000 Blackwell Server Edition: 4 PFLOP/s of FP4 with sparsity, an eighth of that in dense bf16; RTX 4090: the
+Ada white paper's rate with FP32 accumulation. Their efficiencies are assumed."""
 
 OVERHEAD_MS = 3.4
 """Host time per batch, carried over from the RTX 6000 Ada fit: the same engine on another device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llmsched_gym.cost import Profile
-from llmsched_gym.cost.fit_errors import LARGE_US, kinds
-from llmsched_gym.cost.fit_surface import Attention
+from llmsched_gym.cost.fit_errors import LARGE_US
+from llmsched_gym.cost.fit_surface import Attention, kinds
 from llmsched_gym.evaluation.draw import styled
 from llmsched_gym.evaluation.terminal import new_table
 
@@ -49,14 +50,24 @@ def rows_held_out(held_out: dict[str, Any]) -> list[tuple[str, ...]]:
 def tables(profile: Profile) -> list[Table]:
     """The same for a terminal of 80 columns."""
     fit = profile.fit or {}
-    heads = ("batches", "rows", "median", "95 %", "worst", "bias", "small:\nmedian", "large:\nmedian")
+    heads: tuple[str, ...] = ("batches", "rows", "median", "95 %", "worst", "bias", "small:\nmedian", "large:\nmedian")
     title = f"{profile.name}: relative error of attention (%); small: below {LARGE_US:g} us a layer"
     first = new_table(*heads, title=title)
     for row in rows_by_kind(fit):
         first.add_row(*row)
     if "held_out" not in fit:
         return [first]
-    heads = ("levels left out", "batches", "levels", "median", "95 %", "inner:\nmedian", "\n95 %", "edges:\nmedian", "\n95 %")
+    heads = (
+        "levels left out",
+        "batches",
+        "levels",
+        "median",
+        "95 %",
+        "inner:\nmedian",
+        "\n95 %",
+        "edges:\nmedian",
+        "\n95 %",
+    )
     second = new_table(*heads, title="Whole levels left out of the fit in turn (%); edges are extrapolated", text=2)
     for row in rows_held_out(fit["held_out"]):
         second.add_row(*row)
@@ -66,7 +77,16 @@ def tables(profile: Profile) -> list[Table]:
 def markdown(profile: Profile) -> str:
     """All errors that `profile.fit` has."""
     fit = profile.fit or {}
-    heads = ("batches", "rows", "median %", "95 % %", "worst %", "bias %", "small: median %", "large: median %")
+    heads: tuple[str, ...] = (
+        "batches",
+        "rows",
+        "median %",
+        "95 % %",
+        "worst %",
+        "bias %",
+        "small: median %",
+        "large: median %",
+    )
     parts = [f"# Fit of {profile.name}", _table(heads, rows_by_kind(fit))]
     heads = ("n_decode", "kv_decode", "prefill_chunk", "kv_prefill", "us", "error %")
     worst = [(*(str(cell[name]) for name in heads[:5]), _percent(cell["error"])) for cell in fit["worst"]]
@@ -101,7 +121,9 @@ def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
     for ax, (kind, mask), (y, x) in zip(axes, kinds(cells).items(), (("n", "k"), ("c", "p"), ("n", "k")), strict=True):
         grid = cells[mask].pivot_table(index=y, columns=x, values="error", aggfunc=lambda e: np.median(np.abs(e)))
         image = ax.imshow(grid, origin="lower", aspect="auto", cmap="YlOrRd", vmin=0.0, vmax=MAP_LIMIT)
-        ax.set_xticks(range(len(grid.columns)), [str(v) for v in grid.columns], rotation=45 if len(grid.columns) > 12 else 0)
+        ax.set_xticks(
+            range(len(grid.columns)), [str(v) for v in grid.columns], rotation=45 if len(grid.columns) > 12 else 0
+        )
         ax.set_yticks(range(len(grid.index)), [str(v) for v in grid.index])
         ax.grid(False)
         ax.set(xlabel=names[x], ylabel=names[y])
@@ -122,7 +144,7 @@ def write(profile: Profile, cells: pd.DataFrame, markdown_file: Path, picture: P
     markdown_file.write_text(markdown(profile), encoding="utf-8")
 
 
-def _table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ("---",) * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
