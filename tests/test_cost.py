@@ -429,7 +429,7 @@ def damaged(tmp_path, field, value):
     return path
 
 
-@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Profile) if f.name not in ("notes", "fit")])
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Profile) if f.default is dataclasses.MISSING])
 def test_missing_fields(tmp_path, field):
     path = damaged(tmp_path, field, REMOVE)
     with pytest.raises(ProfileError) as error:

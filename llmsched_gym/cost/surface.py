@@ -8,6 +8,7 @@ last knot the last cell goes on, below the first one it counts as the first.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -141,9 +142,9 @@ class Surface:
             self.chunk_batch_ms / 1e3,
             max_num_seqs + 1,
         ]
-        tables = [self.decode_ms, self.chunk_ms, self.hybrid_ms, self.floor_ms]
-        by_count = [0.0, *(self.sequence_at(n) for n in range(1, max_num_seqs + 1))]
-        return np.concatenate([head, *(np.ravel(table) / 1e3 for table in tables), np.array(by_count) / 1e3])
+        by_count = tuple(0.0 if n == 0 else self.sequence_at(n) for n in range(max_num_seqs + 1))
+        tables: list[Any] = [self.decode_ms, self.chunk_ms, self.hybrid_ms, self.floor_ms, by_count]
+        return np.concatenate([head, *(np.ravel(table) / 1e3 for table in tables)])
 
     @classmethod
     def additive(cls, kv_ms: float, *, factor: float = 1.0, sequences: int = 256, tokens: int = 1 << 15) -> Surface:
@@ -218,11 +219,7 @@ def _check_knots(name: str, knots: Any, first: int | None) -> None:
     if first is not None and knots[0] != first:
         raise ProfileError(f"{where}: expected {first} as the first knot, got {knots[0]}")
     powers = knots[1:] if first == 0 else knots
-    if (
-        powers[0] < 1
-        or powers[0] & (powers[0] - 1)
-        or any(b != 2 * a for a, b in zip(powers, powers[1:], strict=False))
-    ):
+    if powers[0] < 1 or powers[0] & (powers[0] - 1) or any(b != 2 * a for a, b in itertools.pairwise(powers)):
         raise ProfileError(f"{where}: expected powers of two, each twice the one before, got {list(knots)}")
 
 

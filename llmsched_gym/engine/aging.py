@@ -11,6 +11,7 @@ import math
 from llmsched_gym.engine.batch import (
     add_chunk,
     blocks_to_hold,
+    book_chunk,
     can_admit,
     can_make_ttft,
     chunk_room,
@@ -70,14 +71,8 @@ def grow_chunk(lane, i):
     batch, item = lane.batch, lane.items[i]
     request, n = lane.requests[item.request], item.tokens
     computed = request.num_computed_tokens
-    batch.num_tokens -= n
-    batch.token_room += n
-    batch.pairs -= n * (computed + (n + 1) * 0.5)
-    batch.kv_tokens -= computed + n
+    book_chunk(lane, computed, n, -1)
     more = max(n, chunk_room(lane, item.request))
-    batch.num_tokens += more
-    batch.token_room -= more
-    batch.pairs += more * (computed + (more + 1) * 0.5)
-    batch.kv_tokens += computed + more
+    book_chunk(lane, computed, more, 1)
     batch.free_blocks -= blocks_to_hold(lane.sim, request, more) - blocks_to_hold(lane.sim, request, n)
     item.tokens = request.num_scheduled_tokens = more

@@ -11,13 +11,14 @@ from llmsched_gym.config import ADMISSIONS, BLOCK_SIZE
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
 from llmsched_gym.engine.state import lane_of
+from llmsched_gym.engine.surface import chunk_s, has_surface, prompt_s, surface_s
 
 BY_PROMPT, BY_CHUNK, BY_PROMPT_CHECK = range(len(ADMISSIONS))
 
 
 @kernel()
 def batch_s(linear_s, coef_s, num_tokens, pairs, kv_tokens):
-    """Seconds of a batch: linear layers and overhead by token count, attention by pairs and KV read."""
+    """Seconds of a batch on an additive profile: linear layers and overhead by tokens, attention by pairs and KV."""
     return linear_s[num_tokens] + coef_s[0] * pairs + coef_s[1] * kv_tokens
 
 
@@ -63,8 +64,7 @@ def open_batch(lane):
     batch.num_deferred = 0
     batch.token_room = max(0, min(lane.knobs.token_budget, sim.max_num_batched_tokens))
     batch.free_blocks = sim.free_blocks
-    batch.pairs = 0.0
-    batch.kv_tokens = 0.0
+    clear_sums(batch)
     batch.margin, batch.order = lane.knobs.margin, lane.knobs.order
     batch.limit, batch.hold = lane.knobs.limit, lane.knobs.hold
     set_cap(lane, lane.knobs.cap)
@@ -106,15 +106,67 @@ def next_deadline_s(lane):
 
 
 @kernel()
+def clear_sums(batch):
+    """No work in the batch: what its time is told from."""
+    batch.pairs = 0.0
+    batch.kv_tokens = 0.0
+    batch.num_chunks = 0
+    batch.decode_tokens = 0.0
+    batch.longest = 0.0
+    batch.chunks_s = 0.0
+
+
+@kernel()
+def recount(lane, coef_s):
+    """The open batch's sums for a surface, from its items: (decode_tokens, longest, num_chunks, chunks_s)."""
+    decode_tokens, longest, num_chunks, chunks_s = 0.0, 0.0, 0, 0.0
+    for i in range(lane.batch.num_items):
+        request = lane.requests[lane.items[i].request]
+        n, computed = request.num_scheduled_tokens, request.num_computed_tokens
+        if n <= 0:
+            continue
+        if is_prefill(request):
+            num_chunks += 1
+            chunks_s += chunk_s(coef_s, computed, n)
+        else:
+            decode_tokens += computed + 1.0
+            longest = max(longest, computed + 1.0)
+    return decode_tokens, longest, num_chunks, chunks_s
+
+
+@kernel()
 def predicted_s(lane):
     """What the scheduler's own profile says of the batch as it stands."""
     batch = lane.batch
+    if has_surface(lane.coef_s):
+        return surface_s(
+            lane.linear_s,
+            lane.coef_s,
+            batch.num_tokens,
+            batch.num_decodes,
+            batch.decode_tokens,
+            batch.longest,
+            batch.num_chunks,
+            batch.chunks_s,
+        )
     return batch_s(lane.linear_s, lane.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
 
 
 @kernel()
-def _predicted_with_s(lane, computed, n):
+def predicted_with_chunk_s(lane, computed, n):
+    """The same with one more chunk of n tokens behind `computed` ones."""
     batch = lane.batch
+    if has_surface(lane.coef_s):
+        return surface_s(
+            lane.linear_s,
+            lane.coef_s,
+            batch.num_tokens + n,
+            batch.num_decodes,
+            batch.decode_tokens,
+            batch.longest,
+            batch.num_chunks + 1,
+            batch.chunks_s + chunk_s(lane.coef_s, computed, n),
+        )
     return batch_s(
         lane.linear_s,
         lane.coef_s,
@@ -125,6 +177,24 @@ def _predicted_with_s(lane, computed, n):
 
 
 @kernel()
+def predicted_with_decodes_s(lane, count, context, longest):
+    """The same with `count` more decodes, which read `context` KV tokens in all and `longest` of them at most."""
+    batch = lane.batch
+    if has_surface(lane.coef_s):
+        return surface_s(
+            lane.linear_s,
+            lane.coef_s,
+            batch.num_tokens + count,
+            batch.num_decodes + count,
+            batch.decode_tokens + context,
+            max(batch.longest, float(longest)),
+            batch.num_chunks,
+            batch.chunks_s,
+        )
+    return batch_s(lane.linear_s, lane.coef_s, batch.num_tokens + count, batch.pairs, batch.kv_tokens + context)
+
+
+@kernel()
 def chunk_room(lane, r):
     """Prompt tokens of `r` that still fit: at most its remaining prompt, the token budget and the time cap."""
     batch, request = lane.batch, lane.requests[r]
@@ -132,14 +202,14 @@ def chunk_room(lane, r):
     if n <= 0 or batch.cap_s == math.inf:
         return max(n, 0)
     computed = request.num_computed_tokens
-    if _predicted_with_s(lane, computed, n) <= batch.cap_s:
+    if predicted_with_chunk_s(lane, computed, n) <= batch.cap_s:
         return n
     low, high = 0, n  # low fits (nothing always does), high does not
     for _ in range(32):
         if high - low <= 1:
             break
         middle = (low + high) // 2
-        if _predicted_with_s(lane, computed, middle) <= batch.cap_s:
+        if predicted_with_chunk_s(lane, computed, middle) <= batch.cap_s:
             low = middle
         else:
             high = middle
@@ -154,8 +224,8 @@ def decode_fits(lane, r):
         return False
     if batch.cap_s == math.inf:
         return True
-    kv_tokens = batch.kv_tokens + lane.requests[r].num_computed_tokens + 1
-    return batch_s(lane.linear_s, lane.coef_s, batch.num_tokens + 1, batch.pairs, kv_tokens) <= batch.cap_s
+    context = lane.requests[r].num_computed_tokens + 1
+    return predicted_with_decodes_s(lane, 1, context, context) <= batch.cap_s
 
 
 @kernel()
@@ -197,6 +267,9 @@ def add_decode(lane, r):
     batch.num_decodes += 1
     batch.token_room -= 1
     batch.kv_tokens += request.num_computed_tokens + 1
+    if has_surface(lane.coef_s):
+        batch.decode_tokens += request.num_computed_tokens + 1
+        batch.longest = max(batch.longest, request.num_computed_tokens + 1.0)
     batch.free_blocks -= request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
     request.num_scheduled_tokens = 1
 
@@ -221,6 +294,23 @@ def add_decodes(lane, count):
     batch.token_room -= count
     batch.kv_tokens += context
     batch.free_blocks -= new_blocks
+    if has_surface(lane.coef_s):
+        batch.decode_tokens += context
+        for i in range(count):
+            batch.longest = max(batch.longest, lane.requests[lane.scratch[i]].num_computed_tokens + 1.0)
+
+
+@kernel()
+def book_chunk(lane, computed, n, sign):
+    """Count a chunk of n tokens behind `computed` ones in the batch's sums (`sign` 1), or take it out of them (-1)."""
+    batch = lane.batch
+    batch.num_tokens += sign * n
+    batch.token_room -= sign * n
+    batch.pairs += sign * (n * (computed + (n + 1) * 0.5))
+    batch.kv_tokens += sign * (computed + n)
+    if has_surface(lane.coef_s):
+        batch.num_chunks += sign
+        batch.chunks_s += sign * chunk_s(lane.coef_s, computed, n)
 
 
 @kernel()
@@ -230,10 +320,7 @@ def add_chunk(lane, r, n):
     item.request = r
     item.tokens = n
     batch.num_items += 1
-    batch.num_tokens += n
-    batch.token_room -= n
-    batch.pairs += n * (request.num_computed_tokens + (n + 1) * 0.5)
-    batch.kv_tokens += request.num_computed_tokens + n
+    book_chunk(lane, request.num_computed_tokens, n, 1)
     batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     batch.num_admitted += request.phase == WAITING
     request.num_scheduled_tokens = n
@@ -297,6 +384,8 @@ def time_alone_s(lane, r):
     request = lane.requests[r]
     n = remaining_prefill(request)
     chunk = max(1, min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens))
+    if has_surface(lane.coef_s):
+        return prompt_s(lane.linear_s, lane.coef_s, request.num_computed_tokens, n, chunk)
     whole, rest = n // chunk, n % chunk
     computed = request.num_computed_tokens
     seconds = whole * lane.linear_s[chunk] + (lane.linear_s[rest] if rest > 0 else 0.0)

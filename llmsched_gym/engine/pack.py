@@ -11,7 +11,6 @@ from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
     add_decodes,
-    batch_s,
     can_admit,
     can_make_ttft,
     chunk_room,
@@ -19,12 +18,14 @@ from llmsched_gym.engine.batch import (
     insert_sorted,
     is_prefill,
     open_batch,
+    predicted_with_decodes_s,
     refuse,
     remaining_prefill,
     smallest_tbt_slo_s,
 )
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import RUNNING
+from llmsched_gym.engine.surface import has_surface
 
 ORDERS = ("fcfs", "spf", "class", "srpt", "edf", "feasible")
 FCFS, SPF, CLASS, SRPT, EDF, FEASIBLE = range(6)
@@ -114,12 +115,17 @@ def _all_fit(lane, count):
         return False
     if batch.cap_s == math.inf:
         return True
-    kv_tokens = batch.kv_tokens
+    context = longest = 0
     linear_s = 0.0  # a staircase may fall, so the largest on the way
     for i in range(count):
-        kv_tokens += lane.requests[lane.scratch[i]].num_computed_tokens + 1
+        tokens = lane.requests[lane.scratch[i]].num_computed_tokens + 1
+        context += tokens
+        longest = max(longest, tokens)
         linear_s = max(linear_s, lane.linear_s[batch.num_tokens + 1 + i])
-    return linear_s + lane.coef_s[0] * batch.pairs + lane.coef_s[1] * kv_tokens <= batch.cap_s
+    if has_surface(lane.coef_s):
+        fall_s = linear_s - lane.linear_s[batch.num_tokens + count]
+        return count == 0 or predicted_with_decodes_s(lane, count, context, longest) + fall_s <= batch.cap_s
+    return linear_s + lane.coef_s[0] * batch.pairs + lane.coef_s[1] * (batch.kv_tokens + context) <= batch.cap_s
 
 
 @kernel()
@@ -128,7 +134,7 @@ def add_deferred_decodes(lane, margin_s):
     batch = lane.batch
     if batch.num_deferred == 0 or batch.token_room <= 0:
         return
-    if batch_s(lane.linear_s, lane.coef_s, batch.num_tokens + 1, batch.pairs, batch.kv_tokens) > batch.cap_s:
+    if predicted_with_decodes_s(lane, 1, 0, 0) > batch.cap_s:
         return  # prompts have filled the batch: not even a decode without a context fits
     count = 0
     for i in range(lane.sim.num_running):

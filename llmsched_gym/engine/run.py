@@ -7,18 +7,28 @@ from typing import Any
 
 from numba import types
 
-from llmsched_gym.engine.batch import batch_s
+from llmsched_gym.engine.batch import batch_s, recount
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.lifecycle import arrive
 from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, lane_of, unpack
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
+from llmsched_gym.engine.surface import ID, has_surface, surface_s
 
 
 @kernel()
 def execute_s(s, env, lane, world):
     """Duration of the applied batch on the simulated device (rule 13)."""
     batch = lane.batch
-    seconds = batch_s(s.linear_s, s.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
+    if has_surface(s.coef_s):
+        decode_tokens, longest = batch.decode_tokens, batch.longest
+        num_chunks, chunks_s = batch.num_chunks, batch.chunks_s
+        if not has_surface(s.own_coef_s) or s.own_coef_s[ID] != s.coef_s[ID]:  # the scheduler counted for its own
+            decode_tokens, longest, num_chunks, chunks_s = recount(lane, s.coef_s)
+        seconds = surface_s(
+            s.linear_s, s.coef_s, batch.num_tokens, batch.num_decodes, decode_tokens, longest, num_chunks, chunks_s
+        )
+    else:
+        seconds = batch_s(s.linear_s, s.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
     noise = s.noise[env]  # two blocks; the caller refills one while the other is in use
     return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
 

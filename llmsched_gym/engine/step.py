@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.config import BLOCK_SIZE
-from llmsched_gym.engine.batch import batch_s, blocks_to_hold, is_prefill
+from llmsched_gym.engine.batch import blocks_to_hold, clear_sums, is_prefill, predicted_s, recount
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import (
     admit,
@@ -17,6 +17,7 @@ from llmsched_gym.engine.lifecycle import (
     resolve,
 )
 from llmsched_gym.engine.records import FINISHED, WAITING
+from llmsched_gym.engine.surface import has_surface
 
 VICTIMS = ("latest-arrival", "latest-lst", "authors")
 LATEST_ARRIVAL, LATEST_LST, AUTHORS = range(3)
@@ -65,6 +66,8 @@ def _drop_item(lane, r):
         batch.pairs -= n * (request.num_computed_tokens + (n + 1) * 0.5)
     else:
         batch.num_decodes -= 1
+    if has_surface(lane.coef_s):
+        batch.decode_tokens, batch.longest, batch.num_chunks, batch.chunks_s = recount(lane, lane.coef_s)
 
 
 @kernel()
@@ -151,7 +154,7 @@ def commit(lane, world, output_tokens, gaps, duration_s):
     # as a clock would measure it, rounding included: the authors' mean to the last bit
     sim.mean_batch_s += (end_s - sim.clock_s - sim.mean_batch_s) / sim.num_batches
     sim.last_batch_s = duration_s
-    sim.last_predicted_s = batch_s(lane.linear_s, lane.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
+    sim.last_predicted_s = predicted_s(lane)
     sim.last_batch_tokens = batch.num_tokens
     sim.last_batch_decodes = batch.num_decodes
     sim.batch_tokens_sum += batch.num_tokens
@@ -193,8 +196,7 @@ def clear_batch(lane):
     batch.num_decodes = 0
     batch.num_preempt = 0
     batch.num_refuse = 0
-    batch.pairs = 0.0
-    batch.kv_tokens = 0.0
+    clear_sums(batch)
 
 
 @kernel()

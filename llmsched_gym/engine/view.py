@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.engine.batch import BY_PROMPT, batch_s, blocks_to_admit, blocks_to_hold, can_make_ttft_env
+from llmsched_gym.engine.batch import BY_PROMPT, batch_s, blocks_to_admit, blocks_to_hold, can_make_ttft_env, recount
 from llmsched_gym.engine.records import REQUEST, RUNNING, WAITING
-from llmsched_gym.engine.state import State
+from llmsched_gym.engine.state import State, lane_of
+from llmsched_gym.engine.surface import chunk_s, has_surface, surface_s
 
 _HIDDEN_FIELDS = {
     "gap_start",
@@ -91,6 +92,8 @@ class View:
         """Seconds that the scheduler's own cost profile predicts for a batch."""
         rows = self._state.requests[self._env]
         total, pairs, kv_tokens = 0, 0.0, 0.0
+        contexts: list[int] = []
+        chunks: list[tuple[int, int]] = []
         for r, n in tokens.items():
             self._check_arrived(r)
             n, given = whole_number(n), n
@@ -100,13 +103,21 @@ class View:
             computed = int(rows[r].num_computed_tokens)
             total += n
             kv_tokens += computed + n
-            if computed < rows[r].prefill_tokens:
+            if n > 0 and computed < rows[r].prefill_tokens:
                 pairs += n * (computed + (n + 1) / 2)
+                chunks.append((computed, n))
+            elif n > 0:
+                contexts.append(computed + n)
         if total > self.max_num_batched_tokens:
             raise ValueError(
                 f"predict_s: expected at most {self.max_num_batched_tokens} tokens in a batch, got {total}"
             )
-        return float(batch_s(self._state.own_linear_s, self._state.own_coef_s, total, pairs, kv_tokens))
+        linear_s, coef_s = self._state.own_linear_s, self._state.own_coef_s
+        if has_surface(coef_s):
+            chunks_s = sum(chunk_s(coef_s, computed, n) for computed, n in chunks)
+            decodes = len(contexts), float(sum(contexts)), float(max(contexts, default=0))
+            return float(surface_s(linear_s, coef_s, total, *decodes, len(chunks), chunks_s))
+        return float(batch_s(linear_s, coef_s, total, pairs, kv_tokens))
 
     def can_make_ttft(self, r: int) -> bool:
         """Whether request `r`, served alone from now on, would still have its first token in time."""
@@ -206,3 +217,6 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     lane.num_preempt, lane.num_refuse = len(preempted), len(refused)
     lane.is_marked = 1
     lane.pairs, lane.kv_tokens = pairs, kv_tokens
+    if has_surface(state.own_coef_s):
+        sums = recount(lane_of(state, env), state.own_coef_s)
+        lane.decode_tokens, lane.longest, lane.num_chunks, lane.chunks_s = sums
