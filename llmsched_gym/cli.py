@@ -327,12 +327,13 @@ def profiles(as_json: AsJson = False) -> None:
     rows = []
     for profile in list_profiles():
         full_ms = 1e3 * float(profile.linear_table_s(512)[512])
-        rows.append(profile.to_dict() | {"basis": profile.basis, "full_batch_ms": full_ms})
-        if not as_json:
-            rows[-1] |= {"model": profile.model.name, "device": profile.device.name}
-    heads = {"name": "profile", "device": "device", "basis": "times", "tile_tokens": "tile\n(tokens)"}
+        kind = "additive" if profile.surface is None else "surface"
+        rows.append(profile.to_dict() | {"basis": profile.basis, "attention": kind, "full_batch_ms": full_ms})
+    heads = {"name": "profile", "attention": "attention", "tile_tokens": "tile\n(tokens)"}
     heads |= {"full_batch_ms": "512 tokens\n(ms)", "num_kv_blocks": "KV blocks\nof 16"}
     terminal.print_listing(rows, heads, as_json)
+    if not as_json:
+        terminal.print_listing(rows, {"name": "profile", "basis": "times", "engine": "engine"})
 
 
 @app.command()

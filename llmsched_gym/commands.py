@@ -11,7 +11,7 @@ from llmsched_gym.config import ConfigError
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add `reproduce`, `calibrate`, `sim2real`, `train`, `tune`, `imitate` and `compare` to the command line."""
+    """Add `reproduce`, `fit`, `calibrate`, `sim2real`, `train`, `tune`, `imitate` and `compare` to the command line."""
     for name, (what, run) in COMMANDS.items():
         app.command(
             name,
@@ -29,6 +29,12 @@ def _command(name: str, run: Callable[[str, list[str]], int]) -> Callable[[typer
 
 def _reproduce(name: str, args: list[str]) -> int:
     code: int = importlib.import_module("llmsched_gym.reproduce").main(args)
+    return code
+
+
+def _fit(name: str, args: list[str]) -> int:
+    function = importlib.import_module("llmsched_gym.fit_command").fit_command
+    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
     return code
 
 
@@ -51,6 +57,7 @@ def _with_agents(name: str, args: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     "reproduce": ("Run the paper's whole evaluation and write docs/results.md", _reproduce),
+    "fit": ("Fit a cost profile to tables of measured kernels", _fit),
     "calibrate": ("Measure a real model's batches and fit a cost profile", _on_real_model),
     "sim2real": ("Compare the simulator with a real model", _on_real_model),
     "train": ("Train PPO or MaskablePPO", _with_agents),

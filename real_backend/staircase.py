@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.cost.fit import read_batches
-from llmsched_gym.cost.tiles import CANDIDATES, tile_gain
+from llmsched_gym.cost.tiles import steps
 from llmsched_gym.evaluation.draw import styled
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.measurements import Sheet
@@ -37,19 +37,6 @@ def whole_prompts(sweep: Path) -> tuple[np.ndarray, np.ndarray]:
     }
     tokens = np.array(sorted(rows))
     return tokens, np.array([rows[n] for n in tokens.tolist()])
-
-
-def steps(tokens: np.ndarray, ms: np.ndarray, tile: int) -> dict[str, Any]:
-    """What one token too many costs at multiples of `tile`, and what each doubling of a tile saves, as shares.
-
-    `step` maps a multiple to the rise of time per token from it to the next token; `doubling` a tile to what odd
-    multiples of its half cost above their neighbours.
-    """
-    ms_of = dict(zip(tokens.tolist(), ms.tolist(), strict=True))
-    edges = [n for n in range(tile, int(tokens[-1]), tile) if n in ms_of and n + 1 in ms_of]
-    rises = {n: (ms_of[n + 1] / (n + 1)) / (ms_of[n] / n) - 1.0 for n in edges}
-    gains = {t: tile_gain(tokens.tolist(), ms.tolist(), t) for t in CANDIDATES}
-    return {"step": rises, "doubling": {t: gain for t, gain in gains.items() if gain is not None}}
 
 
 @styled

@@ -27,6 +27,7 @@ LEVELS = {
     "llmsched_gym.real_backend": 8,
     "llmsched_gym.agents": 8,
     "llmsched_gym.results_page": 9,
+    "llmsched_gym.fit_command": 10,
     "llmsched_gym.reproduce": 10,
     "llmsched_gym.commands": 11,
     "llmsched_gym.cli": 12,

@@ -1,7 +1,9 @@
-"""Write the shipped profiles again: `python -m llmsched_gym.cost.build --facts linear_ops_ms_by_tokens.csv`.
+"""Write the shipped profiles again: `python -m llmsched_gym.cost.build --facts FILE --kernels FOLDER`.
 
-The file is the condensed form of Vidur's published profiles (`data/profiling/compute`): columns gpu, model_shape,
-num_tokens, gemm_ms_32_layers, other_linear_ms_32_layers.
+The file, linear_ops_ms_by_tokens.csv, is the condensed form of Vidur's published profiles (`data/profiling/compute`):
+columns gpu, model_shape, num_tokens, gemm_ms_32_layers, other_linear_ms_32_layers. The folder has LLMServingSim's tables
+of vLLM's kernels on two devices: RTXPRO6000 and RTX4090, each with dense.csv, attention.csv.gz, per_sequence.csv and
+skew.csv.gz.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import typer
 from llmsched_gym.cost.profile import DATA_DIR, Profile, ProfileError, SmoothLinear, TableLinear, kv_blocks
 from llmsched_gym.cost.roofline import DEVICES, MODELS, OVERHEAD_MS, kv_ms, pair_ms, roofline_notes
 from llmsched_gym.cost.tiles import best_tile, tile_gain
+from llmsched_gym.cost.vllm import vllm_profiles
 
 CHUNK_SWEEP_MS = {
     64: 724.319638684392,
@@ -62,6 +65,7 @@ def rtx6000ada() -> Profile:
         pair_ms=4 * 32 * 128 * 32 / 90e12 * 1e3,
         kv_ms=131_072 / (bandwidth_gb_s * 1e9) * 1e3,
         num_kv_blocks=14_733,
+        engine="the SLAI authors' engine, separate attention kernels for prefill and decode",
         notes=(
             "Fitted to the TTFT of lone 2048-token prompts at 7 chunk sizes, Mistral-7B-Instruct-v0.2 on one RTX 6000 "
             "Ada (the SLAI authors' repository, scripts/plot1_results.csv); see fit for the error.",
@@ -69,6 +73,8 @@ def rtx6000ada() -> Profile:
             "pair_ms: 524,288 FLOP per query-key pair at 90 TFLOP/s. kv_ms: 128 KiB per token at 80 % of 960 GB/s.",
             "num_kv_blocks: as the authors' engine reported it on that machine.",
             "tile_tokens 128 is assumed: the sweep has too few points to show the staircase.",
+            "Additive: that engine runs the two phases in kernels of their own, one after the other, so decodes cost "
+            "no more beside a chunk than alone; rtx6000ada-mistral-7b-vllm is an estimate for an engine where they do.",
         ),
     )
     return dataclasses.replace(profile, fit=sweep_error(profile))
@@ -90,6 +96,7 @@ def a100(tokens: list[int], ms: list[float]) -> Profile:
         pair_ms=pair_ms(model, device),
         kv_ms=kv_ms(model, device),
         num_kv_blocks=kv_blocks(model, device),
+        engine="none in particular: PyTorch's linear layers, roofline attention",
         notes=(
             "linear: Vidur's published profile of an A100-80GB (data/profiling/compute, MIT), medians of GeMM and "
             "other linear-layer time of 32 layers; llama-3-8b has exactly mistral-7b's layer shapes. All points are "
@@ -123,12 +130,19 @@ def read_table(path: Path, gpu: str, shape: str) -> tuple[list[int], list[float]
 
 @app.command()
 def main(
-    facts: Annotated[Path, typer.Option(help="Linear-layer times by token count, for the A100.")],
+    facts: Annotated[Path | None, typer.Option(help="Linear-layer times by token count, for the A100.")] = None,
+    kernels: Annotated[Path | None, typer.Option(help="Folder of vLLM's kernel times on two devices.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write to.")] = DATA_DIR,
 ) -> None:
     """Write the shipped cost profiles, but for those that were measured: they are fits of calibrate's."""
     try:
-        profiles = [rtx6000ada(), a100(*read_table(facts, "A100-80GB", A100_SHAPE))]
+        if facts is None and kernels is None:
+            raise ProfileError("expected --facts or --kernels, or both")
+        profiles = []
+        if facts is not None:
+            profiles += [rtx6000ada(), a100(*read_table(facts, "A100-80GB", A100_SHAPE))]
+        if kernels is not None:
+            profiles += vllm_profiles(kernels, rtx6000ada())
     except ProfileError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -146,6 +146,8 @@ class Profile:
         """What its times rest on, in a word or a few."""
         if self.fit is not None:
             return "measured"
+        if any(note.startswith("Estimate:") for note in self.notes):
+            return "estimate, scaled from another device"
         if any(note.startswith("linear:") for note in self.notes):
             return "linear layers measured, attention a roofline"
         return "roofline, not measured"

@@ -14,9 +14,10 @@ MODELS = {
     for model in (
         ModelSpec("mistral-7b", 4096, 14336, 32, 32, 8, 128, 32000),
         ModelSpec("llama-3-8b", 4096, 14336, 32, 32, 8, 128, 128256),
+        ModelSpec("llama-3.1-8b", 4096, 14336, 32, 32, 8, 128, 128256),
     )
 }
-"""Shapes from the models' published configurations (Mistral-7B-Instruct-v0.2, Meta-Llama-3-8B)."""
+"""Shapes from the models' published configurations (Mistral-7B-Instruct-v0.2, Meta-Llama-3-8B, Llama-3.1-8B)."""
 
 DEVICES = {
     device.name: device
@@ -25,9 +26,14 @@ DEVICES = {
         DeviceSpec("rtx6000ada", 48e9, 960e9, 182.1e12, 0.8, 0.85),
         DeviceSpec("a100-80gb", 80e9, 2039e9, 312e12, 0.8, 0.69),
         DeviceSpec("h100-sxm", 80e9, 3350e9, 989e12, 0.8, 0.7),
+        DeviceSpec("rtxpro6000", 96e9, 1597e9, 500e12, 0.8, 0.85),
+        DeviceSpec("rtx4090", 24e9, 1008e9, 165.2e12, 0.8, 0.85),
     )
 }
-"""Memory, bandwidth and dense bf16 rate from NVIDIA's data sheets; efficiencies as seen in published profiles."""
+"""Memory, bandwidth and dense bf16 rate from NVIDIA's data sheets; efficiencies as seen in published profiles.
+
+RTX PRO 6000 Blackwell Server Edition: 4 PFLOP/s of FP4 with sparsity, an eighth of that in dense bf16; RTX 4090: the
+Ada white paper's rate with FP32 accumulation. Their efficiencies are assumed."""
 
 OVERHEAD_MS = 3.4
 """Host time per batch, carried over from the RTX 6000 Ada fit: the same engine on another device."""

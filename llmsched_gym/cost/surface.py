@@ -123,6 +123,10 @@ class Surface:
         times = {name: _times(getattr(self, name), factor) for name in _TIMES}
         return replace(self, **times)
 
+    def rounded(self) -> Surface:
+        """The surface with times of four significant digits, for files."""
+        return replace(self, **{name: _rounded(getattr(self, name)) for name in _TIMES})
+
     def with_mixing(self, factor: float) -> Surface:
         """The surface on which decodes beside a chunk cost `factor` times as much of what they add."""
         return replace(self, hybrid_ms=_times(self.hybrid_ms, factor), floor_ms=_times(self.floor_ms, factor))
@@ -156,9 +160,9 @@ class Surface:
             context=k,
             chunk=k,
             prefix=prefix,
-            decode_ms=_nested(decode),
-            chunk_ms=_nested(kv_ms * np.add.outer(np.array(k), np.array(prefix))),
-            hybrid_ms=_nested(np.broadcast_to(factor * decode, (len(k), *decode.shape))),
+            decode_ms=nested(decode),
+            chunk_ms=nested(kv_ms * np.add.outer(np.array(k), np.array(prefix))),
+            hybrid_ms=nested(np.broadcast_to(factor * decode, (len(k), *decode.shape))),
             floor_ms=(0.0,) * len(k),
         )
 
@@ -189,8 +193,18 @@ def _times(value: Any, factor: float) -> Any:
     return tuple(_times(v, factor) for v in value) if isinstance(value, tuple) else factor * value
 
 
-def _nested(table: np.ndarray) -> Any:
-    return tuple(_nested(row) for row in table) if table.ndim > 0 else float(table)
+def _rounded(value: Any) -> Any:
+    return tuple(map(_rounded, value)) if isinstance(value, tuple) else rounded(value)
+
+
+def rounded(value: float) -> float:
+    """To four significant digits: measurements have no more."""
+    return float(f"{value:.4g}")
+
+
+def nested(table: np.ndarray) -> Any:
+    """An array as tuples of tuples."""
+    return tuple(nested(row) for row in table) if table.ndim > 0 else float(table)
 
 
 def _frozen(value: Any) -> Any:

@@ -1,0 +1,153 @@
+"""What a fit to measured kernels is worth: tables of errors by kind of batch, and a heat map of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from llmsched_gym.cost import Profile
+from llmsched_gym.cost.fit_errors import LARGE_US
+from llmsched_gym.cost.fit_surface import Attention, kinds
+from llmsched_gym.evaluation.draw import styled
+from llmsched_gym.evaluation.terminal import new_table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+KINDS = {"decodes": "decodes alone", "chunks": "chunks alone", "hybrid": "hybrid"}
+MAP_LIMIT = 0.25
+"""Errors beyond that have the darkest colour."""
+
+
+def rows_by_kind(fit: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Kind of batch, rows; percent: median, 95th percentile, worst, bias, and the medians of small and large ones."""
+    rows = []
+    for kind, text in KINDS.items():
+        if kind in fit:
+            found = fit[kind]
+            sizes = [_percent(found[size]["median"]) if size in found else "-" for size in ("small", "large")]
+            errors = [_percent(found[name]) for name in ("median", "p95", "max", "bias")]
+            rows.append((text, str(found["rows"]), *errors, *sizes))
+    return rows
+
+
+def rows_held_out(held_out: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Column, kind, levels; percent: median and 95th percentile over all levels, the inner ones and the edges."""
+    rows = []
+    for column, by_kind in held_out.items():
+        for kind, found in by_kind.items():
+            parts = [found, found.get("inner"), found.get("edges")]
+            errors = [_percent(part[name]) if part else "-" for part in parts for name in ("median", "p95")]
+            rows.append((column, KINDS[kind], str(len(found["levels"])), *errors))
+    return rows
+
+
+def tables(profile: Profile) -> list[Table]:
+    """The same for a terminal of 80 columns."""
+    fit = profile.fit or {}
+    heads: tuple[str, ...] = ("batches", "rows", "median", "95 %", "worst", "bias", "small:\nmedian", "large:\nmedian")
+    title = f"{profile.name}: relative error of attention (%); small: below {LARGE_US:g} us a layer"
+    first = new_table(*heads, title=title)
+    for row in rows_by_kind(fit):
+        first.add_row(*row)
+    if "held_out" not in fit:
+        return [first]
+    heads = (
+        "levels left out",
+        "batches",
+        "levels",
+        "median",
+        "95 %",
+        "inner:\nmedian",
+        "\n95 %",
+        "edges:\nmedian",
+        "\n95 %",
+    )
+    second = new_table(*heads, title="Whole levels left out of the fit in turn (%); edges are extrapolated", text=2)
+    for row in rows_held_out(fit["held_out"]):
+        second.add_row(*row)
+    return [first, second]
+
+
+def markdown(profile: Profile) -> str:
+    """All errors that `profile.fit` has."""
+    fit = profile.fit or {}
+    heads: tuple[str, ...] = (
+        "batches",
+        "rows",
+        "median %",
+        "95 % %",
+        "worst %",
+        "bias %",
+        "small: median %",
+        "large: median %",
+    )
+    parts = [f"# Fit of {profile.name}", _table(heads, rows_by_kind(fit))]
+    heads = ("n_decode", "kv_decode", "prefill_chunk", "kv_prefill", "us", "error %")
+    worst = [(*(str(cell[name]) for name in heads[:5]), _percent(cell["error"])) for cell in fit["worst"]]
+    parts += ["## Worst cells", _table(heads, worst)]
+    if "held_out" in fit:
+        heads = ("left out", "batches", "levels", "median %", "95 % %", "inner: median %", "95 % %")
+        heads += ("edges: median %", "95 % %")
+        parts += ["## Whole levels left out in turn", _table(heads, rows_held_out(fit["held_out"]))]
+        rows = [
+            (column, KINDS[kind], level, str(found["rows"]), _percent(found["median"]), _percent(found["p95"]))
+            for column, by_kind in fit["held_out"].items()
+            for kind, pooled in by_kind.items()
+            for level, found in pooled["levels"].items()
+        ]
+        parts += ["## By level", _table(("left out", "batches", "level", "rows", "median %", "95 % %"), rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+@styled
+def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
+    """Median errors: decodes alone and hybrid batches by decodes and context, chunks alone by chunk and prefix.
+
+    `cells` are those of :func:`llmsched_gym.cost.kernel_tables.read_attention`.
+    """
+    if profile.surface is None:
+        raise ValueError(f"{profile.name}: has no surface")
+    predicted = Attention.of(profile.surface, profile.pair_ms, profile.model.num_layers).predict(cells)
+    cells = cells.assign(error=predicted / cells.us - 1.0)
+    figure = Figure(figsize=(9.5, 11.0), layout="constrained")
+    axes = figure.subplots(3, 1)
+    names = {"n": "Decodes", "k": "KV tokens of each decode", "c": "Chunk (tokens)", "p": "Tokens before the chunk"}
+    for ax, (kind, mask), (y, x) in zip(axes, kinds(cells).items(), (("n", "k"), ("c", "p"), ("n", "k")), strict=True):
+        grid = cells[mask].pivot_table(index=y, columns=x, values="error", aggfunc=lambda e: np.median(np.abs(e)))
+        image = ax.imshow(grid, origin="lower", aspect="auto", cmap="YlOrRd", vmin=0.0, vmax=MAP_LIMIT)
+        ax.set_xticks(
+            range(len(grid.columns)), [str(v) for v in grid.columns], rotation=45 if len(grid.columns) > 12 else 0
+        )
+        ax.set_yticks(range(len(grid.index)), [str(v) for v in grid.index])
+        ax.grid(False)
+        ax.set(xlabel=names[x], ylabel=names[y])
+        ax.set_title(f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}: median error (%)")
+        for (i, j), value in np.ndenumerate(grid.to_numpy()):
+            if np.isfinite(value):
+                dark = value > 0.6 * MAP_LIMIT
+                ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    figure.colorbar(image, ax=axes, label="Median relative error", fraction=0.03)
+    figure.suptitle(profile.name)
+    return figure
+
+
+def write(profile: Profile, cells: pd.DataFrame, markdown_file: Path, picture: Path) -> None:
+    """The errors as Markdown, and the heat map as PNG."""
+    markdown_file.parent.mkdir(parents=True, exist_ok=True)
+    heat_map(profile, cells).savefig(picture, format="png", dpi=110, metadata={"Software": None})
+    markdown_file.write_text(markdown(profile), encoding="utf-8")
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

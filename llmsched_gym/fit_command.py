@@ -1,0 +1,99 @@
+"""`llmsched fit`: a cost profile from tables of measured kernels, or from the batches that `calibrate` measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec
+from llmsched_gym.cost import DEVICES, MODELS, Profile
+from llmsched_gym.evaluation import terminal
+
+
+def fit_command(
+    out: Annotated[Path, typer.Option(help="Profile to write, a .json file.")],
+    dense: Annotated[Path | None, typer.Option(help="CSV: layer, tokens, time_us.")] = None,
+    attention: Annotated[
+        Path | None, typer.Option(help="CSV: prefill_chunk, kv_prefill, n_decode, kv_decode, time_us, of one layer.")
+    ] = None,
+    per_sequence: Annotated[Path | None, typer.Option(help="CSV: layer, sequences, time_us.")] = None,
+    skew: Annotated[Path | None, typer.Option(help="CSV of unequal contexts against equal ones.")] = None,
+    num_layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model (--model's).")] = None,
+    batches: Annotated[
+        Path | None, typer.Option(help="Instead of tables: measured batches, the CSV of llmsched calibrate.")
+    ] = None,
+    kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks of 16; as memory holds unless given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the profile (OUT without .json).")] = None,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}; no time depends on it.")] = "llama-3.1-8b",
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}; no time depends on it.")] = "rtxpro6000",
+    engine: Annotated[str, typer.Option(help="Whose times these are: engine and attention backend.")] = "",
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of fit.md and fit.png; else OUT-fit.md and OUT-fit.png.")
+    ] = None,
+    held_out: Annotated[bool, typer.Option(help="Errors on levels left out of the fit: takes seconds.")] = True,
+) -> None:
+    """Fit a cost profile to measured kernels (CSV files, plain or .gz), and say how far it is from them."""
+    if out.suffix != ".json":
+        raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
+    spec, target = _known(model, MODELS, "model"), _known(device, DEVICES, "device")
+    spec = dataclasses.replace(spec, num_layers=num_layers or spec.num_layers)
+    tables = {"dense": dense, "attention": attention, "per-sequence": per_sequence}
+    if batches is not None:
+        given = [option for option, file in {**tables, "skew": skew}.items() if file is not None]
+        if given:
+            raise ConfigError(f"{given[0]}: expected either tables or --batches, got both")
+        _write(_from_batches(batches, spec, target, kv_blocks, name or out.stem, engine), out)
+        return
+    if dense is None or attention is None or per_sequence is None:
+        missing = next(option for option, file in tables.items() if file is None)
+        raise ConfigError(f"{missing}: missing; expected --dense, --attention and --per-sequence, or --batches")
+    from llmsched_gym.cost.fit_tables import fit_tables
+    from llmsched_gym.cost.kernel_tables import read_attention
+    from llmsched_gym.evaluation import fit_report
+
+    with terminal.progress_bar("levels left out") as progress:
+        profile = fit_tables(
+            *(dense, attention, per_sequence, skew),
+            name=name or out.stem,
+            model=spec,
+            device=target,
+            num_layers=spec.num_layers,
+            num_kv_blocks=kv_blocks,
+            engine=engine,
+            with_held_out=held_out,
+            progress=progress or (lambda done, total: None),
+        )
+    text, picture = (out.with_name(f"{out.stem}-fit{end}") for end in (".md", ".png"))
+    if report is not None:
+        text, picture = report / "fit.md", report / "fit.png"
+    fit_report.write(profile, read_attention(attention), text, picture)
+    _write(profile, out)
+    for table in fit_report.tables(profile):
+        terminal.print_table(table)
+    print(f"llmsched: wrote {out}, {text}, {picture}", file=sys.stderr)
+
+
+def _from_batches(
+    csv: Path, model: ModelSpec, device: DeviceSpec, kv_blocks: int | None, name: str, engine: str
+) -> Profile:
+    from llmsched_gym.cost.profile import kv_blocks as blocks_of
+
+    blocks = blocks_of(model, device) if kv_blocks is None else kv_blocks
+    calibrate = importlib.import_module("llmsched_gym.real_backend.calibrate")
+    profile: Profile = calibrate.fit_csv(csv, model, device, blocks, name=name)
+    return dataclasses.replace(profile, engine=engine)
+
+
+def _write(profile: Profile, out: Path) -> None:
+    profile.to_json(out)
+
+
+def _known(name: str, known: dict[str, ModelSpec] | dict[str, DeviceSpec], what: str):  # type: ignore[no-untyped-def]
+    if name not in known:
+        raise ConfigError(f"{what}: expected one of {', '.join(known)}, got {name!r}")
+    return known[name]
