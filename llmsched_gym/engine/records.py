@@ -135,6 +135,7 @@ KNOBS = record_dtype(
         ("threshold", "i4"),  # vllm-v1: largest chunk of a prompt while there is another request; 0: none
         ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
         ("age", "f8"),  # on-time: seconds since arrival after which a hopeless prompt has a share of each batch
+        ("mix", "i1"),  # on-time: whether decodes and prompts share a batch always or where that takes less time
     ]
 )
 

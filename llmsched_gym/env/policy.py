@@ -119,7 +119,7 @@ def sets_knobs(scheduler: Any) -> bool:
 def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) -> np.ndarray:
     """The knobs action that does what such a scheduler does now in environment `env`; int64 of shape (num_knobs,).
 
-    A planned cap becomes the nearest of the knob, a limit the next larger. ValueError where no knob has the value.
+    A planned cap becomes the nearest of the knob, a limit the next larger, a larger room for tokens the next smaller. ValueError where no knob has the value.
     """
     if config.action != "knobs":
         raise ValueError(f"it sets knobs, and the environment has {config.action} actions")
@@ -131,6 +131,9 @@ def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) 
         scheduler.plan(engine.handle, env)
         settings |= {name: state.batches[env][name].item() for name in ("order", "limit", "margin", "hold")}
         settings["cap"] = min(KNOBS[CAP].values, key=lambda v: abs(v - float(state.batches[env]["cap"])))
+        room = state.batches[env]["token_room"]
+        if room > settings["token_budget"]:
+            settings["token_budget"] = max(v for v in KNOBS[TOKEN_BUDGET].values if v <= room)
         settings["limit"] = min(v for v in KNOBS[LIMIT].values if v >= settings["limit"])
         state.batches[env], state.knobs[env] = before, knobs
     return knobs_action(settings, float(state.sims[env].kv_cache_usage), config)
