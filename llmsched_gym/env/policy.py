@@ -14,7 +14,7 @@ from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
 from llmsched_gym.env.actions import as_array, check_range
 from llmsched_gym.env.arrays import make_arrays
-from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, REFUSE, knobs_action
+from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, REFUSE, TOKEN_BUDGET, knobs_action
 from llmsched_gym.env.slots import NUM_SLOTS
 from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
 
@@ -119,7 +119,8 @@ def sets_knobs(scheduler: Any) -> bool:
 def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) -> np.ndarray:
     """The knobs action that does what such a scheduler does now in environment `env`; int64 of shape (num_knobs,).
 
-    A planned cap becomes the nearest of the knob, a limit the next larger, a larger room for tokens the next smaller. ValueError where no knob has the value.
+    A planned cap becomes the nearest of the knob, a limit the next larger, a larger room for tokens the next smaller.
+    ValueError where no knob has the value.
     """
     if config.action != "knobs":
         raise ValueError(f"it sets knobs, and the environment has {config.action} actions")
