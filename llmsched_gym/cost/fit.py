@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llmsched_gym.config import DeviceSpec, ModelSpec
+from llmsched_gym.cost.fit_batches import with_surface
 from llmsched_gym.cost.profile import Profile, ProfileError, TableLinear
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ HELD_OUT_SHARE = 0.2
 ROWS_PER_KNOT = 3
 HUBER_SIGMAS = 1.345  # residuals beyond so many sigmas count linearly, not squared
 ROUNDS = 20  # of reweighting
+AUTO_GAIN = 0.2
+"""A surface has hundreds of figures where the sum has two: it must be worth them."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,19 @@ def fit(
     knots: Sequence[int] | None = None,
     seed: int = 0,
     notes: Sequence[str] = (),
+    surface: bool | Literal["auto"] = False,
 ) -> Profile:
     """A profile whose coefficients come from measured batches; relative errors are what is made small.
 
     20 % of the rows, chosen by `seed`, are held out; `profile.fit` has the errors on them: `mape`, `p95_ape` and
-    `max_ape` as shares, `rms_ms`. The time of the linear layers never falls with the batch's tokens; its `knots`
-    default to a grid that the data can carry. Times of whole batches cannot tell the per-batch overhead from the floor
-    of the linear layers: `overhead_ms` is taken as given and the rest goes to the table. A few disturbed rows do not
-    move the fit (Huber weights). Raises :class:`ProfileError` naming line and column.
+    `max_ape` as shares, `rms_ms`, and the same in `kinds` for decodes alone, chunks alone and hybrid batches. The time
+    of the linear layers never falls with the batch's tokens; its `knots` default to a grid that the data can carry.
+    Times of whole batches cannot tell the per-batch overhead from the floor of the linear layers: `overhead_ms` is
+    taken as given and the rest goes to the table. A few disturbed rows do not move the fit (Huber weights).
+
+    With `surface` attention is a surface, which needs hybrid batches measured on purpose; with "auto" it is one where
+    the rows are there and that lowers the mean error on held-out hybrid batches by :data:`AUTO_GAIN` at least. Raises
+    :class:`ProfileError` naming line and column.
     """
     batches = read_batches(measurements)
     if len(batches) < MIN_ROWS:
@@ -69,32 +77,80 @@ def fit(
     num_held_out = int(HELD_OUT_SHARE * len(batches))
     held_out, training = ([batches[i] for i in part] for part in np.split(order, [num_held_out]))
 
-    num_tokens = np.array([batch.num_tokens for batch in training])
-    at = np.unique(np.asarray(knots, int)) if knots is not None else _knots(num_tokens)
-    if len(at) < 2 or at[0] < 1:
-        raise ProfileError("knots: expected at least two different token counts >= 1 in the measurements")
-    ms = np.array([batch.ms for batch in training]) - overhead_ms
-    if not (ms > 0.0).all():
-        raise ProfileError(f"overhead_ms: {overhead_ms:g} is more than the fastest measured batch takes")
-    attention = np.array([_attention(batch) for batch in training])
-    if not attention.any(axis=0).all():
-        raise ProfileError("prefill: no batch has a prefill chunk; the cost of its attention cannot be fitted")
-    solution = _robust_nnls(np.column_stack([_increments(num_tokens, at), attention]), ms)
-    linear_ms = np.maximum(np.cumsum(solution[: len(at)]), 1e-9)
     profile = Profile(
         name=name,
         model=model,
         device=device,
         tile_tokens=tile_tokens,
-        linear=TableLinear(tuple(at.tolist()), tuple(linear_ms.tolist())),
+        linear=TableLinear((1, 2), (1.0, 1.0)),
         overhead_ms=overhead_ms,
-        pair_ms=float(solution[-2]),
-        kv_ms=float(solution[-1]),
+        pair_ms=0.0,
+        kv_ms=0.0,
         num_kv_blocks=num_kv_blocks,
         notes=(*notes, f"Fitted to {len(training)} measured batches."),
     )
+    fitted = _additive(profile, training, knots)
+    if surface:
+        fitted = _choose(fitted, profile, training, held_out, knots, required=surface is True)
     counts = {"rows": len(training), "held_out_rows": num_held_out, "seed": seed}
-    return dataclasses.replace(profile, fit={**counts, **errors(profile, held_out)})
+    return dataclasses.replace(
+        fitted, fit={**counts, **errors(fitted, held_out), "kinds": errors_by_kind(fitted, held_out)}
+    )
+
+
+def _additive(profile: Profile, training: Sequence[Batch], knots: Sequence[int] | None) -> Profile:
+    """`profile` with linear layers and additive attention fitted to the batches."""
+    num_tokens = np.array([batch.num_tokens for batch in training])
+    at = np.unique(np.asarray(knots, int)) if knots is not None else _knots(num_tokens)
+    if len(at) < 2 or at[0] < 1:
+        raise ProfileError("knots: expected at least two different token counts >= 1 in the measurements")
+    ms = np.array([batch.ms for batch in training]) - profile.overhead_ms
+    if not (ms > 0.0).all():
+        raise ProfileError(f"overhead_ms: {profile.overhead_ms:g} is more than the fastest measured batch takes")
+    attention = np.array([_attention(batch) for batch in training])
+    if not attention.any(axis=0).all():
+        raise ProfileError("prefill: no batch has a prefill chunk; the cost of its attention cannot be fitted")
+    solution = _robust_nnls(np.column_stack([_increments(num_tokens, at), attention]), ms)
+    linear_ms = np.maximum(np.cumsum(solution[: len(at)]), 1e-9)
+    return dataclasses.replace(
+        profile,
+        linear=TableLinear(tuple(at.tolist()), tuple(linear_ms.tolist())),
+        pair_ms=float(solution[-2]),
+        kv_ms=float(solution[-1]),
+    )
+
+
+def _choose(
+    additive: Profile,
+    profile: Profile,
+    training: Sequence[Batch],
+    held_out: Sequence[Batch],
+    knots: Sequence[int] | None,
+    required: bool,
+) -> Profile:
+    """The fit with a surface if that is required, or possible and better; linear layers from batches of one kind."""
+    try:
+        apart = [batch for batch in training if kind_of(batch) != "hybrid"]
+        base = _additive(profile, apart, knots)
+        fitted = with_surface(dataclasses.replace(base, kv_ms=additive.kv_ms), training)
+    except ProfileError:
+        if required:
+            raise
+        return additive
+    hybrid = [batch for batch in held_out if kind_of(batch) == "hybrid"]
+    better = bool(hybrid) and errors(fitted, hybrid)["mape"] <= (1.0 - AUTO_GAIN) * errors(additive, hybrid)["mape"]
+    return fitted if required or better else additive
+
+
+def kind_of(batch: Batch) -> str:
+    """decodes, chunks or hybrid."""
+    return "hybrid" if batch.chunks and batch.decode_contexts else "chunks" if batch.chunks else "decodes"
+
+
+def errors_by_kind(profile: Profile, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
+    """:func:`errors` and the number of rows by kind of batch, for kinds that there are."""
+    groups = {kind: [b for b in batches if kind_of(b) == kind] for kind in ("decodes", "chunks", "hybrid")}
+    return {kind: {"rows": len(group), **errors(profile, group)} for kind, group in groups.items() if group}
 
 
 def errors(profile: Profile, batches: Sequence[Batch]) -> dict[str, float]:
