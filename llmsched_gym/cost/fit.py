@@ -27,6 +27,7 @@ HELD_OUT_SHARE = 0.2
 ROWS_PER_KNOT = 3
 HUBER_SIGMAS = 1.345  # residuals beyond so many sigmas count linearly, not squared
 ROUNDS = 20  # of reweighting
+TURNS = 3  # of linear layers and attention
 AUTO_GAIN = 0.2
 """A surface has hundreds of figures where the sum has two: it must be worth them."""
 
@@ -91,7 +92,7 @@ def fit(
     )
     fitted = _additive(profile, training, knots)
     if surface:
-        fitted = _choose(fitted, profile, training, held_out, knots, required=surface is True)
+        fitted = _choose(fitted, training, held_out, surface)
     counts = {"rows": len(training), "held_out_rows": num_held_out, "seed": seed}
     return dataclasses.replace(
         fitted, fit={**counts, **errors(fitted, held_out), "kinds": errors_by_kind(fitted, held_out)}
@@ -111,35 +112,41 @@ def _additive(profile: Profile, training: Sequence[Batch], knots: Sequence[int] 
     if not attention.any(axis=0).all():
         raise ProfileError("prefill: no batch has a prefill chunk; the cost of its attention cannot be fitted")
     solution = _robust_nnls(np.column_stack([_increments(num_tokens, at), attention]), ms)
-    linear_ms = np.maximum(np.cumsum(solution[: len(at)]), 1e-9)
-    return dataclasses.replace(
-        profile,
-        linear=TableLinear(tuple(at.tolist()), tuple(linear_ms.tolist())),
-        pair_ms=float(solution[-2]),
-        kv_ms=float(solution[-1]),
-    )
+    pair_ms, kv_ms = (float(x) for x in solution[-2:])
+    return dataclasses.replace(profile, linear=_table(at, solution[:-2]), pair_ms=pair_ms, kv_ms=kv_ms)
+
+
+def _with_surface(additive: Profile, training: Sequence[Batch]) -> Profile:
+    """The fit with a surface: linear layers and attention in turn, each to what the other leaves of the batches."""
+    at = np.array(additive.linear.tokens) if isinstance(additive.linear, TableLinear) else np.zeros(0)
+    increments = _increments(np.array([batch.num_tokens for batch in training]), at)
+    total = np.array([batch.ms for batch in training])
+    profile = with_surface(additive, training)
+    for _ in range(TURNS):
+        whole = np.array([1e3 * profile.predict_s(batch.chunks, batch.decode_contexts) for batch in training])
+        attention = whole - increments @ np.diff(profile.linear.table(int(at[-1]))[at - 1], prepend=0.0)
+        solution = _robust_nnls(increments, np.maximum(total - attention, 0.01 * total), total)
+        profile = with_surface(dataclasses.replace(additive, linear=_table(at, solution)), training)
+    return profile
 
 
 def _choose(
-    additive: Profile,
-    profile: Profile,
-    training: Sequence[Batch],
-    held_out: Sequence[Batch],
-    knots: Sequence[int] | None,
-    required: bool,
+    additive: Profile, training: Sequence[Batch], held_out: Sequence[Batch], surface: bool | Literal["auto"]
 ) -> Profile:
-    """The fit with a surface if that is required, or possible and better; linear layers from batches of one kind."""
+    """The fit with a surface if that is required, or possible and better."""
     try:
-        apart = [batch for batch in training if kind_of(batch) != "hybrid"]
-        base = _additive(profile, apart, knots)
-        fitted = with_surface(dataclasses.replace(base, kv_ms=additive.kv_ms), training)
+        fitted = _with_surface(additive, training)
     except ProfileError:
-        if required:
+        if surface is True:
             raise
         return additive
     hybrid = [batch for batch in held_out if kind_of(batch) == "hybrid"]
     better = bool(hybrid) and errors(fitted, hybrid)["mape"] <= (1.0 - AUTO_GAIN) * errors(additive, hybrid)["mape"]
-    return fitted if required or better else additive
+    return fitted if surface is True or better else additive
+
+
+def _table(at: np.ndarray, increments: np.ndarray) -> TableLinear:
+    return TableLinear(tuple(at.tolist()), tuple(np.maximum(np.cumsum(increments), 1e-9).tolist()))
 
 
 def kind_of(batch: Batch) -> str:
@@ -267,19 +274,21 @@ def _knots(num_tokens: np.ndarray) -> np.ndarray:
     return np.array([*knots, int(seen[-1])])
 
 
-def _robust_nnls(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Non-negative coefficients with small relative residuals; Huber weights, reweighted until they settle."""
+def _robust_nnls(matrix: np.ndarray, target: np.ndarray, unit: np.ndarray | None = None) -> np.ndarray:
+    """Non-negative coefficients with residuals small in units of `unit`, or relative ones; Huber weights, reweighted
+    until they settle."""
     from scipy.optimize import nnls
 
-    relative = matrix / target[:, None]
+    unit = target if unit is None else unit
+    relative, wanted = matrix / unit[:, None], target / unit
     scale = np.linalg.norm(relative, axis=0)
     scale[scale == 0.0] = 1.0
     relative = relative / scale
     weight = np.ones(len(target))
     for _ in range(ROUNDS):
         root = np.sqrt(weight)
-        solution, _ = nnls(relative * root[:, None], root)
-        residual = np.abs(relative @ solution - 1.0)
+        solution, _ = nnls(relative * root[:, None], wanted * root)
+        residual = np.abs(relative @ solution - wanted)
         limit = HUBER_SIGMAS * 1.4826 * np.median(residual)
         new = np.minimum(1.0, limit / np.maximum(residual, 1e-12)) if limit > 0.0 else weight
         if np.allclose(new, weight, rtol=0.0, atol=1e-3):

@@ -155,11 +155,6 @@ BATCH = record_dtype(
         ("free_blocks", "i4"),  # blocks left after what was added; below 0 the engine evicts
         ("pairs", "f8"),  # query-key pairs of the prefill chunks
         ("kv_tokens", "f8"),  # KV tokens read
-        # for a surface of the scheduler's profile; nobody counts them where it has none
-        ("num_chunks", "i4"),
-        ("decode_tokens", "f8"),  # KV tokens read by the decodes
-        ("longest", "f8"),  # most of them by one decode
-        ("chunks_s", "f8"),  # attention of the chunks, the kernels' launch left out
         ("cap_s", "f8"),  # limit on the predicted time
         # the knobs of this batch: a scheduler that plans ahead changes them between opening and filling it
         ("cap", "f8"),
