@@ -100,9 +100,7 @@ def fit(
     )
 
 
-def fit_csv(
-    csv: Path, model: ModelSpec, device: DeviceSpec, num_kv_blocks: int, *, name: str | None = None
-) -> Profile:
+def fit_csv(csv: Path, model: ModelSpec, device: DeviceSpec, num_kv_blocks: int, *, name: str | None = None) -> Profile:
     """The profile of a sheet measured before, of a model and device that only name what it describes."""
     return fit(Sheet.of(csv), model, device, num_kv_blocks, name=name)
 

@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from llmsched_gym.cost.fit import Batch
 
 
-PULL = 0.3
+PULL = 0.15
 """How much the additive model counts beside the batches: a sweep has few of them for each figure of a surface."""
-
-
 
 
 def with_surface(base: Profile, batches: Sequence[Batch]) -> Profile:
