@@ -45,8 +45,8 @@ def fit(
     """The table over `knots` whose interpolation at `at` is close to `target`, in units of `scale`, (rows,) each.
 
     Unless there is a `guess`, cells on knots give one (medians, weighted by 1 / scale), and :func:`fill` its rest. All
-    cells then correct it: least absolute errors, by reweighting, with a weak `pull` towards the guess for knots that few
-    cells speak of.
+    cells then correct it: least absolute errors, by reweighting, with a weak `pull` towards the guess for knots that
+    few cells speak of.
     """
     shape = tuple(len(axis) for axis in knots)
     if guess is None:
