@@ -63,8 +63,8 @@ def held_out(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Errors on whole levels left out of the fit in turn, by column and kind of batch: {column: {kind: figures}}.
 
-    Levels are the powers of two that the column has, where there are four at least. Figures are those of :func:`figures` over all levels, of `inner`
-    ones (interpolated) and `edges` (extrapolated), and of each in `levels`.
+    Levels are the powers of two that the column has, where there are four at least. Figures are those of
+    :func:`figures` over all levels, of `inner` ones (interpolated) and `edges` (extrapolated), and of each in `levels`.
     """
     plan = [(column, level) for column in LEVELS for level in _levels(cells, column)]
     errors: dict[str, dict[int, pd.DataFrame]] = {column: {} for column in LEVELS}
