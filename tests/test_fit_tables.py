@@ -252,6 +252,15 @@ def test_the_command_writes_profile_and_report(tmp_path, capsys):
     assert again.surface == profile.surface and "held_out" not in again.fit
 
 
+def test_the_command_takes_the_rows_of_calibrate(tmp_path, capsys):
+    sweep = Path(__file__).parents[1] / "docs" / "gpu" / "h100" / "sweep.csv.gz"
+    args = ["fit", "--batches", str(sweep), "--model", "mistral-7b", "--device", "h100-sxm"]
+    assert main([*args, "--out", str(tmp_path / "h.json")]) == 0
+    assert "attention additive; by kind of batch: decodes" in capsys.readouterr().out
+    fitted, shipped = load_profile(str(tmp_path / "h.json")), load_profile("h100-mistral-7b")
+    assert fitted.kv_ms == pytest.approx(shipped.kv_ms) and fitted.tile_tokens == shipped.tile_tokens
+
+
 def test_a_sweep_of_whole_batches_shows_the_price_of_mixing():
     """Where decodes cost more beside a chunk a surface is fitted, and where they do not the sum stays."""
     rng = np.random.default_rng(0)
