@@ -20,7 +20,7 @@ def execute_s(s, env, lane, world):
     """Duration of the applied batch on the simulated device (rule 13)."""
     batch = lane.batch
     if has_surface(s.coef_s):
-        if not has_surface(s.own_coef_s) or s.own_coef_s[ID] != s.coef_s[ID]:
+        if s.own_coef_s[ID] != s.coef_s[ID]:
             recount(batch, lane.items, lane.requests, s.coef_s)  # the chunks have the scheduler's own prices
             seconds = predicted_s(batch, s.linear_s, s.coef_s)
             recount(batch, lane.items, lane.requests, s.own_coef_s)

@@ -45,7 +45,7 @@ class State(NamedTuple):
     resolved: Any  # (num_envs, capacity) int32, requests in the order they were resolved
     noise: Any  # (num_envs, 1 or NOISE_BLOCK) float64, factors on batch times
     linear_s: Any  # (max_num_batched_tokens + 1,) float64, the executing profile
-    coef_s: Any  # (4 or more,) float64, see Profile.coefficients: pairs, KV tokens, tile, vLLM's budget, the surface
+    coef_s: Any  # (5 or more,) float64, see Profile.coefficients
     own_linear_s: Any  # the scheduler's profile
     own_coef_s: Any
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
