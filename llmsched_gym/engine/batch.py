@@ -85,7 +85,7 @@ def smallest_tbt_slo_s(lane):
         request = lane.requests[lane.running[i]]
         if not is_prefill(request):
             smallest = min(smallest, request.tbt_slo_s)
-    return smallest if smallest < math.inf else lane.sim.strict_tbt_slo_s
+    return smallest if smallest < math.inf else lane.episode.strict_tbt_slo_s
 
 
 @kernel()
@@ -102,7 +102,7 @@ def next_deadline_s(lane):
         left_s = request.last_token_s + request.tbt_slo_s - now_s
         if not is_prefill(request) and left_s > 0.0:
             earliest_s = min(earliest_s, left_s)
-    return max(earliest_s, lane.sim.strict_tbt_slo_s)
+    return max(earliest_s, lane.episode.strict_tbt_slo_s)
 
 
 @kernel()

@@ -9,32 +9,32 @@ from numba import types
 
 from llmsched_gym.engine.batch import batch_s
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
-from llmsched_gym.engine.lifecycle import arrive
-from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, lane_of, unpack
+from llmsched_gym.engine.lifecycle import let_in, pass_time
+from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, env_of, episode_of, lane_of, unpack
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
 
 
 @kernel()
-def execute_s(s, env, lane, world):
+def execute_s(s, k, lane, world):
     """Duration of the applied batch on the simulated device (rule 13)."""
     batch = lane.batch
     seconds = batch_s(s.linear_s, s.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
-    noise = s.noise[env]  # two blocks; the caller refills one while the other is in use
+    noise = s.noise[k]  # two blocks; the caller refills one while the other is in use
     return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
 
 
 @kernel()
-def noise_due(s, env):
+def noise_due(s, k):
     """Whether the batch just done was the last of its noise block."""
     size = s.noise.shape[1]
-    return size > 1 and s.sims[env].num_batches % (size // 2) == 0
+    return size > 1 and s.sims[k].num_batches % (size // 2) == 0
 
 
 @kernel()
-def log_step(s, env, lane, start_s, duration_s):
-    k = lane.sim.num_batches - 1
-    if k < s.steps.shape[1]:
-        step = s.steps[env, k]
+def log_step(s, k, lane, start_s, duration_s):
+    i = lane.sim.num_batches - 1
+    if i < s.steps.shape[1]:
+        step = s.steps[k, i]
         step.start_s = start_s
         step.duration_s = duration_s
         step.predicted_s = lane.sim.last_predicted_s
@@ -46,32 +46,33 @@ def log_step(s, env, lane, start_s, duration_s):
 
 
 @kernel()
-def book(s, env, lane, duration_s):
-    """Commit the applied batch, or idle if it is empty; returns whether a batch ran."""
-    world, output_tokens = s.worlds[env], s.output_tokens[env]
-    if lane.batch.num_tokens == 0:
-        idle(lane, world, output_tokens)
-        return False
-    start_s = lane.sim.clock_s
-    commit(lane, world, output_tokens, s.gaps[env], duration_s + lane.sim.decision_s)
-    if s.steps.shape[1] > 0:
-        log_step(s, env, lane, start_s, duration_s)
-    return True
+def book(s, k, lane, world, duration_s):
+    """Commit the applied batch, or idle if it is empty, and let time pass; returns whether a batch ran."""
+    env = env_of(s, k)
+    arrivals, output_tokens = s.arrivals[env], s.output_tokens[env]
+    start_s, ran = lane.sim.clock_s, lane.batch.num_tokens > 0
+    if ran:
+        end_s = commit(lane, world, output_tokens, s.gaps[env], arrivals, duration_s + lane.sim.decision_s)
+    else:
+        end_s = idle(lane, world)
+    pass_time(lane, world, arrivals, output_tokens, end_s)
+    if ran and s.steps.shape[1] > 0:
+        log_step(s, k, lane, start_s, duration_s)
+    return ran
 
 
 @kernel()
-def advance(s, env, lane):
+def advance(s, k, lane):
     """Run the scheduled batch on the simulated device: the part of a step behind the decision."""
-    world = s.worlds[env]
+    world = s.worlds[env_of(s, k)]
     apply_batch(lane, world)
-    return book(s, env, lane, execute_s(s, env, lane, world))
+    return book(s, k, lane, world, execute_s(s, k, lane, world))
 
 
 @entry()
 def start(s, env):
     """Let the requests of time 0 in."""
-    lane = lane_of(s, env)
-    arrive(lane, s.worlds[env], s.output_tokens[env])
+    let_in(lane_of(s, env), episode_of(s, env), 0.0)
 
 
 @entry()
@@ -93,7 +94,7 @@ def execute_env(s, env):
 def commit_env(s, env, duration_s):
     """Second half of a step: `duration_s` is what the batch took; an empty one idles. Returns whether a batch ran."""
     state = unpack(s)
-    return book(state, env, lane_of(state, env), duration_s)
+    return book(state, env, lane_of(state, env), state.worlds[env], duration_s)
 
 
 @entry()
@@ -117,8 +118,7 @@ def schedule_env(s, env, schedule):
 
 @kernel()
 def _run(s, env, schedule, max_steps, max_idle_steps):
-    lane = lane_of(s, env)
-    world = s.worlds[env]
+    lane, world = lane_of(s, env), s.worlds[env]
     for i in range(max_steps):
         if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
             return i

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.engine.batch import BY_PROMPT, batch_s, blocks_to_admit, blocks_to_hold, can_make_ttft_env
-from llmsched_gym.engine.records import REQUEST, RUNNING, WAITING
+from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
 from llmsched_gym.engine.state import State
 
 _HIDDEN_FIELDS = {
-    "gap_start",
     "paid_attained",
     "paid_lateness_s",
     "paid_utility",
@@ -114,8 +113,13 @@ class View:
         return bool(can_make_ttft_env(self._handle, self._env, int(r)))
 
     def _check_arrived(self, r: int) -> None:
-        if not hasattr(r, "__index__") or not 0 <= r < self._state.sims[self._env].num_arrived:
+        if not hasattr(r, "__index__") or not has_arrived(self._state, self._env, r):
             raise IndexError(f"request {r} has not arrived")
+
+
+def has_arrived(state: State, env: int, r: int) -> bool:
+    """Whether `r` is the index of a request that has arrived in environment `env`."""
+    return 0 <= r < state.worlds[env].num_requests and bool(state.requests[env][r].phase != PENDING)
 
 
 def whole_number(n: Any) -> int:
@@ -130,7 +134,7 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     sim, requests, lane = state.sims[env], state.requests[env], state.batches[env]
 
     def phase_of(r: int) -> int:
-        if not 0 <= r < sim.num_arrived:
+        if not has_arrived(state, env, r):
             raise IllegalBatch(f"rule 6: request {r} has not arrived")
         return int(requests[r].phase)
 

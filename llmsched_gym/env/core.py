@@ -202,7 +202,7 @@ class EnvCore:
         """The same decision with a backend or a reward that lives in Python, or over many blocks of noise."""
         engine, left = self.engine, self.config.action_repeat
         start_s = float(engine.state.sims[env].clock_s)
-        resolved_before = int(engine.state.sims[env].num_resolved)
+        resolved_before = int(engine.state.episodes[env].num_resolved)
         while left > 0:
             if self.config.action != "request" and self.config.backend == "simulated":
                 left -= self._run(env, left)
@@ -232,7 +232,7 @@ class EnvCore:
 
     def _transition(self, env: int, resolved_before: int) -> Transition:
         state, world = self.engine.state, self.engine.state.worlds[env]
-        resolved = state.resolved[env, resolved_before : state.sims[env].num_resolved]
+        resolved = state.resolved[env, resolved_before : state.episodes[env].num_resolved]
         resolved = resolved[(resolved >= world.cohort_start) & (resolved < world.cohort_stop)]
         return Transition(
             duration_s=float(self.arrays.outcomes[env, DURATION_S]),

@@ -73,10 +73,10 @@ def fetch(lane):
     Nothing in this loop waits for anything else in it, so the processor fetches many lines at once; the loops that do
     the work would wait for one after the other. With 1,024 environments the records are far from the processor.
     """
-    total = 0
+    total = 0.0
     for i in range(lane.sim.num_running):
         request = lane.requests[lane.running[i]]
-        total += request.num_blocks + request.gap_start
+        total += request.num_blocks + request.max_gap_s
     return total
 
 
@@ -92,8 +92,7 @@ def _step_knobs(s, a):
     for env in range(s.sims.shape[0]):
         if a.outcomes[env, PAUSED] != 0.0:
             continue
-        lane = lane_of(s, env)
-        world = s.worlds[env]
+        lane, world = lane_of(s, env), s.worlds[env]
         if s.sims.shape[0] > FEW_ENVS:
             a.outcomes[env, REWARD] = fetch(lane)
         start_s = lane.sim.clock_s
@@ -200,8 +199,7 @@ def _step_priority(s, a):
     for env in range(s.sims.shape[0]):
         if a.outcomes[env, PAUSED] != 0.0:
             continue
-        lane = lane_of(s, env)
-        world = s.worlds[env]
+        lane, world = lane_of(s, env), s.worlds[env]
         start_s = lane.sim.clock_s
         for _ in range(a.rules[0].action_repeat):
             decide_by_score(lane, a.scores[env], a.rules[0])
@@ -249,13 +247,13 @@ def _step_request(s, a):
     for env in range(s.sims.shape[0]):
         if a.outcomes[env, PAUSED] != 0.0:
             continue
-        lane = lane_of(s, env)
+        lane, world = lane_of(s, env), s.worlds[env]
         start_s = lane.sim.clock_s
         if decide_by_request(lane, a.slots[env]):
             if advance(s, env, lane):
                 due += noise_due(s, env)
             reopen(lane, a.rules[0])
-        end_step(lane, s.worlds[env], a, env, start_s)
+        end_step(lane, world, a, env, start_s)
     return due
 
 

@@ -31,3 +31,9 @@ class RequestTable:
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    @property
+    def gap_start(self) -> np.ndarray:
+        """Where the gaps between each request's tokens begin, were they all in one row; int64 (num_requests,)."""
+        gaps = self.output_tokens.astype(np.int64) - 1
+        return np.cumsum(gaps) - gaps
