@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import ADMISSIONS, BLOCK_SIZE
+from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
 from llmsched_gym.engine.state import lane_of
@@ -32,19 +32,25 @@ def remaining_prefill(request):
 
 
 @kernel()
+def blocks_for(sim, num_tokens):
+    """KV blocks of so many tokens."""
+    return (num_tokens + sim.block_size - 1) >> sim.block_bits
+
+
+@kernel()
 def blocks_to_hold(sim, request, num_tokens):
     """KV blocks of the request after computing `num_tokens` more (rule 4)."""
     held = request.num_computed_tokens + num_tokens
     if sim.admission == BY_PROMPT:
         held = max(held, request.prefill_tokens)
-    return (held + BLOCK_SIZE - 1) // BLOCK_SIZE
+    return blocks_for(sim, held)
 
 
 @kernel()
 def blocks_to_admit(sim, request, num_tokens):
     """KV blocks that must be free for a waiting request to enter with `num_tokens` (rule 4)."""
     tokens = num_tokens if sim.admission == BY_CHUNK else request.prefill_tokens
-    return (tokens + BLOCK_SIZE - 1) // BLOCK_SIZE
+    return blocks_for(sim, tokens)
 
 
 @kernel()
@@ -197,7 +203,7 @@ def add_decode(lane, r):
     batch.num_decodes += 1
     batch.token_room -= 1
     batch.kv_tokens += request.num_computed_tokens + 1
-    batch.free_blocks -= request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
+    batch.free_blocks -= request.num_computed_tokens >= request.num_blocks << lane.sim.block_bits
     request.num_scheduled_tokens = 1
 
 
@@ -205,7 +211,7 @@ def add_decode(lane, r):
 def add_decodes(lane, count):
     """:func:`add_decode` for all of ``lane.scratch[:count]``, with the sums in registers."""
     batch = lane.batch
-    first = batch.num_items
+    first, block_bits = batch.num_items, lane.sim.block_bits
     context = new_blocks = 0
     for i in range(count):
         r = lane.scratch[i]
@@ -213,7 +219,7 @@ def add_decodes(lane, count):
         item.request = r
         item.tokens = 1
         context += request.num_computed_tokens + 1
-        new_blocks += request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
+        new_blocks += request.num_computed_tokens >= request.num_blocks << block_bits
         request.num_scheduled_tokens = 1
     batch.num_items += count
     batch.num_tokens += count

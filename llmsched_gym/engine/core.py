@@ -79,7 +79,7 @@ class Engine:
         if own_profile is None:
             own_profile = load_profile(scenario.scheduler_profile) if scenario.scheduler_profile else self.profile
         own_blocks = getattr(backend, "num_kv_blocks", None)
-        self.num_kv_blocks = scenario.num_kv_blocks or own_blocks or self.profile.num_kv_blocks
+        self.num_kv_blocks = scenario.num_kv_blocks or own_blocks or scenario.blocks(self.profile.num_kv_blocks)
         self.backend = backend
         self.noisy = scenario.jitter > 0 or (scenario.straggler_share > 0 and scenario.straggler_factor != 1)
         self.state: State = allocate(

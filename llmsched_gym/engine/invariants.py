@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import BY_PROMPT
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import State
@@ -61,7 +60,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(0 <= sim.free_blocks <= sim.total_blocks, "free blocks out of range")
     computed, prefill = requests["num_computed_tokens"], requests["prefill_tokens"]
     held = np.maximum(computed, prefill) if sim.admission == BY_PROMPT else computed
-    require(blocks[running] == -(-held[running] // BLOCK_SIZE), "blocks held != ceil(tokens held / block size)")
+    require(blocks[running] == -(-held[running] // sim.block_size), "blocks held != ceil(tokens held / block size)")
 
     require(requests["num_preemptions"].sum() == sim.num_preemptions, "preemptions != sum over requests")
 

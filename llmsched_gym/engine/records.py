@@ -125,7 +125,8 @@ REPLICA = record_dtype(
         ("allow_refusal", "i1"),
         ("preempted_at_token", "i8"),  # tokens_emitted at the last preemption
         ("profile", "i4"),  # which row of the cost arrays it runs on
-        ("block_size", "i4"),  # tokens in a KV block
+        ("block_size", "i4"),  # tokens in a KV block, a power of two
+        ("block_bits", "i4"),  # its logarithm: a division takes longer than all else that a decode costs
     ]
 )
 

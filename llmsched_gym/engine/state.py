@@ -16,7 +16,7 @@ from numba import types
 from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
-from llmsched_gym.config import ADMISSIONS, BLOCK_SIZE, Scenario
+from llmsched_gym.config import ADMISSIONS, Scenario
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import (
@@ -384,7 +384,7 @@ def _load_episode(state: State, env: int, table: RequestTable, scenario: Scenari
 def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blocks: int) -> None:
     state.sims[k] = np.zeros((), REPLICA)
     sim, episode = state.sims[k], state.episodes[env]
-    sim.block_size = BLOCK_SIZE
+    sim.block_size, sim.block_bits = scenario.block_size, scenario.block_size.bit_length() - 1
     sim.total_blocks = sim.free_blocks = num_kv_blocks
     sim.watermark_blocks = int(scenario.watermark * num_kv_blocks)
     sim.max_model_len = scenario.max_model_len

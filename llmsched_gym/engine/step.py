@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import batch_s, blocks_to_hold, is_prefill
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import (
@@ -70,7 +69,7 @@ def _drop_item(lane, r):
 @kernel()
 def apply_batch(lane, world):
     """Preempt, refuse, admit and take blocks; where a running request finds none, evict until it does."""
-    sim, batch, requests = lane.sim, lane.batch, lane.requests
+    sim, batch, requests, block_bits = lane.sim, lane.batch, lane.requests, lane.sim.block_bits
     for i in range(batch.num_preempt):
         requests[lane.preempt[i]].num_scheduled_tokens = 0
         preempt(lane, lane.preempt[i])
@@ -85,7 +84,7 @@ def apply_batch(lane, world):
             continue  # evicted for an earlier item
         if request.phase == WAITING:
             admit(lane, r)
-        elif request.num_computed_tokens + n <= request.num_blocks * BLOCK_SIZE:
+        elif request.num_computed_tokens + n <= request.num_blocks << block_bits:
             continue
         need = blocks_to_hold(sim, request, n) - request.num_blocks
         for _ in range(sim.max_num_seqs):

@@ -46,7 +46,8 @@ class View:
         now_s: the clock, seconds.
         running: record array of admitted requests, by admission; fields of :data:`VISIBLE`.
         waiting: record array of waiting requests, by arrival, preempted ones first.
-        free_blocks, total_blocks, watermark_blocks: KV blocks of 16 tokens.
+        free_blocks, total_blocks, watermark_blocks: KV blocks.
+        block_size: tokens in a KV block.
         kv_cache_usage: of the last batch, after scheduling and before its frees; 0 to 1.
         mean_batch_s, last_batch_s: measured batch durations, seconds.
         max_num_seqs, max_num_batched_tokens: limits of a batch.
@@ -61,6 +62,7 @@ class View:
         self.free_blocks = int(sim.free_blocks)
         self.total_blocks = int(sim.total_blocks)
         self.watermark_blocks = int(sim.watermark_blocks)
+        self.block_size = int(sim.block_size)
         self.kv_cache_usage = float(sim.kv_cache_usage)
         self.mean_batch_s = float(sim.mean_batch_s)
         self.last_batch_s = float(sim.last_batch_s)
