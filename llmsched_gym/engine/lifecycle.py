@@ -183,7 +183,7 @@ def depart(lane, world):
 
 
 @kernel()
-def _average(episode, arrivals, tokens, now_s):
+def average(episode, arrivals, tokens, now_s):
     """Take `arrivals` with so many prompt tokens up to `now_s` into the averages."""
     elapsed_s = now_s - episode.clock_s
     episode.clock_s = now_s
@@ -204,4 +204,4 @@ def pass_time(lane, world, arrivals, output_tokens, now_s):
         let_in(lane, Episode(episode, world, lane.requests, lane.resolved, arrivals, output_tokens), now_s)
     if now_s >= lane.sim.next_departure_s:
         depart(lane, world)  # after it: who came early in a long batch may have left again
-    _average(episode, episode.num_arrived - before, episode.arrived_tokens - tokens_before, now_s)
+    average(episode, episode.num_arrived - before, episode.arrived_tokens - tokens_before, now_s)

@@ -9,7 +9,7 @@ from numba import types
 
 from llmsched_gym.engine.batch import batch_s
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
-from llmsched_gym.engine.lifecycle import let_in, pass_time
+from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time
 from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, env_of, episode_of, lane_of, unpack
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
 
@@ -73,6 +73,15 @@ def advance(s, k, lane):
 def start(s, env):
     """Let the requests of time 0 in."""
     let_in(lane_of(s, env), episode_of(s, env), 0.0)
+
+
+@entry()
+def enter_env(s, env, r):
+    """Let request `r` of one environment, which is not of its table, in now."""
+    lane, of = lane_of(s, env), episode_of(s, env)
+    if enter(of, r):
+        deliver(lane, r)
+    average(of.episode, 1, of.requests[r].prompt_tokens, lane.sim.clock_s)
 
 
 @entry()

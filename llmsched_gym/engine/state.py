@@ -32,7 +32,7 @@ from llmsched_gym.engine.records import (
     STEP,
     WORLD,
 )
-from llmsched_gym.workload import RequestTable
+from llmsched_gym.workload import Request, RequestTable
 
 MEMORY_SIZE = 8
 MIN_SCRATCH = 64  # an environment sorts its visible slots there
@@ -399,6 +399,23 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
     episode.largest_request = max(episode.largest_request, fits)
     state.memory[k] = 0.0
     state.batches[k] = np.zeros((), BATCH)
+
+
+def append_request(state: State, env: int, request: Request, arrival_s: float) -> int:
+    """Write a request behind those that environment `env` has; returns its index. It is still to enter."""
+    world, arrivals, outputs = state.worlds[env], state.arrivals[env], state.output_tokens[env]
+    r = int(world.num_requests)
+    state.requests[env, r] = TO_COME
+    for name in TABLE_COLUMNS:
+        arrivals[name][r] = getattr(request, name)
+    arrivals[r].arrival_s = arrival_s
+    arrivals[r].gap_start = arrivals[r - 1].gap_start + outputs[r - 1] - 1 if r > 0 else 0
+    outputs[r] = request.output_tokens
+    world.num_requests += 1
+    if world.cohort_stop == r:
+        world.cohort_stop += 1
+        world.num_unresolved += 1
+    return r
 
 
 def rows_of(state: State, env: int, table: RequestTable) -> np.ndarray:
