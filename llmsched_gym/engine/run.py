@@ -70,82 +70,82 @@ def advance(s, k, lane):
 
 
 @entry()
-def start(s, env):
+def start(s, k):
     """Let the requests of time 0 in."""
-    let_in(lane_of(s, env), episode_of(s, env), 0.0)
+    let_in(lane_of(s, k), episode_of(s, env_of(s, k)), 0.0)
 
 
 @entry()
-def enter_env(s, env, r):
-    """Let request `r` of one environment, which is not of its table, in now."""
-    lane, of = lane_of(s, env), episode_of(s, env)
+def enter_env(s, k, r):
+    """Let request `r`, which is not of the table, in now and deliver it to lane `k`."""
+    lane, of = lane_of(s, k), episode_of(s, env_of(s, k))
     if enter(of, r):
         deliver(lane, r)
     average(of.episode, 1, of.requests[r].prompt_tokens, lane.sim.clock_s)
 
 
 @entry()
-def apply_env(s, env):
+def apply_env(s, k):
     """First half of a step whose batch was formed outside compiled code; returns the tokens that are to run."""
-    lane = lane_of(s, env)
-    apply_batch(lane, s.worlds[env])
+    lane = lane_of(s, k)
+    apply_batch(lane, s.worlds[env_of(s, k)])
     return lane.batch.num_tokens
 
 
 @entry()
-def execute_env(s, env):
+def execute_env(s, k):
     """Duration of the applied batch on the simulated device."""
     state = unpack(s)
-    return execute_s(state, env, lane_of(state, env), state.worlds[env])
+    return execute_s(state, k, lane_of(state, k), state.worlds[env_of(state, k)])
 
 
 @entry()
-def commit_env(s, env, duration_s):
+def commit_env(s, k, duration_s):
     """Second half of a step: `duration_s` is what the batch took; an empty one idles. Returns whether a batch ran."""
     state = unpack(s)
-    return book(state, env, lane_of(state, env), state.worlds[env], duration_s)
+    return book(state, k, lane_of(state, k), state.worlds[env_of(state, k)], duration_s)
 
 
 @entry()
-def is_over_env(s, env):
-    return is_over(lane_of(s, env), s.worlds[env])
+def is_over_env(s, k):
+    return is_over(lane_of(s, k), s.worlds[env_of(s, k)])
 
 
 @entry()
-def clear_batch_env(s, env):
-    clear_batch(lane_of(s, env))
+def clear_batch_env(s, k):
+    clear_batch(lane_of(s, k))
 
 
 @entry()
-def schedule_env(s, env, schedule):
+def schedule_env(s, k, schedule):
     """Let a compiled scheduler form the next batch."""
-    lane = lane_of(s, env)
+    lane = lane_of(s, k)
     clear_batch(lane)
     if has_work(lane):
         schedule(lane)
 
 
 @kernel()
-def _run(s, env, schedule, max_steps, max_idle_steps):
-    lane, world = lane_of(s, env), s.worlds[env]
+def _run(s, k, schedule, max_steps, max_idle_steps):
+    lane, world = lane_of(s, k), s.worlds[env_of(s, k)]
     for i in range(max_steps):
         if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
             return i
         clear_batch(lane)
         if has_work(lane):
             schedule(lane)
-        if advance(s, env, lane) and noise_due(s, env):
+        if advance(s, k, lane) and noise_due(s, k):
             return i + 1
     return max_steps
 
 
 @entry()
-def run(s, env, schedule, max_steps, max_idle_steps):
+def run(s, k, schedule, max_steps, max_idle_steps):
     """Step until the run is over, `max_steps` are done, a noise block is used up or nothing moves any more.
 
     Returns the number of steps done. An idle engine skips the scheduler and jumps to the next arrival.
     """
-    return _run(unpack(s), env, schedule, max_steps, max_idle_steps)
+    return _run(unpack(s), k, schedule, max_steps, max_idle_steps)
 
 
 _POINTER_SIGNATURES = {
