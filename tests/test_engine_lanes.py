@@ -42,6 +42,24 @@ def test_requests_are_delivered_to_the_lane_that_is_named():
     assert state.episodes["num_arrived"].tolist() == [0, 3]
 
 
+def test_replicas_run_on_their_own_profiles():
+    state = make(2, ROWS)
+    for name in ("linear_s", "own_linear_s"):
+        state = state._replace(**{name: np.concatenate([getattr(state, name), 3.0 * getattr(state, name)])})
+    for name in ("coef_s", "own_coef_s"):
+        state = state._replace(**{name: np.repeat(getattr(state, name), 2, axis=0)})
+    state.sims[1].profile = 1
+    of = episode_of(state, 0)
+    for r, k in ((0, 0), (1, 1)):
+        assert enter(of, r)
+        deliver(lane_of(state, k), r)
+    state.worlds[0].next_arrival_s = math.inf
+    handle, kernel = make_handle(state), make_scheduler("sarathi").kernel
+    for k in (0, 1):
+        kernels.with_scheduler("run")(handle, k, kernel, 1, 100)
+    assert state.sims["last_batch_s"].tolist() == state.sims["last_predicted_s"].tolist() == [TICK_S, 3.0 * TICK_S]
+
+
 def run_alone(rows):
     state = make(1, rows)
     handle = make_handle(state)

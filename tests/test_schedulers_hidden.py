@@ -28,7 +28,9 @@ def test_a_lane_lacks_what_is_hidden():
     run = Run("slai", make_table(scenario("paper", num_requests=5, qps=1.0), 1), own_profile=profile(7.0))
     # the two costs of a lane are the scheduler's own profile's, not the executing one's
     own = lane_of.py_func(run.engine.state, 0) if hasattr(lane_of, "py_func") else lane_of(run.engine.state, 0)
-    assert own.linear_s is run.engine.state.own_linear_s and own.coef_s is run.engine.state.own_coef_s
+    state = run.engine.state
+    assert np.shares_memory(own.linear_s, state.own_linear_s) and np.shares_memory(own.coef_s, state.own_coef_s)
+    assert own.linear_s[1] == 7e-3
     assert not hasattr(own.sim, "cost_scale")
 
 
@@ -99,7 +101,7 @@ def perturb(state, rng):
     world.num_requests, world.cohort_start, world.cohort_stop, world.num_unresolved = arrived, 1, 2, 1
     state.noise[:] = 2.0
     state.linear_s[:] *= 5.0
-    state.coef_s[:2] *= 5.0
+    state.coef_s[:, :2] *= 5.0
     state.gaps[:] = 1.0
 
 

@@ -17,8 +17,8 @@ from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work,
 @kernel()
 def execute_s(s, k, lane, world):
     """Duration of the applied batch on the simulated device (rule 13)."""
-    batch = lane.batch
-    seconds = batch_s(s.linear_s, s.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
+    batch, profile = lane.batch, lane.sim.profile
+    seconds = batch_s(s.linear_s[profile], s.coef_s[profile], batch.num_tokens, batch.pairs, batch.kv_tokens)
     noise = s.noise[k]  # two blocks; the caller refills one while the other is in use
     return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
 

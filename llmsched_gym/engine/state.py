@@ -75,9 +75,11 @@ class State(NamedTuple):
     keys: Any  # (num_lanes, max_num_seqs) float64, sort keys of scratch
     resolved: Any  # (num_envs, capacity) int32, requests in the order they were resolved
     noise: Any  # (num_lanes, 1 or NOISE_BLOCK) float64, factors on batch times
-    linear_s: Any  # (max_num_batched_tokens + 1,) float64, the executing profile
-    coef_s: Any  # (4,) float64: seconds per query-key pair, seconds per KV token read, tile_tokens, vllm_token_budget
-    own_linear_s: Any  # the scheduler's profile
+    # costs of the profiles that replicas run on, the row that REPLICA names; coefficients are seconds per query-key
+    # pair, seconds per KV token read, tile_tokens, vllm_token_budget
+    linear_s: Any  # (num_profiles, max_num_batched_tokens + 1) float64, the executing profiles
+    coef_s: Any  # (num_profiles, 4) float64
+    own_linear_s: Any  # the schedulers' profiles
     own_coef_s: Any
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
     steps: Any  # (num_lanes, log_size) STEP
@@ -135,10 +137,10 @@ _STATE_FIELDS = {
     "keys": (_F8, 2),
     "resolved": (_I4, 2),
     "noise": (_F8, 2),
-    "linear_s": (_F8, 1),
-    "coef_s": (_F8, 1),
-    "own_linear_s": (_F8, 1),
-    "own_coef_s": (_F8, 1),
+    "linear_s": (_F8, 2),
+    "coef_s": (_F8, 2),
+    "own_linear_s": (_F8, 2),
+    "own_coef_s": (_F8, 2),
     "gaps": (types.float32, 2),
     "steps": (STEP, 2),
 }
@@ -155,10 +157,9 @@ def _array_type(field: str, drop: int = 0) -> Any:
 
 STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
 _LANE_SOURCES = ["sims", "requests", "waiting", "running", "knobs", "memory", "batches", "items"]
-_LANE_SOURCES += ["preempt", "refuse", "scratch", "keys", "resolved"]
+_LANE_SOURCES += ["preempt", "refuse", "scratch", "keys", "resolved", "own_linear_s", "own_coef_s", "episodes"]
 LANE_TYPE = types.NamedTuple(
-    [_array_type(name, drop=1) for name in _LANE_SOURCES]
-    + [_array_type("own_linear_s"), _array_type("own_coef_s"), _array_type("episodes", drop=1)],
+    [_array_type(name, drop=1) for name in _LANE_SOURCES],
     Lane,
 )
 SCHEDULE_SIGNATURE = types.void(LANE_TYPE)
@@ -243,7 +244,7 @@ def env_of(s, k):
 @kernel(inline="always")  # a compiled function cannot return records
 def lane_of(s, k):
     """The slice of lane `k`, without what schedulers must not see; with one replica `k` is the environment."""
-    env = env_of(s, k)
+    env, profile = env_of(s, k), s.sims[k].profile
     return Lane(
         s.sims[k],
         s.requests[env],
@@ -258,8 +259,8 @@ def lane_of(s, k):
         s.scratch[k],
         s.keys[k],
         s.resolved[env],
-        s.own_linear_s,
-        s.own_coef_s,
+        s.own_linear_s[profile],
+        s.own_coef_s[profile],
         s.episodes[env],
     )
 
@@ -316,10 +317,10 @@ def allocate(
         keys=np.zeros((lanes, seqs)),
         resolved=np.zeros((num_envs, capacity), np.int32),
         noise=np.ones((lanes, noise_size)),
-        linear_s=np.array(profile.linear_table_s(limit)),  # a copy: kernels take writeable arrays only
-        coef_s=_coefficients(profile),
-        own_linear_s=np.array(own.linear_table_s(limit)),
-        own_coef_s=_coefficients(own),
+        linear_s=np.array([profile.linear_table_s(limit)]),  # a copy: kernels take writeable arrays only
+        coef_s=_coefficients(profile)[None],
+        own_linear_s=np.array([own.linear_table_s(limit)]),
+        own_coef_s=_coefficients(own)[None],
         gaps=np.zeros((num_envs, max(num_gaps, 1)), np.float32),
         steps=np.zeros((lanes, num_steps), STEP),
     )

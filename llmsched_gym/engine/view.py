@@ -107,7 +107,8 @@ class View:
             raise ValueError(
                 f"predict_s: expected at most {self.max_num_batched_tokens} tokens in a batch, got {total}"
             )
-        return float(batch_s(self._state.own_linear_s, self._state.own_coef_s, total, pairs, kv_tokens))
+        state, profile = self._state, self._state.sims[self._env].profile
+        return float(batch_s(state.own_linear_s[profile], state.own_coef_s[profile], total, pairs, kv_tokens))
 
     def can_make_ttft(self, r: int) -> bool:
         """Whether request `r`, served alone from now on, would still have its first token in time."""
