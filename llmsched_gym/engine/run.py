@@ -125,8 +125,9 @@ def schedule_env(s, k, schedule):
         schedule(lane)
 
 
-@kernel()
-def _run(s, k, schedule, max_steps, max_idle_steps):
+@kernel(inline="always")
+def run_lane(s, k, schedule, max_steps, max_idle_steps):
+    """:func:`run` on an unpacked state, for kernels to inline: the one loop of whole runs, whoever decides."""
     lane, world = lane_of(s, k), s.worlds[env_of(s, k)]
     for i in range(max_steps):
         if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
@@ -137,6 +138,11 @@ def _run(s, k, schedule, max_steps, max_idle_steps):
         if advance(s, k, lane) and noise_due(s, k):
             return i + 1
     return max_steps
+
+
+@kernel()
+def _run(s, k, schedule, max_steps, max_idle_steps):
+    return run_lane(s, k, schedule, max_steps, max_idle_steps)
 
 
 @entry()

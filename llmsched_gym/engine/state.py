@@ -34,7 +34,8 @@ from llmsched_gym.engine.records import (
 )
 from llmsched_gym.workload import Request, RequestTable
 
-MEMORY_SIZE = 8
+OWN_MEMORY = 8
+ACTION_MEMORY = 64  # for one score of each visible slot
 MIN_SCRATCH = 64  # an environment sorts its visible slots there
 
 
@@ -66,7 +67,7 @@ class State(NamedTuple):
     waiting: Any  # (num_lanes, capacity) int32; by arrival, preempted ones at the head
     running: Any  # (num_lanes, max_num_seqs) int32; by admission
     knobs: Any  # (num_lanes,) KNOBS
-    memory: Any  # (num_lanes, MEMORY_SIZE) float64, a scheduler's own
+    memory: Any  # (num_lanes, OWN_MEMORY + ACTION_MEMORY) float64, a scheduler's own; an action's
     batches: Any  # (num_lanes,) BATCH
     items: Any  # (num_lanes, max_num_seqs) ITEM
     preempt: Any  # (num_lanes, max_num_seqs) int32
@@ -308,7 +309,7 @@ def allocate(
         waiting=np.zeros((lanes, capacity), np.int32),
         running=np.zeros((lanes, seqs), np.int32),
         knobs=np.zeros(lanes, KNOBS),
-        memory=np.zeros((lanes, MEMORY_SIZE)),
+        memory=np.zeros((lanes, OWN_MEMORY + ACTION_MEMORY)),
         batches=np.zeros(lanes, BATCH),
         items=np.zeros((lanes, seqs), ITEM),
         preempt=np.zeros((lanes, seqs), np.int32),

@@ -122,11 +122,8 @@ class EnvCore:
         self.tables: list[RequestTable | None] = [None] * self.num_envs
         self.seeds = np.zeros(self.num_envs, np.int64)
         self.qps = np.full(self.num_envs, math.nan)  # true rates, for logs
-        self._step = {
-            "knobs": kernels.step_knobs,
-            "priority": kernels.step_priority,
-            "request": kernels.step_request,
-        }[config.action]
+        self._step = kernels.STEP[config.action]
+        self._decide = kernels.DECIDE[config.action]
         self._with_slots = config.observation == "slots"
         expect_kernels(3 + self._with_slots + 2 * (config.action == "request"))  # start, observation, step, and more
         repeats_noise = self.engine.noisy and config.action_repeat > NOISE_BLOCK
@@ -217,8 +214,7 @@ class EnvCore:
 
     def _run(self, env: int, most: int) -> int:
         """Up to `most` batches under the same action in compiled code; returns how many, fewer at a block of noise."""
-        run = kernels.run_knobs if self.config.action == "knobs" else kernels.run_priority
-        steps = int(run(self.engine.handle, self.handle, env, most, 1 << 62))
+        steps = int(kernels.RUN[self.config.action](self.engine.handle, self.handle, env, most, 1 << 62))
         if self.engine.noisy and self.engine.noise_due(env):
             self.engine.refill_noise(env)
         return steps
@@ -243,11 +239,7 @@ class EnvCore:
 
     def decide(self, env: int) -> bool:
         """Form the next batch of one environment; False while a request action leaves it open."""
-        if self.config.action == "request":
-            return bool(kernels.decide_request(self.engine.handle, self.handle, env))
-        decide = kernels.decide_knobs if self.config.action == "knobs" else kernels.decide_priority
-        decide(self.engine.handle, self.handle, env)
-        return True
+        return bool(self._decide(self.engine.handle, self.handle, env))
 
     def terms(self, env: int) -> dict[str, float]:
         """Parts of the reward of the last step, unscaled."""
