@@ -100,7 +100,7 @@ class Compiled:
         """Write the settings into the engine; call it after the engine's reset."""
         knobs = self.knobs.copy()
         if knobs["token_budget"] == VLLM_TOKEN_BUDGET:
-            knobs["token_budget"] = state.own_coef_s[3]
+            knobs["token_budget"] = state.own_coef_s[state.sims[env].profile, 3]
         state.knobs[env] = knobs
 
 

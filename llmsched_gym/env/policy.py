@@ -195,23 +195,22 @@ class PolicyScheduler:
         """Form the next batch of environment `env` as the environment would under the policy's action."""
         if env != 0:
             raise ValueError(f"env: expected 0, got {env}")
-        kind, handle = self.config.action, engine.handle
+        kind, handle, decide = self.config.action, engine.handle, kernels.DECIDE[self.config.action]
         if kind == "request":
             kernels.reopen_env(handle, self._handle, env)
             closed = False
             for _ in range(NUM_SLOTS + 1):
                 kernels.mask_requests(handle, self._legal)
                 self._put(self._arrays.slots, self.policy(self._observe(engine), self._legal[0].copy()))
-                closed = bool(kernels.decide_request(handle, self._handle, env))
+                closed = bool(decide(handle, self._handle, env))
                 if closed:
                     break
             if not closed:
                 self._arrays.slots[0] = NUM_SLOTS
-                kernels.decide_request(handle, self._handle, env)
+                decide(handle, self._handle, env)
             return
         self._act(engine)
         self._left, self._asked = self._left - 1, None
-        decide = kernels.decide_knobs if kind == "knobs" else kernels.decide_priority
         decide(handle, self._handle, env)
 
     def run_steps(self, engine: Engine, max_steps: int, max_idle_steps: int) -> int:
@@ -223,7 +222,7 @@ class PolicyScheduler:
             engine.step(self)
             return 1
         self._act(engine)
-        run = kernels.run_knobs if self.config.action == "knobs" else kernels.run_priority
+        run = kernels.RUN[self.config.action]
         steps = int(run(engine.handle, self._handle, 0, min(self._left, max_steps), max_idle_steps))
         self._left -= steps
         return steps
