@@ -1,4 +1,7 @@
-"""Whole steps and runs in compiled code, and their halves for batches that are formed or executed outside."""
+"""Whole steps and runs in compiled code, and their halves for batches that are formed or executed outside.
+
+Kernels that take the whole state, 1.5 kB by value, are inlined into the loop that calls them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work,
 from llmsched_gym.engine.surface import ID, has_surface, predicted_s, recount
 
 
-@kernel()
+@kernel(inline="always")
 def execute_s(s, k, lane, world):
     """Duration of the applied batch on the simulated device (rule 13)."""
     batch, profile = lane.batch, lane.sim.profile
@@ -34,7 +37,7 @@ def execute_s(s, k, lane, world):
     return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
 
 
-@kernel()
+@kernel(inline="always")
 def noise_due(s, k):
     """Whether the batch just done was the last of its noise block."""
     size = s.noise.shape[1]
@@ -56,7 +59,7 @@ def log_step(s, k, lane, start_s, duration_s):
         step.num_waiting = lane.sim.num_waiting
 
 
-@kernel()
+@kernel(inline="always")
 def book(s, k, lane, world, duration_s):
     """Commit the applied batch, or idle if it is empty, and let time pass; returns whether a batch ran."""
     env = env_of(s, k)
@@ -72,7 +75,7 @@ def book(s, k, lane, world, duration_s):
     return ran
 
 
-@kernel()
+@kernel(inline="always")
 def advance(s, k, lane):
     """Run the scheduled batch on the simulated device: the part of a step behind the decision."""
     world = s.worlds[env_of(s, k)]
