@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from llmsched_gym.engine.blocks import free
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import ABANDONED, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import Episode
@@ -30,8 +31,7 @@ def leave_waiting(lane, r):
 def leave_running(lane, r):
     _remove(lane.running, lane.sim.num_running, r)
     lane.sim.num_running -= 1
-    lane.sim.free_blocks += lane.requests[r].num_blocks
-    lane.requests[r].num_blocks = 0
+    free(lane, r)
 
 
 @kernel()
@@ -61,6 +61,8 @@ def enter(of, r):
     request.slo_class = given.slo_class
     request.prompt_tokens = given.prompt_tokens
     request.prefill_tokens = given.prompt_tokens
+    request.shares_with = given.shares_with
+    request.shared_tokens = given.shared_tokens
     episode.num_arrived += 1
     episode.arrived_tokens += given.prompt_tokens
     if given.prompt_tokens + of.output_tokens[r] > episode.largest_request:
@@ -115,7 +117,6 @@ def preempt(lane, r):
     leave_running(lane, r)
     request.phase = WAITING
     request.num_computed_tokens = 0
-    request.num_cached_tokens = 0
     request.prefill_tokens = request.prompt_tokens + request.num_output_tokens
     request.num_preemptions += 1
     sim.num_preemptions += 1

@@ -9,6 +9,8 @@ PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
 PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
 
 
+NONE = -1  # no request, no block, no row
+
 CACHE_LINE = 64  # bytes
 
 
@@ -29,6 +31,7 @@ REQUEST = record_dtype(
         ("num_blocks", "i4"),  # KV blocks held
         ("num_scheduled_tokens", "i4"),  # tokens in the batch being formed
         ("num_late_gaps", "i4"),
+        ("block_row", "i4"),  # with prefix caching: where the blocks that it holds are listed; NONE
         ("slo_class", "i1"),
         ("phase", "i1"),
         ("ttft_missed", "i1"),
@@ -46,10 +49,28 @@ REQUEST = record_dtype(
         ("length_hint", "f8"),  # predicted output tokens; nan without a hint
         ("session_id", "i8"),
         ("prompt_tokens", "i4"),
-        ("num_cached_tokens", "i4"),  # of the computed tokens, found in the prefix cache
+        ("num_cached_tokens", "i4"),  # of the prompt, found in the prefix cache at the first admission
         ("num_preemptions", "i4"),
-        ("padding", "i8"),  # makes the size a multiple of a cache line
-        ("padding_2", "i8"),
+        # prefix caching; with these the size is a multiple of a cache line
+        ("num_recached_tokens", "i4"),  # found there at admissions after a preemption
+        ("shares_with", "i4"),  # the request with whose tokens the prompt begins; NONE
+        ("shared_tokens", "i4"),  # so many of them
+        ("found_version", "i4"),  # of the lane's blocks, when it was last looked up what is cached
+        ("found_blocks", "i4"),  # what was found
+    ]
+)
+
+# A place in KV memory, with the identity of what it holds. The records are a hash table as well.
+BLOCK = record_dtype(
+    [
+        ("owner", "i4"),  # the request whose own token is the block's last; NONE: it cannot be found
+        ("position", "i4"),  # in that request's blocks
+        ("users", "i4"),  # requests that hold it
+        ("next", "i4"),  # in the line of free blocks
+        ("previous", "i4"),
+        ("same", "i4"),  # the next oldest block of the same identity; NONE
+        ("last", "i4"),  # of the oldest: the newest of the same identity
+        ("named", "i4"),  # of the hash table's slot here: the oldest block of an identity; NONE
     ]
 )
 
@@ -63,6 +84,8 @@ ARRIVAL = record_dtype(
         ("session_id", "i8"),
         ("gap_start", "i8"),  # where its gaps between tokens are recorded, if they are
         ("prompt_tokens", "i4"),
+        ("shares_with", "i4"),
+        ("shared_tokens", "i4"),
         ("slo_class", "i1"),
     ]
 )
@@ -123,10 +146,13 @@ REPLICA = record_dtype(
         ("vain_preemptions", "i4"),  # up to the last one, since the last token before it
         ("admission", "i1"),  # see config.ADMISSIONS
         ("allow_refusal", "i1"),
+        ("prefix_caching", "i1"),
         ("preempted_at_token", "i8"),  # tokens_emitted at the last preemption
         ("profile", "i4"),  # which row of the cost arrays it runs on
         ("block_size", "i4"),  # tokens in a KV block, a power of two
         ("block_bits", "i4"),  # its logarithm: a division takes longer than all else that a decode costs
+        ("blocks_version", "i4"),  # with prefix caching: changes with every block that is taken, left or named
+        ("free_row", "i4"),  # likewise: the first row of `held` that nobody has
     ]
 )
 

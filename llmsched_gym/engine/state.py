@@ -18,14 +18,17 @@ from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.config import ADMISSIONS, Scenario
 from llmsched_gym.cost import Profile
+from llmsched_gym.engine.blocks import load_blocks, num_records
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import (
     ARRIVAL,
     BATCH,
+    BLOCK,
     CACHE_LINE,
     EPISODE,
     ITEM,
     KNOBS,
+    NONE,
     PENDING,
     REPLICA,
     REQUEST,
@@ -40,6 +43,7 @@ MIN_SCRATCH = 64  # an environment sorts its visible slots there
 
 
 TABLE_COLUMNS = ("arrival_s", "ttft_slo_s", "tbt_slo_s", "length_hint", "session_id", "prompt_tokens", "slo_class")
+IDENTITY_COLUMNS = ("shares_with", "shared_tokens")
 """Of a request table and of ARRIVAL: what becomes known of a request when it arrives."""
 
 
@@ -49,6 +53,7 @@ def _to_come() -> np.ndarray:
     for name in ("first_scheduled_s", "first_token_s", "last_token_s", "resolved_s", "lst_s"):
         row[name] = np.nan
     row["deadline_miss_s"] = -np.inf
+    row["shares_with"] = row["block_row"] = NONE
     return row
 
 
@@ -83,6 +88,9 @@ class State(NamedTuple):
     own_coef_s: Any
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
     steps: Any  # (num_lanes, log_size) STEP
+    # places in KV memory, with prefix caching; without it of length 1
+    blocks: Any  # (num_lanes, num_records) BLOCK
+    held: Any  # (num_lanes, max_num_seqs, most blocks of a request) int32, the blocks that a request holds
 
 
 class Lane(NamedTuple):
@@ -104,6 +112,8 @@ class Lane(NamedTuple):
     linear_s: Any
     coef_s: Any
     episode: Any  # EPISODE
+    blocks: Any
+    held: Any
 
 
 class Episode(NamedTuple):
@@ -143,6 +153,8 @@ _STATE_FIELDS = {
     "own_coef_s": (_F8, 2),
     "gaps": (types.float32, 2),
     "steps": (STEP, 2),
+    "blocks": (BLOCK, 2),
+    "held": (_I4, 3),
 }
 
 
@@ -157,7 +169,18 @@ def _array_type(field: str, drop: int = 0) -> Any:
 
 STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
 _LANE_SOURCES = ["sims", "requests", "waiting", "running", "knobs", "memory", "batches", "items"]
-_LANE_SOURCES += ["preempt", "refuse", "scratch", "keys", "resolved", "own_linear_s", "own_coef_s", "episodes"]
+_LANE_SOURCES += [
+    "preempt",
+    "refuse",
+    "scratch",
+    "keys",
+    "resolved",
+    "own_linear_s",
+    "own_coef_s",
+    "episodes",
+    "blocks",
+    "held",
+]
 LANE_TYPE = types.NamedTuple(
     [_array_type(name, drop=1) for name in _LANE_SOURCES],
     Lane,
@@ -189,6 +212,7 @@ def _make_handle(state):
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
     s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
     s.gaps, s.steps = state.gaps, state.steps
+    s.blocks, s.held = state.blocks, state.held
     s.linear_s, s.coef_s, s.own_linear_s, s.own_coef_s = (
         state.linear_s,
         state.coef_s,
@@ -226,6 +250,8 @@ def unpack(s):
         s.own_coef_s,
         s.gaps,
         s.steps,
+        s.blocks,
+        s.held,
     )
 
 
@@ -262,6 +288,8 @@ def lane_of(s, k):
         s.own_linear_s[profile],
         s.own_coef_s[profile],
         s.episodes[env],
+        s.blocks[k],
+        s.held[k],
     )
 
 
@@ -289,6 +317,7 @@ def allocate(
     profile: Profile,
     own_profile: Profile | None = None,
     *,
+    num_kv_blocks: int,
     noise_size: int = 1,
     num_gaps: int = 0,
     num_steps: int = 0,
@@ -298,6 +327,8 @@ def allocate(
     lanes, seqs = num_envs * num_replicas, scenario.max_num_seqs or profile.device.max_num_seqs
     own = own_profile or profile
     limit = scenario.max_num_batched_tokens
+    records = num_records(num_kv_blocks) if scenario.prefix_caching else 1
+    rows = (seqs, min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size)))
     return State(
         sims=np.zeros(lanes, REPLICA),
         episodes=np.zeros(num_envs, EPISODE),
@@ -323,6 +354,8 @@ def allocate(
         own_coef_s=own.coefficients(seqs)[None],
         gaps=np.zeros((num_envs, max(num_gaps, 1)), np.float32),
         steps=np.zeros((lanes, num_steps), STEP),
+        blocks=aligned_zeros((lanes, records), BLOCK),
+        held=np.zeros((lanes, *(rows if scenario.prefix_caching else (1, 1))), np.int32),
     )
 
 
@@ -350,6 +383,8 @@ def load_table(
     arrivals = state.arrivals[env]
     for name in TABLE_COLUMNS:
         arrivals[name][:n] = getattr(table, name)
+    for name, column in zip(IDENTITY_COLUMNS, table.identity(), strict=True):
+        arrivals[name][:n] = column
     arrivals["gap_start"][:n] = table.gap_start
     state.output_tokens[env, :n] = table.output_tokens
     _load_episode(state, env, table, scenario, record_gaps)
@@ -389,6 +424,10 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
     sim.max_num_batched_tokens = scenario.max_num_batched_tokens
     sim.admission = ADMISSIONS.index(scenario.admission)
     sim.allow_refusal = scenario.allow_refusal
+    sim.prefix_caching = scenario.prefix_caching
+    if scenario.prefix_caching:
+        sim.blocks_version = 1  # 0 is that of requests that have not been looked up
+        load_blocks(state.blocks[k], state.held[k], num_kv_blocks)
     sim.idle_step_s = scenario.idle_step_s
     sim.next_departure_s = math.inf
     sim.cost_ratio = 1.0
@@ -403,7 +442,7 @@ def append_request(state: State, env: int, request: Request, arrival_s: float) -
     world, arrivals, outputs = state.worlds[env], state.arrivals[env], state.output_tokens[env]
     r = int(world.num_requests)
     state.requests[env, r] = TO_COME
-    for name in TABLE_COLUMNS:
+    for name in (*TABLE_COLUMNS, *IDENTITY_COLUMNS):
         arrivals[name][r] = getattr(request, name)
     arrivals[r].arrival_s = arrival_s
     arrivals[r].gap_start = arrivals[r - 1].gap_start + outputs[r - 1] - 1 if r > 0 else 0

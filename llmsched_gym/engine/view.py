@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from llmsched_gym.engine.batch import BY_PROMPT, batch_s, blocks_to_admit, blocks_to_hold, can_make_ttft_env
+from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
+from llmsched_gym.engine.blocks import BY_PROMPT, blocks_to_admit, blocks_to_take
 from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
-from llmsched_gym.engine.state import State
+from llmsched_gym.engine.state import State, lane_of
 from llmsched_gym.engine.surface import chunk_s, has_surface, recount, surface_s
 
 _HIDDEN_FIELDS = {
@@ -22,6 +24,10 @@ _HIDDEN_FIELDS = {
     "phase",
     "num_scheduled_tokens",
     "resolved_s",
+    # of the prefix cache
+    "block_row",
+    "found_version",
+    "found_blocks",
 }
 _SEEN = [name for name in REQUEST.names or () if name not in _HIDDEN_FIELDS]
 VISIBLE = np.dtype((np.record, [("index", "i4")] + [(name, REQUEST[name].str) for name in _SEEN]))
@@ -143,6 +149,24 @@ def whole_number(n: Any) -> int:
     return -1
 
 
+@contextmanager
+def _without(state: State, env: int, preempted: list[int]) -> Iterator[int]:
+    """Free blocks, were these running requests preempted; until it is left none of them counts as a block's user."""
+    sim, requests = state.sims[env], state.requests[env]
+    if not sim.prefix_caching:
+        yield int(sim.free_blocks) + sum(int(requests[r].num_blocks) for r in preempted)
+        return
+    users = state.blocks[env]["users"]
+    gone = np.zeros_like(users)
+    for r in preempted:
+        gone[state.held[env, requests[r].block_row, : requests[r].num_blocks]] += 1
+    users -= gone
+    try:
+        yield int(sim.free_blocks) + int(np.sum((gone > 0) & (users == 0)))
+    finally:
+        users += gone
+
+
 def submit(state: State, batch: Batch, env: int = 0) -> None:
     """Write a Python scheduler's batch into the engine, after checking every rule it could break (rule 9)."""
     sim, requests, lane = state.sims[env], state.requests[env], state.batches[env]
@@ -163,11 +187,10 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     if not isinstance(batch.tokens, Mapping):
         raise IllegalBatch(f"rule 1: Batch.tokens must map requests to tokens, got {type(batch.tokens).__name__}")
     preempted, refused = [index(r) for r in batch.preempt], [index(r) for r in batch.refuse]
-    free, seqs = int(sim.free_blocks), int(sim.num_running)
+    seqs = int(sim.num_running)
     for r in preempted:
         if phase_of(r) != RUNNING or preempted.count(r) > 1:
             raise IllegalBatch(f"rule 1: request {r} is preempted, but does not run")
-        free += int(requests[r].num_blocks)
         seqs -= 1
     for r in refused:
         if not sim.allow_refusal:
@@ -178,38 +201,42 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     items: list[tuple[int, int]] = []
     seen: set[int] = set()
     total, pairs, kv_tokens, decodes = 0, 0.0, 0.0, 0
+    places = lane_of(state, env)
     spare = int(sim.watermark_blocks) if sim.admission == BY_PROMPT else 0
-    for r, n in batch.tokens.items():
-        r = index(r)
-        if r in seen:  # keys that differ may mean one request
-            raise IllegalBatch(f"rule 1: request {r} is in the batch twice")
-        seen.add(r)
-        phase = phase_of(r)
-        if whole_number(n) < 1:
-            raise IllegalBatch(f"rule 1: request {r} gets {n!r} tokens, expected a whole number >= 1")
-        n = int(n)
-        if phase not in (WAITING, RUNNING) or r in gone:
-            raise IllegalBatch(f"rule 1: request {r} gets tokens, but neither waits nor runs")
-        request = requests[r]
-        computed, prefill = int(request.num_computed_tokens), int(request.prefill_tokens)
-        is_chunk = computed < prefill
-        if n > (prefill - computed if is_chunk else 1):
-            what = f"{prefill - computed} of its prompt remain" if is_chunk else "a decode is exactly 1"
-            raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, but {what}")
-        need = int(blocks_to_hold(sim, request, n)) - int(request.num_blocks)
-        if phase == WAITING:
-            seqs += 1
-            first = int(blocks_to_admit(sim, request, n))
-            if free - first < spare:
-                raise IllegalBatch(f"rule 4: request {r} needs {first} blocks, {free} are free and {spare} held back")
-        elif is_chunk and free < need:
-            raise IllegalBatch(f"rule 4: the next chunk of request {r} needs {need} blocks, {free} are free")
-        free -= need
-        total += n
-        kv_tokens += computed + n
-        pairs += n * (computed + (n + 1) / 2) if is_chunk else 0.0
-        decodes += not is_chunk
-        items.append((r, n))
+    with _without(state, env, preempted) as free:
+        for r, n in batch.tokens.items():
+            r = index(r)
+            if r in seen:  # keys that differ may mean one request
+                raise IllegalBatch(f"rule 1: request {r} is in the batch twice")
+            seen.add(r)
+            phase = phase_of(r)
+            if whole_number(n) < 1:
+                raise IllegalBatch(f"rule 1: request {r} gets {n!r} tokens, expected a whole number >= 1")
+            n = int(n)
+            if phase not in (WAITING, RUNNING) or r in gone:
+                raise IllegalBatch(f"rule 1: request {r} gets tokens, but neither waits nor runs")
+            request = requests[r]
+            computed, prefill = int(request.num_computed_tokens), int(request.prefill_tokens)
+            is_chunk = computed < prefill
+            if n > (prefill - computed if is_chunk else 1):
+                what = f"{prefill - computed} of its prompt remain" if is_chunk else "a decode is exactly 1"
+                raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, but {what}")
+            need = int(blocks_to_take(places, r, n))
+            if phase == WAITING:
+                seqs += 1
+                first = int(blocks_to_admit(places, r, n))
+                if free - first < spare:
+                    raise IllegalBatch(
+                        f"rule 4: request {r} needs {first} blocks, {free} are free and {spare} held back"
+                    )
+            elif is_chunk and free < need:
+                raise IllegalBatch(f"rule 4: the next chunk of request {r} needs {need} blocks, {free} are free")
+            free -= need
+            total += n
+            kv_tokens += computed + n
+            pairs += n * (computed + (n + 1) / 2) if is_chunk else 0.0
+            decodes += not is_chunk
+            items.append((r, n))
     if total > sim.max_num_batched_tokens:
         raise IllegalBatch(f"rule 1: {total} tokens, max_num_batched_tokens is {sim.max_num_batched_tokens}")
     if seqs > sim.max_num_seqs:
