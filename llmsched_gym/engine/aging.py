@@ -10,14 +10,13 @@ import math
 
 from llmsched_gym.engine.batch import (
     add_chunk,
-    allocate_if_free,
     can_admit,
     can_make_ttft,
     chunk_room,
     is_prefill,
     predicted_s,
 )
-from llmsched_gym.engine.blocks import blocks_to_hold
+from llmsched_gym.engine.blocks import allocate_if_free, blocks_to_hold
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import RUNNING
 from llmsched_gym.engine.surface import recount
@@ -87,4 +86,4 @@ def grow_chunk(lane, i):
     recount(batch, lane.items, lane.requests, lane.coef_s)
     batch.free_blocks -= blocks_to_hold(lane.sim, request, more) - blocks_to_hold(lane.sim, request, n)
     if lane.sim.prefix_caching:
-        allocate_if_free(lane, item.request, more)
+        allocate_if_free(lane.sim, lane.requests, lane.blocks, item.request, more)

@@ -10,7 +10,7 @@ import math
 from llmsched_gym.engine import surface
 from llmsched_gym.engine.blocks import (
     BY_PROMPT,
-    allocate,
+    allocate_if_free,
     blocks_to_admit,
     blocks_to_hold,
     blocks_to_take,
@@ -42,7 +42,7 @@ def remaining_prefill(request):
 @kernel()
 def uncached_prefill(lane, r):
     """Prompt tokens of `r` that it has to compute: of a waiting one without those that it would find cached."""
-    return lane.requests[r].prefill_tokens - known_computed(lane, r)
+    return lane.requests[r].prefill_tokens - known_computed(lane.sim, lane.requests, lane.blocks, r)
 
 
 @kernel()
@@ -138,7 +138,7 @@ def _predicted_with_s(lane, computed, n):
 @kernel()
 def chunk_room(lane, r):
     """Prompt tokens of `r` that still fit: at most its remaining prompt, the token budget and the time cap."""
-    batch, computed = lane.batch, known_computed(lane, r)
+    batch, computed = lane.batch, known_computed(lane.sim, lane.requests, lane.blocks, r)
     n = min(lane.requests[r].prefill_tokens - computed, batch.token_room)
     if n <= 0 or batch.cap_s == math.inf:
         return max(n, 0)
@@ -199,14 +199,7 @@ def finds_room(lane, r, num_tokens):
     if sim.num_running + batch.num_admitted >= sim.max_num_seqs:
         return False
     spare = sim.watermark_blocks if sim.admission == BY_PROMPT else 0
-    return batch.free_blocks - blocks_to_admit(lane, r, num_tokens) >= spare
-
-
-@kernel()
-def allocate_if_free(lane, r, n):
-    """Take the blocks now, so that what follows in this batch finds them as they will be; else the engine evicts."""
-    if blocks_to_take(lane, r, n) <= lane.sim.free_blocks:
-        allocate(lane, r, n)
+    return batch.free_blocks - blocks_to_admit(lane.sim, lane.requests, lane.blocks, r, num_tokens) >= spare
 
 
 @kernel()
@@ -225,7 +218,7 @@ def add_decode(lane, r):
     batch.free_blocks -= request.num_computed_tokens >= request.num_blocks << lane.sim.block_bits
     request.num_scheduled_tokens = 1
     if lane.sim.prefix_caching:
-        allocate_if_free(lane, r, 1)
+        allocate_if_free(lane.sim, lane.requests, lane.blocks, r, 1)
 
 
 @kernel()
@@ -252,7 +245,7 @@ def add_decodes(lane, count):
     batch.free_blocks -= new_blocks
     if lane.sim.prefix_caching:
         for i in range(count):
-            allocate_if_free(lane, lane.scratch[i], 1)
+            allocate_if_free(lane.sim, lane.requests, lane.blocks, lane.scratch[i], 1)
 
 
 @kernel()
@@ -260,8 +253,8 @@ def add_chunk(lane, r, n):
     """Give request `r`, running or waiting, `n` tokens of its prompt; a waiting one is admitted."""
     batch, request, item = lane.batch, lane.requests[r], lane.items[lane.batch.num_items]
     if lane.sim.prefix_caching:
-        batch.free_blocks -= blocks_to_take(lane, r, n)
-        allocate_if_free(lane, r, n)
+        batch.free_blocks -= blocks_to_take(lane.sim, lane.requests, lane.blocks, r, n)
+        allocate_if_free(lane.sim, lane.requests, lane.blocks, r, n)
     else:
         batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     item.request = r
@@ -285,7 +278,7 @@ def preempt(lane, r):
     batch.num_preempt += 1
     if lane.sim.prefix_caching:
         before = lane.sim.free_blocks
-        free(lane, r)
+        free(lane.sim, lane.requests, lane.blocks, r)
         batch.free_blocks += lane.sim.free_blocks - before
     else:
         batch.free_blocks += lane.requests[r].num_blocks
@@ -339,7 +332,7 @@ def time_alone_s(lane, r):
     """Predicted seconds until the prompt of `r` is complete if it is served alone from now on."""
     request = lane.requests[r]
     chunk = max(1, min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens))
-    computed = known_computed(lane, r)
+    computed = known_computed(lane.sim, lane.requests, lane.blocks, r)
     return prompt_s(lane.linear_s, lane.coef_s, computed, request.prefill_tokens - computed, chunk)
 
 

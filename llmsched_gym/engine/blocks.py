@@ -12,7 +12,8 @@ The rules are those of vLLM's KV cache manager (0.32, `vllm/v1/core`: kv_cache_m
   then those left longest ago, a request's last blocks before its first.
 
 Schedulers ask (:func:`blocks_to_admit`, :func:`find`) and then act (:func:`allocate`, :func:`free`). Kernels act while
-they form a batch, so that a prompt finds what an earlier one of the same batch computes.
+they form a batch, so that a prompt finds what an earlier one of the same batch computes. What is asked with and without
+prefix caching is inlined.
 """
 
 from __future__ import annotations
@@ -21,10 +22,19 @@ import numpy as np
 
 from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.records import BLOCK, NONE, RUNNING
+from llmsched_gym.engine.records import NONE, RUNNING
 
 BY_PROMPT, BY_CHUNK, BY_PROMPT_CHECK = range(len(ADMISSIONS))
 _OWNERS, _POSITIONS = 1_640_531_527, 1_540_483_477  # below 2**31, so that no sum of products leaves 64 bits
+# Columns of a lane's array of blocks. It is one array, of one place a row and of the lists behind, because each array
+# more makes a lane dearer to hand from kernel to kernel: a second one would halve the speed of the whole engine.
+NUM_COLUMNS = 8
+OWNER, POSITION = 0, 1  # the request whose own token is the block's last, and where: NONE, it cannot be found
+USERS = 2  # requests that hold it
+NEXT, PREVIOUS = 3, 4  # in the line of free blocks
+SAME = 5  # the next oldest block of the same identity; NONE
+LAST = 6  # of the oldest: the newest of the same identity
+NAMED = 7  # a slot of the table of identities, not of the block here: the oldest block of one; NONE
 _MOST_VERSIONS = 0x7FFFFFFF
 
 
@@ -46,37 +56,37 @@ def blocks_to_hold(sim, request, num_tokens):
     return blocks_for(sim, held)
 
 
-@kernel()
-def blocks_to_admit(lane, r, num_tokens):
+@kernel(inline="always")
+def blocks_to_admit(sim, requests, blocks, r, num_tokens):
     """Free KV blocks that must be there for waiting request `r` to enter with `num_tokens` (rule 4)."""
-    sim, request = lane.sim, lane.requests[r]
-    found = find(lane, r) if sim.prefix_caching else 0
-    tokens = request.prefill_tokens
-    if sim.admission == BY_CHUNK:
-        tokens = (found << sim.block_bits) + num_tokens
-    return blocks_for(sim, tokens) - (num_in_use(lane, r, found) if found > 0 else 0)
+    if sim.prefix_caching:
+        return _unshared(sim, requests, blocks, r, num_tokens, sim.admission != BY_CHUNK)
+    tokens = num_tokens if sim.admission == BY_CHUNK else requests[r].prefill_tokens
+    return blocks_for(sim, tokens)
 
 
-@kernel()
-def blocks_to_take(lane, r, num_tokens):
+@kernel(inline="always")
+def blocks_to_take(sim, requests, blocks, r, num_tokens):
     """Free KV blocks that `r` takes to compute `num_tokens` more."""
-    sim, request = lane.sim, lane.requests[r]
-    if sim.prefix_caching and request.block_row == NONE:
-        found = find(lane, r)
-        held = min((found << sim.block_bits) + num_tokens, request.prefill_tokens)
-        if sim.admission == BY_PROMPT:
-            held = request.prefill_tokens
-        return blocks_for(sim, held) - num_in_use(lane, r, found)
-    return blocks_to_hold(sim, request, num_tokens) - request.num_blocks
+    if sim.prefix_caching and requests[r].block_row == NONE:
+        return _unshared(sim, requests, blocks, r, num_tokens, sim.admission == BY_PROMPT)
+    return blocks_to_hold(sim, requests[r], num_tokens) - requests[r].num_blocks
 
 
 @kernel()
-def known_computed(lane, r):
+def _unshared(sim, requests, blocks, r, num_tokens, whole):
+    """Free KV blocks of the first `num_tokens` that waiting request `r` has to compute, or of its `whole` prompt."""
+    prompt, found = requests[r].prefill_tokens, find(sim, requests, blocks, r)
+    tokens = prompt if whole else min((found << sim.block_bits) + num_tokens, prompt)
+    return blocks_for(sim, tokens) - num_in_use(sim, requests, blocks, r, found)
+
+
+@kernel(inline="always")
+def known_computed(sim, requests, blocks, r):
     """Tokens of `r` that need not be computed: its own computed ones; while it waits, those it would find cached."""
-    request = lane.requests[r]
-    if lane.sim.prefix_caching and request.block_row == NONE:
-        return find(lane, r) << lane.sim.block_bits
-    return request.num_computed_tokens
+    if sim.prefix_caching and requests[r].block_row == NONE:
+        return find(sim, requests, blocks, r) << sim.block_bits
+    return requests[r].num_computed_tokens
 
 
 # --- identity
@@ -94,83 +104,80 @@ def owner_of(requests, r, position, block_bits):
 
 
 @kernel()
-def _home(blocks, owner, position):
+def _home(mask, owner, position):
     mixed = int(owner) * _OWNERS + int(position) * _POSITIONS
-    return (mixed ^ (mixed >> 29)) & (blocks.shape[0] - 1)
+    return (mixed ^ (mixed >> 29)) & int(mask)
 
 
 @kernel()
-def _slot_of(blocks, owner, position):
+def _slot_of(blocks, mask, owner, position):
     """Where the table of identities names the first block of that identity, or would name it."""
-    slot = _home(blocks, owner, position)
-    for _ in range(blocks.shape[0]):
-        b = blocks[slot].named
-        if b == NONE or (blocks[b].owner == owner and blocks[b].position == position):
+    slot = _home(mask, owner, position)
+    for _ in range(mask + 1):
+        b = blocks[slot, NAMED]
+        if b == NONE or (blocks[b, OWNER] == owner and blocks[b, POSITION] == position):
             break
-        slot = (slot + 1) & (blocks.shape[0] - 1)
+        slot = (slot + 1) & mask
     return slot
 
 
 @kernel()
-def _name(blocks, b, owner, position):
+def _name(blocks, mask, b, owner, position):
     """Give block `b` its identity: it can be found from now on, behind those that have the same."""
-    block, slot = blocks[b], _slot_of(blocks, owner, position)
-    block.owner, block.position = owner, position
-    block.same, block.last = NONE, b
-    first = blocks[slot].named
+    slot = _slot_of(blocks, mask, owner, position)
+    blocks[b, OWNER], blocks[b, POSITION] = owner, position
+    blocks[b, SAME], blocks[b, LAST] = NONE, b
+    first = blocks[slot, NAMED]
     if first == NONE:
-        blocks[slot].named = b
+        blocks[slot, NAMED] = b
     else:
-        blocks[blocks[first].last].same = b
-        blocks[first].last = b
+        blocks[blocks[first, LAST], SAME] = b
+        blocks[first, LAST] = b
 
 
 @kernel()
-def _forget(blocks, b):
+def _forget(blocks, mask, b):
     """Take the identity of block `b`, if it has one."""
-    block = blocks[b]
-    if block.owner == NONE:
+    if blocks[b, OWNER] == NONE:
         return
-    slot = _slot_of(blocks, block.owner, block.position)
-    first = blocks[slot].named
+    slot = _slot_of(blocks, mask, blocks[b, OWNER], blocks[b, POSITION])
+    first = blocks[slot, NAMED]
     if first != b:
         before = first
-        for _ in range(blocks.shape[0]):
-            if blocks[before].same == b:
+        for _ in range(mask + 1):
+            if blocks[before, SAME] == b:
                 break
-            before = blocks[before].same
-        blocks[before].same = block.same
-        if blocks[first].last == b:
-            blocks[first].last = before
-    elif block.same != NONE:
-        blocks[slot].named = block.same
-        blocks[block.same].last = block.last
+            before = blocks[before, SAME]
+        blocks[before, SAME] = blocks[b, SAME]
+        if blocks[first, LAST] == b:
+            blocks[first, LAST] = before
+    elif blocks[b, SAME] != NONE:
+        blocks[slot, NAMED] = blocks[b, SAME]
+        blocks[blocks[b, SAME], LAST] = blocks[b, LAST]
     else:
-        _empty_slot(blocks, slot)
-    block.owner = NONE
+        _empty_slot(blocks, mask, slot)
+    blocks[b, OWNER] = NONE
 
 
 @kernel()
-def _empty_slot(blocks, gap):
+def _empty_slot(blocks, mask, gap):
     """Empty a slot of the table, and move those behind it that would no longer be found."""
-    mask = blocks.shape[0] - 1
     slot = gap
     for _ in range(mask):
         slot = (slot + 1) & mask
-        b = blocks[slot].named
+        b = blocks[slot, NAMED]
         if b == NONE:
             break
-        home = _home(blocks, blocks[b].owner, blocks[b].position)
+        home = _home(mask, blocks[b, OWNER], blocks[b, POSITION])
         if (slot - home) & mask >= (slot - gap) & mask:
-            blocks[gap].named = b
+            blocks[gap, NAMED] = b
             gap = slot
-    blocks[gap].named = NONE
+    blocks[gap, NAMED] = NONE
 
 
 @kernel()
-def find(lane, r):
+def find(sim, requests, blocks, r):
     """Number of cached blocks that waiting request `r` would share: a run from its first one on."""
-    sim, requests, blocks = lane.sim, lane.requests, lane.blocks
     request = requests[r]
     if request.found_version == sim.blocks_version:
         return request.found_blocks
@@ -179,7 +186,7 @@ def find(lane, r):
     for _ in range(r + 1):  # from its own tokens back to those of the root: the first block that is missing counts
         first = requests[owner].shared_tokens >> sim.block_bits
         for position in range(first, stop):
-            if blocks[_slot_of(blocks, owner, position)].named == NONE:
+            if blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED] == NONE:
                 found = position
                 break
         stop = min(stop, first)
@@ -192,14 +199,13 @@ def find(lane, r):
 
 
 @kernel()
-def num_in_use(lane, r, found):
+def num_in_use(sim, requests, blocks, r, found):
     """How many of the first `found` blocks of `r`, which are cached, somebody uses: they cost no free block."""
-    requests, blocks = lane.requests, lane.blocks
     count, owner, stop = 0, r, found
     for _ in range(r + 1):
-        first = requests[owner].shared_tokens >> lane.sim.block_bits
+        first = requests[owner].shared_tokens >> sim.block_bits
         for position in range(first, stop):
-            count += blocks[blocks[_slot_of(blocks, owner, position)].named].users > 0
+            count += blocks[blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED], USERS] > 0
         stop = min(stop, first)
         if stop == 0:
             break
@@ -211,17 +217,30 @@ def num_in_use(lane, r, found):
 
 
 @kernel()
+def listed(sim, blocks, row, position):
+    """The block at `position` of those that the request with this row holds."""
+    i = ((sim.table_mask + 1) << 3) + row * sim.row_blocks + position
+    return blocks[i >> 3, i & 7]
+
+
+@kernel()
+def _list(sim, blocks, row, position, b):
+    i = ((sim.table_mask + 1) << 3) + row * sim.row_blocks + position
+    blocks[i >> 3, i & 7] = b
+
+
+@kernel()
 def _link(blocks, b, before):
     """Put block `b` into the line of free ones, behind `before`."""
-    after = blocks[before].next
-    blocks[b].next, blocks[b].previous = after, before
-    blocks[before].next = blocks[after].previous = b
+    after = blocks[before, NEXT]
+    blocks[b, NEXT], blocks[b, PREVIOUS] = after, before
+    blocks[before, NEXT] = blocks[after, PREVIOUS] = b
 
 
 @kernel()
 def _unlink(blocks, b):
-    after, before = blocks[b].next, blocks[b].previous
-    blocks[before].next, blocks[after].previous = after, before
+    after, before = blocks[b, NEXT], blocks[b, PREVIOUS]
+    blocks[before, NEXT], blocks[after, PREVIOUS] = after, before
 
 
 @kernel()
@@ -231,26 +250,26 @@ def _changed(sim):
 
 
 @kernel()
-def _share(lane, r):
+def _share(sim, requests, blocks, r):
     """Give request `r`, which holds nothing, a row and the cached blocks that it finds."""
-    sim, request, blocks = lane.sim, lane.requests[r], lane.blocks
-    found, row = find(lane, r), sim.free_row
-    sim.free_row = lane.held[row, 0]
+    request = requests[r]
+    found, row = find(sim, requests, blocks, r), sim.free_row
+    sim.free_row = listed(sim, blocks, row, 0)
     request.block_row = row
     owner, stop = r, found
     for _ in range(r + 1):
-        first = lane.requests[owner].shared_tokens >> sim.block_bits
+        first = requests[owner].shared_tokens >> sim.block_bits
         for position in range(first, stop):
-            b = blocks[_slot_of(blocks, owner, position)].named
-            if blocks[b].users == 0:
+            b = blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED]
+            if blocks[b, USERS] == 0:
                 _unlink(blocks, b)
                 sim.free_blocks -= 1
-            blocks[b].users += 1
-            lane.held[row, position] = b
+            blocks[b, USERS] += 1
+            _list(sim, blocks, row, position, b)
         stop = min(stop, first)
         if stop == 0:
             break
-        owner = lane.requests[owner].shares_with
+        owner = requests[owner].shares_with
     request.num_blocks = found
     request.num_computed_tokens = found << sim.block_bits
     if request.num_preemptions == 0:
@@ -260,83 +279,97 @@ def _share(lane, r):
 
 
 @kernel()
-def allocate(lane, r, num_tokens):
+def allocate(sim, requests, blocks, r, num_tokens):
     """Let `r` hold the blocks to compute `num_tokens` more; the full ones can be found from now on.
 
     A request that holds nothing takes the cached blocks that it finds first, and computes only what is behind them.
     Needs :func:`blocks_to_take` free blocks, and prefix caching. Doing it twice changes nothing.
     """
-    sim, request, blocks = lane.sim, lane.requests[r], lane.blocks
+    request = requests[r]
     if request.block_row == NONE:
-        _share(lane, r)
+        _share(sim, requests, blocks, r)
         num_tokens = min(num_tokens, request.prefill_tokens - request.num_computed_tokens)
         _changed(sim)
     row = request.block_row
     for position in range(request.num_blocks, blocks_to_hold(sim, request, num_tokens)):
-        b = blocks[sim.total_blocks].next
+        b = blocks[sim.total_blocks, NEXT]
         _unlink(blocks, b)
-        _forget(blocks, b)
-        blocks[b].users = 1
-        lane.held[row, position] = b
+        _forget(blocks, sim.table_mask, b)
+        blocks[b, USERS] = 1
+        _list(sim, blocks, row, position, b)
         request.num_blocks = position + 1
         sim.free_blocks -= 1
         _changed(sim)
     computed = request.num_computed_tokens
     for position in range(computed >> sim.block_bits, (computed + num_tokens) >> sim.block_bits):
-        b = lane.held[row, position]
-        if blocks[b].owner == NONE:
-            _name(blocks, b, owner_of(lane.requests, r, position, sim.block_bits), position)
+        b = listed(sim, blocks, row, position)
+        if blocks[b, OWNER] == NONE:
+            _name(blocks, sim.table_mask, b, owner_of(requests, r, position, sim.block_bits), position)
             _changed(sim)
 
 
 @kernel()
-def release(lane, r, keep):
+def allocate_if_free(sim, requests, blocks, r, num_tokens):
+    """:func:`allocate` where the blocks are free; else the engine will evict for them."""
+    if blocks_to_take(sim, requests, blocks, r, num_tokens) <= sim.free_blocks:
+        allocate(sim, requests, blocks, r, num_tokens)
+
+
+@kernel()
+def release(sim, requests, blocks, r, keep):
     """Let `r` hold only its first `keep` blocks. What it has not computed can no longer be found."""
-    sim, request, blocks = lane.sim, lane.requests[r], lane.blocks
+    request = requests[r]
     computed = request.num_computed_tokens >> sim.block_bits
     first = end = sim.total_blocks  # the head of the line of free blocks, and its end
     for position in range(request.num_blocks - 1, keep - 1, -1):
-        b = lane.held[request.block_row, position]
+        b = listed(sim, blocks, request.block_row, position)
         if position >= computed:
-            _forget(blocks, b)
-        blocks[b].users -= 1
-        if blocks[b].users == 0:
+            _forget(blocks, sim.table_mask, b)
+        blocks[b, USERS] -= 1
+        if blocks[b, USERS] == 0:
             sim.free_blocks += 1
-            if blocks[b].owner == NONE:
+            if blocks[b, OWNER] == NONE:
                 _link(blocks, b, first)
                 first = b
             else:
-                _link(blocks, b, blocks[end].previous)
+                _link(blocks, b, blocks[end, PREVIOUS])
     request.num_blocks = min(request.num_blocks, keep)
     _changed(sim)
 
 
-@kernel()
-def free(lane, r):
+@kernel(inline="always")
+def free(sim, requests, blocks, r):
     """Let `r` hold nothing."""
-    sim, request = lane.sim, lane.requests[r]
-    if not sim.prefix_caching:
-        sim.free_blocks += request.num_blocks
-        request.num_blocks = 0
-    elif request.block_row != NONE:
-        release(lane, r, 0)
-        lane.held[request.block_row, 0] = sim.free_row
+    if sim.prefix_caching:
+        _leave(sim, requests, blocks, r)
+    else:
+        sim.free_blocks += requests[r].num_blocks
+        requests[r].num_blocks = 0
+
+
+@kernel()
+def _leave(sim, requests, blocks, r):
+    """Let `r` hold nothing, not even a list."""
+    request = requests[r]
+    if request.block_row != NONE:
+        release(sim, requests, blocks, r, 0)
+        _list(sim, blocks, request.block_row, 0, sim.free_row)
         sim.free_row = request.block_row
         request.block_row = NONE
 
 
 @kernel()
-def give_back(lane, r):
+def give_back(sim, requests, blocks, r):
     """Undo what :func:`allocate` did for `r` in a batch that is not to run; what was evicted for it stays evicted."""
-    sim, request, blocks = lane.sim, lane.requests[r], lane.blocks
+    request = requests[r]
     if request.block_row == NONE:
         return
     if request.phase == RUNNING:
         for position in range(request.num_computed_tokens >> sim.block_bits, request.num_blocks):
-            _forget(blocks, lane.held[request.block_row, position])
-        release(lane, r, blocks_to_hold(sim, request, 0))
+            _forget(blocks, sim.table_mask, listed(sim, blocks, request.block_row, position))
+        release(sim, requests, blocks, r, blocks_to_hold(sim, request, 0))
         return
-    free(lane, r)
+    _leave(sim, requests, blocks, r)
     if request.num_preemptions == 0:
         request.num_cached_tokens = 0
     else:
@@ -345,32 +378,35 @@ def give_back(lane, r):
 
 
 @kernel()
-def shares_uncomputed(lane, r, other):
+def shares_uncomputed(sim, requests, blocks, r, other):
     """Whether `other` holds a block that `r` is to compute in this batch."""
-    request, another = lane.requests[r], lane.requests[other]
-    position = request.num_computed_tokens >> lane.sim.block_bits
+    request, another = requests[r], requests[other]
+    position = request.num_computed_tokens >> sim.block_bits
     if request.block_row == NONE or another.block_row == NONE:
         return False
     if position >= request.num_blocks or position >= another.num_blocks:
         return False
-    return lane.held[request.block_row, position] == lane.held[another.block_row, position]
+    return listed(sim, blocks, request.block_row, position) == listed(sim, blocks, another.block_row, position)
 
 
-def num_records(num_blocks: int) -> int:
-    """Records for so many blocks: a power of two, at least twice as many, for they hold the table of identities too."""
+def table_size(num_blocks: int) -> int:
+    """Slots of the table of identities of so many blocks: a power of two, at least twice as many."""
     return 1 << (2 * num_blocks).bit_length()
 
 
-def load_blocks(blocks: np.ndarray, held: np.ndarray, num_blocks: int) -> None:
-    """Empty a lane's arrays, shape (num_records,) BLOCK and (max_num_seqs, most blocks of a request) int32.
+def num_records(num_blocks: int, max_num_seqs: int, row_blocks: int) -> int:
+    """Rows of a lane's array of blocks: its table's, and those where running requests list up to `row_blocks` each."""
+    return table_size(num_blocks) + -(-max_num_seqs * row_blocks // NUM_COLUMNS)
 
-    Record `num_blocks` is both ends of the line of free blocks, and rows that nobody has are linked by their first
-    entry.
+
+def load_blocks(blocks: np.ndarray, num_blocks: int, max_num_seqs: int, row_blocks: int) -> None:
+    """Empty a lane's array, shape (num_records, NUM_COLUMNS) int32.
+
+    Row `num_blocks` is both ends of the line of free blocks; lists that nobody has are linked by their first entry.
     """
-    blocks[:] = np.zeros((), BLOCK)
-    for name in ("owner", "named", "same", "last"):
-        blocks[name] = NONE
-    places = np.arange(num_blocks + 1)
-    blocks["next"][: num_blocks + 1] = (places + 1) % (num_blocks + 1)
-    blocks["previous"][: num_blocks + 1] = (places - 1) % (num_blocks + 1)
-    held[:, 0] = np.arange(1, len(held) + 1)
+    size, places = table_size(num_blocks), np.arange(num_blocks + 1)
+    blocks[:] = 0
+    blocks[:size, [OWNER, SAME, LAST, NAMED]] = NONE
+    blocks[: num_blocks + 1, NEXT] = (places + 1) % (num_blocks + 1)
+    blocks[: num_blocks + 1, PREVIOUS] = (places - 1) % (num_blocks + 1)
+    blocks[size:].reshape(-1)[: max_num_seqs * row_blocks : row_blocks] = np.arange(1, max_num_seqs + 1)

@@ -6,7 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.engine.blocks import BY_PROMPT, owner_of
+from llmsched_gym.engine.blocks import (
+    BY_PROMPT,
+    LAST,
+    NAMED,
+    NEXT,
+    OWNER,
+    POSITION,
+    PREVIOUS,
+    SAME,
+    USERS,
+    listed,
+    owner_of,
+)
 from llmsched_gym.engine.records import ABANDONED, FINISHED, NONE, PENDING, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import State
 
@@ -96,41 +108,45 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
 
 def _check_places(state: State, k: int, require: Any) -> None:
     """The places of lane `k`'s blocks: who holds them, the line of free ones, what can be found."""
-    sim, requests, held = state.sims[k], state.requests[k], state.held[k]
+    sim, requests = state.sims[k], state.requests[k]
     places, total, bits = state.blocks[k], int(state.sims[k].total_blocks), int(state.sims[k].block_bits)
     blocks, running = places[:total], state.running[k][: sim.num_running].tolist()
-    listed = [held[requests[r].block_row, : requests[r].num_blocks] for r in running]
-    users = np.bincount(np.concatenate([*listed, np.zeros(0, np.int64)]).astype(np.int64), minlength=total)
-    require(users == blocks["users"], "users of a block != its holders")
+    owner, position_of = blocks[:, OWNER], blocks[:, POSITION]
+    held = [
+        [int(listed(sim, places, requests[r].block_row, i)) for i in range(requests[r].num_blocks)] for r in running
+    ]
+    users = np.bincount([b for own in held for b in own], minlength=total)
+    require(users == blocks[:, USERS], "users of a block != its holders")
     rows = requests["block_row"]
     require(len({int(rows[r]) for r in running}) == len(running), "two requests have one row of blocks")
     require(np.delete(rows, running) == NONE, "a request that does not run has a row of blocks")
 
     line: list[int] = []
-    b = int(places[total].next)
+    b = int(places[total, NEXT])
     while b != total and len(line) <= total:
-        require(places[places[b].next].previous == b, "the line of free blocks is torn")
+        require(places[places[b, NEXT], PREVIOUS] == b, "the line of free blocks is torn")
         line.append(b)
-        b = int(places[b].next)
+        b = int(places[b, NEXT])
     require(len(line) == sim.free_blocks and len(set(line)) == len(line), "free blocks != those in their line")
     in_line = np.zeros(total, bool)
     in_line[line] = True
     require(in_line == (users == 0), "blocks used + cached + free != total")
 
-    for r, own in zip(running, listed, strict=True):
+    for r, own in zip(running, held, strict=True):
         full = int(requests[r].num_computed_tokens) >> bits
         names = [(int(owner_of(requests, r, i, bits)), i) for i in range(full)]
-        found = list(zip(blocks["owner"][own[:full]].tolist(), blocks["position"][own[:full]].tolist(), strict=True))
+        found = list(zip(owner[own[:full]].tolist(), position_of[own[:full]].tolist(), strict=True))
         require(found == names, "a full block does not have the identity of its tokens")
-        require(blocks["owner"][own[full:]] == NONE, "a block that is not full has an identity")
+        require(owner[own[full:]] == NONE, "a block that is not full has an identity")
 
     seen: list[int] = []
-    for first in places["named"][places["named"] != NONE].tolist():
-        name, b = (int(places[first].owner), int(places[first].position)), first
-        last = first
+    named = places[: sim.table_mask + 1, NAMED]
+    for first in named[named != NONE].tolist():
+        b, last = first, first
         while b != NONE and len(seen) <= total:
-            require((int(places[b].owner), int(places[b].position)) == name, "equal blocks have two identities")
+            same = (owner[b], position_of[b]) == (owner[first], position_of[first])
+            require(same, "equal blocks have two identities")
             seen.append(b)
-            last, b = b, int(places[b].same)
-        require(places[first].last == last, "the newest of equal blocks is not the last")
-    require(np.array_equal(np.sort(seen), np.flatnonzero(blocks["owner"] != NONE)), "a cached block cannot be found")
+            last, b = b, int(places[b, SAME])
+        require(places[first, LAST] == last, "the newest of equal blocks is not the last")
+    require(np.array_equal(np.sort(seen), np.flatnonzero(owner != NONE)), "a cached block cannot be found")

@@ -31,7 +31,7 @@ def leave_waiting(lane, r):
 def leave_running(lane, r):
     _remove(lane.running, lane.sim.num_running, r)
     lane.sim.num_running -= 1
-    free(lane, r)
+    free(lane.sim, lane.requests, lane.blocks, r)
 
 
 @kernel()

@@ -60,20 +60,6 @@ REQUEST = record_dtype(
     ]
 )
 
-# A place in KV memory, with the identity of what it holds. The records are a hash table as well.
-BLOCK = record_dtype(
-    [
-        ("owner", "i4"),  # the request whose own token is the block's last; NONE: it cannot be found
-        ("position", "i4"),  # in that request's blocks
-        ("users", "i4"),  # requests that hold it
-        ("next", "i4"),  # in the line of free blocks
-        ("previous", "i4"),
-        ("same", "i4"),  # the next oldest block of the same identity; NONE
-        ("last", "i4"),  # of the oldest: the newest of the same identity
-        ("named", "i4"),  # of the hash table's slot here: the oldest block of an identity; NONE
-    ]
-)
-
 # What the client of a request asks for: hidden until it arrives, then copied into the request's row.
 ARRIVAL = record_dtype(
     [
@@ -152,7 +138,9 @@ REPLICA = record_dtype(
         ("block_size", "i4"),  # tokens in a KV block, a power of two
         ("block_bits", "i4"),  # its logarithm: a division takes longer than all else that a decode costs
         ("blocks_version", "i4"),  # with prefix caching: changes with every block that is taken, left or named
-        ("free_row", "i4"),  # likewise: the first row of `held` that nobody has
+        ("free_row", "i4"),  # likewise: the first list of held blocks that nobody has
+        ("table_mask", "i4"),  # likewise: slots of the table of identities, less one
+        ("row_blocks", "i4"),  # likewise: most blocks of a request, length of each list
     ]
 )
 

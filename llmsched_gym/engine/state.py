@@ -18,12 +18,11 @@ from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.config import ADMISSIONS, Scenario
 from llmsched_gym.cost import Profile
-from llmsched_gym.engine.blocks import load_blocks, num_records
+from llmsched_gym.engine.blocks import NUM_COLUMNS, load_blocks, num_records, table_size
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import (
     ARRIVAL,
     BATCH,
-    BLOCK,
     CACHE_LINE,
     EPISODE,
     ITEM,
@@ -88,9 +87,7 @@ class State(NamedTuple):
     own_coef_s: Any
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
     steps: Any  # (num_lanes, log_size) STEP
-    # places in KV memory, with prefix caching; without it of length 1
-    blocks: Any  # (num_lanes, num_records) BLOCK
-    held: Any  # (num_lanes, max_num_seqs, most blocks of a request) int32, the blocks that a request holds
+    blocks: Any  # (num_lanes, num_records, NUM_COLUMNS) int32, see engine.blocks; without prefix caching one record
 
 
 class Lane(NamedTuple):
@@ -112,8 +109,7 @@ class Lane(NamedTuple):
     linear_s: Any
     coef_s: Any
     episode: Any  # EPISODE
-    blocks: Any
-    held: Any
+    blocks: Any  # int32
 
 
 class Episode(NamedTuple):
@@ -153,8 +149,7 @@ _STATE_FIELDS = {
     "own_coef_s": (_F8, 2),
     "gaps": (types.float32, 2),
     "steps": (STEP, 2),
-    "blocks": (BLOCK, 2),
-    "held": (_I4, 3),
+    "blocks": (_I4, 3),
 }
 
 
@@ -179,7 +174,6 @@ _LANE_SOURCES += [
     "own_coef_s",
     "episodes",
     "blocks",
-    "held",
 ]
 LANE_TYPE = types.NamedTuple(
     [_array_type(name, drop=1) for name in _LANE_SOURCES],
@@ -212,7 +206,7 @@ def _make_handle(state):
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
     s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
     s.gaps, s.steps = state.gaps, state.steps
-    s.blocks, s.held = state.blocks, state.held
+    s.blocks = state.blocks
     s.linear_s, s.coef_s, s.own_linear_s, s.own_coef_s = (
         state.linear_s,
         state.coef_s,
@@ -251,7 +245,6 @@ def unpack(s):
         s.gaps,
         s.steps,
         s.blocks,
-        s.held,
     )
 
 
@@ -289,7 +282,6 @@ def lane_of(s, k):
         s.own_coef_s[profile],
         s.episodes[env],
         s.blocks[k],
-        s.held[k],
     )
 
 
@@ -327,8 +319,8 @@ def allocate(
     lanes, seqs = num_envs * num_replicas, scenario.max_num_seqs or profile.device.max_num_seqs
     own = own_profile or profile
     limit = scenario.max_num_batched_tokens
-    records = num_records(num_kv_blocks) if scenario.prefix_caching else 1
-    rows = (seqs, min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size)))
+    rows = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+    records = num_records(num_kv_blocks, seqs, rows) if scenario.prefix_caching else 1
     return State(
         sims=np.zeros(lanes, REPLICA),
         episodes=np.zeros(num_envs, EPISODE),
@@ -354,8 +346,7 @@ def allocate(
         own_coef_s=own.coefficients(seqs)[None],
         gaps=np.zeros((num_envs, max(num_gaps, 1)), np.float32),
         steps=np.zeros((lanes, num_steps), STEP),
-        blocks=aligned_zeros((lanes, records), BLOCK),
-        held=np.zeros((lanes, *(rows if scenario.prefix_caching else (1, 1))), np.int32),
+        blocks=aligned_zeros((lanes, records, NUM_COLUMNS), np.int32),
     )
 
 
@@ -427,7 +418,9 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
     sim.prefix_caching = scenario.prefix_caching
     if scenario.prefix_caching:
         sim.blocks_version = 1  # 0 is that of requests that have not been looked up
-        load_blocks(state.blocks[k], state.held[k], num_kv_blocks)
+        sim.table_mask = table_size(num_kv_blocks) - 1
+        sim.row_blocks = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+        load_blocks(state.blocks[k], num_kv_blocks, int(sim.max_num_seqs), int(sim.row_blocks))
     sim.idle_step_s = scenario.idle_step_s
     sim.next_departure_s = math.inf
     sim.cost_ratio = 1.0

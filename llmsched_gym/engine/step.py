@@ -74,13 +74,17 @@ def _drop_sharers(lane, victim):
     """Take out of the batch, and preempt or let wait, who has found blocks that an evicted one will not compute."""
     for i in range(lane.batch.num_items):
         r = lane.items[i].request
-        if r == victim or lane.requests[r].num_scheduled_tokens <= 0 or not shares_uncomputed(lane, victim, r):
+        if (
+            r == victim
+            or lane.requests[r].num_scheduled_tokens <= 0
+            or not shares_uncomputed(lane.sim, lane.requests, lane.blocks, victim, r)
+        ):
             continue
         _drop_item(lane, r)
         if lane.requests[r].phase == RUNNING:
             preempt(lane, r)
         else:
-            give_back(lane, r)
+            give_back(lane.sim, lane.requests, lane.blocks, r)
 
 
 @kernel()
@@ -117,7 +121,7 @@ def apply_batch(lane, world):
             admit(lane, r)
         elif not sim.prefix_caching and request.num_computed_tokens + n <= request.num_blocks << block_bits:
             continue
-        need = blocks_to_take(lane, r, n)
+        need = blocks_to_take(lane.sim, lane.requests, lane.blocks, r, n)
         for _ in range(sim.max_num_seqs):
             if need <= sim.free_blocks:
                 break
@@ -129,10 +133,10 @@ def apply_batch(lane, world):
             if request.num_scheduled_tokens <= 0:
                 break
             if sim.prefix_caching:
-                need = blocks_to_take(lane, r, n)
+                need = blocks_to_take(lane.sim, lane.requests, lane.blocks, r, n)
         if request.num_scheduled_tokens > 0 and sim.prefix_caching:
             is_planned = request.block_row == NONE  # by a scheduler in Python; kernels have taken blocks already
-            allocate(lane, r, n)
+            allocate(lane.sim, lane.requests, lane.blocks, r, n)
             if is_planned and request.num_computed_tokens > 0:
                 _leave_out_cached(lane, i)
         elif request.num_scheduled_tokens > 0:
@@ -228,7 +232,7 @@ def clear_batch(lane):
         for i in range(batch.num_items):
             lane.requests[lane.items[i].request].num_scheduled_tokens = 0
             if lane.sim.prefix_caching:
-                give_back(lane, lane.items[i].request)
+                give_back(lane.sim, lane.requests, lane.blocks, lane.items[i].request)
         for i in range(batch.num_preempt):
             r = lane.preempt[i]
             lane.requests[r].num_scheduled_tokens = 0

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
-from llmsched_gym.engine.blocks import BY_PROMPT, blocks_to_admit, blocks_to_take
+from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed
 from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
-from llmsched_gym.engine.state import State, lane_of
+from llmsched_gym.engine.state import State
 from llmsched_gym.engine.surface import chunk_s, has_surface, recount, surface_s
 
 _HIDDEN_FIELDS = {
@@ -156,10 +156,12 @@ def _without(state: State, env: int, preempted: list[int]) -> Iterator[int]:
     if not sim.prefix_caching:
         yield int(sim.free_blocks) + sum(int(requests[r].num_blocks) for r in preempted)
         return
-    users = state.blocks[env]["users"]
+    blocks = state.blocks[env]
+    users = blocks[:, USERS]
     gone = np.zeros_like(users)
     for r in preempted:
-        gone[state.held[env, requests[r].block_row, : requests[r].num_blocks]] += 1
+        for position in range(requests[r].num_blocks):
+            gone[listed(sim, blocks, requests[r].block_row, position)] += 1
     users -= gone
     try:
         yield int(sim.free_blocks) + int(np.sum((gone > 0) & (users == 0)))
@@ -201,7 +203,7 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     items: list[tuple[int, int]] = []
     seen: set[int] = set()
     total, pairs, kv_tokens, decodes = 0, 0.0, 0.0, 0
-    places = lane_of(state, env)
+    places = sim, requests, state.blocks[env]
     spare = int(sim.watermark_blocks) if sim.admission == BY_PROMPT else 0
     with _without(state, env, preempted) as free:
         for r, n in batch.tokens.items():
@@ -221,10 +223,10 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
             if n > (prefill - computed if is_chunk else 1):
                 what = f"{prefill - computed} of its prompt remain" if is_chunk else "a decode is exactly 1"
                 raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, but {what}")
-            need = int(blocks_to_take(places, r, n))
+            need = int(blocks_to_take(*places, r, n))
             if phase == WAITING:
                 seqs += 1
-                first = int(blocks_to_admit(places, r, n))
+                first = int(blocks_to_admit(*places, r, n))
                 if free - first < spare:
                     raise IllegalBatch(
                         f"rule 4: request {r} needs {first} blocks, {free} are free and {spare} held back"
