@@ -16,7 +16,7 @@ from llmsched_gym.engine.batch import (
     is_prefill,
     predicted_s,
 )
-from llmsched_gym.engine.blocks import allocate_if_free, blocks_to_hold
+from llmsched_gym.engine.blocks import blocks_to_hold, take
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import RUNNING
 from llmsched_gym.engine.surface import recount
@@ -86,4 +86,4 @@ def grow_chunk(lane, i):
     recount(batch, lane.items, lane.requests, lane.coef_s)
     batch.free_blocks -= blocks_to_hold(lane.sim, request, more) - blocks_to_hold(lane.sim, request, n)
     if lane.sim.prefix_caching:
-        allocate_if_free(lane.sim, lane.requests, lane.blocks, item.request, more)
+        take(lane.sim, lane.requests, lane.blocks, item.request, more)

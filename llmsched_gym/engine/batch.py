@@ -10,12 +10,11 @@ import math
 from llmsched_gym.engine import surface
 from llmsched_gym.engine.blocks import (
     BY_PROMPT,
-    allocate_if_free,
     blocks_to_admit,
     blocks_to_hold,
-    blocks_to_take,
-    free,
     known_computed,
+    leave,
+    take,
 )
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
@@ -218,7 +217,7 @@ def add_decode(lane, r):
     batch.free_blocks -= request.num_computed_tokens >= request.num_blocks << lane.sim.block_bits
     request.num_scheduled_tokens = 1
     if lane.sim.prefix_caching:
-        allocate_if_free(lane.sim, lane.requests, lane.blocks, r, 1)
+        take(lane.sim, lane.requests, lane.blocks, r, 1)
 
 
 @kernel()
@@ -245,7 +244,7 @@ def add_decodes(lane, count):
     batch.free_blocks -= new_blocks
     if lane.sim.prefix_caching:
         for i in range(count):
-            allocate_if_free(lane.sim, lane.requests, lane.blocks, lane.scratch[i], 1)
+            take(lane.sim, lane.requests, lane.blocks, lane.scratch[i], 1)
 
 
 @kernel()
@@ -253,8 +252,7 @@ def add_chunk(lane, r, n):
     """Give request `r`, running or waiting, `n` tokens of its prompt; a waiting one is admitted."""
     batch, request, item = lane.batch, lane.requests[r], lane.items[lane.batch.num_items]
     if lane.sim.prefix_caching:
-        batch.free_blocks -= blocks_to_take(lane.sim, lane.requests, lane.blocks, r, n)
-        allocate_if_free(lane.sim, lane.requests, lane.blocks, r, n)
+        batch.free_blocks -= take(lane.sim, lane.requests, lane.blocks, r, n)
     else:
         batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     item.request = r
@@ -277,9 +275,7 @@ def preempt(lane, r):
     lane.preempt[batch.num_preempt] = r
     batch.num_preempt += 1
     if lane.sim.prefix_caching:
-        before = lane.sim.free_blocks
-        free(lane.sim, lane.requests, lane.blocks, r)
-        batch.free_blocks += lane.sim.free_blocks - before
+        batch.free_blocks += leave(lane.sim, lane.requests, lane.blocks, r)
     else:
         batch.free_blocks += lane.requests[r].num_blocks
     lane.requests[r].num_scheduled_tokens = -1  # not available to this batch

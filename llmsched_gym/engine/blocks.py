@@ -309,10 +309,12 @@ def allocate(sim, requests, blocks, r, num_tokens):
 
 
 @kernel()
-def allocate_if_free(sim, requests, blocks, r, num_tokens):
-    """:func:`allocate` where the blocks are free; else the engine will evict for them."""
-    if blocks_to_take(sim, requests, blocks, r, num_tokens) <= sim.free_blocks:
+def take(sim, requests, blocks, r, num_tokens):
+    """:func:`allocate` if the blocks are free, else the engine will evict for them; returns how many it needs."""
+    need = blocks_to_take(sim, requests, blocks, r, num_tokens)
+    if need <= sim.free_blocks:
         allocate(sim, requests, blocks, r, num_tokens)
+    return need
 
 
 @kernel()
@@ -341,21 +343,22 @@ def release(sim, requests, blocks, r, keep):
 def free(sim, requests, blocks, r):
     """Let `r` hold nothing."""
     if sim.prefix_caching:
-        _leave(sim, requests, blocks, r)
+        leave(sim, requests, blocks, r)
     else:
         sim.free_blocks += requests[r].num_blocks
         requests[r].num_blocks = 0
 
 
 @kernel()
-def _leave(sim, requests, blocks, r):
-    """Let `r` hold nothing, not even a list."""
-    request = requests[r]
+def leave(sim, requests, blocks, r):
+    """Let `r` hold nothing, not even a list; returns how many blocks nobody else holds."""
+    request, before = requests[r], sim.free_blocks
     if request.block_row != NONE:
         release(sim, requests, blocks, r, 0)
         _list(sim, blocks, request.block_row, 0, sim.free_row)
         sim.free_row = request.block_row
         request.block_row = NONE
+    return sim.free_blocks - before
 
 
 @kernel()
@@ -369,7 +372,7 @@ def give_back(sim, requests, blocks, r):
             _forget(blocks, sim.table_mask, listed(sim, blocks, request.block_row, position))
         release(sim, requests, blocks, r, blocks_to_hold(sim, request, 0))
         return
-    _leave(sim, requests, blocks, r)
+    leave(sim, requests, blocks, r)
     if request.num_preemptions == 0:
         request.num_cached_tokens = 0
     else:
