@@ -156,7 +156,7 @@ def sessions(seed: int, num_turns: int, per_s: float, most_tokens: int) -> Reque
     return table_of(arrival_s, prompt_of, output_of, shares)
 
 
-CELLS = [(per_s, blocks, seed) for per_s in (0.15, 0.3) for blocks in (1500, 4000) for seed in (0, 1, 2)]
+CELLS = [(per_s, blocks, seed) for per_s in (0.3, 0.6) for blocks in (800, 2500) for seed in (0, 1, 2)]
 """Sessions a second, KV blocks, seed."""
 
 

@@ -187,6 +187,8 @@ class Engine:
     def submit(self, batch: Batch, env: int = 0) -> None:
         """Take a batch formed outside; an illegal one raises :class:`IllegalBatch`."""
         self._check_env(env)
+        if self.scenario.prefix_caching:
+            kernels.clear_batch_env(self.handle, env)  # one that was formed and not run holds blocks
         submit(self.state, batch, env)
 
     def decide(self, scheduler: Any, env: int = 0) -> None:
