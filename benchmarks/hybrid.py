@@ -36,8 +36,9 @@ from llmsched_gym.scheduler import PolicyError, make_scheduler
 from llmsched_gym.theory.experiments import run_cells
 
 CANDIDATE = "on-time[mix=auto]"
-POLICIES = ("sarathi", "slai", "srpt-capped[cap=0.8,margin=3]", "on-time", "learned")
-EXCLUSIVE = ("vllm-v0", "llmsched_gym.baselines.exclusive:EXCLUSIVE")  # never a batch with both phases
+POLICIES = ("sarathi", "slai", "srpt-capped", "feasible-first", "srpt-capped[cap=0.8,margin=3]", "on-time", "learned")
+PACED = "llmsched_gym.baselines.exclusive:EXCLUSIVE"
+EXCLUSIVE = ("vllm-v0", PACED, f"{PACED}[cap=0.65,margin=1.4]")  # never a batch with both phases
 AXIS_POLICIES = ("sarathi", "vllm-v1", *EXCLUSIVE, *POLICIES[1:])
 KV_BLOCKS = 15_000
 FACTS = {"rtxpro6000-llama-3.1-8b-vllm": (3.0, 3.5), "rtx4090-llama-3.1-8b-vllm": (1.8,)}

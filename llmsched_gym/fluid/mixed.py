@@ -146,9 +146,10 @@ def attention(
     chunks_ms = surface.launch_ms + parts * (chunk_ms - surface.launch_ms) + profile.pair_ms * pairs * chunk_tokens
     alone_ms = table_at(surface.decode_ms, (surface.sequences, surface.context), (decodes, context))
     axes = (surface.chunk, surface.sequences, surface.context)
-    hybrid_ms = table_at(surface.hybrid_ms, axes, (chunk_tokens, decodes, context))
-    # far past the last knot a table of measurements can go on below 0, which is no gain that anybody has
-    together_ms = np.maximum(chunks_ms, surface.floor_at(context)) + np.maximum(hybrid_ms, 0.0)
+    # past the last chunk a table of measurements can go on downwards, which is no gain that anybody has
+    measured = np.minimum(chunk_tokens, surface.chunk[-1])
+    hybrid_ms = [table_at(surface.hybrid_ms, axes, (c, decodes, context)) for c in (chunk_tokens, measured)]
+    together_ms = np.maximum(chunks_ms, surface.floor_at(context)) + np.maximum(*hybrid_ms)
     ms = np.where(has_chunk, np.where(has_decodes, together_ms, chunks_ms), alone_ms)
     head_ms = sequences_ms(surface, decodes + has_chunk * parts) + has_chunk * surface.chunk_batch_ms
     return head_ms / 1e3, ms / 1e3

@@ -33,7 +33,12 @@ worlds where paired 95 % intervals over seeds tell the two apart, and both ways 
 world with other seeds, is how well a ranking repeats itself. What never changes is that SLAI beats Sarathi-Serve. What
 does is the place of the schedulers that cap a batch's predicted time at
 0.95 of the TBT SLO (srpt-capped, feasible-first): the cap has no margin, so a device that is slower or noisier
-than predicted costs them their strict users.
+than predicted, or on which decodes cost more beside a prompt than predicted, costs them their strict users.
+
+Where decodes cost more beside a prompt chunk (an engine whose attention kernel serves both phases at once), *known* means that
+predictions have that price and *hidden* or *as a sum* that they leave it out. Sarathi-Serve, which puts decodes beside every
+chunk, falls furthest. Leaving the price out costs schedulers that predict much of what they attain; predicting one
+that is not there costs them little.
 
 {table(["world", "requests/s", "Kendall's tau", "best three, attainment in %", "slai / sarathi / srpt-capped"], lines)}
 """
