@@ -5,6 +5,10 @@ and as in least-laxity scheduling (Dertouzos and Mok, IEEE TSE 1989) what has sl
 batch unless a promised prompt would then be late. Prompts that cannot be on time wait until the engine is quiet, or,
 with `age`, have what the promised leave, and a share before them once they have waited so long. Predictions are
 corrected by how much longer than predicted batches have taken lately.
+
+Where the profile knows that decodes cost more beside a prompt (`mix=auto`), time decides: if the decodes and the
+prompts at hand take longer in one batch than in one each, decodes are put off while anything is promised, and prompts
+get a batch of their own, as long as the cap allows.
 """
 
 import math
@@ -12,6 +16,7 @@ import math
 from llmsched_gym.engine.aging import add_late, grow_chunk, oldest_late
 from llmsched_gym.engine.batch import open_batch, set_cap
 from llmsched_gym.engine.jit import entry, kernel
+from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.pack import (
     EDF,
     FCFS,
@@ -28,8 +33,9 @@ from llmsched_gym.engine.pack import (
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.step import LATEST_LST
-from llmsched_gym.scheduler import Compiled
+from llmsched_gym.scheduler import MIXES, Compiled
 
+AUTO = MIXES.index("auto")
 RESERVE_S = 0.3  # a promise with less slack is at risk; chosen on selection seeds of the drift suite, as `quiet` is
 # Of aging, chosen on the paper suite, seeds 2000-2019, 1.8 requests/s.
 AGED_SHARE = 0.4  # of the room behind urgent decodes, for prompts that have waited longer than `age`
@@ -39,7 +45,7 @@ AGED_USAGE = 0.95  # with the KV cache so full decodes are not put off: late pro
 
 @kernel()
 def plan(lane):
-    """Set the cap, order, limit, margin and hold of the open batch."""
+    """Set the cap, order, limit, margin, hold and room for tokens of the open batch."""
     batch, knobs = lane.batch, lane.knobs
     set_cap(lane, knobs.cap / lane.sim.cost_ratio)
     ages = knobs.age < math.inf
@@ -52,7 +58,10 @@ def plan(lane):
     if ages and promised == 0 and shortest_dropped == NONE_DROPPED:
         batch.order = FCFS
     batch.limit = min(knobs.limit, shortest_dropped - 1)
-    batch.margin = knobs.margin if slack_s < RESERVE_S else math.nan
+    apart = knobs.mix == AUTO and promised > 0 and price_of_mixing(lane) > 1.0
+    if apart:
+        batch.token_room = lane.sim.max_num_batched_tokens
+    batch.margin = knobs.margin if apart or slack_s < RESERVE_S else math.nan
     if ages and lane.sim.kv_cache_usage > AGED_USAGE:
         batch.margin = math.nan
     if knobs.hold and (ages or lane.sim.num_running > knobs.quiet):
@@ -107,9 +116,10 @@ SCHEDULERS = {
             "quiet": 60,
             "stretch": STRETCH,
             "age": math.inf,
+            "mix": AUTO,
             "victim": LATEST_LST,
         },
-        options=("margin", "quiet", "stretch", "age", "refuse"),
+        options=("margin", "quiet", "stretch", "age", "mix", "refuse"),
         plan=plan_env,
     ),
 }

@@ -6,7 +6,6 @@ reading of its two principles. See docs/schedulers.md.
 
 import math
 
-from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
@@ -49,7 +48,7 @@ def reserved_blocks(lane, output):
     blocks = sim.total_blocks - sim.free_blocks
     for i in range(sim.num_running):
         emitted = lane.requests[lane.running[i]].num_output_tokens
-        blocks += math.ceil(max(0.0, output - emitted) / BLOCK_SIZE)
+        blocks += math.ceil(max(0.0, output - emitted) / lane.sim.block_size)
     return blocks
 
 
@@ -81,7 +80,7 @@ def place_prompts(lane, tokens, dry):
             break
         if (limit and requests[r].prefill_tokens > lane.batch.limit) or (hold and not can_make_ttft(lane, r)):
             continue
-        need = math.ceil((requests[r].prompt_tokens + output) / BLOCK_SIZE)
+        need = math.ceil((requests[r].prompt_tokens + output) / lane.sim.block_size)
         if seqs > 0 and reserved + need + sim.watermark_blocks > sim.total_blocks:
             break
         n = min(remaining(requests[r]) if dry else chunk_room(lane, r), tokens - placed)

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
@@ -92,13 +91,13 @@ class RandomScheduler:
             left = int(request.prefill_tokens - request.num_computed_tokens)
             n = int(self.rng.integers(1, min(left, room) + 1)) if left > 0 else 1
             if is_waiting:
-                blocks = -(-int(request.prefill_tokens) // BLOCK_SIZE)
+                blocks = -(-int(request.prefill_tokens) // view.block_size)
                 if slots <= 0 or blocks > free:
                     continue
                 slots -= 1
                 free -= blocks
             else:
-                blocks = max(0, -(-int(request.num_computed_tokens + n) // BLOCK_SIZE) - int(request.num_blocks))
+                blocks = max(0, -(-int(request.num_computed_tokens + n) // view.block_size) - int(request.num_blocks))
                 if left > 0 and blocks > free:  # with blocks by chunk; for a decode the engine evicts
                     stuck = True
                     continue

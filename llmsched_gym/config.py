@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 BLOCK_SIZE = 16
-"""Tokens in one KV block (vLLM's default)."""
+"""Tokens in one KV block unless a scenario says otherwise (vLLM's default)."""
 
 MOST = 2**31 - 1
 """Of whole numbers: records hold them in 32 bits."""
@@ -176,6 +176,7 @@ class Scenario:
     max_backlog: int = 64  # continuing runs: up to so many requests wait at time 0
     # engine
     num_kv_blocks: int | None = None  # None: the profile's
+    block_size: int = 16  # tokens in a KV block, a power of two
     watermark: float = 0.01  # share of blocks that admission leaves free
     max_model_len: int = 8192  # requests with more prompt and output tokens are rejected
     max_num_seqs: int | None = None  # largest number of running requests; None: 128, on an H100 or H200 1,024
@@ -197,6 +198,10 @@ class Scenario:
         """A copy with some fields changed; unknown names raise :class:`UnknownField`."""
         check_names(type(self), fields)
         return dataclasses.replace(self, **fields)
+
+    def blocks(self, of_profile: int) -> int:
+        """KV blocks of the machine, on a profile that has `of_profile` of 16 tokens."""
+        return self.num_kv_blocks or of_profile * BLOCK_SIZE // self.block_size
 
     @property
     def hint_sigma(self) -> float | None:
@@ -291,8 +296,10 @@ class Scenario:
         self._check_integer("max_backlog", 0)
         self._check_integer("num_kv_blocks", 1, none=True)
         self._check_integer("max_num_seqs", 1, most=MOST_SEQS, none=True)
-        for name in ("max_model_len", "max_num_batched_tokens"):
+        for name in ("max_model_len", "max_num_batched_tokens", "block_size"):
             self._check_integer(name, 1)
+        if self.block_size.bit_count() != 1:
+            raise ConfigError(f"block_size: expected a power of two, got {self.block_size!r}")
         for name in ("arrivals_continue", "allow_refusal", "count_host_time"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
@@ -310,6 +317,9 @@ class Scenario:
         if not isinstance(self.model, str):
             what = "expected a folder, a hub id or random:tiny with backend='transformers'"
             raise ConfigError(f"model: {what}, got {self.model!r}")
+        if self.block_size != BLOCK_SIZE:
+            what = f"expected {BLOCK_SIZE} with backend='transformers', whose kernels have it"
+            raise ConfigError(f"block_size: {what}, got {self.block_size!r}")
         for name, neutral in MEASURED.items():
             if getattr(self, name) != neutral:
                 what = f"expected {neutral:g} with backend='transformers', whose times are measured"

@@ -47,7 +47,9 @@ def fit_command(
         given = [option for option, file in {**tables, "skew": skew}.items() if file is not None]
         if given:
             raise ConfigError(f"{given[0]}: expected either tables or --batches, got both")
-        _write(_from_batches(batches, spec, target, kv_blocks, name or out.stem, engine), out)
+        profile = _from_batches(batches, spec, target, kv_blocks, name or out.stem, engine)
+        profile.to_json(out)
+        print(importlib.import_module("llmsched_gym.real_backend.calibrate").describe(profile))
         return
     if dense is None or attention is None or per_sequence is None:
         missing = next(option for option, file in tables.items() if file is None)
@@ -72,7 +74,7 @@ def fit_command(
     if report is not None:
         text, picture = report / "fit.md", report / "fit.png"
     fit_report.write(profile, read_attention(attention), text, picture)
-    _write(profile, out)
+    profile.to_json(out)
     for table in fit_report.tables(profile):
         terminal.print_table(table)
     print(f"llmsched: wrote {out}, {text}, {picture}", file=sys.stderr)
@@ -87,10 +89,6 @@ def _from_batches(
     calibrate = importlib.import_module("llmsched_gym.real_backend.calibrate")
     profile: Profile = calibrate.fit_csv(csv, model, device, blocks, name=name)
     return dataclasses.replace(profile, engine=engine)
-
-
-def _write(profile: Profile, out: Path) -> None:
-    profile.to_json(out)
 
 
 def _known(name: str, known: dict[str, ModelSpec] | dict[str, DeviceSpec], what: str):  # type: ignore[no-untyped-def]

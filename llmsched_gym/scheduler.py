@@ -100,7 +100,7 @@ class Compiled:
         """Write the settings into the engine; call it after the engine's reset."""
         knobs = self.knobs.copy()
         if knobs["token_budget"] == VLLM_TOKEN_BUDGET:
-            knobs["token_budget"] = state.own_coef_s[3]
+            knobs["token_budget"] = state.own_coef_s[state.sims[env].profile, 3]
         state.knobs[env] = knobs
 
 
@@ -150,6 +150,9 @@ def _not_negative(text: str) -> float:
     return value
 
 
+MIXES = ("together", "auto")
+"""Whether decodes and prompts share a batch: always; or where one batch takes no longer than two."""
+
 # bracket parameter: (knob, reader, what is expected)
 OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "budget": ("token_budget", _positive_int, "whole number of tokens >= 1"),
@@ -166,6 +169,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "stretch": ("stretch", _positive, "factor on predicted prefill times, > 0"),
     "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
     "age": ("age", _not_negative, "seconds since arrival >= 0, inf for no aging"),
+    "mix": ("mix", lambda text: MIXES.index(text), f"one of {', '.join(MIXES)}"),
     "threshold": ("threshold", _not_negative_int, "whole number of tokens, 0 for none"),
 }
 # bracket parameter: (reader of the admission rule, what is expected)
@@ -174,7 +178,9 @@ ADMISSION_OPTIONS: dict[str, tuple[Callable[[str], str], str]] = {
     "reserve": (lambda text: "prompt-check" if _boolean(text) else "chunk", "true or false"),
 }
 COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
-PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name not in ("quiet", "stretch", "age", "threshold"))
+PACK_OPTIONS = tuple(
+    name for name in (*OPTIONS, "admission") if name not in ("quiet", "stretch", "age", "mix", "threshold")
+)
 
 
 @cache

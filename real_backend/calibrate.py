@@ -91,12 +91,18 @@ def fit(
         tile_tokens=tile_tokens,
         knots=knots,
         seed=seed,
+        surface="auto",
         notes=(
             f"Measured with real_backend.calibrate on {sheet.setup}; medians of repeated passes.",
             "Bandwidth and FLOP/s are those of a large copy and a large matrix product on the same device.",
             "The per-batch overhead is part of the table: times of whole batches cannot tell it apart.",
         ),
     )
+
+
+def fit_csv(csv: Path, model: ModelSpec, device: DeviceSpec, num_kv_blocks: int, *, name: str | None = None) -> Profile:
+    """The profile of a sheet measured before, of a model and device that only name what it describes."""
+    return fit(Sheet.of(csv), model, device, num_kv_blocks, name=name)
 
 
 def backend_for(
@@ -132,12 +138,14 @@ def limits_for(device: str | None, **given: int | None) -> Limits:
 
 
 def describe(profile: Profile) -> str:
-    """One line about how good a fit is."""
+    """One line about how good a fit is, and what form attention has."""
     errors: dict[str, Any] = profile.fit or {}
+    kinds = ", ".join(f"{kind} {found['mape']:.1%}" for kind, found in errors["kinds"].items())
+    attention = "additive" if profile.surface is None else "a surface"
     return (
         f"{profile.name}: step time within {errors['mape']:.1%} on average (95 % within {errors['p95_ape']:.1%}) on "
         f"{errors['held_out_rows']} held-out batches, fitted to {errors['rows']}; tile {profile.tile_tokens} tokens, "
-        f"{profile.num_kv_blocks} KV blocks"
+        f"{profile.num_kv_blocks} KV blocks; attention {attention}; by kind of batch: {kinds}"
     )
 
 

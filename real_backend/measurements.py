@@ -32,6 +32,21 @@ class Sheet:
     path: Path
     setup: str  # model, device and versions; rows of another setup are refused
 
+    @classmethod
+    def of(cls, path: Path) -> Sheet:
+        """A sheet that is there, with the setup that its rows name."""
+        import pandas as pd
+
+        try:
+            rows = pd.read_csv(path, dtype=str, keep_default_na=False)
+        except (OSError, ValueError) as error:
+            text = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise BackendError(f"{path}: cannot read: {text}") from None
+        named = sorted(set(rows["setup"])) if "setup" in rows else []
+        if len(named) > 1:
+            raise BackendError(f"{path}: column 'setup': expected one setup, got {named[0]!r} and {named[1]!r}")
+        return cls(path, named[0] if named else "a setup that the rows do not name")
+
     def done(self) -> set[Key]:
         """The rows that are there. A last line cut off by a kill is taken out of the file."""
         if not self.path.exists():

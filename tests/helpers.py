@@ -119,6 +119,10 @@ class Run:
         return self.engine.state.sims[0]
 
     @property
+    def episode(self):
+        return self.engine.state.episodes[0]
+
+    @property
     def requests(self):
         return self.engine.state.requests[0]
 
@@ -148,5 +152,5 @@ class Run:
 
     def gaps(self, r):
         """Recorded seconds between the tokens of request r."""
-        start = int(self.requests[r].gap_start)
+        start = int(self.engine.state.arrivals[0][r].gap_start)
         return self.engine.state.gaps[0, start : start + int(self.requests[r].num_output_tokens) - 1].tolist()

@@ -20,7 +20,7 @@ from llmsched_gym.workload import make_table
 
 TESTS = Path(__file__).parent
 COMPILED = sorted(name for name, entry in registry().items() if isinstance(entry, Compiled))
-PARTS = ("sims", "requests", "gaps", "memory")
+PARTS = ("sims", "episodes", "requests", "gaps", "memory")
 
 
 def digest(engine, env=0):

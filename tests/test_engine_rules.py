@@ -219,7 +219,7 @@ def test_a_request_that_can_never_fit_is_rejected_at_arrival():
     run = Run("sarathi", rows, num_kv_blocks=600)
     run.drain()
     assert run.requests["phase"][:2].tolist() == [FINISHED, REJECTED]
-    assert run.sim.num_rejected == 1
+    assert run.episode.num_rejected == 1
     assert run.requests[1].resolved_s == 0.5
 
 
@@ -370,22 +370,23 @@ DAMAGE = [
     ("sims", 0, "num_waiting", 2, "waiting count differs"),
     ("sims", 0, "num_running", 1, "running count differs"),
     ("sims", 0, "num_finished", 2, "finished count differs"),
-    ("sims", 0, "num_rejected", 1, "rejected count differs"),
+    ("episodes", 0, "num_rejected", 1, "rejected count differs"),
     ("sims", 0, "num_refused", 1, "refused count differs"),
     ("sims", 0, "num_abandoned", 1, "abandoned count differs"),
-    ("sims", 0, "num_arrived", 5, "arrived != waiting + running + resolved"),
+    ("episodes", 0, "num_arrived", 5, "arrived != waiting + running + resolved"),
     ("sims", 0, "free_blocks", 7, "blocks used + free != total"),
     ("sims", 0, "tokens_emitted", 9, "tokens emitted != sum over requests"),
     ("sims", 0, "waiting_tokens", 15, "waiting tokens != sum over waiting"),
     ("sims", 0, "num_preemptions", 1, "preemptions != sum over requests"),
-    ("sims", 0, "num_resolved", 0, "list of resolved requests and phases differ"),
+    ("episodes", 0, "num_resolved", 0, "list of resolved requests and phases differ"),
     ("sims", 0, "max_num_seqs", 1, "more sequences run than max_num_seqs"),
-    ("sims", 0, "patience_s", 0.001, "a lateness exceeds the patience"),
+    ("episodes", 0, "patience_s", 0.001, "a lateness exceeds the patience"),
     ("worlds", 0, "num_unresolved", 1, "unresolved count differs"),
     ("waiting", 0, 0, 0, "waiting list and phases differ"),
     ("running", 0, 1, 0, "running list and phases differ"),
-    ("requests", 4, "arrival_s", 0.0, "an arrival was overlooked"),
-    ("requests", 0, "arrival_s", 1.0, "a request came before its arrival"),
+    ("arrivals", 4, "arrival_s", 0.0, "an arrival was overlooked"),
+    ("requests", 0, "arrival_s", 1.0, "a request's arrival has changed"),
+    ("requests", 4, "prompt_tokens", 5, "a request can be read before its arrival"),
     ("requests", 0, "num_blocks", 3, "blocks used + free != total"),
     ("requests", 2, "num_blocks", 1, "a request that does not run holds blocks"),
     ("requests", 0, "num_computed_tokens", 33, "blocks held != ceil"),
@@ -394,7 +395,7 @@ DAMAGE = [
     ("requests", 0, "num_output_tokens", 2, "tokens emitted != sum over requests"),
     ("requests", 0, "num_scheduled_tokens", 1, "marked as scheduled"),
     ("requests", 0, "resolved_s", 1.0, "resolved_s and phase disagree"),
-    ("requests", 2, "arrival_s", -9.0, "a client whose patience is over is still here"),
+    ("requests", 2, "ttft_slo_s", -9.0, "a client whose patience is over is still here"),
 ]
 
 
@@ -405,7 +406,7 @@ def test_the_checker_names_what_is_broken(array, row, field, value, rule):
     run = Run(Scripted({0: 20, 1: 8, 3: 16}), rows, patience_s=5.0)
     run.step()
     record = getattr(run.engine.state, array)[0]
-    (record if array in ("sims", "worlds", "waiting", "running") else record[row])[field] = value
+    (record if array in ("sims", "episodes", "worlds", "waiting", "running") else record[row])[field] = value
     with pytest.raises(InvariantError, match=re.escape(rule)):
         check(run.engine.state, 0, run.clock_s)
 

@@ -11,6 +11,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from llmsched_gym import SUITES
+from llmsched_gym.engine.state import rows_of
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.workload import make_table
@@ -118,7 +119,8 @@ def test_reset_draws_the_table_of_evaluate():
     env = LLMSchedEnv("drift", num_requests=150, qps=1.7)
     env.reset(seed=12)
     expected = make_table(env.config, 12)
-    rows = env.core.engine.state.requests[0][: len(expected)]
+    rows = rows_of(env.core.engine.state, 0, expected)
+    assert np.array_equal(env.core.engine.state.arrivals["arrival_s"][0][: len(expected)], expected.arrival_s)
     assert np.array_equal(rows["arrival_s"], expected.arrival_s)
     assert np.array_equal(rows["prompt_tokens"], expected.prompt_tokens)
     assert np.array_equal(env.core.engine.state.output_tokens[0][: len(expected)], expected.output_tokens)

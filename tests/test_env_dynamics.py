@@ -276,9 +276,10 @@ def test_what_is_hidden_does_not_show_until_it_acts(observation):
     emitted = state.requests[0]["num_output_tokens"]
     live = np.isin(state.requests[0]["phase"], (0, 1, 2))
     state.output_tokens[0][live] = emitted[live] + rng.integers(1, 900, live.sum())
-    later = slice(int(sim.num_arrived), int(world.num_requests))
-    state.requests[0]["arrival_s"][later] += 5.0
-    state.requests[0]["prompt_tokens"][later] = 77
+    later = slice(int(state.episodes[0].num_arrived), int(world.num_requests))
+    state.arrivals[0]["arrival_s"][later] += 5.0
+    state.arrivals[0]["prompt_tokens"][later] = 77
+    world.next_arrival_s += 5.0
     world.cost_scale *= 3.0
     world.stop_s += 1000.0
     state.noise[:] *= 0.5

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmsched_gym.config import scenario
-from llmsched_gym.engine.records import PHASES, REQUEST, SIM
+from llmsched_gym.engine.records import PHASES, REPLICA, REQUEST
 from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, percentile, requests_frame, row
 from llmsched_gym.evaluation.run import Episode, simulate
@@ -45,7 +45,6 @@ def episode(clients, *, cohort=None, clock_s=CLOCK_S, **fields):
         times = np.array(c["tokens"])
         between = np.diff(times)
         gaps[start : start + len(between)] = between
-        r["gap_start"] = start
         start += c["output"] - 1
         due = c["arrival"] + c["ttft"] + np.arange(len(times)) * c["tbt"]
         r["arrival_s"], r["ttft_slo_s"], r["tbt_slo_s"] = c["arrival"], c["ttft"], c["tbt"]
@@ -58,7 +57,7 @@ def episode(clients, *, cohort=None, clock_s=CLOCK_S, **fields):
         r["deadline_miss_s"] = (times - due).max() if len(times) else -math.inf
         r["slo_class"] = 0 if c["tbt"] <= 0.1 else 1
         r["phase"] = PHASES.index(c["phase"])
-    sims = np.zeros(1, SIM)
+    sims = np.zeros(1, REPLICA)
     sims["clock_s"], sims["num_batches"], sims["mean_batch_s"] = clock_s, 50, 0.2
     sims["batch_tokens_sum"], sims["kv_cache_usage_max"] = 4000, 0.25
     sims["tokens_emitted"] = requests["num_output_tokens"].sum()
@@ -317,9 +316,8 @@ def test_rows_of_a_real_run_add_up(suite):
     )
     arrival_s = run.table.arrival_s[run.cohort]
     times = [
-        r["first_token_s"]
-        + np.append(0.0, np.cumsum(run.gaps[r["gap_start"] :][: r["num_output_tokens"] - 1], dtype=float))
-        for r in run.requests
+        r["first_token_s"] + np.append(0.0, np.cumsum(run.gaps[start:][: r["num_output_tokens"] - 1], dtype=float))
+        for r, start in zip(run.requests, run.table.gap_start, strict=True)
         if r["num_output_tokens"]
     ]
     meanwhile = np.concatenate(times)

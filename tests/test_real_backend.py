@@ -214,7 +214,7 @@ def test_a_client_that_leaves_gives_its_blocks_back():
     engine.execute()
     assert backend.blocks.num_free == backend.num_kv_blocks - blocks_of(40)
     for _ in range(2000):  # nobody serves request 0 until it is gone, and request 1 comes
-        if engine.state.sims[0].num_arrived == 2:
+        if engine.state.episodes[0].num_arrived == 2:
             break
         engine.submit(Batch())
         engine.execute()

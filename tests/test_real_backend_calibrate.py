@@ -281,7 +281,10 @@ def test_the_shipped_profile_of_the_h100_is_the_fit_of_its_rows():
     assert (again.tile_tokens, again.linear.tokens) == (shipped.tile_tokens, shipped.linear.tokens)
     assert again.linear.ms == pytest.approx(shipped.linear.ms)
     assert (again.pair_ms, again.kv_ms) == pytest.approx((shipped.pair_ms, shipped.kv_ms))
-    assert again.fit == pytest.approx(shipped.fit) and shipped.fit["mape"] < 0.05
+    kinds = shipped.fit["kinds"]
+    assert {**again.fit, "kinds": None} == pytest.approx({**shipped.fit, "kinds": None}) and shipped.fit["mape"] < 0.05
+    assert again.surface is None and list(kinds) == ["decodes", "chunks", "hybrid"]
+    assert all(again.fit["kinds"][kind] == pytest.approx(kinds[kind]) for kind in kinds)
 
 
 def test_rows_of_another_model_of_the_same_last_name_are_refused(tmp_path, capsys):

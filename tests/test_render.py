@@ -56,7 +56,7 @@ def test_the_text_frame_counts_what_the_engine_counts():
         env.step(np.zeros(7, np.int64))
     sim = env.core.engine.state.sims[0]
     frame = env.render()
-    assert f"arrived {sim.num_arrived}" in frame
+    assert f"arrived {env.core.engine.state.episodes[0].num_arrived}" in frame
     assert f"finished {sim.num_finished}" in frame
     assert f"{sim.num_waiting} waiting" in frame
     assert f"{sim.last_batch_decodes} decode" in frame

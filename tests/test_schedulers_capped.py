@@ -187,7 +187,9 @@ def test_no_batch_is_predicted_above_the_cap_unless_critical_decodes_alone_are(p
         slo_s = min((r.tbt_slo_s for r in decodes.values()), default=0.1)
         batch = run.decide()
         counts = state.batches[0]
-        predicted_s = batch_s(state.own_linear_s, state.own_coef_s, counts.num_tokens, counts.pairs, counts.kv_tokens)
+        predicted_s = batch_s(
+            state.own_linear_s[0], state.own_coef_s[0], counts.num_tokens, counts.pairs, counts.kv_tokens
+        )
         assert predicted_s == pytest.approx(view.predict_s(batch), rel=1e-12)
         if predicted_s > knobs.cap * slo_s:
             above += 1

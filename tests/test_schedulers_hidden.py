@@ -1,6 +1,7 @@
 """Rule 6: what a scheduler must not know does not move its decisions, and is out of its reach."""
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ from helpers import Run, profile
 
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import Batch
+from llmsched_gym.engine.pack import pack
+from llmsched_gym.engine.records import PENDING
 from llmsched_gym.engine.state import Lane, State, lane_of
 from llmsched_gym.engine.view import VISIBLE, View
-from llmsched_gym.scheduler import registry
+from llmsched_gym.scheduler import Compiled, registry
 from llmsched_gym.workload import make_table
 
 ROOT = Path(__file__).parents[1]
@@ -19,13 +22,15 @@ HIDDEN_NAMES = {"output_tokens", "worlds", "world", "cost_scale", "gap_start", "
 
 
 def test_a_lane_lacks_what_is_hidden():
-    hidden = {"worlds", "output_tokens", "noise", "gaps", "steps"}
+    hidden = {"worlds", "arrivals", "output_tokens", "noise", "gaps", "steps"}
     assert hidden <= set(State._fields)
     assert not {name.rstrip("s") for name in hidden} & {name.rstrip("s") for name in Lane._fields}
     run = Run("slai", make_table(scenario("paper", num_requests=5, qps=1.0), 1), own_profile=profile(7.0))
     # the two costs of a lane are the scheduler's own profile's, not the executing one's
     own = lane_of.py_func(run.engine.state, 0) if hasattr(lane_of, "py_func") else lane_of(run.engine.state, 0)
-    assert own.linear_s is run.engine.state.own_linear_s and own.coef_s is run.engine.state.own_coef_s
+    state = run.engine.state
+    assert np.shares_memory(own.linear_s, state.own_linear_s) and np.shares_memory(own.coef_s, state.own_coef_s)
+    assert own.linear_s[1] == 7e-3
     assert not hasattr(own.sim, "cost_scale")
 
 
@@ -38,7 +43,7 @@ def test_a_view_lacks_what_is_hidden():
     public = {name for name in dir(view) if not name.startswith("_")}
     assert not HIDDEN_NAMES & public
     assert isinstance(view, View)
-    arrived = int(run.sim.num_arrived)
+    arrived = int(run.episode.num_arrived)
     assert 0 < arrived < 50
     assert max([*view.running.index, *view.waiting.index]) < arrived
     assert np.isnan(view.running.length_hint).all()
@@ -77,26 +82,62 @@ def test_the_built_in_schedulers_name_nothing_hidden():
 
 def perturb(state, rng):
     """Change all that is hidden: unfinished outputs, who is still to come, the machine's speed, the horizon."""
-    arrived, n = int(state.sims[0].num_arrived), int(state.worlds[0].num_requests)
+    arrived, n = int(state.episodes[0].num_arrived), int(state.worlds[0].num_requests)
     requests = state.requests[0]
     unfinished = np.isnan(requests["resolved_s"][:n])
     emitted = requests["num_output_tokens"][:n]
     state.output_tokens[0, :n][unfinished] = emitted[unfinished] + rng.integers(1, 999, unfinished.sum())
-    requests["gap_start"][:n] = rng.integers(0, 9, n)
+    arrivals = state.arrivals[0]
+    arrivals["gap_start"][:n] = rng.integers(0, 9, n)
     for name, low, high in (("prompt_tokens", 1, 8000), ("slo_class", 0, 2)):
-        requests[name][arrived:n] = rng.integers(low, high, n - arrived)
-    requests["prefill_tokens"][arrived:n] = requests["prompt_tokens"][arrived:n]
-    requests["arrival_s"][arrived:n] += rng.exponential(9.0, n - arrived).cumsum()
-    requests["tbt_slo_s"][arrived:n] = rng.random(n - arrived)
-    requests["ttft_slo_s"][arrived:n] = rng.random(n - arrived)
-    requests["length_hint"][arrived:n] = 7.0
+        arrivals[name][arrived:n] = rng.integers(low, high, n - arrived)
+    arrivals["arrival_s"][arrived:n] += rng.exponential(9.0, n - arrived).cumsum()
+    arrivals["tbt_slo_s"][arrived:n] = rng.random(n - arrived)
+    arrivals["ttft_slo_s"][arrived:n] = rng.random(n - arrived)
+    arrivals["length_hint"][arrived:n] = 7.0
     world = state.worlds[0]
+    world.next_arrival_s += 9.0
     world.cost_scale, world.stop_s, world.drain_all = 3.0, 1e9, 0
     world.num_requests, world.cohort_start, world.cohort_stop, world.num_unresolved = arrived, 1, 2, 1
     state.noise[:] = 2.0
     state.linear_s[:] *= 5.0
-    state.coef_s[:2] *= 5.0
+    state.coef_s[:, :2] *= 5.0
     state.gaps[:] = 1.0
+
+
+def peek(lane):
+    """Pack like Sarathi-Serve; on the way sum up all that a row has of requests that have not arrived."""
+    seen = 0.0
+    for r in range(lane.requests.shape[0]):
+        request = lane.requests[r]
+        if request.phase == PENDING:
+            seen += abs(request.arrival_s) + abs(request.ttft_slo_s) + abs(request.tbt_slo_s) + request.slo_class
+            seen += abs(request.length_hint) + request.prompt_tokens + request.prefill_tokens + abs(request.session_id)
+            lane.memory[1] += 1.0
+    lane.memory[0] += seen
+    pack(lane)
+
+
+def test_a_compiled_scheduler_finds_nothing_of_requests_to_come():
+    run = Run(Compiled("peeks", peek), make_table(scenario("paper", num_requests=50, qps=1.0, length_hint="oracle"), 1))
+    run.steps(40)
+    assert run.engine.state.memory[0, 1] > 40 * 10  # there were many to look at
+    assert run.engine.state.memory[0, 0] == 0.0
+    arrived = run.requests["phase"] != PENDING
+    assert (run.requests["prompt_tokens"][arrived] == run.table.prompt_tokens[arrived]).all()
+
+
+def test_a_row_does_not_say_how_long_an_output_will_be():
+    first, second = (make_table(scenario("paper", num_requests=20, qps=9.0), 1) for _ in range(2))
+    second = replace(second, output_tokens=second.output_tokens + 50)
+    rows = []
+    for table in (first, second):
+        run = Run("sarathi", table)
+        run.steps(30)
+        rows.append(run.requests[run.requests["phase"] != PENDING])
+    assert len(rows[0]) > 3
+    for name in rows[0].dtype.names:  # not the bytes: those between fields are nobody's
+        np.testing.assert_array_equal(rows[0][name], rows[1][name], err_msg=name)
 
 
 def rng_state(scheduler):
@@ -128,7 +169,7 @@ def test_hidden_state_does_not_move_a_decision(policy):
                 state.preempt[0, : counts.num_preempt].tolist(),
                 state.refuse[0, : counts.num_refuse].tolist(),
                 state.memory[0].tolist(),
-                state.requests["lst_s"][0, : int(run.sim.num_arrived)].tobytes(),
+                state.requests["lst_s"][0, : int(run.episode.num_arrived)].tobytes(),
             )
 
         expected = decision()

@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from benchmarks import aging
 from llmsched_gym.baselines.on_time import AGED_SHARE
 from llmsched_gym.config import scenario
+from llmsched_gym.cost import load_profile
 from llmsched_gym.engine.jit import entry
+from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
+from llmsched_gym.engine.records import PENDING
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.env.policy import SchedulerPolicy, knobs_now
 from llmsched_gym.evaluation.metrics import Outcomes, row
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.scheduler import make_scheduler
+from llmsched_gym.scheduler import install, make_scheduler
 
 LINEAR = profile((1.0, 2.0))  # n tokens take n ms: a cap of 80 ms admits 80
 STRICT = {"prompt": 20, "output": 99, "tbt": 0.1}
@@ -146,7 +149,7 @@ def test_with_aging_decodes_are_not_put_off_when_blocks_run_out():
 def test_no_aging_is_on_time(seed):
     world = scenario("drift", num_requests=300)
     runs = [simulate(world, policy, seed) for policy in ("on-time", "on-time[age=inf]", "on-time[age=5]")]
-    requests = [run.requests.tobytes() for run in runs]
+    requests = [run.requests[run.requests["phase"] != PENDING].tobytes() for run in runs]
     assert requests[0] == requests[1] != requests[2]
 
 
@@ -226,3 +229,47 @@ def test_it_beats_what_does_not_look_at_slack():
         for p in ("on-time", "feasible-first", "slai", "sarathi")
     }
     assert utility["on-time"] > max(v for p, v in utility.items() if p != "on-time") + 0.01
+
+
+# --- the price of mixing
+
+
+def mixing_lane(factor, decodes=30, context=1500, prompt=2000):
+    """Decodes under way and a prompt that waits, on a profile where decodes cost `factor` times beside a chunk."""
+    device = load_profile("rtx6000ada-mistral-7b").with_mixing(factor)
+    rows = [request(0.0, context, 1000, tbt=0.1 if i == 0 else 0.5) for i in range(decodes)] + [
+        request(15.0, prompt, 2, ttft=5.0)
+    ]
+    run = Run("on-time", rows, device=device, num_kv_blocks=14733)
+    while run.engine.state.episodes[0].num_arrived <= decodes:
+        run.step()
+    return run, device
+
+
+def test_the_price_of_mixing_is_one_batch_over_two():
+    run, device = mixing_lane(6.0)
+    view = run.engine.view()
+    contexts = [int(r.num_computed_tokens) + 1 for r in view.decodes]
+    run.decide()
+    run.engine.state.batches[0].token_room = 700
+    together = device.predict_s([(0, 700)], contexts)
+    apart = device.predict_s([(0, 700)], []) + device.predict_s([], contexts)
+    assert price_of_mixing(lane_of(run.engine.state, 0)) == pytest.approx(together / apart, rel=1e-9)
+
+
+@pytest.mark.parametrize(("factor", "apart"), [(1.0, False), (12.0, True)])
+def test_decodes_are_put_off_where_mixing_takes_longer(factor, apart):
+    run, _ = mixing_lane(factor)
+    batch = run.decide()
+    assert 30 in batch and (len(batch) <= 2) == apart  # the strict user's decode is always critical
+    together = make_scheduler("on-time[mix=together]")
+    install(together, run.engine.state)
+    run.scheduler = together
+    assert len(run.decide()) > 2
+
+
+def test_mixing_never_costs_on_a_sum():
+    rows = [request(0.0, 100, 40) for _ in range(5)] + [request(0.1, 300, 2)]
+    run = Run("on-time", rows)
+    run.steps(5)
+    assert price_of_mixing(lane_of(run.engine.state, 0)) == 0.0

@@ -104,8 +104,8 @@ def most_steps(engine):
 
 
 def events(engine):
-    sim = engine.state.sims[0]
-    return int(sim.tokens_emitted), int(sim.num_arrived), int(sim.num_resolved)
+    sim, episode = engine.state.sims[0], engine.state.episodes[0]
+    return int(sim.tokens_emitted), int(episode.num_arrived), int(episode.num_resolved)
 
 
 def drain(scheduler, rows, **world):

@@ -206,7 +206,7 @@ def test_the_random_scheduler_is_legal_and_follows_its_seed():
     def trajectory(seed, **fields):
         run = Run("random", world(30), seed=seed, **{"num_kv_blocks": 60, **fields})
         run.drain(20_000)
-        assert run.sim.num_finished + run.sim.num_rejected == 30
+        assert run.sim.num_finished + run.episode.num_rejected == 30
         return run.requests["first_token_s"].tobytes()
 
     assert trajectory(1) == trajectory(1)

@@ -232,7 +232,7 @@ def test_an_over_long_prompt_is_rejected_and_the_others_run():
     rows = [request(prompt=8190, output=3), request(prompt=8193, output=1), request(prompt=16, output=1)]
     run = Run("slai", rows)
     assert run.drain() == [{2: 16}]
-    assert (run.sim.num_rejected, run.sim.num_finished) == (2, 1)
+    assert (run.episode.num_rejected, run.sim.num_finished) == (2, 1)
 
 
 # --- victims (rule 5)

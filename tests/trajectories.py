@@ -61,7 +61,8 @@ ENVIRONMENTS: dict[str, dict[str, Any]] = {
 
 def counter(engine: Engine, env: int, name: str) -> Any:
     """A number of one environment by its name."""
-    return engine.state.sims[env][name]
+    state = engine.state
+    return (state.sims if name in state.sims.dtype.names else state.episodes)[env][name]
 
 
 def decided(engine: Engine, env: int) -> list[np.ndarray]:

@@ -2,8 +2,8 @@
 
 The file, linear_ops_ms_by_tokens.csv, is the condensed form of Vidur's published profiles (`data/profiling/compute`):
 columns gpu, model_shape, num_tokens, gemm_ms_32_layers, other_linear_ms_32_layers. The folder has LLMServingSim's
-tables of vLLM's kernels on two devices: RTXPRO6000 and RTX4090, each with dense.csv, attention.csv.gz,
-per_sequence.csv and skew.csv.gz.
+tables of vLLM's kernels on two devices, in RTXPRO6000 and RTX4090: dense.csv, attention.csv.gz, per_sequence.csv and
+skew.csv.gz.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def held_out(
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Errors on whole levels left out of the fit in turn, by column and kind of batch: {column: {kind: figures}}.
 
-    Levels are the powers of two that the column has. Figures are those of :func:`figures` over all levels, of `inner`
-    ones (interpolated) and `edges` (extrapolated), and of each in `levels`.
+    Levels are the powers of two that the column has, where there are four at least. Figures are those of
+    :func:`figures` over all levels, of `inner` ones (interpolated) and `edges` (extrapolated), and of each in `levels`.
     """
     plan = [(column, level) for column in LEVELS for level in _levels(cells, column)]
     errors: dict[str, dict[int, pd.DataFrame]] = {column: {} for column in LEVELS}
@@ -74,7 +74,11 @@ def held_out(
         fitted = fit_attention(cells[cells[column] != level])
         errors[column][level] = left_out.assign(error=fitted.predict(left_out) / left_out.us - 1.0)
     progress(len(plan), len(plan))
-    return {AXES[column]: {kind: _pooled(errors[column], kind) for kind in of} for column, of in LEVELS.items()}
+    return {
+        AXES[column]: {kind: _pooled(errors[column], kind) for kind in of}
+        for column, of in LEVELS.items()
+        if errors[column]
+    }
 
 
 def _pooled(by_level: dict[int, pd.DataFrame], kind: str) -> dict[str, Any]:

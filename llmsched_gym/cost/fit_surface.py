@@ -71,14 +71,12 @@ def pairs(c: np.ndarray, p: np.ndarray) -> np.ndarray:
     return c * (p + (c + 1.0) / 2.0)
 
 
-def fit_attention(cells: pd.DataFrame, where: str = "attention", pair_us: float | None = None) -> Attention:
+def fit_attention(cells: pd.DataFrame, where: str = "attention") -> Attention:
     """The surface closest to measured cells (columns c, p, n, k, us), relative errors counted, outliers little.
 
-    Knots are the powers of two that the cells span; levels that were not measured are filled from their neighbours. A
-    column `scale` says what errors are relative to, us unless given. Raises :class:`ProfileError`, which starts with
-    `where`, if a kind of batch is missing.
+    Knots are the powers of two that the cells span; levels that were not measured are filled from their neighbours.
+    Raises :class:`ProfileError`, which starts with `where`, if a kind of batch is missing.
     """
-    cells = cells if "scale" in cells else cells.assign(scale=cells.us)
     decodes, chunks, hybrids = (cells[mask] for mask in kinds(cells).values())
     wanted = ((decodes, "decodes alone", "nk"), (chunks, "chunks alone", "cp"), (hybrids, "hybrid batches", "cnk"))
     for part, kind, axes in wanted:
@@ -88,39 +86,39 @@ def fit_attention(cells: pd.DataFrame, where: str = "attention", pair_us: float 
     sequences, context = octaves(cells.n, first=1), octaves(cells.k)
     chunk, prefix = octaves(cells.c), (0, *octaves(cells.p))
 
-    pair_us = _pair_us(chunks) if pair_us is None else pair_us
-    c, p, us, scale = _columns(chunks, "c", "p", "us", "scale")
-    rest = fit_table.fit((chunk, prefix), (c, p), us - pair_us * pairs(c, p), scale, convex=0)
+    pair_us = _pair_us(chunks)
+    c, p, us = _columns(chunks, "c", "p", "us")
+    rest = fit_table.fit((chunk, prefix), (c, p), us - pair_us * pairs(c, p), us, convex=0)
 
-    n, k, us, scale = _columns(decodes, "n", "k", "us", "scale")
-    alone = fit_table.fit((sequences, context), (n, k), us, scale, convex=0, at_zero=float(cells.us.min()))
-    alone = _rising(alone, 0, 1)
+    n, k, us = _columns(decodes, "n", "k", "us")
+    alone = fit_table.fit((sequences, context), (n, k), us, us, convex=0, at_zero=float(cells.us.min()))
+    alone = rising(alone, 0, 1)
 
     floor = np.zeros(len(context))
     if hybrids.n.min() <= FEW:
         lone = hybrids[(hybrids.n == hybrids.n.min()) & (hybrids.p == hybrids.p.min())]
         lone = lone[lone.c <= max(SHORT_CHUNK, lone.c.min())]
-        k, us, scale = _columns(lone, "k", "us", "scale")
-        floor = _rising(fit_table.fit((context,), (k,), us, scale), 0)
+        k, us = _columns(lone, "k", "us")
+        floor = rising(fit_table.fit((context,), (k,), us, us), 0)
 
     table = Attention(sequences, context, chunk, prefix, pair_us, alone, rest, np.zeros(0), floor)
-    c, p, n, k, us, scale = _columns(hybrids, "c", "p", "n", "k", "us", "scale")
+    c, p, n, k, us = _columns(hybrids, "c", "p", "n", "k", "us")
     above = us - np.maximum(table.chunks(c, p), table.floor(k))
     knots = (chunk, sequences, context)
-    hybrid = fit_table.fit(knots, (c, n, k), above, scale, order=(1, 2, 0), convex=1, at_zero=0.0)
+    hybrid = fit_table.fit(knots, (c, n, k), above, us, order=(1, 2, 0), convex=1, at_zero=0.0)
     last = int(np.searchsorted(sequences, n.max()))
-    return replace(table, hybrid_us=_rising(_capped(hybrid, alone, last), 1, 2))
+    return replace(table, hybrid_us=rising(_capped(hybrid, alone, last), 1, 2))
 
 
 def _columns(rows: pd.DataFrame, *names: str) -> list[np.ndarray]:
     return [rows[name].to_numpy(float) for name in names]
 
 
-def octaves(values: pd.Series, first: int | None = None) -> tuple[int, ...]:
+def octaves(values: pd.Series | np.ndarray, first: int | None = None) -> tuple[int, ...]:
     """Powers of two around the positive values, at least two."""
-    positive = values[values > 0].to_numpy(int)
-    low = int(positive.min()).bit_length() - 1 if first is None else first.bit_length() - 1
-    high = max((int(positive.max()) - 1).bit_length(), low + 1)
+    positive = np.asarray(values)[np.asarray(values) > 0]
+    low = int(np.log2(max(positive.min(), 1.0))) if first is None else first.bit_length() - 1
+    high = max((int(np.ceil(positive.max())) - 1).bit_length(), low + 1)
     return tuple(1 << i for i in range(low, high + 1))
 
 
@@ -145,7 +143,7 @@ def _capped(hybrid: np.ndarray, alone: np.ndarray, last: int) -> np.ndarray:
     return hybrid
 
 
-def _rising(table: np.ndarray, *axes: int) -> np.ndarray:
+def rising(table: np.ndarray, *axes: int) -> np.ndarray:
     """Not below 0, and never falling along the axes: more decodes and longer ones take no less time."""
     table = np.maximum(table, 0.0)
     for axis in axes:

@@ -39,25 +39,29 @@ def fit(
     order: Sequence[int] | None = None,
     convex: int | None = None,
     at_zero: float | None = None,
+    guess: np.ndarray | None = None,
+    pull: float = PULL,
 ) -> np.ndarray:
     """The table over `knots` whose interpolation at `at` is close to `target`, in units of `scale`, (rows,) each.
 
-    Cells on knots give the first guess (medians, weighted by 1 / scale), :func:`fill` the rest of it. All cells then
-    correct it: least absolute errors, by reweighting, with a weak pull towards the first guess for knots that no cell
-    speaks of.
+    Unless there is a `guess`, cells on knots give one (medians, weighted by 1 / scale), and :func:`fill` its rest. All
+    cells then correct it: least absolute errors, by reweighting, with a weak `pull` towards the guess for knots that
+    few cells speak of.
     """
     shape = tuple(len(axis) for axis in knots)
-    guess = fill(on_knots(knots, at, target, scale), knots, order, convex, at_zero).ravel()
+    if guess is None:
+        guess = fill(on_knots(knots, at, target, scale), knots, order, convex, at_zero)
+    guess = guess.ravel()
     matrix = weights(knots, at)
     size = np.maximum(_typical(matrix, scale), 1e-12)
-    pull = sparse.diags((PULL / size) ** 2)
+    towards = sparse.diags((pull / size) ** 2)
     table = guess
     for _ in range(ROUNDS):
         residual = np.abs(matrix @ table - target) / scale
         weight = 1.0 / (np.maximum(residual, LEAST_RESIDUAL) / LEAST_RESIDUAL * scale**2)
         weighted = matrix.multiply(weight[:, None]).tocsr()
-        normal = (matrix.T @ weighted + pull).toarray()
-        new = np.linalg.solve(normal, weighted.T @ target + pull @ guess)
+        normal = (matrix.T @ weighted + towards).toarray()
+        new = np.linalg.solve(normal, weighted.T @ target + towards @ guess)
         if np.allclose(new, table, rtol=1e-3, atol=1e-3 * float(size.min())):
             break
         table = new
@@ -95,8 +99,9 @@ def fill(
     one a power law goes on where it is steeper than the line. `at_zero` is the value at 0 of that axis, if known.
     """
     table = table.copy()
-    for beyond in (False, True):
-        for axis in range(table.ndim) if order is None else order:
+    axes = tuple(range(table.ndim)) if order is None else tuple(order)
+    for beyond in (False, *(True for _ in axes)):
+        for axis in axes:
             if np.isnan(table).any():
                 zero = at_zero if axis == convex else None
                 line = functools.partial(_fill_line, beyond=beyond, convex=axis == convex, at_zero=zero)
@@ -106,11 +111,13 @@ def fill(
 
 def _fill_line(line: np.ndarray, knots: np.ndarray, *, beyond: bool, convex: bool, at_zero: float | None) -> np.ndarray:
     known = ~np.isnan(line)
-    if known.all() or known.sum() < 2:
+    if known.all() or not known.any():
         return line
     x, y = knots[known], line[known]
     if at_zero is not None and x[0] > 0.0:
         x, y = np.concatenate([[0.0], x]), np.concatenate([[at_zero], y])
+    if len(x) < 2:
+        return np.full(len(line), y[0]) if beyond else line
     line = line.copy()
     for i in np.flatnonzero(~known):
         right = int(np.searchsorted(x, knots[i]))
@@ -121,7 +128,7 @@ def _fill_line(line: np.ndarray, knots: np.ndarray, *, beyond: bool, convex: boo
             line[i] = (chord + low) / 2.0 if low < chord else chord
         elif beyond:
             line[i] = _line(x, y, 0 if right == 0 else len(x) - 2, knots[i])
-            if convex and right > 0 and y[-1] > y[-2] > 0.0:
+            if convex and right > 0 and y[-1] > y[-2] > 0.0 and x[-2] > 0.0:
                 line[i] = max(line[i], _power_law(x, y, knots[i]))
     return line
 

@@ -134,13 +134,13 @@ class Profile:
     def coefficients(self, max_num_seqs: int) -> np.ndarray:
         """What kernels know of the profile beside :meth:`linear_table_s`, float64.
 
-        Seconds per query-key pair, seconds per KV token, `tile_tokens`, `vllm_token_budget`; with a surface also a
-        number that only an equal profile has, and the surface (:meth:`Surface.packed`).
+        Seconds per query-key pair, seconds per KV token, `tile_tokens`, `vllm_token_budget`, and 0; with a surface a
+        number that only an equal profile has instead of the 0, and behind it the surface (:meth:`Surface.packed`).
         """
         plain = [self.pair_s, self.kv_s, float(self.tile_tokens), float(self.device.vllm_token_budget)]
         if self.surface is None:
-            return np.array(plain)
-        return np.concatenate([plain, [float(hash(self) % (1 << 52))], self.surface.packed(max_num_seqs)])
+            return np.array([*plain, 0.0])
+        return np.concatenate([plain, [1.0 + hash(self) % (1 << 52)], self.surface.packed(max_num_seqs)])
 
     @property
     def basis(self) -> str:

@@ -143,7 +143,7 @@ class Surface:
             max_num_seqs + 1,
         ]
         by_count = tuple(0.0 if n == 0 else self.sequence_at(n) for n in range(max_num_seqs + 1))
-        tables: list[Any] = [self.decode_ms, self.chunk_ms, self.hybrid_ms, self.floor_ms, by_count]
+        tables: list[Any] = [by_count, self.decode_ms, self.chunk_ms, self.hybrid_ms, self.floor_ms]
         return np.concatenate([head, *(np.ravel(table) / 1e3 for table in tables)])
 
     @classmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import ADMISSIONS, BLOCK_SIZE
+from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine import surface
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
@@ -34,19 +34,25 @@ def remaining_prefill(request):
 
 
 @kernel()
+def blocks_for(sim, num_tokens):
+    """KV blocks of so many tokens."""
+    return (num_tokens + sim.block_size - 1) >> sim.block_bits
+
+
+@kernel()
 def blocks_to_hold(sim, request, num_tokens):
     """KV blocks of the request after computing `num_tokens` more (rule 4)."""
     held = request.num_computed_tokens + num_tokens
     if sim.admission == BY_PROMPT:
         held = max(held, request.prefill_tokens)
-    return (held + BLOCK_SIZE - 1) // BLOCK_SIZE
+    return blocks_for(sim, held)
 
 
 @kernel()
 def blocks_to_admit(sim, request, num_tokens):
     """KV blocks that must be free for a waiting request to enter with `num_tokens` (rule 4)."""
     tokens = num_tokens if sim.admission == BY_CHUNK else request.prefill_tokens
-    return (tokens + BLOCK_SIZE - 1) // BLOCK_SIZE
+    return blocks_for(sim, tokens)
 
 
 @kernel()
@@ -86,7 +92,7 @@ def smallest_tbt_slo_s(lane):
         request = lane.requests[lane.running[i]]
         if not is_prefill(request):
             smallest = min(smallest, request.tbt_slo_s)
-    return smallest if smallest < math.inf else lane.sim.strict_tbt_slo_s
+    return smallest if smallest < math.inf else lane.episode.strict_tbt_slo_s
 
 
 @kernel()
@@ -103,7 +109,7 @@ def next_deadline_s(lane):
         left_s = request.last_token_s + request.tbt_slo_s - now_s
         if not is_prefill(request) and left_s > 0.0:
             earliest_s = min(earliest_s, left_s)
-    return max(earliest_s, lane.sim.strict_tbt_slo_s)
+    return max(earliest_s, lane.episode.strict_tbt_slo_s)
 
 
 @kernel()
@@ -220,7 +226,7 @@ def add_decode(lane, r):
     batch.kv_tokens += request.num_computed_tokens + 1
     if has_surface(lane.coef_s):
         batch.longest = max(batch.longest, request.num_computed_tokens + 1)
-    batch.free_blocks -= request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
+    batch.free_blocks -= request.num_computed_tokens >= request.num_blocks << lane.sim.block_bits
     request.num_scheduled_tokens = 1
 
 
@@ -228,7 +234,7 @@ def add_decode(lane, r):
 def add_decodes(lane, count):
     """:func:`add_decode` for all of ``lane.scratch[:count]``, with the sums in registers."""
     batch = lane.batch
-    first = batch.num_items
+    first, block_bits = batch.num_items, lane.sim.block_bits
     context = new_blocks = 0
     for i in range(count):
         r = lane.scratch[i]
@@ -236,7 +242,7 @@ def add_decodes(lane, count):
         item.request = r
         item.tokens = 1
         context += request.num_computed_tokens + 1
-        new_blocks += request.num_computed_tokens >= request.num_blocks * BLOCK_SIZE
+        new_blocks += request.num_computed_tokens >= request.num_blocks << block_bits
         request.num_scheduled_tokens = 1
     batch.num_items += count
     batch.num_tokens += count

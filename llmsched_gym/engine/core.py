@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,9 +11,9 @@ import numpy as np
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import run as kernels
-from llmsched_gym.engine.state import State, allocate, grow, load_table, make_handle
+from llmsched_gym.engine.state import State, allocate, append_request, grow, load_table, make_handle
 from llmsched_gym.engine.view import Batch, View, submit
-from llmsched_gym.workload import NOISE_BLOCK, RequestTable, noise_block
+from llmsched_gym.workload import NOISE_BLOCK, Request, RequestTable, noise_block
 
 RUN_CHUNK = 1 << 14  # steps between two looks at the clock of a caller who wants to interrupt
 MAX_IDLE_STEPS = 1_000_000
@@ -23,10 +24,14 @@ class StalledScheduler(RuntimeError):
 
 
 class Execution(NamedTuple):
-    """What a backend reports of one batch: its measured duration, and the tokens it produced if it is a real one."""
+    """What a backend reports of one batch.
 
-    duration_s: float
-    tokens: dict[int, int] | None = None
+    `ended` are requests whose token in this batch was their last, whatever their `output_tokens` said.
+    """
+
+    duration_s: float  # measured
+    tokens: dict[int, int] | None = None  # by request, if it is a real one
+    ended: Collection[int] = ()
 
 
 class ScheduledBatch(NamedTuple):
@@ -79,7 +84,7 @@ class Engine:
         if own_profile is None:
             own_profile = load_profile(scenario.scheduler_profile) if scenario.scheduler_profile else self.profile
         own_blocks = getattr(backend, "num_kv_blocks", None)
-        self.num_kv_blocks = scenario.num_kv_blocks or own_blocks or self.profile.num_kv_blocks
+        self.num_kv_blocks = scenario.num_kv_blocks or own_blocks or scenario.blocks(self.profile.num_kv_blocks)
         self.backend = backend
         self.noisy = scenario.jitter > 0 or (scenario.straggler_share > 0 and scenario.straggler_factor != 1)
         self.state: State = allocate(
@@ -120,6 +125,24 @@ class Engine:
             for block in (0, 1):
                 self._fill_noise(env, block)
         kernels.start(self.handle, env)
+
+    def enter(self, request: Request, env: int = 0) -> int:
+        """Let a request come that no table foresaw, between two steps; returns its index.
+
+        It counts among the measured ones where these are the last of the environment's requests.
+        """
+        self._check_env(env)
+        state, clock_s = self.state, float(self.state.sims[env].clock_s)
+        arrival_s = clock_s if request.arrival_s is None else request.arrival_s
+        if not 0.0 <= arrival_s <= clock_s:
+            raise ValueError(f"arrival_s: expected 0 to {clock_s:g}, the engine's clock, got {arrival_s!r}")
+        r = int(state.worlds[env].num_requests)
+        room = state.requests.shape[1]
+        gaps = int(state.output_tokens[env, :r].sum()) + request.output_tokens - r if self._record_gaps else 0
+        self.reserve(room if r < room else 2 * room, gaps if gaps <= state.gaps.shape[1] else 2 * gaps)
+        append_request(self.state, env, request, arrival_s)
+        kernels.enter_env(self.handle, env, r)
+        return r
 
     def _fill_noise(self, env: int, block: int) -> None:
         start = (block % 2) * NOISE_BLOCK
@@ -177,12 +200,22 @@ class Engine:
             if self.backend is None:
                 execution = Execution(float(kernels.execute_env(handle, env)))
             else:
-                execution = self.backend.execute(self.scheduled(env, preempted_before))
+                scheduled = self.scheduled(env, preempted_before)
+                execution = self.backend.execute(scheduled)
                 if not 0.0 <= execution.duration_s < math.inf:
                     raise ValueError(f"backend: expected a duration in seconds >= 0, got {execution.duration_s!r}")
+                self._end(env, scheduled, execution.ended)
         if kernels.commit_env(handle, env, execution.duration_s) and self.noise_due(env):
             self.refill_noise(env)
         return execution
+
+    def _end(self, env: int, scheduled: ScheduledBatch, ended: Collection[int]) -> None:
+        """Let the token that comes now be the last of those requests."""
+        emitting = set(scheduled.request[scheduled.emits].tolist()) if ended else set()
+        for r in ended:
+            if r not in emitting:
+                raise ValueError(f"backend: expected ended requests to emit a token in this batch, got {r!r}")
+            self.state.output_tokens[env, r] = self.state.requests[env, r]["num_output_tokens"] + 1
 
     def step(self, scheduler: Any, env: int = 0) -> Execution:
         """One step: decide, execute, commit."""

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import BY_PROMPT
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import State
@@ -21,7 +20,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
 
     Pass the returned clock to the next call to have its monotony checked too.
     """
-    sim, world = state.sims[env], state.worlds[env]
+    sim, episode, world = state.sims[env], state.episodes[env], state.worlds[env]
     requests = state.requests[env][: world.num_requests]
     outputs = state.output_tokens[env][: world.num_requests]
     phase = requests["phase"]
@@ -36,13 +35,16 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(counts[WAITING] == sim.num_waiting, "waiting count differs from the phases")
     require(counts[RUNNING] == sim.num_running, "running count differs from the phases")
     require(counts[FINISHED] == sim.num_finished, "finished count differs from the phases")
-    require(counts[REJECTED] == sim.num_rejected, "rejected count differs from the phases")
+    require(counts[REJECTED] == episode.num_rejected, "rejected count differs from the phases")
     require(counts[REFUSED] == sim.num_refused, "refused count differs from the phases")
     require(counts[ABANDONED] == sim.num_abandoned, "abandoned count differs from the phases")
-    require(sim.num_arrived == len(phase) - counts[PENDING], "arrived != waiting + running + resolved")
-    require(phase[: sim.num_arrived] != PENDING, "an arrived request is pending")
-    require(requests["arrival_s"][: sim.num_arrived] <= sim.clock_s, "a request came before its arrival")
-    require(requests["arrival_s"][sim.num_arrived :] > sim.clock_s, "an arrival was overlooked")
+    arrived, arrival_s = phase != PENDING, state.arrivals[env][: world.num_requests]["arrival_s"]
+    require(episode.num_arrived == arrived.sum(), "arrived != waiting + running + resolved")
+    require(arrived[: world.next_arrival], "an arrived request is pending")
+    require(requests["arrival_s"][arrived] == arrival_s[arrived], "a request's arrival has changed")
+    require(arrival_s[arrived] <= sim.clock_s, "a request came before its arrival")
+    require(arrival_s[~arrived] > sim.clock_s, "an arrival was overlooked")
+    require(requests["prompt_tokens"][~arrived] == 0, "a request can be read before its arrival")
 
     waiting = state.waiting[env][: sim.num_waiting]
     running = state.running[env][: sim.num_running]
@@ -58,7 +60,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(0 <= sim.free_blocks <= sim.total_blocks, "free blocks out of range")
     computed, prefill = requests["num_computed_tokens"], requests["prefill_tokens"]
     held = np.maximum(computed, prefill) if sim.admission == BY_PROMPT else computed
-    require(blocks[running] == -(-held[running] // BLOCK_SIZE), "blocks held != ceil(tokens held / block size)")
+    require(blocks[running] == -(-held[running] // sim.block_size), "blocks held != ceil(tokens held / block size)")
 
     require(requests["num_preemptions"].sum() == sim.num_preemptions, "preemptions != sum over requests")
 
@@ -74,15 +76,15 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(computed[decoding] == total, "a decode's KV is not its prompt and emitted tokens but the last")
     require(requests["num_scheduled_tokens"] == 0, "a request is marked as scheduled between steps")
 
-    require(requests["lateness_s"] <= sim.patience_s, "a lateness exceeds the patience")
+    require(requests["lateness_s"] <= episode.patience_s, "a lateness exceeds the patience")
     active = requests[np.isin(phase, (WAITING, RUNNING))]
     fresh = active["num_output_tokens"] == 0
     due_s = np.where(fresh, active["arrival_s"] + active["ttft_slo_s"], active["last_token_s"] + active["tbt_slo_s"])
     late_s = active["lateness_s"] + np.maximum(0.0, sim.clock_s - due_s)
-    require(late_s < sim.patience_s + 1e-9 * (1.0 + sim.clock_s), "a client whose patience is over is still here")
+    require(late_s < episode.patience_s + 1e-9 * (1.0 + sim.clock_s), "a client whose patience is over is still here")
     resolved = np.isin(phase, (FINISHED, REJECTED, REFUSED, ABANDONED))
     require(np.isnan(requests["resolved_s"]) == ~resolved, "resolved_s and phase disagree")
-    listed = np.sort(state.resolved[env][: sim.num_resolved])
+    listed = np.sort(state.resolved[env][: episode.num_resolved])
     require(np.array_equal(listed, np.flatnonzero(resolved)), "list of resolved requests and phases differ")
     cohort = slice(world.cohort_start, world.cohort_stop)
     require(np.sum(~resolved[cohort]) == world.num_unresolved, "unresolved count differs from the phases")

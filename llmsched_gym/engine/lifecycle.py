@@ -1,12 +1,12 @@
-"""A request's life: arrival, admission, preemption, refusal, the end of patience; and the clock that drives it."""
+"""A request's life: it enters, is delivered, admitted, preempted, refused, loses patience; and the clock behind it."""
 
 from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import ABANDONED, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.state import Episode
 
 
 @kernel()
@@ -35,37 +35,65 @@ def leave_running(lane, r):
 
 
 @kernel()
-def resolve(lane, world, r, phase, now_s):
-    lane.requests[r].phase = phase
-    lane.requests[r].resolved_s = now_s
-    lane.resolved[lane.sim.num_resolved] = r
-    lane.sim.num_resolved += 1
+def resolve(of, world, r, phase, now_s):
+    """Request `r`, `of` a lane or an Episode, is done with."""
+    episode, request = of.episode, of.requests[r]
+    request.phase = phase
+    request.resolved_s = now_s
+    of.resolved[episode.num_resolved] = r
+    episode.num_resolved += 1
     if world.cohort_start <= r < world.cohort_stop:
         world.num_unresolved -= 1
 
 
 @kernel()
-def arrive(lane, world, output_tokens):
-    """Let everybody in whose arrival has come; reject what can never fit (rule 7)."""
-    sim, requests = lane.sim, lane.requests
-    for r in range(sim.num_arrived, world.num_requests):
-        request = requests[r]
-        if request.arrival_s > sim.clock_s:
-            break
-        sim.num_arrived += 1
-        sim.arrived_tokens += request.prompt_tokens
-        total = request.prompt_tokens + output_tokens[r]
-        blocks = (total + BLOCK_SIZE - 1) // BLOCK_SIZE
-        if total > sim.max_model_len or blocks + sim.watermark_blocks > sim.total_blocks:
-            sim.num_rejected += 1
-            resolve(lane, world, r, REJECTED, request.arrival_s)
-            continue
-        request.phase = WAITING
-        lane.waiting[sim.num_waiting] = r
-        sim.num_waiting += 1
-        sim.waiting_tokens += request.prefill_tokens
-        departure_s = request.arrival_s + request.ttft_slo_s + sim.patience_s
-        sim.next_departure_s = min(sim.next_departure_s, departure_s)
+def enter(of, r):
+    """Request `r` `of` an Episode comes: its row is written, and what can never fit is rejected (rule 7).
+
+    Returns whether it is to be delivered to a replica.
+    """
+    episode, request, given = of.episode, of.requests[r], of.arrivals[r]
+    request.arrival_s = given.arrival_s
+    request.ttft_slo_s = given.ttft_slo_s
+    request.tbt_slo_s = given.tbt_slo_s
+    request.length_hint = given.length_hint
+    request.session_id = given.session_id
+    request.slo_class = given.slo_class
+    request.prompt_tokens = given.prompt_tokens
+    request.prefill_tokens = given.prompt_tokens
+    episode.num_arrived += 1
+    episode.arrived_tokens += given.prompt_tokens
+    if given.prompt_tokens + of.output_tokens[r] > episode.largest_request:
+        episode.num_rejected += 1
+        resolve(of, of.world, r, REJECTED, given.arrival_s)
+        return False
+    return True
+
+
+@kernel()
+def deliver(lane, r):
+    """Put request `r`, which has entered, at the end of a replica's line."""
+    sim, request = lane.sim, lane.requests[r]
+    request.phase = WAITING
+    lane.waiting[sim.num_waiting] = r
+    sim.num_waiting += 1
+    sim.waiting_tokens += request.prefill_tokens
+    departure_s = request.arrival_s + request.ttft_slo_s + lane.episode.patience_s
+    sim.next_departure_s = min(sim.next_departure_s, departure_s)
+
+
+@kernel()
+def let_in(lane, of, now_s):
+    """All requests of the table that are due by `now_s` enter and, there being one replica, are delivered to it."""
+    world = of.world
+    for r in range(world.next_arrival, world.table_size):
+        world.next_arrival_s = of.arrivals[r].arrival_s
+        if world.next_arrival_s > now_s:
+            return
+        world.next_arrival += 1
+        if enter(of, r):
+            deliver(lane, r)
+    world.next_arrival_s = math.inf
 
 
 @kernel()
@@ -125,17 +153,15 @@ def _abandon(lane, world, r):
         leave_running(lane, r)
     else:
         leave_waiting(lane, r)
-    request.lateness_s = sim.patience_s
+    request.lateness_s = lane.episode.patience_s
     sim.num_abandoned += 1
     resolve(lane, world, r, ABANDONED, sim.clock_s)
 
 
 @kernel()
-def _depart(lane, world):
-    """Let everybody leave whose patience is over; skipped while nobody's can be."""
-    sim, requests = lane.sim, lane.requests
-    if sim.clock_s < sim.next_departure_s:
-        return
+def depart(lane, world):
+    """Let everybody leave whose patience is over; before ``next_departure_s`` nobody's is."""
+    sim, requests, patience_s = lane.sim, lane.requests, lane.episode.patience_s
     earliest = math.inf
     for running in range(2):
         i = 0
@@ -144,7 +170,7 @@ def _depart(lane, world):
                 break
             r = lane.running[i] if running else lane.waiting[i]
             request = requests[r]
-            if request.lateness_s + open_lateness_s(request, sim.clock_s) >= sim.patience_s:
+            if request.lateness_s + open_lateness_s(request, sim.clock_s) >= patience_s:
                 _abandon(lane, world, r)
                 continue
             i += 1
@@ -152,22 +178,30 @@ def _depart(lane, world):
                 due_s = request.arrival_s + request.ttft_slo_s
             else:
                 due_s = request.last_token_s + request.tbt_slo_s
-            earliest = min(earliest, due_s + sim.patience_s - request.lateness_s)
+            earliest = min(earliest, due_s + patience_s - request.lateness_s)
     sim.next_departure_s = earliest
 
 
 @kernel()
-def move_clock(lane, world, output_tokens, now_s):
-    """Set the clock; clients leave and come."""
-    sim = lane.sim
-    elapsed_s = now_s - sim.clock_s
-    sim.clock_s = now_s
-    before, tokens_before = sim.num_arrived, sim.arrived_tokens
-    arrive(lane, world, output_tokens)
-    _depart(lane, world)  # after it: who came early in a long batch may have left again
+def average(episode, arrivals, tokens, now_s):
+    """Take `arrivals` with so many prompt tokens up to `now_s` into the averages."""
+    elapsed_s = now_s - episode.clock_s
+    episode.clock_s = now_s
     keep_10s, keep_60s = math.exp(-elapsed_s / 10.0), math.exp(-elapsed_s / 60.0)
-    arrivals, tokens = sim.num_arrived - before, sim.arrived_tokens - tokens_before
-    sim.arrivals_10s = sim.arrivals_10s * keep_10s + arrivals / 10.0
-    sim.arrivals_60s = sim.arrivals_60s * keep_60s + arrivals / 60.0
-    sim.arrived_tokens_10s = sim.arrived_tokens_10s * keep_10s + tokens / 10.0
-    sim.arrived_tokens_60s = sim.arrived_tokens_60s * keep_60s + tokens / 60.0
+    episode.arrivals_10s = episode.arrivals_10s * keep_10s + arrivals / 10.0
+    episode.arrivals_60s = episode.arrivals_60s * keep_60s + arrivals / 60.0
+    episode.arrived_tokens_10s = episode.arrived_tokens_10s * keep_10s + tokens / 10.0
+    episode.arrived_tokens_60s = episode.arrived_tokens_60s * keep_60s + tokens / 60.0
+
+
+@kernel(inline="always")
+def pass_time(lane, world, arrivals, output_tokens, now_s):
+    """Set a replica's clock: the one place where time passes; clients come and leave."""
+    episode = lane.episode
+    lane.sim.clock_s = now_s
+    before, tokens_before = episode.num_arrived, episode.arrived_tokens
+    if now_s >= world.next_arrival_s:
+        let_in(lane, Episode(episode, world, lane.requests, lane.resolved, arrivals, output_tokens), now_s)
+    if now_s >= lane.sim.next_departure_s:
+        depart(lane, world)  # after it: who came early in a long batch may have left again
+    average(episode, episode.num_arrived - before, episode.arrived_tokens - tokens_before, now_s)

@@ -1,4 +1,4 @@
-"""Records of the engine's arrays: a request, an environment, the settings, the batch being formed, a log line."""
+"""Records of the engine's arrays: requests, episodes, replicas, settings, the batch being formed, lines of the log."""
 
 from __future__ import annotations
 
@@ -40,7 +40,6 @@ REQUEST = record_dtype(
         ("paid_utility", "f8"),
         ("max_gap_s", "f8"),
         ("deadline_miss_s", "f8"),  # largest lateness of a token against TTFT SLO + k * TBT; -inf before the first
-        ("gap_start", "i8"),  # where this request's gaps are recorded; -1: nowhere
         ("first_scheduled_s", "f8"),  # nan until scheduled
         ("first_token_s", "f8"),  # nan until emitted
         ("resolved_s", "f8"),  # nan until finished, rejected, refused or abandoned
@@ -50,10 +49,45 @@ REQUEST = record_dtype(
         ("num_cached_tokens", "i4"),  # of the computed tokens, found in the prefix cache
         ("num_preemptions", "i4"),
         ("padding", "i8"),  # makes the size a multiple of a cache line
+        ("padding_2", "i8"),
     ]
 )
 
-SIM = record_dtype(
+# What the client of a request asks for: hidden until it arrives, then copied into the request's row.
+ARRIVAL = record_dtype(
+    [
+        ("arrival_s", "f8"),
+        ("ttft_slo_s", "f8"),
+        ("tbt_slo_s", "f8"),
+        ("length_hint", "f8"),
+        ("session_id", "i8"),
+        ("gap_start", "i8"),  # where its gaps between tokens are recorded, if they are
+        ("prompt_tokens", "i4"),
+        ("slo_class", "i1"),
+    ]
+)
+
+# What an environment's requests have in common, whichever replica serves them.
+EPISODE = record_dtype(
+    [
+        ("clock_s", "f8"),  # of the averages below
+        ("patience_s", "f8"),
+        ("strict_tbt_slo_s", "f8"),
+        ("arrivals_10s", "f8"),  # arrivals per second, exponentially averaged over 10 and 60 s
+        ("arrivals_60s", "f8"),
+        ("arrived_tokens_10s", "f8"),  # prompt tokens per second, likewise
+        ("arrived_tokens_60s", "f8"),
+        ("arrived_tokens", "i8"),  # prompt tokens of everybody who has arrived
+        ("largest_request", "i4"),  # tokens of prompt and output that a replica can hold: larger ones are rejected
+        ("num_arrived", "i4"),
+        ("num_rejected", "i4"),
+        ("num_resolved", "i4"),
+        ("num_settled", "i4"),  # resolved requests whose utility has been paid as reward
+    ]
+)
+
+# One engine: its clock, its memory, its queues.
+REPLICA = record_dtype(
     [
         ("clock_s", "f8"),
         ("mean_batch_s", "f8"),  # running mean of the duration of all non-empty batches
@@ -64,20 +98,13 @@ SIM = record_dtype(
         ("busy_s", "f8"),
         ("output_length_sum", "f8"),  # of finished requests
         ("next_departure_s", "f8"),  # no client's patience ends before this
-        ("patience_s", "f8"),
         ("idle_step_s", "f8"),
         ("decision_s", "f8"),  # what one decision of this policy costs
-        ("strict_tbt_slo_s", "f8"),
         ("cost_ratio", "f8"),  # measured over predicted batch time, moving average over batches
-        ("arrivals_10s", "f8"),  # arrivals per second, exponentially averaged over 10 and 60 s
-        ("arrivals_60s", "f8"),
-        ("arrived_tokens_10s", "f8"),  # prompt tokens per second, likewise
-        ("arrived_tokens_60s", "f8"),
         ("num_batches", "i8"),  # non-empty ones
         ("num_idle_steps", "i8"),  # empty batches in a row
         ("batch_tokens_sum", "i8"),
         ("tokens_emitted", "i8"),
-        ("arrived_tokens", "i8"),  # prompt tokens of everybody who has arrived
         ("waiting_tokens", "i8"),  # prompt tokens to compute of all waiting requests
         ("last_batch_tokens", "i4"),
         ("last_batch_decodes", "i4"),
@@ -89,31 +116,34 @@ SIM = record_dtype(
         ("max_num_batched_tokens", "i4"),
         ("num_waiting", "i4"),
         ("num_running", "i4"),
-        ("num_arrived", "i4"),
         ("num_finished", "i4"),
-        ("num_rejected", "i4"),
         ("num_refused", "i4"),
         ("num_abandoned", "i4"),
-        ("num_resolved", "i4"),
-        ("num_settled", "i4"),  # resolved requests whose utility has been paid as reward
         ("num_preemptions", "i4"),
         ("vain_preemptions", "i4"),  # up to the last one, since the last token before it
         ("admission", "i1"),  # see config.ADMISSIONS
         ("allow_refusal", "i1"),
         ("preempted_at_token", "i8"),  # tokens_emitted at the last preemption
+        ("profile", "i4"),  # which row of the cost arrays it runs on
+        ("block_size", "i4"),  # tokens in a KV block, a power of two
+        ("block_bits", "i4"),  # its logarithm: a division takes longer than all else that a decode costs
     ]
 )
 
-# What a scheduler must not see.
+# What of an episode a scheduler must not see.
 WORLD = record_dtype(
     [
         ("cost_scale", "f8"),
+        ("next_arrival_s", "f8"),  # when the next request of the table arrives; inf after the last
         ("stop_s", "f8"),  # the run ends when the clock reaches this
-        ("num_requests", "i4"),
+        ("num_requests", "i4"),  # rows in use: those of the table, then those that were entered at run time
+        ("table_size", "i4"),  # requests of the table
+        ("next_arrival", "i4"),  # the next of the table to arrive
         ("cohort_start", "i4"),
         ("cohort_stop", "i4"),
         ("num_unresolved", "i4"),  # of the cohort
         ("drain_all", "i1"),  # whether a resolved cohort ends the run
+        ("records_gaps", "i1"),  # whether gaps between tokens are kept
     ]
 )
 
@@ -135,6 +165,7 @@ KNOBS = record_dtype(
         ("threshold", "i4"),  # vllm-v1: largest chunk of a prompt while there is another request; 0: none
         ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
         ("age", "f8"),  # on-time: seconds since arrival after which a hopeless prompt has a share of each batch
+        ("mix", "i1"),  # on-time: whether decodes and prompts share a batch always or where that takes less time
     ]
 )
 

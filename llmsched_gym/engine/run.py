@@ -1,4 +1,7 @@
-"""Whole steps and runs in compiled code, and their halves for batches that are formed or executed outside."""
+"""Whole steps and runs in compiled code, and their halves for batches that are formed or executed outside.
+
+Kernels that take the whole state, 1.5 kB by value, are inlined into the loop that calls them.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,43 @@ from numba import types
 
 from llmsched_gym.engine.batch import batch_s
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
-from llmsched_gym.engine.lifecycle import arrive
-from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, lane_of, unpack
+from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time
+from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, env_of, episode_of, lane_of, unpack
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
 from llmsched_gym.engine.surface import ID, has_surface, predicted_s, recount
 
 
-@kernel()
-def execute_s(s, env, lane, world):
+@kernel(inline="always")
+def execute_s(s, k, lane, world):
     """Duration of the applied batch on the simulated device (rule 13)."""
-    batch = lane.batch
-    if has_surface(s.coef_s):
-        if not has_surface(s.own_coef_s) or s.own_coef_s[ID] != s.coef_s[ID]:
-            recount(batch, lane.items, lane.requests, s.coef_s)  # the chunks have the scheduler's own prices
-            seconds = predicted_s(batch, s.linear_s, s.coef_s)
-            recount(batch, lane.items, lane.requests, s.own_coef_s)
+    batch, profile = lane.batch, lane.sim.profile
+    linear_s, coef_s = s.linear_s[profile], s.coef_s[profile]
+    if has_surface(coef_s):
+        own_coef_s = s.own_coef_s[profile]
+        if own_coef_s[ID] != coef_s[ID]:
+            recount(batch, lane.items, lane.requests, coef_s)  # the chunks have the scheduler's own prices
+            seconds = predicted_s(batch, linear_s, coef_s)
+            recount(batch, lane.items, lane.requests, own_coef_s)
         else:
-            seconds = batch.price_s = predicted_s(batch, s.linear_s, s.coef_s)
+            seconds = batch.price_s = predicted_s(batch, linear_s, coef_s)
     else:
-        seconds = batch_s(s.linear_s, s.coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
-    noise = s.noise[env]  # two blocks; the caller refills one while the other is in use
+        seconds = batch_s(linear_s, coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
+    noise = s.noise[k]  # two blocks; the caller refills one while the other is in use
     return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
 
 
-@kernel()
-def noise_due(s, env):
+@kernel(inline="always")
+def noise_due(s, k):
     """Whether the batch just done was the last of its noise block."""
     size = s.noise.shape[1]
-    return size > 1 and s.sims[env].num_batches % (size // 2) == 0
+    return size > 1 and s.sims[k].num_batches % (size // 2) == 0
 
 
 @kernel()
-def log_step(s, env, lane, start_s, duration_s):
-    k = lane.sim.num_batches - 1
-    if k < s.steps.shape[1]:
-        step = s.steps[env, k]
+def log_step(s, k, lane, start_s, duration_s):
+    i = lane.sim.num_batches - 1
+    if i < s.steps.shape[1]:
+        step = s.steps[k, i]
         step.start_s = start_s
         step.duration_s = duration_s
         step.predicted_s = lane.sim.last_predicted_s
@@ -54,98 +59,113 @@ def log_step(s, env, lane, start_s, duration_s):
         step.num_waiting = lane.sim.num_waiting
 
 
-@kernel()
-def book(s, env, lane, duration_s):
-    """Commit the applied batch, or idle if it is empty; returns whether a batch ran."""
-    world, output_tokens = s.worlds[env], s.output_tokens[env]
-    if lane.batch.num_tokens == 0:
-        idle(lane, world, output_tokens)
-        return False
-    start_s = lane.sim.clock_s
-    commit(lane, world, output_tokens, s.gaps[env], duration_s + lane.sim.decision_s)
-    if s.steps.shape[1] > 0:
-        log_step(s, env, lane, start_s, duration_s)
-    return True
+@kernel(inline="always")
+def book(s, k, lane, world, duration_s):
+    """Commit the applied batch, or idle if it is empty, and let time pass; returns whether a batch ran."""
+    env = env_of(s, k)
+    arrivals, output_tokens = s.arrivals[env], s.output_tokens[env]
+    start_s, ran = lane.sim.clock_s, lane.batch.num_tokens > 0
+    if ran:
+        end_s = commit(lane, world, output_tokens, s.gaps[env], arrivals, duration_s + lane.sim.decision_s)
+    else:
+        end_s = idle(lane, world)
+    pass_time(lane, world, arrivals, output_tokens, end_s)
+    if ran and s.steps.shape[1] > 0:
+        log_step(s, k, lane, start_s, duration_s)
+    return ran
 
 
-@kernel()
-def advance(s, env, lane):
+@kernel(inline="always")
+def advance(s, k, lane):
     """Run the scheduled batch on the simulated device: the part of a step behind the decision."""
-    world = s.worlds[env]
+    world = s.worlds[env_of(s, k)]
     apply_batch(lane, world)
-    return book(s, env, lane, execute_s(s, env, lane, world))
+    return book(s, k, lane, world, execute_s(s, k, lane, world))
 
 
 @entry()
-def start(s, env):
+def start(s, k):
     """Let the requests of time 0 in."""
-    lane = lane_of(s, env)
-    arrive(lane, s.worlds[env], s.output_tokens[env])
+    let_in(lane_of(s, k), episode_of(s, env_of(s, k)), 0.0)
 
 
 @entry()
-def apply_env(s, env):
+def enter_env(s, k, r):
+    """Let request `r`, which is not of the table, in now and deliver it to lane `k`."""
+    lane, of = lane_of(s, k), episode_of(s, env_of(s, k))
+    if enter(of, r):
+        deliver(lane, r)
+    average(of.episode, 1, of.requests[r].prompt_tokens, lane.sim.clock_s)
+
+
+@entry()
+def apply_env(s, k):
     """First half of a step whose batch was formed outside compiled code; returns the tokens that are to run."""
-    lane = lane_of(s, env)
-    apply_batch(lane, s.worlds[env])
+    lane = lane_of(s, k)
+    apply_batch(lane, s.worlds[env_of(s, k)])
     return lane.batch.num_tokens
 
 
 @entry()
-def execute_env(s, env):
+def execute_env(s, k):
     """Duration of the applied batch on the simulated device."""
     state = unpack(s)
-    return execute_s(state, env, lane_of(state, env), state.worlds[env])
+    return execute_s(state, k, lane_of(state, k), state.worlds[env_of(state, k)])
 
 
 @entry()
-def commit_env(s, env, duration_s):
+def commit_env(s, k, duration_s):
     """Second half of a step: `duration_s` is what the batch took; an empty one idles. Returns whether a batch ran."""
     state = unpack(s)
-    return book(state, env, lane_of(state, env), duration_s)
+    return book(state, k, lane_of(state, k), state.worlds[env_of(state, k)], duration_s)
 
 
 @entry()
-def is_over_env(s, env):
-    return is_over(lane_of(s, env), s.worlds[env])
+def is_over_env(s, k):
+    return is_over(lane_of(s, k), s.worlds[env_of(s, k)])
 
 
 @entry()
-def clear_batch_env(s, env):
-    clear_batch(lane_of(s, env))
+def clear_batch_env(s, k):
+    clear_batch(lane_of(s, k))
 
 
 @entry()
-def schedule_env(s, env, schedule):
+def schedule_env(s, k, schedule):
     """Let a compiled scheduler form the next batch."""
-    lane = lane_of(s, env)
+    lane = lane_of(s, k)
     clear_batch(lane)
     if has_work(lane):
         schedule(lane)
 
 
-@kernel()
-def _run(s, env, schedule, max_steps, max_idle_steps):
-    lane = lane_of(s, env)
-    world = s.worlds[env]
+@kernel(inline="always")
+def run_lane(s, k, schedule, max_steps, max_idle_steps):
+    """:func:`run` on an unpacked state, for kernels to inline: the one loop of whole runs, whoever decides."""
+    lane, world = lane_of(s, k), s.worlds[env_of(s, k)]
     for i in range(max_steps):
         if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
             return i
         clear_batch(lane)
         if has_work(lane):
             schedule(lane)
-        if advance(s, env, lane) and noise_due(s, env):
+        if advance(s, k, lane) and noise_due(s, k):
             return i + 1
     return max_steps
 
 
+@kernel()
+def _run(s, k, schedule, max_steps, max_idle_steps):
+    return run_lane(s, k, schedule, max_steps, max_idle_steps)
+
+
 @entry()
-def run(s, env, schedule, max_steps, max_idle_steps):
+def run(s, k, schedule, max_steps, max_idle_steps):
     """Step until the run is over, `max_steps` are done, a noise block is used up or nothing moves any more.
 
     Returns the number of steps done. An idle engine skips the scheduler and jumps to the next arrival.
     """
-    return _run(unpack(s), env, schedule, max_steps, max_idle_steps)
+    return _run(unpack(s), k, schedule, max_steps, max_idle_steps)
 
 
 _POINTER_SIGNATURES = {

@@ -1,8 +1,9 @@
-"""The engine's state: structured arrays over the request table, one row of arrays per environment.
+"""The engine's state: structured arrays, of an episode's requests and of the replicas that serve them.
 
-Columns are read as ``state.requests["num_computed_tokens"]`` (shape (num_envs, capacity)); kernels read one record at
-a time as ``lane.requests[r].num_computed_tokens``. Storing a request's fields side by side keeps a batch of 30
-scattered requests in 30 places of memory instead of 600.
+Requests belong to an environment's episode, queues and batches to a replica: a lane, whose index is environment x
+replicas + replica. Columns are read as ``state.requests["num_computed_tokens"]`` (shape (num_envs, capacity)); kernels
+read one record at a time as ``lane.requests[r].num_computed_tokens``. Storing a request's fields side by side keeps a
+batch of 30 scattered requests in 30 places of memory instead of 600.
 """
 
 from __future__ import annotations
@@ -18,44 +19,76 @@ from numba.np.numpy_support import from_dtype
 from llmsched_gym.config import ADMISSIONS, Scenario
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
-from llmsched_gym.engine.records import BATCH, CACHE_LINE, ITEM, KNOBS, REQUEST, SIM, STEP, WORLD
-from llmsched_gym.workload import RequestTable
+from llmsched_gym.engine.records import (
+    ARRIVAL,
+    BATCH,
+    CACHE_LINE,
+    EPISODE,
+    ITEM,
+    KNOBS,
+    PENDING,
+    REPLICA,
+    REQUEST,
+    STEP,
+    WORLD,
+)
+from llmsched_gym.workload import Request, RequestTable
 
-MEMORY_SIZE = 8
+OWN_MEMORY = 8
+ACTION_MEMORY = 64  # for one score of each visible slot
 MIN_SCRATCH = 64  # an environment sorts its visible slots there
 
 
-class State(NamedTuple):
-    """All arrays of a batch of environments (leading axis) on one engine."""
+TABLE_COLUMNS = ("arrival_s", "ttft_slo_s", "tbt_slo_s", "length_hint", "session_id", "prompt_tokens", "slo_class")
+"""Of a request table and of ARRIVAL: what becomes known of a request when it arrives."""
 
-    sims: Any  # (num_envs,) SIM
-    worlds: Any  # (num_envs,) WORLD
-    requests: Any  # (num_envs, capacity) REQUEST
+
+def _to_come() -> np.ndarray:
+    """The row of a request that has not arrived; shape () REQUEST."""
+    row = np.zeros((), REQUEST)
+    for name in ("first_scheduled_s", "first_token_s", "last_token_s", "resolved_s", "lst_s"):
+        row[name] = np.nan
+    row["deadline_miss_s"] = -np.inf
+    return row
+
+
+TO_COME = _to_come()
+
+
+class State(NamedTuple):
+    """All arrays of a batch of environments on one engine; num_lanes = num_envs x replicas."""
+
+    sims: Any  # (num_lanes,) REPLICA
+    episodes: Any  # (num_envs,) EPISODE
+    worlds: Any  # (num_envs,) WORLD, hidden
+    requests: Any  # (num_envs, capacity) REQUEST; of those to come, nothing is told
+    arrivals: Any  # (num_envs, capacity) ARRIVAL, hidden
     output_tokens: Any  # (num_envs, capacity) int32, hidden
-    waiting: Any  # (num_envs, capacity) int32; by arrival, preempted ones at the head
-    running: Any  # (num_envs, max_num_seqs) int32; by admission
-    knobs: Any  # (num_envs,) KNOBS
-    memory: Any  # (num_envs, MEMORY_SIZE) float64, a scheduler's own
-    batches: Any  # (num_envs,) BATCH
-    items: Any  # (num_envs, max_num_seqs) ITEM
-    preempt: Any  # (num_envs, max_num_seqs) int32
-    refuse: Any  # (num_envs, capacity) int32
-    scratch: Any  # (num_envs, max_num_seqs or MIN_SCRATCH) int32
-    keys: Any  # (num_envs, max_num_seqs) float64, sort keys of scratch
+    waiting: Any  # (num_lanes, capacity) int32; by arrival, preempted ones at the head
+    running: Any  # (num_lanes, max_num_seqs) int32; by admission
+    knobs: Any  # (num_lanes,) KNOBS
+    memory: Any  # (num_lanes, OWN_MEMORY + ACTION_MEMORY) float64, a scheduler's own; an action's
+    batches: Any  # (num_lanes,) BATCH
+    items: Any  # (num_lanes, max_num_seqs) ITEM
+    preempt: Any  # (num_lanes, max_num_seqs) int32
+    refuse: Any  # (num_lanes, capacity) int32
+    scratch: Any  # (num_lanes, max_num_seqs or MIN_SCRATCH) int32
+    keys: Any  # (num_lanes, max_num_seqs) float64, sort keys of scratch
     resolved: Any  # (num_envs, capacity) int32, requests in the order they were resolved
-    noise: Any  # (num_envs, 1 or NOISE_BLOCK) float64, factors on batch times
-    linear_s: Any  # (max_num_batched_tokens + 1,) float64, the executing profile
-    coef_s: Any  # (4 or more,) float64, see Profile.coefficients: pairs, KV tokens, tile, vLLM's budget, the surface
-    own_linear_s: Any  # the scheduler's profile
+    noise: Any  # (num_lanes, 1 or NOISE_BLOCK) float64, factors on batch times
+    # costs of the profiles that replicas run on, the row that REPLICA names; coefficients: Profile.coefficients
+    linear_s: Any  # (num_profiles, max_num_batched_tokens + 1) float64, the executing profiles
+    coef_s: Any  # (num_profiles, 5 or more) float64
+    own_linear_s: Any  # the schedulers' profiles
     own_coef_s: Any
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
-    steps: Any  # (num_envs, log_size) STEP
+    steps: Any  # (num_lanes, log_size) STEP
 
 
 class Lane(NamedTuple):
-    """One environment's slice of the state, as schedulers get it: nothing in it is hidden from them by rule 6."""
+    """One replica's slice of the state, as schedulers get it: nothing in it is hidden from them by rule 6."""
 
-    sim: Any
+    sim: Any  # REPLICA
     requests: Any
     waiting: Any
     running: Any
@@ -70,13 +103,27 @@ class Lane(NamedTuple):
     resolved: Any
     linear_s: Any
     coef_s: Any
+    episode: Any  # EPISODE
+
+
+class Episode(NamedTuple):
+    """One environment's requests and what of them is hidden from schedulers: for the engine's own kernels."""
+
+    episode: Any  # EPISODE
+    world: Any  # WORLD
+    requests: Any  # (capacity,) REQUEST
+    resolved: Any  # (capacity,) int32
+    arrivals: Any  # (capacity,) ARRIVAL
+    output_tokens: Any  # (capacity,) int32
 
 
 _F8, _I4 = types.float64, types.int32
 _STATE_FIELDS = {
-    "sims": (SIM, 1),
+    "sims": (REPLICA, 1),
+    "episodes": (EPISODE, 1),
     "worlds": (WORLD, 1),
     "requests": (REQUEST, 2),
+    "arrivals": (ARRIVAL, 2),
     "output_tokens": (_I4, 2),
     "waiting": (_I4, 2),
     "running": (_I4, 2),
@@ -90,10 +137,10 @@ _STATE_FIELDS = {
     "keys": (_F8, 2),
     "resolved": (_I4, 2),
     "noise": (_F8, 2),
-    "linear_s": (_F8, 1),
-    "coef_s": (_F8, 1),
-    "own_linear_s": (_F8, 1),
-    "own_coef_s": (_F8, 1),
+    "linear_s": (_F8, 2),
+    "coef_s": (_F8, 2),
+    "own_linear_s": (_F8, 2),
+    "own_coef_s": (_F8, 2),
     "gaps": (types.float32, 2),
     "steps": (STEP, 2),
 }
@@ -110,9 +157,9 @@ def _array_type(field: str, drop: int = 0) -> Any:
 
 STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
 _LANE_SOURCES = ["sims", "requests", "waiting", "running", "knobs", "memory", "batches", "items"]
-_LANE_SOURCES += ["preempt", "refuse", "scratch", "keys", "resolved"]
+_LANE_SOURCES += ["preempt", "refuse", "scratch", "keys", "resolved", "own_linear_s", "own_coef_s", "episodes"]
 LANE_TYPE = types.NamedTuple(
-    [_array_type(name, drop=1) for name in _LANE_SOURCES] + [_array_type("own_linear_s"), _array_type("own_coef_s")],
+    [_array_type(name, drop=1) for name in _LANE_SOURCES],
     Lane,
 )
 SCHEDULE_SIGNATURE = types.void(LANE_TYPE)
@@ -136,7 +183,8 @@ HANDLE_TYPE = HandleType([(name, _array_type(name)) for name in State._fields])
 @entry(HANDLE_TYPE(STATE_TYPE))
 def _make_handle(state):
     s = structref.new(HANDLE_TYPE)
-    s.sims, s.worlds, s.requests, s.output_tokens = state.sims, state.worlds, state.requests, state.output_tokens
+    s.sims, s.episodes, s.worlds, s.requests = state.sims, state.episodes, state.worlds, state.requests
+    s.arrivals, s.output_tokens = state.arrivals, state.output_tokens
     s.waiting, s.running, s.knobs, s.memory = state.waiting, state.running, state.knobs, state.memory
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
     s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
@@ -155,8 +203,10 @@ def unpack(s):
     """The state behind a handle, once per call: each array taken from a handle counts its references atomically."""
     return State(
         s.sims,
+        s.episodes,
         s.worlds,
         s.requests,
+        s.arrivals,
         s.output_tokens,
         s.waiting,
         s.running,
@@ -184,25 +234,42 @@ def make_handle(state: State) -> Any:
     return _make_handle(state) if JIT_ENABLED else state
 
 
+@kernel(inline="always")
+def env_of(s, k):
+    """The environment whose requests lane `k` serves."""
+    num_lanes, num_envs = s.sims.shape[0], s.episodes.shape[0]
+    return k if num_lanes == num_envs else k // (num_lanes // num_envs)
+
+
 @kernel(inline="always")  # a compiled function cannot return records
-def lane_of(s, env):
-    """The slice of one environment, without what schedulers must not see."""
+def lane_of(s, k):
+    """The slice of lane `k`, without what schedulers must not see; with one replica `k` is the environment."""
+    env, profile = env_of(s, k), s.sims[k].profile
     return Lane(
-        s.sims[env],
+        s.sims[k],
         s.requests[env],
-        s.waiting[env],
-        s.running[env],
-        s.knobs[env],
-        s.memory[env],
-        s.batches[env],
-        s.items[env],
-        s.preempt[env],
-        s.refuse[env],
-        s.scratch[env],
-        s.keys[env],
+        s.waiting[k],
+        s.running[k],
+        s.knobs[k],
+        s.memory[k],
+        s.batches[k],
+        s.items[k],
+        s.preempt[k],
+        s.refuse[k],
+        s.scratch[k],
+        s.keys[k],
         s.resolved[env],
-        s.own_linear_s,
-        s.own_coef_s,
+        s.own_linear_s[profile],
+        s.own_coef_s[profile],
+        s.episodes[env],
+    )
+
+
+@kernel(inline="always")
+def episode_of(s, env):
+    """One environment's requests, the hidden part with them."""
+    return Episode(
+        s.episodes[env], s.worlds[env], s.requests[env], s.resolved[env], s.arrivals[env], s.output_tokens[env]
     )
 
 
@@ -225,41 +292,45 @@ def allocate(
     noise_size: int = 1,
     num_gaps: int = 0,
     num_steps: int = 0,
+    num_replicas: int = 1,
 ) -> State:
-    """Zeroed arrays for `num_envs` environments of up to `capacity` requests each."""
-    n, seqs = num_envs, scenario.max_num_seqs or profile.device.max_num_seqs
+    """Zeroed arrays for `num_envs` environments of up to `capacity` requests and `num_replicas` lanes each."""
+    lanes, seqs = num_envs * num_replicas, scenario.max_num_seqs or profile.device.max_num_seqs
     own = own_profile or profile
     limit = scenario.max_num_batched_tokens
     return State(
-        sims=np.zeros(n, SIM),
-        worlds=np.zeros(n, WORLD),
-        requests=aligned_zeros((n, capacity), REQUEST),
-        output_tokens=np.zeros((n, capacity), np.int32),
-        waiting=np.zeros((n, capacity), np.int32),
-        running=np.zeros((n, seqs), np.int32),
-        knobs=np.zeros(n, KNOBS),
-        memory=np.zeros((n, MEMORY_SIZE)),
-        batches=np.zeros(n, BATCH),
-        items=np.zeros((n, seqs), ITEM),
-        preempt=np.zeros((n, seqs), np.int32),
-        refuse=np.zeros((n, capacity), np.int32),
-        scratch=np.zeros((n, max(seqs, MIN_SCRATCH)), np.int32),
-        keys=np.zeros((n, seqs)),
-        resolved=np.zeros((n, capacity), np.int32),
-        noise=np.ones((n, noise_size)),
-        linear_s=np.array(profile.linear_table_s(limit)),  # a copy: kernels take writeable arrays only
-        coef_s=profile.coefficients(seqs),
-        own_linear_s=np.array(own.linear_table_s(limit)),
-        own_coef_s=own.coefficients(seqs),
-        gaps=np.zeros((n, max(num_gaps, 1)), np.float32),
-        steps=np.zeros((n, num_steps), STEP),
+        sims=np.zeros(lanes, REPLICA),
+        episodes=np.zeros(num_envs, EPISODE),
+        worlds=np.zeros(num_envs, WORLD),
+        requests=aligned_zeros((num_envs, capacity), REQUEST),
+        arrivals=np.zeros((num_envs, capacity), ARRIVAL),
+        output_tokens=np.zeros((num_envs, capacity), np.int32),
+        waiting=np.zeros((lanes, capacity), np.int32),
+        running=np.zeros((lanes, seqs), np.int32),
+        knobs=np.zeros(lanes, KNOBS),
+        memory=np.zeros((lanes, OWN_MEMORY + ACTION_MEMORY)),
+        batches=np.zeros(lanes, BATCH),
+        items=np.zeros((lanes, seqs), ITEM),
+        preempt=np.zeros((lanes, seqs), np.int32),
+        refuse=np.zeros((lanes, capacity), np.int32),
+        scratch=np.zeros((lanes, max(seqs, MIN_SCRATCH)), np.int32),
+        keys=np.zeros((lanes, seqs)),
+        resolved=np.zeros((num_envs, capacity), np.int32),
+        noise=np.ones((lanes, noise_size)),
+        linear_s=np.array([profile.linear_table_s(limit)]),  # a copy: kernels take writeable arrays only
+        coef_s=profile.coefficients(seqs)[None],
+        own_linear_s=np.array([own.linear_table_s(limit)]),
+        own_coef_s=own.coefficients(seqs)[None],
+        gaps=np.zeros((num_envs, max(num_gaps, 1)), np.float32),
+        steps=np.zeros((lanes, num_steps), STEP),
     )
 
 
 def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
     """The same state with room for `capacity` requests and `num_gaps` recorded gaps an environment."""
     fields = state._asdict()
-    sizes = dict.fromkeys(("requests", "output_tokens", "waiting", "refuse", "resolved"), capacity) | {"gaps": num_gaps}
+    names = ("requests", "arrivals", "output_tokens", "waiting", "refuse", "resolved")
+    sizes = dict.fromkeys(names, capacity) | {"gaps": num_gaps}
     for name, size in sizes.items():
         old = fields[name]
         if size > old.shape[1]:
@@ -275,37 +346,29 @@ def load_table(
     n = len(table)
     if n > state.requests.shape[1]:
         raise ValueError(f"table: expected at most {state.requests.shape[1]} requests, got {n}")
-    requests = state.requests[env]
-    requests[:n] = np.zeros((), REQUEST)
-    for name in ("arrival_s", "ttft_slo_s", "tbt_slo_s", "length_hint", "session_id", "prompt_tokens", "slo_class"):
-        requests[name][:n] = getattr(table, name)
-    requests["prefill_tokens"][:n] = table.prompt_tokens
-    for name in ("first_scheduled_s", "first_token_s", "last_token_s", "resolved_s", "lst_s"):
-        requests[name][:n] = np.nan
-    requests["deadline_miss_s"][:n] = -np.inf
-    requests["gap_start"][:n] = -1
-    if record_gaps:
-        ends = np.cumsum(table.output_tokens.astype(np.int64) - 1)
-        requests["gap_start"][:n] = ends - (table.output_tokens - 1)
+    state.requests[env, :n] = TO_COME
+    arrivals = state.arrivals[env]
+    for name in TABLE_COLUMNS:
+        arrivals[name][:n] = getattr(table, name)
+    arrivals["gap_start"][:n] = table.gap_start
     state.output_tokens[env, :n] = table.output_tokens
+    _load_episode(state, env, table, scenario, record_gaps)
+    num_replicas = len(state.sims) // len(state.episodes)
+    for k in range(env * num_replicas, (env + 1) * num_replicas):
+        _load_replica(state, k, env, scenario, num_kv_blocks)
 
-    sim = state.sims[env]
-    state.sims[env] = np.zeros((), SIM)
-    sim.total_blocks = sim.free_blocks = num_kv_blocks
-    sim.watermark_blocks = int(scenario.watermark * num_kv_blocks)
-    sim.max_model_len = scenario.max_model_len
-    sim.max_num_seqs = state.running.shape[1]
-    sim.max_num_batched_tokens = scenario.max_num_batched_tokens
-    sim.admission = ADMISSIONS.index(scenario.admission)
-    sim.allow_refusal = scenario.allow_refusal
-    sim.patience_s = scenario.patience_s
-    sim.idle_step_s = scenario.idle_step_s
-    sim.strict_tbt_slo_s = scenario.strict_tbt_slo_s
-    sim.next_departure_s = math.inf
-    sim.cost_ratio = 1.0
-    world = state.worlds[env]
+
+def _load_episode(state: State, env: int, table: RequestTable, scenario: Scenario, record_gaps: bool) -> None:
+    n = len(table)
+    state.episodes[env] = np.zeros((), EPISODE)
+    episode, world = state.episodes[env], state.worlds[env]
+    episode.patience_s = scenario.patience_s
+    episode.strict_tbt_slo_s = scenario.strict_tbt_slo_s
     world.cost_scale = table.cost_scale
-    world.num_requests = n
+    world.num_requests = world.table_size = n
+    world.next_arrival = 0
+    world.next_arrival_s = table.arrival_s[0] if n else math.inf
+    world.records_gaps = record_gaps
     world.cohort_start, world.cohort_stop = table.cohort_start, table.cohort_stop
     world.num_unresolved = table.cohort_stop - table.cohort_start
     world.drain_all = scenario.num_requests is not None
@@ -313,5 +376,50 @@ def load_table(
         world.stop_s = scenario.horizon_s
     else:
         world.stop_s = table.arrival_s[table.cohort_stop - 1] + scenario.drain_s
-    state.memory[env] = 0.0
-    state.batches[env] = np.zeros((), BATCH)
+
+
+def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blocks: int) -> None:
+    state.sims[k] = np.zeros((), REPLICA)
+    sim, episode = state.sims[k], state.episodes[env]
+    sim.block_size, sim.block_bits = scenario.block_size, scenario.block_size.bit_length() - 1
+    sim.total_blocks = sim.free_blocks = num_kv_blocks
+    sim.watermark_blocks = int(scenario.watermark * num_kv_blocks)
+    sim.max_model_len = scenario.max_model_len
+    sim.max_num_seqs = state.running.shape[1]
+    sim.max_num_batched_tokens = scenario.max_num_batched_tokens
+    sim.admission = ADMISSIONS.index(scenario.admission)
+    sim.allow_refusal = scenario.allow_refusal
+    sim.idle_step_s = scenario.idle_step_s
+    sim.next_departure_s = math.inf
+    sim.cost_ratio = 1.0
+    fits = min(sim.max_model_len, int(sim.total_blocks - sim.watermark_blocks) * int(sim.block_size))
+    episode.largest_request = max(episode.largest_request, fits)
+    state.memory[k] = 0.0
+    state.batches[k] = np.zeros((), BATCH)
+
+
+def append_request(state: State, env: int, request: Request, arrival_s: float) -> int:
+    """Write a request behind those that environment `env` has; returns its index. It is still to enter."""
+    world, arrivals, outputs = state.worlds[env], state.arrivals[env], state.output_tokens[env]
+    r = int(world.num_requests)
+    state.requests[env, r] = TO_COME
+    for name in TABLE_COLUMNS:
+        arrivals[name][r] = getattr(request, name)
+    arrivals[r].arrival_s = arrival_s
+    arrivals[r].gap_start = arrivals[r - 1].gap_start + outputs[r - 1] - 1 if r > 0 else 0
+    outputs[r] = request.output_tokens
+    world.num_requests += 1
+    if world.cohort_stop == r:
+        world.cohort_stop += 1
+        world.num_unresolved += 1
+    return r
+
+
+def rows_of(state: State, env: int, table: RequestTable) -> np.ndarray:
+    """Copies of the records of the requests of `table`, those to come included; shape (num_requests,) REQUEST."""
+    rows = state.requests[env, : len(table)].copy()
+    to_come = rows["phase"] == PENDING
+    for name in TABLE_COLUMNS:
+        rows[name][to_come] = getattr(table, name)[to_come]
+    rows["prefill_tokens"][to_come] = rows["prompt_tokens"][to_come]
+    return rows

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import blocks_to_hold, clear_sums, is_prefill, predicted_s
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import (
     admit,
     leave_running,
-    move_clock,
     open_lateness_s,
     preempt,
     refuse,
@@ -21,6 +19,7 @@ from llmsched_gym.engine.surface import recount
 
 VICTIMS = ("latest-arrival", "latest-lst", "authors")
 LATEST_ARRIVAL, LATEST_LST, AUTHORS = range(3)
+NO_GAPS = -1
 COST_RATIO_STEP = 0.05  # weight of the newest batch in the moving average of measured over predicted time
 
 
@@ -72,7 +71,7 @@ def _drop_item(lane, r):
 @kernel()
 def apply_batch(lane, world):
     """Preempt, refuse, admit and take blocks; where a running request finds none, evict until it does."""
-    sim, batch, requests = lane.sim, lane.batch, lane.requests
+    sim, batch, requests, block_bits = lane.sim, lane.batch, lane.requests, lane.sim.block_bits
     for i in range(batch.num_preempt):
         requests[lane.preempt[i]].num_scheduled_tokens = 0
         preempt(lane, lane.preempt[i])
@@ -87,7 +86,7 @@ def apply_batch(lane, world):
             continue  # evicted for an earlier item
         if request.phase == WAITING:
             admit(lane, r)
-        elif request.num_computed_tokens + n <= request.num_blocks * BLOCK_SIZE:
+        elif request.num_computed_tokens + n <= request.num_blocks << block_bits:
             continue
         need = blocks_to_hold(sim, request, n) - request.num_blocks
         for _ in range(sim.max_num_seqs):
@@ -104,14 +103,14 @@ def apply_batch(lane, world):
 
 
 @kernel(inline="always")
-def _emit(sim, request, gaps, end_s):
+def _emit(sim, patience_s, request, gaps, gap_start, end_s):
     """Hand one token to the request's client at `end_s`; False if its patience ran out before.
 
     Takes records instead of the lane: this is the innermost loop, and a lane is 700 bytes.
     """
     late_s = open_lateness_s(request, end_s)
-    if request.lateness_s + late_s >= sim.patience_s:
-        sim.next_departure_s = min(sim.next_departure_s, end_s)  # _depart lets the client go at the end of this step
+    if request.lateness_s + late_s >= patience_s:
+        sim.next_departure_s = min(sim.next_departure_s, end_s)  # depart lets the client go at the end of this step
         return False
     request.lateness_s += late_s
     k = request.num_output_tokens
@@ -119,13 +118,13 @@ def _emit(sim, request, gaps, end_s):
         request.first_token_s = end_s
         request.ttft_missed = end_s - request.arrival_s > request.ttft_slo_s
         # a token well ahead of the TTFT SLO brings the client's next deadline forward
-        sim.next_departure_s = min(sim.next_departure_s, end_s + request.tbt_slo_s + sim.patience_s - late_s)
+        sim.next_departure_s = min(sim.next_departure_s, end_s + request.tbt_slo_s + patience_s - late_s)
     else:
         gap_s = end_s - request.last_token_s
         request.max_gap_s = max(request.max_gap_s, gap_s)
         request.num_late_gaps += gap_s > request.tbt_slo_s
-        if request.gap_start >= 0:
-            gaps[request.gap_start + k - 1] = gap_s
+        if gap_start >= 0:
+            gaps[gap_start + k - 1] = gap_s
     due_s = request.arrival_s + request.ttft_slo_s + k * request.tbt_slo_s
     request.deadline_miss_s = max(request.deadline_miss_s, end_s - due_s)
     request.last_token_s = end_s
@@ -144,9 +143,13 @@ def _finish(lane, world, r, end_s):
 
 
 @kernel()
-def commit(lane, world, output_tokens, gaps, duration_s):
-    """Book an applied, non-empty batch that took `duration_s` and everything that happened meanwhile."""
+def commit(lane, world, output_tokens, gaps, arrivals, duration_s):
+    """Book the tokens of an applied, non-empty batch that took `duration_s`; returns when it ended.
+
+    The clock is left to :func:`~llmsched_gym.engine.lifecycle.pass_time`.
+    """
     sim, batch, requests = lane.sim, lane.batch, lane.requests
+    patience_s, records_gaps = lane.episode.patience_s, world.records_gaps
     end_s = sim.clock_s + duration_s
     sim.num_batches += 1
     sim.num_idle_steps = 0
@@ -168,14 +171,15 @@ def commit(lane, world, output_tokens, gaps, duration_s):
             continue
         request.num_scheduled_tokens = 0
         request.num_computed_tokens += n
-        if not is_prefill(request) and _emit(sim, request, gaps, end_s):
+        gap_start = arrivals[r].gap_start if records_gaps else NO_GAPS
+        if not is_prefill(request) and _emit(sim, patience_s, request, gaps, gap_start, end_s):
             sim.tokens_emitted += 1
             if request.num_output_tokens == output_tokens[r]:
                 _finish(lane, world, r, end_s)
     batch.is_marked = 0
     if sim.last_predicted_s > 0.0:
         sim.cost_ratio += COST_RATIO_STEP * (duration_s / sim.last_predicted_s - sim.cost_ratio)
-    move_clock(lane, world, output_tokens, end_s)
+    return end_s
 
 
 @kernel()
@@ -199,20 +203,19 @@ def clear_batch(lane):
 
 
 @kernel()
-def idle(lane, world, output_tokens):
-    """Move the clock past an empty batch: to the next arrival, or one idle step while work is pending (rule 8)."""
+def idle(lane, world):
+    """Book an empty batch; returns its end: the next arrival, or an idle step on while work is pending (rule 8).
+
+    Where neither is to come the clock stands still.
+    """
     sim = lane.sim
     clear_batch(lane)
-    target_s = math.inf
-    if sim.num_arrived < world.num_requests:
-        target_s = lane.requests[sim.num_arrived].arrival_s
+    target_s = world.next_arrival_s
     if sim.num_waiting + sim.num_running > 0:
         target_s = min(target_s, sim.clock_s + sim.idle_step_s)
         sim.num_idle_steps += 1
     target_s = min(target_s, world.stop_s)
-    if target_s == math.inf:
-        return
-    move_clock(lane, world, output_tokens, max(sim.clock_s, target_s))
+    return max(sim.clock_s, target_s) if target_s < math.inf else sim.clock_s
 
 
 @kernel()

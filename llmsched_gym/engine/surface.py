@@ -12,8 +12,7 @@ import numpy as np
 
 from llmsched_gym.engine.jit import kernel
 
-PLAIN = 4  # numbers of a profile without a surface
-ID = 4
+ID = 4  # 0 without a surface, else a number that only an equal profile has
 SEQUENCES, CONTEXTS, CHUNKS, PREFIXES, CONTEXT_LOG, CHUNK_LOG, PREFIX_LOG = range(5, 12)
 TAIL_ALONE, TAIL_HYBRID, LAUNCH, CHUNK_BATCH, COUNTS = range(12, 17)
 TABLES = 17
@@ -24,7 +23,7 @@ MANTISSA, ONE = (1 << EXPONENT_AT) - 1, EXPONENT_BIAS << EXPONENT_AT
 
 @kernel()
 def has_surface(coef_s):
-    return len(coef_s) > PLAIN
+    return coef_s[ID] != 0.0
 
 
 @kernel()
@@ -63,7 +62,7 @@ def chunk_s(coef_s, computed, n):
     else:
         column, across = _cell(float(computed), first_log, width - 1)
         column += 1
-    at = TABLES + int(coef_s[SEQUENCES]) * int(coef_s[CONTEXTS]) + row * width + column
+    at = TABLES + int(coef_s[COUNTS]) + int(coef_s[SEQUENCES]) * int(coef_s[CONTEXTS]) + row * width + column
     pairs = n * (computed + (n + 1) * 0.5)
     return coef_s[0] * pairs + _on_plane(coef_s, at, width, share, across) - coef_s[LAUNCH]
 
@@ -79,7 +78,8 @@ def attention_s(coef_s, num_decodes, decode_tokens, longest, chunk_tokens, chunk
     tail = coef_s[TAIL_HYBRID] if chunk_tokens > 0 else coef_s[TAIL_ALONE]
     column, across = _cell(mean + tail * (longest - mean) / num_decodes, int(coef_s[CONTEXT_LOG]), contexts)
     row, share = _cell(float(num_decodes), 0, seqs)
-    at = TABLES + row * contexts + column
+    first = TABLES + int(coef_s[COUNTS])
+    at = first + row * contexts + column
     if chunk_tokens == 0:
         return _on_plane(coef_s, at, contexts, share, across)
     num_chunks = int(coef_s[CHUNKS])
@@ -88,7 +88,7 @@ def attention_s(coef_s, num_decodes, decode_tokens, longest, chunk_tokens, chunk
     at += plane + num_chunks * int(coef_s[PREFIXES]) + layer * plane
     low = _on_plane(coef_s, at, contexts, share, across)
     both = low + depth * (_on_plane(coef_s, at + plane, contexts, share, across) - low)
-    floor = TABLES + plane + num_chunks * (int(coef_s[PREFIXES]) + plane) + column
+    floor = first + plane + num_chunks * (int(coef_s[PREFIXES]) + plane) + column
     floor_s = coef_s[floor] + across * (coef_s[floor + 1] - coef_s[floor])
     return max(chunks_s, floor_s) + both
 
@@ -98,9 +98,8 @@ def surface_s(linear_s, coef_s, num_tokens, num_decodes, decode_tokens, longest,
     """Seconds of a batch: linear layers and overhead by tokens, attention, output head, what chunks cost the host."""
     if num_tokens == 0:
         return 0.0
-    counts = int(coef_s[COUNTS])
-    sequences = min(num_decodes + num_chunks, counts - 1)
-    seconds = linear_s[num_tokens] + coef_s[len(coef_s) - counts + sequences]
+    sequences = min(num_decodes + num_chunks, int(coef_s[COUNTS]) - 1)
+    seconds = linear_s[num_tokens] + coef_s[TABLES + sequences]
     if num_chunks > 0:
         seconds += coef_s[CHUNK_BATCH]
     return seconds + attention_s(coef_s, num_decodes, decode_tokens, longest, num_tokens - num_decodes, chunks_s)
@@ -109,7 +108,7 @@ def surface_s(linear_s, coef_s, num_tokens, num_decodes, decode_tokens, longest,
 @kernel()
 def prompt_s(linear_s, coef_s, computed, n, size):
     """Seconds that n tokens of a prompt behind `computed` ones take alone, in chunks of `size`."""
-    each_s = coef_s[len(coef_s) - int(coef_s[COUNTS]) + 1] + coef_s[CHUNK_BATCH] + coef_s[LAUNCH]
+    each_s = coef_s[TABLES + 1] + coef_s[CHUNK_BATCH] + coef_s[LAUNCH]
     seconds = 0.0
     for start in range(0, n, size):
         chunk = min(size, n - start)

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.engine.batch import BY_PROMPT, batch_s, blocks_to_admit, blocks_to_hold, can_make_ttft_env
-from llmsched_gym.engine.records import REQUEST, RUNNING, WAITING
+from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
 from llmsched_gym.engine.state import State
 from llmsched_gym.engine.surface import chunk_s, has_surface, recount, surface_s
 
 _HIDDEN_FIELDS = {
-    "gap_start",
     "paid_attained",
     "paid_lateness_s",
     "paid_utility",
@@ -48,7 +47,8 @@ class View:
         now_s: the clock, seconds.
         running: record array of admitted requests, by admission; fields of :data:`VISIBLE`.
         waiting: record array of waiting requests, by arrival, preempted ones first.
-        free_blocks, total_blocks, watermark_blocks: KV blocks of 16 tokens.
+        free_blocks, total_blocks, watermark_blocks: KV blocks.
+        block_size: tokens in a KV block.
         kv_cache_usage: of the last batch, after scheduling and before its frees; 0 to 1.
         mean_batch_s, last_batch_s: measured batch durations, seconds.
         max_num_seqs, max_num_batched_tokens: limits of a batch.
@@ -63,6 +63,7 @@ class View:
         self.free_blocks = int(sim.free_blocks)
         self.total_blocks = int(sim.total_blocks)
         self.watermark_blocks = int(sim.watermark_blocks)
+        self.block_size = int(sim.block_size)
         self.kv_cache_usage = float(sim.kv_cache_usage)
         self.mean_batch_s = float(sim.mean_batch_s)
         self.last_batch_s = float(sim.last_batch_s)
@@ -112,7 +113,8 @@ class View:
             raise ValueError(
                 f"predict_s: expected at most {self.max_num_batched_tokens} tokens in a batch, got {total}"
             )
-        linear_s, coef_s = self._state.own_linear_s, self._state.own_coef_s
+        state, profile = self._state, self._state.sims[self._env].profile
+        linear_s, coef_s = state.own_linear_s[profile], state.own_coef_s[profile]
         if has_surface(coef_s):
             chunks_s = sum(chunk_s(coef_s, computed, n) for computed, n in chunks)
             decodes = len(contexts), float(sum(contexts)), float(max(contexts, default=0))
@@ -125,8 +127,13 @@ class View:
         return bool(can_make_ttft_env(self._handle, self._env, int(r)))
 
     def _check_arrived(self, r: int) -> None:
-        if not hasattr(r, "__index__") or not 0 <= r < self._state.sims[self._env].num_arrived:
+        if not hasattr(r, "__index__") or not has_arrived(self._state, self._env, r):
             raise IndexError(f"request {r} has not arrived")
+
+
+def has_arrived(state: State, env: int, r: int) -> bool:
+    """Whether `r` is the index of a request that has arrived in environment `env`."""
+    return 0 <= r < state.worlds[env].num_requests and bool(state.requests[env][r].phase != PENDING)
 
 
 def whole_number(n: Any) -> int:
@@ -141,7 +148,7 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     sim, requests, lane = state.sims[env], state.requests[env], state.batches[env]
 
     def phase_of(r: int) -> int:
-        if not 0 <= r < sim.num_arrived:
+        if not has_arrived(state, env, r):
             raise IllegalBatch(f"rule 6: request {r} has not arrived")
         return int(requests[r].phase)
 
@@ -217,4 +224,4 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     lane.num_preempt, lane.num_refuse = len(preempted), len(refused)
     lane.is_marked = 1
     lane.pairs, lane.kv_tokens = pairs, kv_tokens
-    recount(lane, state.items[env], requests, state.own_coef_s)
+    recount(lane, state.items[env], requests, state.own_coef_s[sim.profile])

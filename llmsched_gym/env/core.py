@@ -122,11 +122,8 @@ class EnvCore:
         self.tables: list[RequestTable | None] = [None] * self.num_envs
         self.seeds = np.zeros(self.num_envs, np.int64)
         self.qps = np.full(self.num_envs, math.nan)  # true rates, for logs
-        self._step = {
-            "knobs": kernels.step_knobs,
-            "priority": kernels.step_priority,
-            "request": kernels.step_request,
-        }[config.action]
+        self._step = kernels.STEP[config.action]
+        self._decide = kernels.DECIDE[config.action]
         self._with_slots = config.observation == "slots"
         expect_kernels(3 + self._with_slots + 2 * (config.action == "request"))  # start, observation, step, and more
         repeats_noise = self.engine.noisy and config.action_repeat > NOISE_BLOCK
@@ -202,7 +199,7 @@ class EnvCore:
         """The same decision with a backend or a reward that lives in Python, or over many blocks of noise."""
         engine, left = self.engine, self.config.action_repeat
         start_s = float(engine.state.sims[env].clock_s)
-        resolved_before = int(engine.state.sims[env].num_resolved)
+        resolved_before = int(engine.state.episodes[env].num_resolved)
         while left > 0:
             if self.config.action != "request" and self.config.backend == "simulated":
                 left -= self._run(env, left)
@@ -217,8 +214,7 @@ class EnvCore:
 
     def _run(self, env: int, most: int) -> int:
         """Up to `most` batches under the same action in compiled code; returns how many, fewer at a block of noise."""
-        run = kernels.run_knobs if self.config.action == "knobs" else kernels.run_priority
-        steps = int(run(self.engine.handle, self.handle, env, most, 1 << 62))
+        steps = int(kernels.RUN[self.config.action](self.engine.handle, self.handle, env, most, 1 << 62))
         if self.engine.noisy and self.engine.noise_due(env):
             self.engine.refill_noise(env)
         return steps
@@ -232,7 +228,7 @@ class EnvCore:
 
     def _transition(self, env: int, resolved_before: int) -> Transition:
         state, world = self.engine.state, self.engine.state.worlds[env]
-        resolved = state.resolved[env, resolved_before : state.sims[env].num_resolved]
+        resolved = state.resolved[env, resolved_before : state.episodes[env].num_resolved]
         resolved = resolved[(resolved >= world.cohort_start) & (resolved < world.cohort_stop)]
         return Transition(
             duration_s=float(self.arrays.outcomes[env, DURATION_S]),
@@ -243,11 +239,7 @@ class EnvCore:
 
     def decide(self, env: int) -> bool:
         """Form the next batch of one environment; False while a request action leaves it open."""
-        if self.config.action == "request":
-            return bool(kernels.decide_request(self.engine.handle, self.handle, env))
-        decide = kernels.decide_knobs if self.config.action == "knobs" else kernels.decide_priority
-        decide(self.engine.handle, self.handle, env)
-        return True
+        return bool(self._decide(self.engine.handle, self.handle, env))
 
     def terms(self, env: int) -> dict[str, float]:
         """Parts of the reward of the last step, unscaled."""

@@ -113,7 +113,7 @@ def _changes(env: LLMSchedEnv, before: np.ndarray) -> list[str]:
     """What a step changed in the utility of each request, in words and numbers."""
     config, lines = env.config, []
     after = env.core.engine.state.requests[0]
-    for r in range(env.core.engine.state.sims[0].num_arrived):
+    for r in range(env.core.engine.state.episodes[0].num_arrived):
         was, now = before[r], after[r]
         if was["num_output_tokens"] == 0 and now["num_output_tokens"] == 1:
             ttft_s, slo_s = now["first_token_s"] - now["arrival_s"], now["ttft_slo_s"]
@@ -137,7 +137,7 @@ def worked_steps() -> str:
     env = LLMSchedEnv(**WORKED)
     env.reset(seed=WORKED_SEED)
     state = env.core.engine.state
-    first = state.requests[0, : state.sims[0].num_arrived]
+    first = state.requests[0, : state.episodes[0].num_arrived]
     waiting = [
         [str(i), f"{r['prompt_tokens']:,}", _number(r["ttft_slo_s"]), _number(r["tbt_slo_s"])]
         for i, r in enumerate(first)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import State
 from llmsched_gym.workload import RequestTable
 
@@ -28,8 +28,9 @@ def episode_metrics(state: State, env: int, table: RequestTable, *, has_gaps: bo
     `has_gaps`: whether the engine records gaps between tokens.
     """
     sim = state.sims[env]
-    start, stop = table.cohort_start, min(table.cohort_stop, int(sim.num_arrived))
-    requests, clock_s = state.requests[env, start : max(start, stop)], float(sim.clock_s)
+    requests, clock_s = state.requests[env, table.cohort_start : table.cohort_stop], float(sim.clock_s)
+    arrived = requests["phase"] != PENDING
+    requests, gap_start = requests[arrived], table.gap_start[table.cohort_start : table.cohort_stop][arrived]
     figures = dict.fromkeys(METRICS, math.nan)
     if clock_s > 0.0:
         figures["tokens_per_s"] = float(sim.tokens_emitted) / clock_s
@@ -42,14 +43,14 @@ def episode_metrics(state: State, env: int, table: RequestTable, *, has_gaps: bo
     figures["ttft_p50_s"], figures["ttft_p99_s"] = _quantile(ttft_s, 0.5), _quantile(ttft_s, 0.99)
     figures["lost"] = float(np.isin(phase, (REFUSED, REJECTED, ABANDONED)).mean())
     if has_gaps:
-        figures["itl_p99_s"] = _quantile(_gaps_s(requests, state.gaps[env], clock_s), 0.99)
+        figures["itl_p99_s"] = _quantile(_gaps_s(requests, gap_start, state.gaps[env], clock_s), 0.99)
     return figures
 
 
-def _gaps_s(requests: np.ndarray, recorded: np.ndarray, clock_s: float) -> np.ndarray:
+def _gaps_s(requests: np.ndarray, gap_start: np.ndarray, recorded: np.ndarray, clock_s: float) -> np.ndarray:
     """All gaps between tokens of these requests, float32 seconds; so are open ones, and those a client left in."""
     count = np.maximum(requests["num_output_tokens"].astype(np.int64) - 1, 0)
-    first = np.repeat(requests["gap_start"] - np.cumsum(count) + count, count)
+    first = np.repeat(gap_start - np.cumsum(count) + count, count)
     phase, served = requests["phase"], requests["num_output_tokens"] > 0
     pending = (phase == RUNNING) | (phase == WAITING)
     waits = served & (pending | (phase == ABANDONED))

@@ -119,7 +119,7 @@ def observe_features(lane, out, pays, world, rules, terms):
     If `pays`, what the utility of the measured live requests has changed is booked on the same way through the lists
     and returned: a second pass over them would cost as much as the step's decision.
     """
-    sim, requests = lane.sim, lane.requests
+    sim, about, requests = lane.sim, lane.episode, lane.requests
     cohort_start, cohort_stop = (world.cohort_start, world.cohort_stop) if pays else (0, 0)
     paid = 0.0
     now_s, tbt_rule = sim.clock_s, rules.tbt_rule
@@ -131,7 +131,7 @@ def observe_features(lane, out, pays, world, rules, terms):
         r = lane.running[i]
         request = requests[r]
         if cohort_start <= r < cohort_stop and has_changed(now_s, tbt_rule, request):
-            paid += pay_live(sim, rules, request, terms)
+            paid += pay_live(about, now_s, rules, request, terms)
         if is_prefill(request):
             started += 1
             started_tokens += request.prefill_tokens - request.num_computed_tokens
@@ -160,7 +160,7 @@ def observe_features(lane, out, pays, world, rules, terms):
         r = lane.waiting[i]
         request = requests[r]
         if cohort_start <= r < cohort_stop and has_changed(now_s, tbt_rule, request):
-            paid += pay_live(sim, rules, request, terms)
+            paid += pay_live(about, now_s, rules, request, terms)
         left_s = request.ttft_slo_s - (now_s - request.arrival_s)
         if request.num_output_tokens > 0:
             left_s = request.tbt_slo_s - (now_s - request.last_token_s)
@@ -195,14 +195,14 @@ def observe_features(lane, out, pays, world, rules, terms):
     out[10] = squash(sim.last_batch_tokens, _PER_8192)
     out[11] = _COUNTS[min(sim.last_batch_decodes, 128)]
     out[12] = min(1.0, sim.cost_ratio * 0.5)
-    out[13] = squash(sim.arrivals_10s, _PER_10)
-    out[14] = squash(sim.arrivals_60s, _PER_10)
-    out[15] = squash(sim.arrived_tokens_10s, _PER_20K)
-    out[16] = squash(sim.arrived_tokens_60s, _PER_20K)
+    out[13] = squash(about.arrivals_10s, _PER_10)
+    out[14] = squash(about.arrivals_60s, _PER_10)
+    out[15] = squash(about.arrived_tokens_10s, _PER_20K)
+    out[16] = squash(about.arrived_tokens_60s, _PER_20K)
     out[17] = smallest
     out[first + 12] = min(1.0, shortest / 8192.0)
     out[first + 13] = squash((now_s - oldest_s) * 10.0, _PER_1200)
-    out[first + 14] = min(1.0, worst / sim.patience_s) if sim.patience_s < math.inf else 0.0
+    out[first + 14] = min(1.0, worst / about.patience_s) if about.patience_s < math.inf else 0.0
     promised, dropped, slack_s, work_s, shortest_dropped = 0, 0, math.inf, 0.0, NONE_DROPPED
     if started > 0 or sim.num_waiting > 0:
         promised, dropped, slack_s, work_s, shortest_dropped = promise(lane, STRETCH)

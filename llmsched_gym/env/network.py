@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmsched_gym.engine.jit import entry, kernel
-from llmsched_gym.engine.run import advance, noise_due
+from llmsched_gym.engine.pack import pack
+from llmsched_gym.engine.run import noise_due, run_lane
 from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import is_over
 from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.features import observe_features
-from llmsched_gym.env.kernels import decide_by_knobs
+from llmsched_gym.env.knobs import set_knobs
 
 ACTIVATIONS = ("tanh", "relu")
 TANH = 0
@@ -118,19 +119,22 @@ def choose(net, features, action):
 
 @kernel()
 def _run(s, a, env, net, repeat, left, max_steps, max_idle_steps):
-    lane, world = lane_of(s, env), s.worlds[env]
-    for i in range(max_steps):
-        if is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
-            return i, left
+    lane, world, done = lane_of(s, env), s.worlds[env], 0
+    for _ in range(max_steps):
+        if done >= max_steps or is_over(lane, world) or lane.sim.num_idle_steps > max_idle_steps:
+            break
         if left == 0:
             observe_features(lane, a.features[env], False, world, a.rules[0], a.outcomes[env])
             choose(net, a.features[env], a.knob_actions[env])
             left = repeat
-        decide_by_knobs(lane, a.knob_actions[env], a.values)
-        left -= 1
-        if advance(s, env, lane) and noise_due(s, env):
-            return i + 1, left
-    return max_steps, left
+        set_knobs(lane.knobs, a.knob_actions[env], a.values)
+        most = min(left, max_steps - done)
+        steps = run_lane(s, env, pack, most, max_idle_steps)
+        done += steps
+        left -= steps
+        if noise_due(s, env):
+            break
+    return done, left
 
 
 @entry()

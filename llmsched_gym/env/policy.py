@@ -14,7 +14,7 @@ from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
 from llmsched_gym.env.actions import as_array, check_range
 from llmsched_gym.env.arrays import make_arrays
-from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, REFUSE, knobs_action
+from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, REFUSE, TOKEN_BUDGET, knobs_action
 from llmsched_gym.env.slots import NUM_SLOTS
 from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
 
@@ -119,7 +119,8 @@ def sets_knobs(scheduler: Any) -> bool:
 def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) -> np.ndarray:
     """The knobs action that does what such a scheduler does now in environment `env`; int64 of shape (num_knobs,).
 
-    A planned cap becomes the nearest of the knob, a limit the next larger. ValueError where no knob has the value.
+    A planned cap becomes the nearest of the knob, a limit the next larger, a larger room for tokens the next smaller.
+    ValueError where no knob has the value.
     """
     if config.action != "knobs":
         raise ValueError(f"it sets knobs, and the environment has {config.action} actions")
@@ -131,6 +132,9 @@ def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) 
         scheduler.plan(engine.handle, env)
         settings |= {name: state.batches[env][name].item() for name in ("order", "limit", "margin", "hold")}
         settings["cap"] = min(KNOBS[CAP].values, key=lambda v: abs(v - float(state.batches[env]["cap"])))
+        room = state.batches[env]["token_room"]
+        if room > settings["token_budget"]:
+            settings["token_budget"] = max(v for v in KNOBS[TOKEN_BUDGET].values if v <= room)
         settings["limit"] = min(v for v in KNOBS[LIMIT].values if v >= settings["limit"])
         state.batches[env], state.knobs[env] = before, knobs
     return knobs_action(settings, float(state.sims[env].kv_cache_usage), config)
@@ -191,23 +195,22 @@ class PolicyScheduler:
         """Form the next batch of environment `env` as the environment would under the policy's action."""
         if env != 0:
             raise ValueError(f"env: expected 0, got {env}")
-        kind, handle = self.config.action, engine.handle
+        kind, handle, decide = self.config.action, engine.handle, kernels.DECIDE[self.config.action]
         if kind == "request":
             kernels.reopen_env(handle, self._handle, env)
             closed = False
             for _ in range(NUM_SLOTS + 1):
                 kernels.mask_requests(handle, self._legal)
                 self._put(self._arrays.slots, self.policy(self._observe(engine), self._legal[0].copy()))
-                closed = bool(kernels.decide_request(handle, self._handle, env))
+                closed = bool(decide(handle, self._handle, env))
                 if closed:
                     break
             if not closed:
                 self._arrays.slots[0] = NUM_SLOTS
-                kernels.decide_request(handle, self._handle, env)
+                decide(handle, self._handle, env)
             return
         self._act(engine)
         self._left, self._asked = self._left - 1, None
-        decide = kernels.decide_knobs if kind == "knobs" else kernels.decide_priority
         decide(handle, self._handle, env)
 
     def run_steps(self, engine: Engine, max_steps: int, max_idle_steps: int) -> int:
@@ -219,7 +222,7 @@ class PolicyScheduler:
             engine.step(self)
             return 1
         self._act(engine)
-        run = kernels.run_knobs if self.config.action == "knobs" else kernels.run_priority
+        run = kernels.RUN[self.config.action]
         steps = int(run(engine.handle, self._handle, 0, min(self._left, max_steps), max_idle_steps))
         self._left -= steps
         return steps

@@ -70,11 +70,12 @@ def attains(request, rules, now_s):
 
 
 @kernel()
-def _pay(sim, rules, request, attained, lateness_s, refused, terms):
+def _pay(about, rules, request, attained, lateness_s, refused, terms):
     """Book what the request's utility changed; returns the change."""
     late = paid_late = 0.0
-    if sim.patience_s < math.inf:
-        late, paid_late = min(1.0, lateness_s / sim.patience_s), min(1.0, request.paid_lateness_s / sim.patience_s)
+    if about.patience_s < math.inf:
+        late = min(1.0, lateness_s / about.patience_s)
+        paid_late = min(1.0, request.paid_lateness_s / about.patience_s)
     utility = utility_kernel(attained, late + refused, rules.beta)
     change = utility - request.paid_utility
     if attained > request.paid_attained:
@@ -90,13 +91,13 @@ def _pay(sim, rules, request, attained, lateness_s, refused, terms):
 
 
 @kernel()
-def _pay_resolved(sim, rules, request, terms):
+def _pay_resolved(about, now_s, rules, request, terms):
     if request.phase == FINISHED:
-        attained = attains(request, rules, sim.clock_s)
-        return _pay(sim, rules, request, attained, request.lateness_s, 0.0, terms)
+        attained = attains(request, rules, now_s)
+        return _pay(about, rules, request, attained, request.lateness_s, 0.0, terms)
     if request.phase == ABANDONED:
-        return _pay(sim, rules, request, 0.0, request.lateness_s, 0.0, terms)
-    return _pay(sim, rules, request, 0.0, 0.0, 1.0 if request.phase == REFUSED else 0.0, terms)
+        return _pay(about, rules, request, 0.0, request.lateness_s, 0.0, terms)
+    return _pay(about, rules, request, 0.0, 0.0, 1.0 if request.phase == REFUSED else 0.0, terms)
 
 
 @kernel()
@@ -111,22 +112,22 @@ def has_changed(now_s, tbt_rule, request):
 
 
 @kernel()
-def pay_live(sim, rules, request, terms):
+def pay_live(about, now_s, rules, request, terms):
     """What the utility of a waiting or running request has changed since it was last paid."""
-    lateness_s = request.lateness_s + open_lateness_s(request, sim.clock_s)
-    return _pay(sim, rules, request, attains(request, rules, sim.clock_s), lateness_s, 0.0, terms)
+    lateness_s = request.lateness_s + open_lateness_s(request, now_s)
+    return _pay(about, rules, request, attains(request, rules, now_s), lateness_s, 0.0, terms)
 
 
 @kernel()
 def pay_resolved(lane, world, rules, terms):
     """Sum of the last changes of utility of the measured requests resolved since the last call."""
-    sim = lane.sim
+    about = lane.episode
     total = 0.0
-    for i in range(sim.num_settled, sim.num_resolved):
+    for i in range(about.num_settled, about.num_resolved):
         r = lane.resolved[i]
         if world.cohort_start <= r < world.cohort_stop:
-            total += _pay_resolved(sim, rules, lane.requests[r], terms)
-    sim.num_settled = sim.num_resolved
+            total += _pay_resolved(about, lane.sim.clock_s, rules, lane.requests[r], terms)
+    about.num_settled = about.num_resolved
     return total
 
 

@@ -158,8 +158,8 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         core = self.core
         if scheduler is not self._scheduler:
             self._install(scheduler)
-        sim = core.engine.state.sims[0]
-        start_s, resolved = float(sim.clock_s), int(sim.num_resolved)
+        state = core.engine.state
+        start_s, resolved = float(state.sims[0].clock_s), int(state.episodes[0].num_resolved)
         for _ in range(self.config.action_repeat):
             core.engine.step(scheduler)
             core.reopen(0)

@@ -50,7 +50,7 @@ def slot_request(lane, slot):
 @kernel()
 def observe_slots(lane, rows, in_use):
     """Fill ``rows`` (NUM_SLOTS, NUM_SLOT_FEATURES) float32 and ``in_use`` (NUM_SLOTS,) int8."""
-    sim = lane.sim
+    sim, patience_s = lane.sim, lane.episode.patience_s
     visible = num_visible(lane)
     rows[visible:] = 0.0
     in_use[:visible] = 1
@@ -79,7 +79,7 @@ def observe_slots(lane, rows, in_use):
         row[10] = request.slo_class == 0
         row[11] = request.ttft_missed or request.num_late_gaps > 0 or left_s < 0.0
         lateness_s = request.lateness_s + max(0.0, -left_s)
-        row[12] = min(1.0, lateness_s / sim.patience_s) if sim.patience_s < math.inf else 0.0
+        row[12] = min(1.0, lateness_s / patience_s) if patience_s < math.inf else 0.0
         row[13] = not request.ttft_missed if emitted > 0 else can_make_ttft(lane, r)
         row[14] = squash(request.num_blocks, _PER_512)
         row[15] = squash(max(0, request.num_scheduled_tokens), _PER_8192)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmsched_gym.engine.jit import entry
-from llmsched_gym.engine.records import FINISHED, RUNNING, WAITING
+from llmsched_gym.engine.records import FINISHED, PENDING, RUNNING, WAITING
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.reward import attains
@@ -68,24 +68,25 @@ class Snapshot(NamedTuple):
 @entry()
 def _attaining(s, env, rules, out):
     lane = lane_of(s, env)
-    for r in range(lane.sim.num_arrived):
+    for r in range(out.shape[0]):
         out[r] = attains(lane.requests[r], rules[0], lane.sim.clock_s)
 
 
 def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
     """What a frame shows of environment `env`."""
     state = core.engine.state
-    sim, batch = state.sims[env], state.batches[env]
+    sim, batch, episode = state.sims[env], state.batches[env], state.episodes[env]
     clock_s = float(sim.clock_s)
-    arrived = state.requests[env, : sim.num_arrived]
-    attaining = np.zeros(sim.num_arrived)
+    rows = state.requests[env, : state.worlds[env].num_requests]
+    arrived = rows["phase"] != PENDING
+    attaining = np.zeros(len(rows))
     _attaining(core.engine.handle, env, core.arrays.rules, attaining)
     on_time = attaining > 0.0
-    has_verdict = (arrived["num_output_tokens"] > 0) | (clock_s - arrived["arrival_s"] > arrived["ttft_slo_s"])
+    has_verdict = arrived & ((rows["num_output_tokens"] > 0) | (clock_s - rows["arrival_s"] > rows["ttft_slo_s"]))
     is_late = has_verdict & ~on_time
-    stayed = np.isin(arrived["phase"], (WAITING, RUNNING, FINISHED))
-    gone = ~stayed & ~is_late
-    recent = arrived["arrival_s"] >= clock_s - ATTAINMENT_WINDOW_S
+    stayed = np.isin(rows["phase"], (WAITING, RUNNING, FINISHED))
+    gone = arrived & ~stayed & ~is_late
+    recent = arrived & (rows["arrival_s"] >= clock_s - ATTAINMENT_WINDOW_S)
     judged = np.count_nonzero(recent & (has_verdict | gone))
 
     running = [_shown(state, env, r, clock_s, is_late) for r in state.running[env, : sim.num_running].tolist()]
@@ -121,13 +122,13 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
         max_num_seqs=int(sim.max_num_seqs),
         max_model_len=int(sim.max_model_len),
         counts={
-            "arrived": int(sim.num_arrived),
+            "arrived": int(episode.num_arrived),
             "finished": int(sim.num_finished),
             "on time": int(np.count_nonzero(on_time)),
             "late": int(np.count_nonzero(is_late & stayed)),
             "abandoned": int(sim.num_abandoned),
             "refused": int(sim.num_refused),
-            "rejected": int(sim.num_rejected),
+            "rejected": int(episode.num_rejected),
         },
         attainment=np.count_nonzero(on_time & recent) / judged if judged else math.nan,
     )

@@ -113,7 +113,7 @@ def gaps_of(episode: Episode, outcomes: Outcomes) -> Gaps:
     """The cohort's gaps between tokens, open ones included."""
     requests, room = episode.requests[episode.cohort], episode.table.output_tokens[episode.cohort].astype(np.int64) - 1
     recorded = np.maximum(requests["num_output_tokens"].astype(np.int64) - 1, 0)
-    start = max(int(requests["gap_start"][0]), 0) if len(requests) else 0
+    start = int(episode.table.gap_start[episode.cohort.start]) if len(requests) else 0
     # a request's recorded gaps belong to its class, the rest of its room to nobody
     owner = np.stack([outcomes.slo_class, np.full_like(outcomes.slo_class, -1)], axis=1).ravel()
     sizes = np.stack([recorded, room - recorded], axis=1).ravel()
@@ -131,8 +131,9 @@ def tokens_between(episode: Episode, start_s: float, stop_s: float) -> int:
     meets = (first_s <= stop_s) & (last_s >= start_s)
     inside = meets & (first_s >= start_s) & (last_s <= stop_s)
     total = int(requests["num_output_tokens"][inside].sum())
-    for request in requests[meets & ~inside]:
-        start, num_gaps = int(request["gap_start"]), int(request["num_output_tokens"]) - 1
+    across = meets & ~inside
+    for request, start in zip(requests[across], episode.table.gap_start[across].tolist(), strict=True):
+        num_gaps = int(request["num_output_tokens"]) - 1
         later_s = np.cumsum(episode.gaps[start : start + num_gaps], dtype=np.float64)
         token_s = request["first_token_s"] + np.concatenate([[0.0], later_s])
         total += int(((token_s >= start_s) & (token_s <= stop_s)).sum())

@@ -13,6 +13,7 @@ from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import Backend, Engine
 from llmsched_gym.engine.compiling import expect_kernels
+from llmsched_gym.engine.state import rows_of
 from llmsched_gym.scheduler import install, make_scheduler
 from llmsched_gym.workload import RequestTable, make_table
 
@@ -28,9 +29,9 @@ class Episode:
     seed: int
     table: RequestTable
     requests: np.ndarray  # (num_requests,) engine.state.REQUEST; all arrivals, warm-up and tail included
-    gaps: np.ndarray  # (sum of output_tokens - 1,) float32, seconds; request r's from requests.gap_start[r]
+    gaps: np.ndarray  # (sum of output_tokens - 1,) float32, seconds; request r's from table.gap_start[r]
     steps: np.ndarray  # (num_steps,) engine.state.STEP: the first batches
-    sim: np.record  # engine.state.SIM: clock and counters
+    sim: np.record  # engine.records.REPLICA: clock and counters
     wall_time_s: float
 
     @property
@@ -116,7 +117,7 @@ def simulate(
         policy=name,
         seed=seed,
         table=table,
-        requests=state.requests[0, : len(table)],
+        requests=rows_of(state, 0, table),
         gaps=state.gaps[0],
         steps=state.steps[0, : min(num_steps, int(state.sims[0].num_batches))],
         sim=state.sims[0],

@@ -29,7 +29,7 @@ def fluid_capacity(scenario: Scenario, profile: Profile | None = None) -> Fluid:
     A profile other than the scenario's may be given.
     """
     profile = profile or load_profile(scenario.profile)
-    blocks = scenario.num_kv_blocks or profile.num_kv_blocks
+    blocks = scenario.blocks(profile.num_kv_blocks)
     program = by_size if profile.surface is None else by_composition
     return program(scenario, profile, mean_work(*lengths(scenario), scenario, blocks), blocks)
 
@@ -37,7 +37,7 @@ def fluid_capacity(scenario: Scenario, profile: Profile | None = None) -> Fluid:
 def exclusive_capacity(scenario: Scenario, profile: Profile | None = None) -> Fluid:
     """The largest rate with batches of one phase only, which pay no price of mixing."""
     profile = (profile or load_profile(scenario.profile)).with_mixing(1.0)
-    blocks = scenario.num_kv_blocks or profile.num_kv_blocks
+    blocks = scenario.blocks(profile.num_kv_blocks)
     return by_composition(scenario, profile, mean_work(*lengths(scenario), scenario, blocks), blocks, exclusive=True)
 
 
@@ -48,7 +48,7 @@ def exclusive_factor(scenario: Scenario, profile: Profile | None = None, resolut
     what it says, on one with a surface what was measured.
     """
     profile = profile or load_profile(scenario.profile)
-    blocks = scenario.num_kv_blocks or profile.num_kv_blocks
+    blocks = scenario.blocks(profile.num_kv_blocks)
     work = mean_work(*lengths(scenario), scenario, blocks)
 
     def qps(factor: float, exclusive: bool = False) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE, Scenario
+from llmsched_gym.config import Scenario
 from llmsched_gym.workload.lengths import load_lengths
 from llmsched_gym.workload.traces import cached_trace
 
@@ -44,18 +44,18 @@ def lengths(scenario: Scenario) -> tuple[np.ndarray, np.ndarray]:
 
 def mean_work(prompt: np.ndarray, output: np.ndarray, scenario: Scenario, num_blocks: int) -> Work:
     """Means over requests of the given lengths; those that rule 7 rejects count as arrivals without work."""
-    p, d = np.asarray(prompt, float), np.asarray(output, float)
+    p, d, size = np.asarray(prompt, float), np.asarray(output, float), scenario.block_size
     total = p + d
     watermark = int(scenario.watermark * num_blocks)
-    served = (total <= scenario.max_model_len) & (np.ceil(total / BLOCK_SIZE) + watermark <= num_blocks)
+    served = (total <= scenario.max_model_len) & (np.ceil(total / size) + watermark <= num_blocks)
 
     def mean(values: np.ndarray) -> float:
         return float(np.where(served, values, 0.0).mean())
 
     def blocks_up_to(n: np.ndarray) -> np.ndarray:
-        """Sum of ceil(i / BLOCK_SIZE) for i = 1..n."""
-        whole, rest = np.divmod(n, BLOCK_SIZE)
-        return BLOCK_SIZE * whole * (whole + 1) / 2 + rest * (whole + 1)
+        """Sum of ceil(i / size) for i = 1..n."""
+        whole, rest = np.divmod(n, size)
+        return size * whole * (whole + 1) / 2 + rest * (whole + 1)
 
     decodes = d - 1.0
     decode_blocks = blocks_up_to(p + decodes) - blocks_up_to(p)
@@ -65,7 +65,7 @@ def mean_work(prompt: np.ndarray, output: np.ndarray, scenario: Scenario, num_bl
         pairs=mean(p * (p + 1) / 2),
         # decode j of D - 1 computes token P + j and reads as many
         kv_tokens=mean(p + decodes * p + decodes * d / 2),
-        held_blocks=mean(np.ceil(p / BLOCK_SIZE) + decode_blocks),
+        held_blocks=mean(np.ceil(p / size) + decode_blocks),
         batches=mean(d),
         decode_blocks=mean(decode_blocks),
     )

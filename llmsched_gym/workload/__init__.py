@@ -2,12 +2,13 @@
 
 from llmsched_gym.workload.generate import NOISE_BLOCK, check_seed, make_table, noise_block
 from llmsched_gym.workload.lengths import WORKLOADS, describe_workloads
-from llmsched_gym.workload.table import RequestTable
+from llmsched_gym.workload.table import Request, RequestTable
 from llmsched_gym.workload.traces import Trace, TraceError, TraceWarning, load_trace
 
 __all__ = [
     "NOISE_BLOCK",
     "WORKLOADS",
+    "Request",
     "RequestTable",
     "Trace",
     "TraceError",

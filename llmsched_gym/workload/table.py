@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+
+from llmsched_gym.config import MOST, SLO_CLASSES, ConfigError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one client asks for, for an engine that requests enter at run time."""
+
+    prompt_tokens: int  # >= 1
+    output_tokens: int  # >= 1, hidden from schedulers; the most, where a backend says when a request has ended
+    ttft_slo_s: float = math.inf
+    tbt_slo_s: float = math.inf
+    slo_class: int = 1  # index into config.SLO_CLASSES
+    length_hint: float = math.nan
+    session_id: int = -1
+    arrival_s: float | None = None  # None: now
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "output_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= MOST:
+                raise ConfigError(f"{name}: expected a whole number from 1 to {MOST:,}, got {value!r}")
+        for name in ("ttft_slo_s", "tbt_slo_s"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | np.number) or not value > 0.0:
+                raise ConfigError(f"{name}: expected seconds > 0, got {value!r}")
+        if self.slo_class not in range(len(SLO_CLASSES)):
+            raise ConfigError(f"slo_class: expected 0 to {len(SLO_CLASSES) - 1}, got {self.slo_class!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,3 +60,9 @@ class RequestTable:
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    @property
+    def gap_start(self) -> np.ndarray:
+        """Where the gaps between each request's tokens begin, were they all in one row; int64 (num_requests,)."""
+        gaps = self.output_tokens.astype(np.int64) - 1
+        return np.cumsum(gaps) - gaps
