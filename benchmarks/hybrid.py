@@ -36,7 +36,8 @@ from llmsched_gym.scheduler import PolicyError, make_scheduler
 from llmsched_gym.theory.experiments import run_cells
 
 CANDIDATE = "on-time[mix=auto]"
-POLICIES = ("sarathi", "slai", "srpt-capped", "feasible-first", "srpt-capped[cap=0.8,margin=3]", "on-time", "learned")
+UNMIXED = "on-time[mix=together]"  # without the candidate's rule
+POLICIES = ("sarathi", "slai", "srpt-capped", "feasible-first", "srpt-capped[cap=0.8,margin=3]", UNMIXED, "learned")
 PACED = "llmsched_gym.baselines.exclusive:EXCLUSIVE"
 EXCLUSIVE = ("vllm-v0", PACED, f"{PACED}[cap=0.65,margin=1.4]")  # never a batch with both phases
 AXIS_POLICIES = ("sarathi", "vllm-v1", *EXCLUSIVE, *POLICIES[1:])
@@ -121,7 +122,9 @@ def run(world: World, seeds: int, first_seed: int, num_requests: int, out: Path)
 def summary(world: World, policy: str, shares: dict[str, list[float]]) -> Row:
     """One policy's row; ends of intervals are None below ten seeds."""
     means = {p: float(np.mean(values)) for p, values in shares.items()}
-    others = [p for p in means if p != policy]
+    # a variant of the same rule that did the same everywhere is no other policy
+    name = policy.partition("[")[0]
+    others = [p for p in means if p != policy and (p.partition("[")[0] != name or shares[p] != shares[policy])]
     best = max(others, key=means.__getitem__)
     ends = intervals.interval(shares[policy], (0.0, 1.0)) or (None, None)
     apart = intervals.difference(shares[policy], shares[best]) or (None, None)
@@ -265,20 +268,9 @@ def write(section: str, rows: Sequence[Row], candidate: str, out: Path) -> None:
         replace_file(out / "axis.png", lambda path: figure.savefig(path, **settings))
 
 
-def candidate_of(name: str | None) -> str:
-    """The candidate asked for, else `CANDIDATE` where this version has it and plain `on-time` where not."""
-    if name is not None:
-        return name
-    try:
-        make_scheduler(CANDIDATE)
-    except PolicyError:
-        return CANDIDATE.partition("[")[0]
-    return CANDIDATE
-
-
 def measure(args: argparse.Namespace) -> None:
     """Run the sections asked for, side by side by world, and write what they show."""
-    candidate = candidate_of(args.candidate)
+    candidate = args.candidate
     more = unique(candidate, *args.policy)
     for policy in more:
         make_scheduler(policy)
@@ -319,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--num-requests", type=whole, default=1500, help="measured requests of a run")
     parser.add_argument("--policy", action="append", default=[], metavar="NAME", help="one more; may be repeated")
-    parser.add_argument("--candidate", metavar="NAME", help=f"whom loads compares with the others; {CANDIDATE}")
+    parser.add_argument("--candidate", default=CANDIDATE, metavar="NAME", help=f"compared with all others; {CANDIDATE}")
     parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args(argv)
     try:

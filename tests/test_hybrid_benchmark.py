@@ -56,12 +56,12 @@ def test_loads_are_shares_of_every_profiles_own_capacity(monkeypatch):
     assert found[1].qps == 9.0 and found[-1].qps == 10.0 + len(PROFILES) - 1
 
 
-def test_the_candidate_is_the_option_once_it_exists(monkeypatch):
-    monkeypatch.setattr(hybrid, "CANDIDATE", "on-time[mixed=maybe]")
-    assert hybrid.candidate_of(None) == "on-time"
-    monkeypatch.setattr(hybrid, "CANDIDATE", "on-time[age=5]")
-    assert hybrid.candidate_of(None) == "on-time[age=5]"
-    assert hybrid.candidate_of("slai") == "slai"
+def test_a_variant_that_did_the_same_is_no_other_policy():
+    values = {"on-time": shares(0.9), "edf": shares(0.8)}
+    values["on-time[mix=together]"] = values["on-time"]
+    assert hybrid.summary(world(), "on-time", values)["best_other"] == "edf"
+    values["on-time[mix=together]"] = shares(0.95)
+    assert hybrid.summary(world(), "on-time", values)["best_other"] == "on-time[mix=together]"
 
 
 # --- tables
