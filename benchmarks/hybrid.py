@@ -37,7 +37,8 @@ from llmsched_gym.theory.experiments import run_cells
 
 CANDIDATE = "on-time[mix=auto]"
 UNMIXED = "on-time[mix=together]"  # without the candidate's rule
-POLICIES = ("sarathi", "slai", "srpt-capped", "feasible-first", "srpt-capped[cap=0.8,margin=3]", UNMIXED, "learned")
+TUNED = ("srpt-capped[cap=0.8,margin=3]", "feasible-first[cap=0.8,margin=3,hold=true]", "slai[cap=0.8,hold=true]")
+POLICIES = ("sarathi", "slai", "srpt-capped", "feasible-first", *TUNED, UNMIXED, "learned")
 PACED = "llmsched_gym.baselines.exclusive:EXCLUSIVE"
 EXCLUSIVE = ("vllm-v0", PACED, f"{PACED}[cap=0.65,margin=1.4]")  # never a batch with both phases
 AXIS_POLICIES = ("sarathi", "vllm-v1", *EXCLUSIVE, *POLICIES[1:])
