@@ -27,9 +27,10 @@ SLAI_LIKE = np.array([0, 0, 5, 0, 1, 0, 0])
 SHORT = env_config("default", num_requests=60, warmup_s=0.0, qps=1.5)
 
 
-def mlp_tensors(rng, width=8, outputs=CHOICES):
-    inputs = len(FEATURES)
+NUM_INPUTS = len(FEATURES)
 
+
+def mlp_tensors(rng, width=8, outputs=CHOICES, inputs=NUM_INPUTS):
     def draw(*shape):
         return rng.standard_normal(shape).astype(np.float32)
 
@@ -45,7 +46,8 @@ def mlp_tensors(rng, width=8, outputs=CHOICES):
 
 def mlp_folder(path, seed=0, **config):
     spec = spec_for(EnvConfig(**config), {"kind": "mlp", "layers": 1, "activation": "relu"}, decision_s=1e-4)
-    return write_folder(path, spec, mlp_tensors(np.random.default_rng(seed)))
+    inputs = len(spec.observation["features"])
+    return write_folder(path, spec, mlp_tensors(np.random.default_rng(seed), inputs=inputs))
 
 
 def edit(folder, change):
