@@ -3,12 +3,14 @@
 import hashlib
 import json
 import pickle
+import timeit
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
 from llmsched_gym.config import EnvConfig, env_config
+from llmsched_gym.engine.jit import JIT_ENABLED
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.knobs import KNOBS, knobs_for
 from llmsched_gym.env.network import forward
@@ -295,3 +297,14 @@ def test_a_folder_that_lists_names_in_another_order_still_means_the_same(tmp_pat
     for _ in range(20):
         x = np.random.default_rng(0).random(len(FEATURES)).astype(np.float32)
         assert np.array_equal(make_policy(same, moved)(x), make_policy(spec, tensors)(x))
+
+
+@pytest.mark.skipif(not JIT_ENABLED, reason="nothing is compiled")
+def test_a_decision_from_python_is_compiled():
+    """What export measures and charges on the clock is the time of a decision, not of Python."""
+    policy = make_policy(
+        spec_for(EnvConfig(), {"kind": "mlp", "layers": 1, "activation": "tanh"}),
+        mlp_tensors(np.random.default_rng(0), width=64),
+    )
+    policy(x := np.zeros(len(FEATURES), np.float32))
+    assert min(timeit.repeat(lambda: policy(x), number=20, repeat=20)) / 20 < 2e-4

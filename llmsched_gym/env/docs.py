@@ -226,7 +226,7 @@ apart; the last entry, `{MIXING.name}`, says whether it does (over 0.5). `featur
 
 `Dict(slots=Box({NUM_SLOTS}, {len(SLOT_FEATURES)}), in_use=MultiBinary({NUM_SLOTS}), features=Box({len(FEATURES)},))`.
 The rows are running requests by admission, then waiting ones by arrival, preempted ones first. `in_use` says which rows
-hold one; `features` sums up the rest. It is no mask of actions: that is `action_masks()`.
+hold one; `features`, as above, sums up the rest. It is no mask of actions: that is `action_masks()`.
 
 {features(SLOT_FEATURES)}
 

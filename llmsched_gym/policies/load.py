@@ -17,7 +17,7 @@ from llmsched_gym.engine.run import clear_batch_env
 from llmsched_gym.engine.view import Batch, View
 from llmsched_gym.env.features import ALL_FEATURES, MIXING, NUM_FEATURES
 from llmsched_gym.env.knobs import Knob, knob_values, knobs_for, set_knobs
-from llmsched_gym.env.network import Network, choose, make_network, run_network
+from llmsched_gym.env.network import Network, choose_knobs, make_network, run_network
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder
@@ -80,7 +80,7 @@ class Knobs:
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         action = np.zeros(len(self.network.counts), np.int64)
-        choose(self.network, complete(observation), action)
+        choose_knobs(self.network, complete(observation), action)
         return action
 
 
