@@ -55,7 +55,6 @@ class Config:
     epochs: int = option(4, "passes over the data after each round")
     batch_size: int = option(1024, "of a minibatch")
     learning_rate: float = option(1e-3, "of Adam")
-    anneal: bool = option(False, "let the learning rate fall to 0 in each round")
     hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
     width: int = option(32, "slots: width of a row's embedding")
     layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0)
@@ -65,7 +64,7 @@ class Config:
     def trainings(self) -> list[TrainConfig]:
         """For each world the training that can start from the student: same world, same network."""
         shared = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
-        skip = {"out", "steps", "epochs", "batch_size", "learning_rate", "anneal"}
+        skip = {"out", "steps", "epochs", "batch_size", "learning_rate"}
         training = TrainConfig(**{name: getattr(self, name) for name in shared - skip})
         if not self.worlds:
             return [training]
@@ -175,6 +174,7 @@ def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> P
     summary["teacher"] = Path(config.teacher).name  # a path is nobody else's
     if config.worlds:
         summary["worlds"] = [{"suite": training.suite, **training.set} for training in trainings]
+        del summary["suite"], summary["set"]
     return finish(out / "policy", *export(policy, world, training={**summary, **line}))
 
 
@@ -199,12 +199,8 @@ def _sample(policy: Any, named: dict[str, np.ndarray]) -> np.ndarray:
 def _fit(policy: Any, optimizer: Any, data: dict[str, np.ndarray], config: Config, rng: np.random.Generator) -> float:
     """Raise the likelihood of the labels; returns the share of decisions that agree in all knobs."""
     n, labels, agreed = len(data["label"]), torch.from_numpy(data["label"]), 0
-    parts = max(1, n // config.batch_size)
     for epoch in range(config.epochs):
-        for i, rows in enumerate(np.array_split(rng.permutation(n), parts)):
-            if config.anneal:
-                left = 1.0 - (epoch * parts + i) / (config.epochs * parts)
-                optimizer.param_groups[0]["lr"] = config.learning_rate * left
+        for rows in np.array_split(rng.permutation(n), max(1, n // config.batch_size)):
             distribution = policy.get_distribution(_tensors(data, rows))
             loss = -distribution.log_prob(labels[rows]).mean()
             optimizer.zero_grad()
