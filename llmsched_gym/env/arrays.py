@@ -11,7 +11,7 @@ from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine.jit import JIT_ENABLED, kernel
-from llmsched_gym.env.features import NUM_FEATURES
+from llmsched_gym.env.features import features_of
 from llmsched_gym.env.knobs import KNOBS, knob_values
 from llmsched_gym.env.reward import RULES, TERMS, rules_of
 from llmsched_gym.env.slots import NUM_SLOT_FEATURES, NUM_SLOTS
@@ -30,7 +30,7 @@ class Arrays(NamedTuple):
     values: Any  # (num_knobs, most values) float64
     rules: Any  # (1,) RULES
     outcomes: Any  # (num_envs, FIRST_TERM + number of terms) float64
-    features: Any  # (num_envs, NUM_FEATURES) float32
+    features: Any  # (num_envs, number of features) float32
     rows: Any  # (num_envs or 0, NUM_SLOTS, NUM_SLOT_FEATURES) float32
     in_use: Any  # (num_envs or 0, NUM_SLOTS) int8
 
@@ -80,8 +80,9 @@ def unpack_arrays(a):
     return Arrays(a.knob_actions, a.scores, a.slots, a.values, a.rules, a.outcomes, a.features, a.rows, a.in_use)
 
 
-def make_arrays(config: EnvConfig, num_envs: int) -> tuple[Arrays, Any]:
-    """Zeroed arrays for `num_envs` environments, and their handle."""
+def make_arrays(config: EnvConfig, num_envs: int, num_features: int | None = None) -> tuple[Arrays, Any]:
+    """Zeroed arrays for `num_envs` environments, and their handle; `num_features` is by default the profile's."""
+    num_features = len(features_of(config)) if num_features is None else num_features
     with_slots = num_envs if config.observation == "slots" else 0
     arrays = Arrays(
         knob_actions=np.zeros((num_envs, len(KNOBS) if config.allow_refusal else len(KNOBS) - 1), np.int64),
@@ -90,7 +91,7 @@ def make_arrays(config: EnvConfig, num_envs: int) -> tuple[Arrays, Any]:
         values=knob_values(),
         rules=rules_of(config),
         outcomes=np.zeros((num_envs, FIRST_TERM + len(TERMS))),
-        features=np.zeros((num_envs, NUM_FEATURES), np.float32),
+        features=np.zeros((num_envs, num_features), np.float32),
         rows=np.zeros((with_slots, NUM_SLOTS, NUM_SLOT_FEATURES), np.float32),
         in_use=np.zeros((with_slots, NUM_SLOTS), np.int8),
     )

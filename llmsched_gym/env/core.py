@@ -15,7 +15,7 @@ from llmsched_gym.env import kernels
 from llmsched_gym.env.actions import as_array, check_range
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, make_arrays
 from llmsched_gym.env.episode import METRICS, episode_metrics
-from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.features import Feature, features_of
 from llmsched_gym.env.knobs import knobs_for
 from llmsched_gym.env.reward import TERMS, Transition
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
@@ -48,28 +48,29 @@ def space_settings(space: spaces.Space) -> dict[str, Any]:
     return dict(vars(space).get("llmsched", {}))
 
 
-def features_space() -> spaces.Box:
-    low = np.array([f.low for f in FEATURES], np.float32)
-    high = np.array([f.high for f in FEATURES], np.float32)
+def features_space(features: tuple[Feature, ...]) -> spaces.Box:
+    low = np.array([f.low for f in features], np.float32)
+    high = np.array([f.high for f in features], np.float32)
     return spaces.Box(low, high, dtype=np.float32)
 
 
-def observation_space(config: EnvConfig) -> spaces.Space:
-    """The space of one environment's observations."""
+def observation_space(config: EnvConfig, features: tuple[Feature, ...] | None = None) -> spaces.Space:
+    """The space of one environment's observations; `features` are by default those of its profile."""
     if hasattr(config.observation, "observe"):
         space = getattr(config.observation, "space", None)
         if not isinstance(space, spaces.Space):
             raise ConfigError(f"observation: expected an object with a gymnasium space in `space`, got {space!r}")
         return space
+    features = features_of(config) if features is None else features
     if config.observation == "features":
-        return features_space()
+        return features_space(features)
     low = np.tile(np.array([f.low for f in SLOT_FEATURES], np.float32), (NUM_SLOTS, 1))
     high = np.tile(np.array([f.high for f in SLOT_FEATURES], np.float32), (NUM_SLOTS, 1))
     return spaces.Dict(
         {
             "slots": spaces.Box(low, high, dtype=np.float32),
             "in_use": spaces.MultiBinary(NUM_SLOTS),
-            "features": features_space(),
+            "features": features_space(features),
         }
     )
 

@@ -14,7 +14,7 @@ from llmsched_gym.config import SUITES, EnvConfig, Scenario, env_config
 from llmsched_gym.env import reward
 from llmsched_gym.env.core import INFOS, action_space
 from llmsched_gym.env.episode import METRICS
-from llmsched_gym.env.features import FEATURES, Feature
+from llmsched_gym.env.features import ALL_FEATURES, FEATURES, MIXING, Feature
 from llmsched_gym.env.knobs import KNOBS, TOKEN_BUDGET
 from llmsched_gym.env.single import LLMSchedEnv
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
@@ -216,15 +216,17 @@ needed.
 
 ### Features
 
-`Box({len(FEATURES)},)`, float32:
+`Box({len(FEATURES)},)`, float32; `Box({len(ALL_FEATURES)},)` where the profile behind the scheduler's predictions
+has a surface ([formats.md](formats.md)). Only there it can take longer to mix decodes and prompts than to keep them
+apart; the last entry, `{MIXING.name}`, says whether it does (over 0.5). `feature_names` has an environment's names.
 
-{features(FEATURES)}
+{features(ALL_FEATURES)}
 
 ### Slots
 
 `Dict(slots=Box({NUM_SLOTS}, {len(SLOT_FEATURES)}), in_use=MultiBinary({NUM_SLOTS}), features=Box({len(FEATURES)},))`.
 The rows are running requests by admission, then waiting ones by arrival, preempted ones first. `in_use` says which rows
-hold one; `features` sums up the rest. It is no mask of actions: that is `action_masks()`.
+hold one; `features`, as above, sums up the rest. It is no mask of actions: that is `action_masks()`.
 
 {features(SLOT_FEATURES)}
 

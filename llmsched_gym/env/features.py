@@ -11,8 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmsched_gym.config import EnvConfig
+from llmsched_gym.cost import load_profile
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.env.reward import has_changed, pay_live
 
@@ -91,10 +94,26 @@ FEATURES: tuple[Feature, ...] = (
     Feature("shortest_dropped", 0, 1, "the shortest of them, share of 8,192 tokens; 1 if there is none"),
 )
 NUM_FEATURES = len(FEATURES)
+MIXING_TOKENS = 768  # prompt tokens whose price is asked; fixed, as between batches there is no token budget yet
+MIXING = Feature(
+    "price_of_mixing",
+    0,
+    1,
+    f"predicted time of all decodes beside up to {MIXING_TOKENS} prompt tokens, over that of the two in batches of "
+    "their own, halved; 0 without decodes or prompts",
+)
+ALL_FEATURES = (*FEATURES, MIXING)
+"""With those that only some profiles have, which come last."""
 _FIRST_CLASS = 18
 _PER_CLASS = len(_SLACK_LABELS) + len(_EMITTED_LABELS) + 1
 _FIRST_WAITING = _FIRST_CLASS + 2 * _PER_CLASS
 _COUNTS = np.minimum(1.0, np.log1p(np.arange(129)) / math.log1p(_COUNT_SCALE)).astype(np.float32)
+
+
+def features_of(config: EnvConfig) -> tuple[Feature, ...]:
+    """The features of an environment: MIXING is one where the scheduler's own profile knows what mixing costs."""
+    own = load_profile(config.scheduler_profile or config.profile)
+    return FEATURES if own.surface is None else ALL_FEATURES
 
 
 @kernel()
@@ -114,7 +133,7 @@ _PER_8192, _PER_20K, _PER_100K, _PER_300K, _PER_1M = map(per_log_of, (8192.0, 2e
 
 @kernel()
 def observe_features(lane, out, pays, world, rules, terms):
-    """Fill ``out[:NUM_FEATURES]`` (float32) with FEATURES, in their order.
+    """Fill ``out`` (float32, of NUM_FEATURES, or one more for MIXING) with the features, in their order.
 
     If `pays`, what the utility of the measured live requests has changed is booked on the same way through the lists
     and returned: a second pass over them would cost as much as the step's decision.
@@ -123,7 +142,7 @@ def observe_features(lane, out, pays, world, rules, terms):
     cohort_start, cohort_stop = (world.cohort_start, world.cohort_stop) if pays else (0, 0)
     paid = 0.0
     now_s, tbt_rule = sim.clock_s, rules.tbt_rule
-    out[:NUM_FEATURES] = 0.0
+    out[:] = 0.0
     started = started_tokens = 0
     context = 0
     smallest = 1.0
@@ -211,4 +230,6 @@ def observe_features(lane, out, pays, world, rules, terms):
     out[first + 17] = min(1.0, max(0.0, slack_s))
     out[first + 18] = _COUNTS[min(dropped, 128)]
     out[first + 19] = min(1.0, shortest_dropped / 8192.0)
+    if out.shape[0] > NUM_FEATURES:
+        out[NUM_FEATURES] = min(1.0, 0.5 * price_of_mixing(lane, min(MIXING_TOKENS, sim.max_num_batched_tokens)))
     return paid

@@ -117,6 +117,12 @@ def choose(net, features, action):
         first += width
 
 
+@entry()
+def choose_knobs(net, features, action):
+    """:func:`choose` for Python, in the arithmetic of whole runs."""
+    choose(net, features, action)
+
+
 @kernel()
 def _run(s, a, env, net, repeat, left, max_steps, max_idle_steps):
     lane, world, done = lane_of(s, env), s.worlds[env], 0

@@ -148,12 +148,19 @@ class PolicyScheduler:
             returns one action, checked as the environment checks it. With a method ``reset()`` it is told of each run.
         config: the environment's configuration: action, observation, action_repeat and token budget are used.
         decision_s: seconds that one decision costs on the clock.
+        num_features: how many of the features it sees, on any profile; None: those of the configuration's.
     """
 
-    def __init__(self, policy: Callable[..., Any], config: EnvConfig | None = None, decision_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        policy: Callable[..., Any],
+        config: EnvConfig | None = None,
+        decision_s: float = 0.0,
+        num_features: int | None = None,
+    ) -> None:
         self.policy, self.config, self.decision_s = policy, config or EnvConfig(), decision_s
         self.admission = self.config.admission
-        self._arrays, self._handle = make_arrays(self.config, 1)
+        self._arrays, self._handle = make_arrays(self.config, 1, num_features)
         self._legal = np.zeros((1, NUM_SLOTS + 1), np.bool_)
         self._action: Any = None
         self._left = 0

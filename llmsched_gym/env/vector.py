@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.env.arrays import DURATION_S, PAUSED, REWARD, TERMINATED
 from llmsched_gym.env.core import INFOS, EnvCore
-from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.features import features_of
 from llmsched_gym.env.reward import TERMS
 from llmsched_gym.env.single import EPISODE_INFOS, RESET_OPTIONS, SEED_BITS, LLMSchedEnv, check_options
 from llmsched_gym.env.spec import JsonSpec
@@ -91,7 +91,7 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
     @property
     def feature_names(self) -> list[str]:
         """Names of the entries of the features observation."""
-        return [feature.name for feature in FEATURES]
+        return [feature.name for feature in features_of(self.config)]
 
     @property  # type: ignore[misc]
     def np_random(self) -> Any:

@@ -5,7 +5,7 @@
     format          "llmsched-policy/1"
     architecture    {"kind": "mlp" | "rows" | "linear" | "constant", ...settings of the network}
     action          {"kind", "repeat", "token_budget", "admission", "allow_refusal", "knobs": {name: [value, ...]}}
-    observation     {"kind", "features": [name, ...], "slots": [name, ...]}
+    observation     {"kind", "features": [name, ...], "slots": [name, ...]}; a feature that the profile lacks is 0
     decision_s      seconds that one decision takes, measured at export
     training        what it was trained on and how it did; for people
     tensors_sha256  of policy.safetensors
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from llmsched_gym.config import ADMISSIONS, EnvConfig, plain
-from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.features import ALL_FEATURES, features_of
 from llmsched_gym.env.knobs import knobs_for
 from llmsched_gym.env.slots import SLOT_FEATURES
 from llmsched_gym.scheduler import PolicyError
@@ -62,8 +62,14 @@ class PolicySpec:
         )
 
 
-def spec_for(config: EnvConfig, architecture: Mapping[str, Any], **fields: Any) -> PolicySpec:
-    """The spec of a policy made for environments of `config`, as this version names features and knob values."""
+def spec_for(
+    config: EnvConfig, architecture: Mapping[str, Any], num_features: int | None = None, **fields: Any
+) -> PolicySpec:
+    """The spec of a policy made for environments of `config`, as this version names features and knob values.
+
+    It sees the first `num_features`; None: those of the configuration's profile.
+    """
+    seen = features_of(config) if num_features is None else ALL_FEATURES[:num_features]
     action: dict[str, Any] = {
         "kind": config.action,
         "repeat": config.action_repeat,
@@ -73,7 +79,7 @@ def spec_for(config: EnvConfig, architecture: Mapping[str, Any], **fields: Any) 
     }
     if config.action == "knobs":
         action["knobs"] = {k.name: [k.label(i) for i in range(len(k.values))] for k in knobs_for(config)}
-    observation: dict[str, Any] = {"kind": config.observation, "features": [f.name for f in FEATURES]}
+    observation: dict[str, Any] = {"kind": config.observation, "features": [f.name for f in seen]}
     if config.observation == "slots":
         observation["slots"] = [f.name for f in SLOT_FEATURES]
     return PolicySpec(architecture, action, observation, **fields)
@@ -173,7 +179,7 @@ def _check(where: str, raw: Any) -> PolicySpec:
     except ValueError as error:
         raise PolicyError(f"{where}: action: {error}") from None
 
-    names = {"features": [f.name for f in FEATURES]}
+    names = {"features": [f.name for f in ALL_FEATURES]}
     if wanted == "slots":
         names["slots"] = [f.name for f in SLOT_FEATURES]
     for name, known in names.items():

@@ -15,9 +15,9 @@ from llmsched_gym.engine import Engine
 from llmsched_gym.engine.jit import JIT_ENABLED
 from llmsched_gym.engine.run import clear_batch_env
 from llmsched_gym.engine.view import Batch, View
-from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.features import ALL_FEATURES, MIXING, NUM_FEATURES
 from llmsched_gym.env.knobs import Knob, knob_values, knobs_for, set_knobs
-from llmsched_gym.env.network import Network, choose, make_network, run_network
+from llmsched_gym.env.network import Network, choose_knobs, make_network, run_network
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder
@@ -39,7 +39,9 @@ class LoadedPolicy(PolicyScheduler):
         self, spec: PolicySpec, tensors: dict[str, np.ndarray], name: str = "", decision_s: float | None = None
     ) -> None:
         policy = make_policy(spec, tensors)
-        super().__init__(policy, spec.config, spec.decision_s if decision_s is None else decision_s)
+        # as many on every profile, so that the layout of the policy's arrays is its own
+        seen = len(ALL_FEATURES) if MIXING.name in spec.observation["features"] else NUM_FEATURES
+        super().__init__(policy, spec.config, spec.decision_s if decision_s is None else decision_s, seen)
         self.network = policy.network if isinstance(policy, Knobs) and JIT_ENABLED else None
         self.spec, self.name = spec, name
         self.what: str = f"a learned policy ({spec.architecture['kind']}, {spec.action['kind']} action)"
@@ -78,8 +80,13 @@ class Knobs:
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         action = np.zeros(len(self.network.counts), np.int64)
-        choose(self.network, observation, action)
+        choose_knobs(self.network, complete(observation), action)
         return action
+
+
+def complete(features: np.ndarray) -> np.ndarray:
+    """One observation of features with MIXING where its profile lacks it: 0, which is what it would say there."""
+    return np.append(features, np.zeros(1, features.dtype)) if len(features) == NUM_FEATURES else features
 
 
 def load_policy(path: str | Path, **options: Any) -> Any:
@@ -152,7 +159,7 @@ def _constant(name: str, spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Co
 def make_policy(spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Callable[..., Any]:
     """The function from one observation (and, for request actions, the mask of legal ones) to one action."""
     kind = spec.architecture["kind"]
-    names = [f.name for f in FEATURES]
+    names = [f.name for f in ALL_FEATURES]
     columns = np.array([names.index(name) for name in spec.observation["features"]])
     if kind == "linear":
         return _linear(spec, tensors, columns)
@@ -165,8 +172,10 @@ def make_policy(spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Callable[..
             layers, activation = [*mlp.hidden, mlp.out], spec.architecture["activation"]
             return Knobs(make_network(columns, mlp.mean, mlp.scale, layers, activation, widths, tables))
         if spec.action["kind"] == "request":
-            return lambda observation, mask: int(np.where(mask, mlp(observation[columns]), -math.inf).argmax())
-        return lambda observation: decode(mlp(observation[columns]))
+            return lambda observation, mask: int(
+                np.where(mask, mlp(complete(observation)[columns]), -math.inf).argmax()
+            )
+        return lambda observation: decode(mlp(complete(observation)[columns]))
 
     slot_names = [f.name for f in SLOT_FEATURES]
     slot_columns = np.array([slot_names.index(name) for name in spec.observation["slots"]])
@@ -176,7 +185,7 @@ def make_policy(spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Callable[..
 
     def network(observation: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         used = int(observation["in_use"].sum())  # rows in use come first
-        return rows(observation["slots"][:used, slot_columns], observation["features"][columns])
+        return rows(observation["slots"][:used, slot_columns], complete(observation["features"])[columns])
 
     if action == "knobs":
         return lambda observation: decode(network(observation)[1])

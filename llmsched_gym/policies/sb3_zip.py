@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.env.core import action_space, observation_space, space_settings
+from llmsched_gym.env.features import ALL_FEATURES, FEATURES
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.scheduler import PolicyError
 
@@ -45,7 +46,7 @@ def load_zip(path: Path, options: dict[str, str]) -> PolicyScheduler:
     model = read_zip(path, options)
     config = zip_config(name, model, options)
     normalise = zip_normaliser(path, model, options.get("vecnormalize"))
-    return PolicyScheduler(Predictor(model, normalise), config)
+    return PolicyScheduler(Predictor(model, normalise), config, num_features=num_features(model.observation_space))
 
 
 class Predictor:
@@ -137,12 +138,18 @@ def zip_config(name: str, model: Any, options: dict[str, str]) -> EnvConfig:
         if settings and "observation" not in settings:
             raise ConfigError("it was trained on observations of its own, which only its environment can make")
         for config in [EnvConfig(**{**settings, **given})] if settings else _guesses(model, given):
-            spaces_now = action_space(config), observation_space(config)
-            if spaces_now == (model.action_space, model.observation_space):
+            known = [observation_space(config, features) for features in (FEATURES, ALL_FEATURES)]
+            if action_space(config) == model.action_space and model.observation_space in known:
                 return config
     except ConfigError as error:
         raise PolicyError(f"policy {name!r}: {error}") from None
     raise PolicyError(f"policy {name!r}: its spaces are not those of this version's environments")
+
+
+def num_features(space: spaces.Space) -> int:
+    """How many features observations of a space have."""
+    features = space["features"] if isinstance(space, spaces.Dict) else space
+    return int(np.prod(features.shape or ()))
 
 
 def _guesses(model: Any, given: dict[str, Any]) -> list[EnvConfig]:
