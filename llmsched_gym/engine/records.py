@@ -8,7 +8,7 @@ import numpy as np
 PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
 PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
 
-
+NOBODY = -1  # where a request is linked
 CACHE_LINE = 64  # bytes
 
 
@@ -32,6 +32,8 @@ REQUEST = record_dtype(
         ("slo_class", "i1"),
         ("phase", "i1"),
         ("ttft_missed", "i1"),
+        ("has_expired", "i1"),  # of a waiting request: which part of the line it stands in, see engine.queue
+        ("later", "i4"),  # the next in that part; -1: it is the last
         ("arrival_s", "f8"),
         ("ttft_slo_s", "f8"),
         ("lateness_s", "f8"),  # late seconds of all closed waits, at most the patience
@@ -48,8 +50,12 @@ REQUEST = record_dtype(
         ("prompt_tokens", "i4"),
         ("num_cached_tokens", "i4"),  # of the computed tokens, found in the prefix cache
         ("num_preemptions", "i4"),
-        ("padding", "i8"),  # makes the size a multiple of a cache line
-        ("padding_2", "i8"),
+        # links of engine.queue, of waiting requests
+        ("place", "i4"),  # grows along the waiting list
+        ("earlier", "i4"),  # the one before it in its part of the line; -1: it is the first
+        ("shorter", "i4"),  # children in the tree of expired requests; -1: none
+        ("longer", "i4"),
+        ("padding", "i4"),  # makes the size a multiple of a cache line
     ]
 )
 
@@ -127,6 +133,16 @@ REPLICA = record_dtype(
         ("profile", "i4"),  # which row of the cost arrays it runs on
         ("block_size", "i4"),  # tokens in a KV block, a power of two
         ("block_bits", "i4"),  # its logarithm: a division takes longer than all else that a decode costs
+        # of the waiting list's index, see engine.queue; requests, -1: nobody
+        ("next_expiry_s", "f8"),  # no request of the open part expires before this
+        ("first_place", "i4"),  # of the waiting list; the next preempted request takes the one before it
+        ("last_place", "i4"),
+        ("first_open", "i4"),
+        ("last_open", "i4"),
+        ("first_expired", "i4"),  # by TTFT deadline
+        ("last_expired", "i4"),
+        ("expired_strict", "i4"),  # root of the tree of expired requests of class 0, by length
+        ("expired_others", "i4"),  # of all other classes
     ]
 )
 

@@ -26,6 +26,7 @@ from llmsched_gym.engine.records import (
     EPISODE,
     ITEM,
     KNOBS,
+    NOBODY,
     PENDING,
     REPLICA,
     REQUEST,
@@ -390,7 +391,9 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
     sim.admission = ADMISSIONS.index(scenario.admission)
     sim.allow_refusal = scenario.allow_refusal
     sim.idle_step_s = scenario.idle_step_s
-    sim.next_departure_s = math.inf
+    sim.next_departure_s = sim.next_expiry_s = math.inf
+    for name in ("first_open", "last_open", "first_expired", "last_expired", "expired_strict", "expired_others"):
+        sim[name] = NOBODY
     sim.cost_ratio = 1.0
     fits = min(sim.max_model_len, int(sim.total_blocks - sim.watermark_blocks) * int(sim.block_size))
     episode.largest_request = max(episode.largest_request, fits)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -94,10 +96,11 @@ INFOS = ("duration_s", "discount", *(f"reward_{name}" for name in TERMS))
 class EnvCore:
     """Engine, arrays and bookkeeping of `num_envs` environments; all step kernels run over all of them at once.
 
-    Without `num_envs` there is one, whose actions have no axis of environments.
+    Without `num_envs` there is one, whose actions have no axis of environments. `num_threads` share the environments of
+    a step among them.
     """
 
-    def __init__(self, config: EnvConfig, num_envs: int | None = None) -> None:
+    def __init__(self, config: EnvConfig, num_envs: int | None = None, num_threads: int = 1) -> None:
         if config.backend == "transformers" and (num_envs or 1) != 1:
             raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got 'transformers'")
         make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
@@ -128,6 +131,8 @@ class EnvCore:
         self._with_slots = config.observation == "slots"
         expect_kernels(3 + self._with_slots + 2 * (config.action == "request"))  # start, observation, step, and more
         repeats_noise = self.engine.noisy and config.action_repeat > NOISE_BLOCK
+        self.num_threads = min(num_threads, self.num_envs)
+        self._threads = ThreadPoolExecutor(self.num_threads - 1) if self.num_threads > 1 else None
         self._outside = config.backend != "simulated" or callable(config.reward) or repeats_noise
 
     def _backend(self) -> Any:
@@ -187,14 +192,33 @@ class EnvCore:
             for env in np.flatnonzero(self.arrays.outcomes[:, PAUSED] == 0.0).tolist():
                 self._step_outside(env)
             return
-        due = self._step(self.engine.handle, self.handle)
-        if due == kernels.REFUSED:
+        due = self._step_range(0, self.num_envs) if self._threads is None else self._step_in_threads(self._threads)
+        if due < 0:
             check_range(self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
-        self._observe_slots(0, self.num_envs)
         if due and self.engine.noisy:
             sims = self.engine.state.sims
             for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat).tolist():
                 self.engine.refill_noise(env)
+
+    def _step_range(self, first: int, stop: int) -> int:
+        """Step environments first, ..., stop - 1; returns what the kernel does."""
+        due: int = self._step(self.engine.handle, self.handle, first, stop)
+        if due != kernels.REFUSED:
+            self._observe_slots(first, stop)
+        return due
+
+    def _step_in_threads(self, threads: ThreadPoolExecutor) -> int:
+        """Each thread, this one among them, steps as many environments; what they do does not depend on the others."""
+        edges = np.linspace(0, self.num_envs, self.num_threads + 1).astype(int).tolist()
+        others = [threads.submit(self._step_range, *edge) for edge in itertools.pairwise(edges[1:])]
+        due = self._step_range(0, edges[1])
+        return due + sum(other.result() for other in others)
+
+    def close(self) -> None:
+        """End the threads; the environments can still be stepped, by one."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
 
     def _step_outside(self, env: int) -> None:
         """The same decision with a backend or a reward that lives in Python, or over many blocks of noise."""

@@ -17,6 +17,7 @@ from llmsched_gym.engine.batch import (
 )
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.pack import pack
+from llmsched_gym.engine.prefetch import prefetch_queues, prefetch_requests
 from llmsched_gym.engine.records import WAITING
 from llmsched_gym.engine.run import advance, noise_due, run_lane
 from llmsched_gym.engine.state import OWN_MEMORY, lane_of, unpack
@@ -37,7 +38,6 @@ from llmsched_gym.env.reward import pay_resolved
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible, observe_slots, slot_request
 
 REFUSED = -1  # what a step returns when an action is outside its space; nothing has changed
-FEW_ENVS = 128  # their records stay in the processor's own cache
 
 
 @kernel()
@@ -55,20 +55,6 @@ def end_step(lane, world, a, env, start_s):
     resolved = world.drain_all != 0 and world.num_unresolved == 0
     outcome[TERMINATED] = over and resolved
     outcome[TRUNCATED] = over and not resolved
-
-
-@kernel()
-def fetch(lane):
-    """Read a word of each cache line that a step needs of the running requests; returns something of them.
-
-    Nothing in this loop waits for anything else in it, so the processor fetches many lines at once; the loops that do
-    the work would wait for one after the other. With 1,024 environments the records are far from the processor.
-    """
-    total = 0.0
-    for i in range(lane.sim.num_running):
-        request = lane.requests[lane.running[i]]
-        total += request.num_blocks + request.max_gap_s
-    return total
 
 
 @kernel()
@@ -181,7 +167,7 @@ def observe_env(s, a, env):
     observe_features(lane, a.features[env], False, s.worlds[env], a.rules[0], a.outcomes[env])
 
 
-@entry()
+@entry(nogil=True)
 def observe_slots_of(s, a, first, stop):
     """The requests' rows of environments first, ..., stop - 1; compiled only where they are asked for."""
     for env in range(first, stop):
@@ -267,17 +253,21 @@ def form(lane, schedule, by_item):
 
 
 @kernel(inline="always")
-def _step(s, a, is_legal, put, schedule, by_item):
+def _step(s, a, first, stop, is_legal, put, schedule, by_item):
     for env in range(s.sims.shape[0]):  # before the first is taken: one outside the space changes nothing
         if a.outcomes[env, PAUSED] == 0.0 and not is_legal(a, env):
             return REFUSED
     due = 0
-    for env in range(s.sims.shape[0]):
+    for env in range(first, min(first + 1, stop)):
+        prefetch_queues(s, env, env)
+    for env in range(first, stop):
+        if env + 2 < stop:
+            prefetch_queues(s, env + 2, env + 2)
+        if env + 1 < stop:
+            prefetch_requests(s, env + 1, env + 1)
         if a.outcomes[env, PAUSED] != 0.0:
             continue
         lane, world = lane_of(s, env), s.worlds[env]
-        if s.sims.shape[0] > FEW_ENVS:
-            a.outcomes[env, REWARD] = fetch(lane)
         start_s = lane.sim.clock_s
         put(lane, a, env)
         for _ in range(a.rules[0].action_repeat):
@@ -293,39 +283,42 @@ def _step(s, a, is_legal, put, schedule, by_item):
 
 
 @kernel()
-def _step_knobs(s, a):
-    return _step(s, a, legal_knobs, put_knobs, pack, False)
+def _step_knobs(s, a, first, stop):
+    return _step(s, a, first, stop, legal_knobs, put_knobs, pack, False)
 
 
-@entry()
-def step_knobs(s, a):
-    """One decision of every environment by knobs; returns how many used up a block of noise, or REFUSED."""
-    return _step_knobs(unpack(s), unpack_arrays(a))
+@entry(nogil=True)
+def step_knobs(s, a, first, stop):
+    """One decision of environments first, ..., stop - 1 by knobs; returns how many used up a block of noise.
 
-
-@kernel()
-def _step_priority(s, a):
-    return _step(s, a, legal_scores, put_scores, by_score, False)
-
-
-@entry()
-def step_priority(s, a):
-    """One decision of every environment by one score per slot; returns what :func:`step_knobs` does."""
-    return _step_priority(unpack(s), unpack_arrays(a))
+    REFUSED if any action, of whichever environment, is outside the space.
+    """
+    return _step_knobs(unpack(s), unpack_arrays(a), first, stop)
 
 
 @kernel()
-def _step_request(s, a):
-    return _step(s, a, legal_slot, put_slot, by_request, True)
+def _step_priority(s, a, first, stop):
+    return _step(s, a, first, stop, legal_scores, put_scores, by_score, False)
 
 
-@entry()
-def step_request(s, a):
-    """One decision of every environment: add the request of a slot, or close the batch (NUM_SLOTS).
+@entry(nogil=True)
+def step_priority(s, a, first, stop):
+    """One decision of those environments by one score per slot; returns what :func:`step_knobs` does."""
+    return _step_priority(unpack(s), unpack_arrays(a), first, stop)
+
+
+@kernel()
+def _step_request(s, a, first, stop):
+    return _step(s, a, first, stop, legal_slot, put_slot, by_request, True)
+
+
+@entry(nogil=True)
+def step_request(s, a, first, stop):
+    """One decision of those environments: add the request of a slot, or close the batch (NUM_SLOTS).
 
     Returns what :func:`step_knobs` does.
     """
-    return _step_request(unpack(s), unpack_arrays(a))
+    return _step_request(unpack(s), unpack_arrays(a), first, stop)
 
 
 # Several batches of one decision, for policies that the engine runs.

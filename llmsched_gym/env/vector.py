@@ -45,6 +45,9 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         render_mode: None, "ansi" or "rgb_array"; `render` returns a tuple of frames.
         autoreset_mode: one of the above, or gymnasium's ``AutoresetMode``.
         max_episode_steps: truncate episodes after so many steps; None: only where the environment itself does.
+        num_threads: threads that share the environments of a step, without Python's lock; one a core is the most that
+            helps, and from some 64 environments on. Trajectories do not depend on it. What runs in Python (a callable
+            reward or observation, a backend, resets) runs in one.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012
@@ -60,9 +63,10 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
+        num_threads: int = 1,
         **fields: Any,
     ) -> None:
-        num_envs = _positive("num_envs", num_envs)
+        num_envs, num_threads = _positive("num_envs", num_envs), _positive("num_threads", num_threads)
         if render_mode is not None and render_mode not in RENDER_MODES:
             raise ConfigError(f"render_mode: expected one of {', '.join(RENDER_MODES)}, got {render_mode!r}")
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
@@ -70,7 +74,7 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         limit = max_episode_steps
         self._most_steps = None if limit is None else _positive("max_episode_steps", limit)
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.core = EnvCore(env_config(suite, **fields), num_envs)
+        self.core = EnvCore(env_config(suite, **fields), num_envs, num_threads)
         self.envs = [Member(self.core, i, render_mode) for i in range(num_envs)]
         self.single_action_space = self.core.action_space
         self.single_observation_space = self.core.observation_space
@@ -231,6 +235,7 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         for env in self.envs:
             env.close()
+        self.core.close()
 
 
 class Member(LLMSchedEnv):
