@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from llmsched_gym.env import InvalidAction, LLMSchedEnv, LLMSchedVectorEnv
-from llmsched_gym.env.knobs import KNOBS
+from llmsched_gym.env.actions.knobs import KNOBS
 
 KINDS = ("knobs", "priority", "request")
 NAN = float("nan")

@@ -11,8 +11,8 @@ from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine.jit import JIT_ENABLED, kernel
+from llmsched_gym.env.actions.knobs import KNOBS, knob_values
 from llmsched_gym.env.features import NUM_FEATURES
-from llmsched_gym.env.knobs import KNOBS, knob_values
 from llmsched_gym.env.reward import RULES, TERMS, rules_of
 from llmsched_gym.env.slots import NUM_SLOT_FEATURES, NUM_SLOTS
 

@@ -12,11 +12,11 @@ from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.env import kernels
-from llmsched_gym.env.actions import as_array, check_range
+from llmsched_gym.env.actions.action import as_array, check_range
+from llmsched_gym.env.actions.knobs import knobs_for
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, make_arrays
 from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import knobs_for
 from llmsched_gym.env.reward import TERMS, Transition
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.scheduler import install

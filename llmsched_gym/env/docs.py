@@ -12,10 +12,10 @@ import numpy as np
 
 from llmsched_gym.config import SUITES, EnvConfig, Scenario, env_config
 from llmsched_gym.env import reward
+from llmsched_gym.env.actions.knobs import KNOBS, TOKEN_BUDGET
 from llmsched_gym.env.core import INFOS, action_space
 from llmsched_gym.env.episode import METRICS
 from llmsched_gym.env.features import FEATURES, Feature
-from llmsched_gym.env.knobs import KNOBS, TOKEN_BUDGET
 from llmsched_gym.env.single import LLMSchedEnv
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 

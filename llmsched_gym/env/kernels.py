@@ -21,6 +21,7 @@ from llmsched_gym.engine.records import WAITING
 from llmsched_gym.engine.run import advance, noise_due, run_lane
 from llmsched_gym.engine.state import OWN_MEMORY, lane_of, unpack
 from llmsched_gym.engine.step import clear_batch, has_work, is_over
+from llmsched_gym.env.actions.knobs import clip, has_these_values, set_knobs
 from llmsched_gym.env.arrays import (
     DISCOUNT,
     DURATION_S,
@@ -32,7 +33,6 @@ from llmsched_gym.env.arrays import (
     unpack_arrays,
 )
 from llmsched_gym.env.features import observe_features
-from llmsched_gym.env.knobs import clip, has_these_values, set_knobs
 from llmsched_gym.env.reward import pay_resolved
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible, observe_slots, slot_request
 

@@ -13,9 +13,9 @@ from llmsched_gym.engine.pack import pack
 from llmsched_gym.engine.run import noise_due, run_lane
 from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import is_over
+from llmsched_gym.env.actions.knobs import set_knobs
 from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.features import observe_features
-from llmsched_gym.env.knobs import set_knobs
 
 ACTIVATIONS = ("tanh", "relu")
 TANH = 0

@@ -12,9 +12,9 @@ import numpy as np
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
-from llmsched_gym.env.actions import as_array, check_range
+from llmsched_gym.env.actions.action import as_array, check_range
+from llmsched_gym.env.actions.knobs import CAP, KNOBS, LIMIT, REFUSE, TOKEN_BUDGET, knobs_action
 from llmsched_gym.env.arrays import make_arrays
-from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, REFUSE, TOKEN_BUDGET, knobs_action
 from llmsched_gym.env.slots import NUM_SLOTS
 from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
 

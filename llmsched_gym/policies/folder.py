@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from llmsched_gym.config import ADMISSIONS, EnvConfig, plain
+from llmsched_gym.env.actions.knobs import knobs_for
 from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import knobs_for
 from llmsched_gym.env.slots import SLOT_FEATURES
 from llmsched_gym.scheduler import PolicyError
 

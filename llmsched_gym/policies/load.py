@@ -15,8 +15,8 @@ from llmsched_gym.engine import Engine
 from llmsched_gym.engine.jit import JIT_ENABLED
 from llmsched_gym.engine.run import clear_batch_env
 from llmsched_gym.engine.view import Batch, View
+from llmsched_gym.env.actions.knobs import Knob, knob_values, knobs_for, set_knobs
 from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import Knob, knob_values, knobs_for, set_knobs
 from llmsched_gym.env.network import Network, choose, make_network, run_network
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES

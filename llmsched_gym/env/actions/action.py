@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from llmsched_gym.config import EnvConfig
-from llmsched_gym.env.knobs import knobs_for
+from llmsched_gym.env.actions.knobs import knobs_for
 from llmsched_gym.env.slots import NUM_SLOTS
 
 _KINDS = {"knobs": "iu", "priority": "fiu", "request": "iu"}

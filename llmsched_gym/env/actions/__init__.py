@@ -1,0 +1,1 @@
+"""What agents decide: a module for each kind of action."""
