@@ -221,8 +221,10 @@ def observe_features(lane, out, pays, world, rules, terms):
         worst = max(worst, request.lateness_s + max(0.0, -left_s))
         out[AT.waiting_missed + k] += 1.0
         n = request.prefill_tokens
-        k = (n > PROMPT_EDGES[0]) + (n > PROMPT_EDGES[1]) + (n > PROMPT_EDGES[2]) + (n > PROMPT_EDGES[3])
-        out[AT.waiting_prompt_to_512 + k] += 1.0
+        k = AT.waiting_prompt_to_512 + (n > PROMPT_EDGES[0]) + (n > PROMPT_EDGES[1])
+        k += n > PROMPT_EDGES[2]
+        k += n > PROMPT_EDGES[3]
+        out[k] += 1.0
         if request.slo_class == 0:
             out[AT.waiting_strict] += 1.0
         shortest = min(shortest, n)
