@@ -30,7 +30,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.train import Config as TrainConfig
 from llmsched_gym.agents.train import evaluate, make_model
 from llmsched_gym.config import ConfigError, env_config
-from llmsched_gym.env.knobs import CAP, KNOBS, knobs_action
+from llmsched_gym.env.actions.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.env.policy import knobs_now, sets_knobs
 from llmsched_gym.scheduler import make_scheduler
 

@@ -9,7 +9,8 @@ from llmsched_gym.cost import load_profile
 from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv, kernels
-from llmsched_gym.env.arrays import make_arrays
+from llmsched_gym.env.arrays import handle_of
+from llmsched_gym.env.core import make_arrays
 from llmsched_gym.env.features import ALL_FEATURES, FEATURES, MIXING, MIXING_TOKENS
 from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.evaluation.run import simulate
@@ -41,7 +42,8 @@ def test_it_exists_where_the_schedulers_profile_has_a_surface():
 
 def test_the_others_are_what_they_are_without_it():
     env = LLMSchedEnv(profile=SURFACE, **WORLD)
-    arrays, handle = make_arrays(env.config, 1, len(FEATURES))
+    arrays = make_arrays(env.config, 1, len(FEATURES))
+    handle = handle_of(arrays)
     env.reset(seed=2)
     for _ in range(60):
         observation = env.step(np.zeros(7, np.int64))[0]

@@ -11,8 +11,8 @@ from safetensors.numpy import save
 
 from llmsched_gym.config import EnvConfig, env_config
 from llmsched_gym.engine.jit import JIT_ENABLED
+from llmsched_gym.env.actions.knobs import KNOBS, knobs_for
 from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import KNOBS, knobs_for
 from llmsched_gym.env.network import forward
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.evaluation.metrics import row

@@ -116,27 +116,13 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         seeds = _seeds(seed, self.num_envs)
         for env in np.flatnonzero(which).tolist():
             self._restart(env, seeds[env], options)
-        return self._observations(), self._infos(self._outcomes()[DURATION_S:], None if which.all() else which)
+        return self.core.observations(), self._infos(self._outcomes()[DURATION_S:], None if which.all() else which)
 
     def _restart(self, env: int, seed: int | None, options: dict[str, Any]) -> None:
         self.envs[env].restart(seed, **options)
         self._steps[env] = 0
         self._is_over[env] = False
         self._any_over = bool(self._is_over.any())
-
-    def _observations(self) -> Any:
-        core = self.core
-        if hasattr(core.config.observation, "observe"):
-            views = [core.observation(env) for env in range(self.num_envs)]
-            out: Any = gym.vector.utils.create_empty_array(self.single_observation_space, self.num_envs)
-            return gym.vector.utils.concatenate(self.single_observation_space, views, out)
-        if core.config.observation == "features":
-            return core.arrays.features.copy()
-        return {
-            "slots": core.arrays.rows.copy(),
-            "in_use": core.arrays.in_use.copy(),
-            "features": core.arrays.features.copy(),
-        }
 
     def _infos(self, told: np.ndarray, which: np.ndarray | None, ended: np.ndarray | None = None) -> dict[str, Any]:
         """`info` of the environments in `which` (None: all; others have zeros) from the columns of their outcomes.
@@ -184,18 +170,18 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         if self._most_steps is not None:
             truncated |= self._steps >= self._most_steps
         if not np.count_nonzero(verdicts):  # the common case: whatever was over has begun anew
-            return self._observations(), rewards, terminated, truncated, self._infos(told, None)
+            return self.core.observations(), rewards, terminated, truncated, self._infos(told, None)
         self._is_over = ended = terminated | truncated
         self._any_over = True
         if mode != AutoresetMode.SAME_STEP:
-            return self._observations(), rewards, terminated, truncated, self._infos(told, None, own)
+            return self.core.observations(), rewards, terminated, truncated, self._infos(told, None, own)
         final_obs, final_info = np.full(self.num_envs, None, dtype=object), self._infos(told, ended, own)
         for env in np.flatnonzero(ended).tolist():
             final_obs[env] = core.observation(env)
             self._restart(env, None, {})
         info = {"final_obs": final_obs, "_final_obs": terminated | truncated, "final_info": final_info}
         info |= {"_final_info": terminated | truncated, **self._infos(self._outcomes()[DURATION_S:], None)}
-        return self._observations(), rewards, terminated, truncated, info
+        return self.core.observations(), rewards, terminated, truncated, info
 
     def reward_terms(self) -> dict[str, np.ndarray]:
         """Parts of the last step's rewards, before ``reward_scale``; arrays of shape (num_envs,)."""

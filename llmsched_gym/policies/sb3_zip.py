@@ -15,8 +15,10 @@ import numpy as np
 from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
-from llmsched_gym.env.core import action_space, observation_space, space_settings
-from llmsched_gym.env.features import ALL_FEATURES, FEATURES
+from llmsched_gym.env.actions import ACTIONS
+from llmsched_gym.env.core import action_space, space_settings
+from llmsched_gym.env.features import ALL_FEATURES, NUM_FEATURES
+from llmsched_gym.env.observations import observation_space
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.scheduler import PolicyError
 
@@ -138,7 +140,7 @@ def zip_config(name: str, model: Any, options: dict[str, str]) -> EnvConfig:
         if settings and "observation" not in settings:
             raise ConfigError("it was trained on observations of its own, which only its environment can make")
         for config in [EnvConfig(**{**settings, **given})] if settings else _guesses(model, given):
-            known = [observation_space(config, features) for features in (FEATURES, ALL_FEATURES)]
+            known = [observation_space(config, number) for number in (NUM_FEATURES, len(ALL_FEATURES))]
             if action_space(config) == model.action_space and model.observation_space in known:
                 return config
     except ConfigError as error:
@@ -154,16 +156,22 @@ def num_features(space: spaces.Space) -> int:
 
 def _guesses(model: Any, given: dict[str, Any]) -> list[EnvConfig]:
     """Configurations that a model's spaces allow, where these do not carry their environment's settings."""
-    kinds = {spaces.MultiDiscrete: "knobs", spaces.Box: "priority", spaces.Discrete: "request"}
-    kind = kinds.get(type(model.action_space), "")
-    asked = {"knobs": ["repeat"], "priority": ["repeat", "token_budget"], "request": ["token_budget"]}.get(kind, [])
-    fields = {"repeat": "action_repeat", "token_budget": "token_budget"}
-    for key in asked:
-        if fields[key] not in given:
-            raise ConfigError(f"{key}: the zip does not say with which {fields[key]} it was trained: say {key}=N")
     slots = isinstance(model.observation_space, spaces.Dict)
-    settings = {"action": kind, "observation": "slots" if slots else "features", **given}
-    return [EnvConfig(**settings, allow_refusal=refusal) for refusal in (False, True)] if kind else []
+    settings = {"observation": "slots" if slots else "features", **given}
+    found = []
+    for name, action in ACTIONS.items():
+        if not isinstance(model.action_space, type(action.space(EnvConfig(action=name)))):
+            continue
+        if action.is_held and "action_repeat" not in given:
+            raise _unknown("repeat", "action_repeat")
+        if action.has_budget and "token_budget" not in given:
+            raise _unknown("token_budget", "token_budget")
+        found += [EnvConfig(**settings, action=name, allow_refusal=refusal) for refusal in (False, True)]
+    return found
+
+
+def _unknown(option: str, field: str) -> ConfigError:
+    return ConfigError(f"{option}: the zip does not say with which {field} it was trained: say {option}=N")
 
 
 def zip_normaliser(path: Path, model: Any, wanted: str | None) -> Callable[[Any], Any]:
