@@ -283,6 +283,12 @@ def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def empty_line(sims: Any) -> None:
+    """Nobody stands in the waiting line's index: also before the first table, where 0 would be a request."""
+    for name in ("first_open", "last_open", "first_expired", "last_expired", "expired_strict", "expired_others"):
+        sims[name] = NOBODY
+
+
 def allocate(
     num_envs: int,
     capacity: int,
@@ -299,8 +305,10 @@ def allocate(
     lanes, seqs = num_envs * num_replicas, scenario.max_num_seqs or profile.device.max_num_seqs
     own = own_profile or profile
     limit = scenario.max_num_batched_tokens
+    sims = np.zeros(lanes, REPLICA)
+    empty_line(sims)
     return State(
-        sims=np.zeros(lanes, REPLICA),
+        sims=sims,
         episodes=np.zeros(num_envs, EPISODE),
         worlds=np.zeros(num_envs, WORLD),
         requests=aligned_zeros((num_envs, capacity), REQUEST),
@@ -392,8 +400,7 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
     sim.allow_refusal = scenario.allow_refusal
     sim.idle_step_s = scenario.idle_step_s
     sim.next_departure_s = sim.next_expiry_s = math.inf
-    for name in ("first_open", "last_open", "first_expired", "last_expired", "expired_strict", "expired_others"):
-        sim[name] = NOBODY
+    empty_line(sim)
     sim.cost_ratio = 1.0
     fits = min(sim.max_model_len, int(sim.total_blocks - sim.watermark_blocks) * int(sim.block_size))
     episode.largest_request = max(episode.largest_request, fits)
