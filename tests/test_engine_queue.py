@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_engine_properties import DEVICE, KNOBS, SMALL_WORLDS, RandomLegal, rows_of
 
-from llmsched_gym.engine import check
+from llmsched_gym.config import scenario
+from llmsched_gym.engine import Engine, check
 from llmsched_gym.engine.batch import can_make_ttft, insert_sorted, is_prefill, remaining_prefill, time_left_s
 from llmsched_gym.engine.invariants import InvariantError
 from llmsched_gym.engine.pack import (
@@ -24,8 +25,9 @@ from llmsched_gym.engine.pack import (
     next_waiting,
 )
 from llmsched_gym.engine.promise import promise
+from llmsched_gym.engine.records import NOBODY
 from llmsched_gym.engine.state import lane_of
-from llmsched_gym.scheduler import Compiled
+from llmsched_gym.scheduler import Compiled, install, make_scheduler
 
 CROWDS = st.lists(
     st.tuples(
@@ -185,3 +187,14 @@ def test_the_checker_notices_a_broken_link(field):
     requests[r][field] = -1 if field != "place" else requests[r][field] + 2
     with pytest.raises(InvariantError, match=r"list|tree"):
         check(state)
+
+
+@pytest.mark.parametrize("policy", ["on-time", "slai", "feasible-first", "edf"])
+def test_before_the_first_table_nobody_waits(policy):
+    engine = Engine(scenario("paper", num_requests=5, qps=1.0), 5)
+    scheduler = make_scheduler(policy)
+    install(scheduler, engine.state)
+    sim = engine.state.sims[0]
+    assert (sim.num_waiting, sim.first_open, sim.last_open, sim.first_expired, sim.expired_others) == (0, *[NOBODY] * 4)
+    engine.decide(scheduler)
+    assert engine.state.batches[0].num_items == 0

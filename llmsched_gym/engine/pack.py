@@ -212,7 +212,9 @@ def _any_feasible(lane):
         if is_prefill(lane.requests[r]) and can_make_ttft(lane, r):
             return True
     r = lane.sim.first_open
-    while r != NOBODY:
+    for _ in range(lane.sim.num_waiting + 1):
+        if r == NOBODY:
+            break
         if lane.requests[r].num_scheduled_tokens == 0 and can_make_ttft(lane, r):
             return True
         r = lane.requests[r].later
@@ -230,7 +232,9 @@ def _any_decode(lane):
 @kernel()
 def _any_within_limit(lane):
     r = lane.sim.first_open
-    while r != NOBODY:
+    for _ in range(lane.sim.num_waiting + 1):
+        if r == NOBODY:
+            break
         request = lane.requests[r]
         if request.num_scheduled_tokens == 0 and request.prefill_tokens <= lane.batch.limit:
             return True
@@ -279,7 +283,9 @@ def next_waiting(lane, order, hold, limit):
     best = -1
     best_key = math.inf
     following = lane.sim.first_open
-    while following != NOBODY:
+    for _ in range(lane.sim.num_waiting + 1):
+        if following == NOBODY:
+            break
         r, request = following, lane.requests[following]
         following = request.later
         if request.num_scheduled_tokens != 0 or (limit and request.prefill_tokens > lane.batch.limit):
@@ -307,7 +313,9 @@ def next_waiting(lane, order, hold, limit):
 def _shortest_expired(lane, strict, limit):
     """The shortest expired prompt of a class that is not in the batch yet, -1 if there is none or it is too long."""
     r = shortest_expired(lane, strict, NOBODY)
-    while r != NOBODY and lane.requests[r].num_scheduled_tokens != 0:
+    for _ in range(lane.sim.num_waiting + 1):
+        if r == NOBODY or lane.requests[r].num_scheduled_tokens == 0:
+            break
         r = shortest_expired(lane, strict, r)
     return -1 if r != NOBODY and limit and lane.requests[r].prefill_tokens > lane.batch.limit else r
 
@@ -317,7 +325,9 @@ def _next_expired(lane, order, limit):
     """The first of the expired prompts under `order`, -1 if there is none; all but FCFS."""
     if order == EDF:
         r = lane.sim.first_expired
-        while r != NOBODY:
+        for _ in range(lane.sim.num_waiting + 1):
+            if r == NOBODY:
+                break
             request = lane.requests[r]
             if request.num_scheduled_tokens == 0 and not (limit and request.prefill_tokens > lane.batch.limit):
                 return r

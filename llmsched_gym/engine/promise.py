@@ -56,7 +56,9 @@ def promise(lane, stretch):
     for i in range(lane.sim.num_running):
         count = _add_candidate(lane, count, lane.running[i])
     r = lane.sim.first_open
-    while r != NOBODY:
+    for _ in range(lane.sim.num_waiting + 1):
+        if r == NOBODY:
+            break
         count = _add_candidate(lane, count, r)
         r = lane.requests[r].later
     stretch *= lane.sim.cost_ratio

@@ -65,13 +65,17 @@ def _plant(sim, requests, r):
     """Put expired request `r` into the tree of its class."""
     strict = requests[r].slo_class == 0
     parent, longer, node = NOBODY, False, _root(sim, strict)
-    while node != NOBODY and rank(node) >= rank(r):
+    for _ in range(sim.num_waiting + 1):
+        if node == NOBODY or rank(node) < rank(r):
+            break
         parent, longer = node, is_shorter(requests, node, r)
         node = requests[node].longer if longer else requests[node].shorter
     _hang(sim, requests, strict, parent, longer, r)
     # what was there is split into those shorter and those longer than r
     below, above = r, r
-    while node != NOBODY:
+    for _ in range(sim.num_waiting + 1):
+        if node == NOBODY:
+            break
         if is_shorter(requests, node, r):
             _hang(sim, requests, strict, below, below != r, node)
             below = node
@@ -89,11 +93,15 @@ def _uproot(sim, requests, r):
     """Take expired request `r` out of its tree."""
     strict = requests[r].slo_class == 0
     parent, longer, node = NOBODY, False, _root(sim, strict)
-    while node != r:
+    for _ in range(sim.num_waiting + 1):
+        if node == r:
+            break
         parent, longer = node, is_shorter(requests, node, r)
         node = requests[node].longer if longer else requests[node].shorter
     below, above = requests[r].shorter, requests[r].longer
-    while below != NOBODY and above != NOBODY:
+    for _ in range(sim.num_waiting + 1):
+        if below == NOBODY or above == NOBODY:
+            break
         if rank(below) >= rank(above):
             _hang(sim, requests, strict, parent, longer, below)
             parent, longer, below = below, True, requests[below].longer
@@ -107,7 +115,9 @@ def _uproot(sim, requests, r):
 def shortest_expired(lane, strict, behind):
     """The shortest expired request of its tree behind request `behind`, or of all (NOBODY); NOBODY if there is none."""
     requests, found, node = lane.requests, NOBODY, _root(lane.sim, strict)
-    while node != NOBODY:
+    for _ in range(lane.sim.num_waiting + 1):
+        if node == NOBODY:
+            break
         if behind == NOBODY or is_shorter(requests, behind, node):
             found, node = node, requests[node].shorter
         else:
@@ -218,7 +228,9 @@ def expire(lane):
     """Move all open requests whose TTFT SLO is over by now to the expired ones."""
     sim, requests = lane.sim, lane.requests
     earliest_s, r = math.inf, sim.first_open
-    while r != NOBODY:
+    for _ in range(sim.num_waiting + 1):
+        if r == NOBODY:
+            break
         request, following = requests[r], requests[r].later
         if has_expired(request, sim.clock_s):
             _unlink(lane, r)
@@ -234,7 +246,9 @@ def expire(lane):
 def _due_before(lane, r):
     """Behind whom `r` stands among the expired: found from the end, as requests expire about by deadline."""
     requests, before, due_s = lane.requests, lane.sim.last_expired, deadline_s(lane.requests[r])
-    while before != NOBODY:
+    for _ in range(lane.sim.num_waiting + 1):
+        if before == NOBODY:
+            break
         other_s = deadline_s(requests[before])
         if other_s < due_s or (other_s == due_s and before < r):
             break
