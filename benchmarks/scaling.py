@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 
 SCHEDULERS = ("slai", "on-time")
-RUNNING = (32, 128, 512, 1024)
-WAITING = (0, 100, 1000, 5700, 20000)
-ENVS = (1, 4, 16, 64, 256, 1024, 4096)
+RUNNING = (32, 128, 512)
+WAITING = (0, 1000, 5700, 20000)
+ENVS = (1, 16, 64, 256, 1024)
 PROMPT, BLOCK, ITERATIONS = 100, 16, 800
 LONG_PROMPT = 2000  # of those that wait
 SETTLED_S = 8.0  # by then the queue has expired: TTFT SLOs are below 5 s
