@@ -24,10 +24,10 @@ from llmsched_gym.agents.networks import ACTIVATIONS, Normaliser, RowsExtractor
 from llmsched_gym.agents.options import fail_in_one_line
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine import Engine
-from llmsched_gym.env.features import NUM_FEATURES
+from llmsched_gym.env.features import MIXING
 from llmsched_gym.policies import LoadedPolicy, PolicySpec, write_folder
 from llmsched_gym.policies.folder import read_folder, spec_for
-from llmsched_gym.policies.sb3_zip import as_it_is, read_zip, zip_config, zip_normaliser
+from llmsched_gym.policies.sb3_zip import as_it_is, num_features, read_zip, zip_config, zip_normaliser
 from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable
 
@@ -36,17 +36,20 @@ def export(policy: Any, config: EnvConfig, **fields: Any) -> tuple[PolicySpec, d
     """Spec and tensors of an SB3 policy trained on `config`; `fields` (training, decision_s) go into the spec."""
     architecture, tensors = _actor(policy)
     arrays = {name: tensor.detach().cpu().numpy().astype(np.float32) for name, tensor in tensors.items()}
-    return spec_for(config, architecture, **fields), arrays
+    return spec_for(config, architecture, num_features(policy.observation_space), **fields), arrays
 
 
 def load_actor(policy: Any, config: EnvConfig, folder: str | Path) -> None:
     """Give an SB3 policy for `config` the decisions of a policy folder; the critic, which folders lack, stays as it is.
 
-    Raises :class:`PolicyError` with one line if the folder's actions, observations or network are others.
+    A folder may see the price of mixing where the policy's profile has none, and the other way round. Raises
+    :class:`PolicyError` with one line if its actions, observations or network are others.
     """
     spec, arrays = read_folder(folder)
     architecture, tensors = _actor(policy)
-    wanted = spec_for(config, architecture)
+    wanted = spec_for(config, architecture, num_features(policy.observation_space))
+    if spec.architecture == architecture:
+        spec, arrays = _with_features(spec, arrays, wanted.observation["features"])
     for name in ("action", "observation", "architecture"):
         theirs, ours = dict(getattr(spec, name)), dict(getattr(wanted, name))
         for key in sorted({*theirs, *ours}, key=lambda key: (key != "kind", key)):
@@ -60,6 +63,31 @@ def load_actor(policy: Any, config: EnvConfig, folder: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(torch.from_numpy(arrays[name]))
+
+
+def _with_features(
+    spec: PolicySpec, arrays: dict[str, np.ndarray], names: list[str]
+) -> tuple[PolicySpec, dict[str, np.ndarray]]:
+    """The folder's network on the features `names`, if the price of mixing is all that sets theirs apart.
+
+    One that is no longer seen was 0: what it gave goes into the biases. One that is new has no weight.
+    """
+    theirs, last = list(spec.observation["features"]), MIXING.name
+    gone = theirs == [*names, last]
+    if not gone and [*theirs, last] != names:
+        return spec, arrays
+    arrays = dict(arrays)
+    mean, scale = arrays["normalise.mean"], arrays["normalise.scale"]
+    first = "hidden.0" if spec.architecture.get("layers") else "out"
+    inputs = {first: first} if spec.architecture["kind"] == "mlp" else {"context": "row", "pool": "pool"}
+    for layer, bias in inputs.items():
+        weight = arrays[f"{layer}.weight"]
+        if gone:
+            arrays[f"{bias}.bias"] = arrays[f"{bias}.bias"] - weight[:, -1] * mean[-1] * scale[-1]
+        arrays[f"{layer}.weight"] = weight[:, :-1] if gone else np.pad(weight, ((0, 0), (0, 1)))
+    arrays["normalise.mean"] = mean[:-1] if gone else np.append(mean, np.float32(0))
+    arrays["normalise.scale"] = scale[:-1] if gone else np.append(scale, np.float32(1))
+    return dataclasses.replace(spec, observation={**spec.observation, "features": names}), arrays
 
 
 def _actor(policy: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -84,7 +112,8 @@ def _linear(name: str, layer: nn.Linear) -> dict[str, torch.Tensor]:
 def _normaliser(module: Any) -> dict[str, torch.Tensor]:
     if isinstance(module, Normaliser):
         return {"normalise.mean": module.mean, "normalise.scale": module.scale}
-    return {"normalise.mean": torch.zeros(NUM_FEATURES), "normalise.scale": torch.ones(NUM_FEATURES)}
+    size = num_features(module._observation_space)
+    return {"normalise.mean": torch.zeros(size), "normalise.scale": torch.ones(size)}
 
 
 def _mlp(policy: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

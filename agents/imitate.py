@@ -4,8 +4,9 @@ Behaviour cloning first: the teacher drives, the student learns its knobs. Then 
 says what it would have done, and the student learns from everything seen so far. The teacher is any setting of the
 packing kernel whose values the knobs have (`slai`, `sarathi`, ...) or a policy folder with the knobs action. With
 ``--told`` the teacher knows what nobody can see, the device's cost scale, and the student learns to tell it from what
-everybody sees (privileged teachers: Chen et al., Learning by Cheating, CoRL 2019). Writes weights.pt for
-``agents.train --warm-start`` and `policy`, a policy folder.
+everybody sees (privileged teachers: Chen et al., Learning by Cheating, CoRL 2019). With ``--worlds`` one student learns
+in several, of profiles with a surface and without. Writes weights.pt for ``agents.train --warm-start`` and `policy`, a
+policy folder.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.train import Config as TrainConfig
 from llmsched_gym.agents.train import evaluate, make_model
 from llmsched_gym.config import ConfigError, env_config
-from llmsched_gym.env.knobs import CAP, KNOBS, knobs_action
+from llmsched_gym.env.actions.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.env.policy import knobs_now, sets_knobs
 from llmsched_gym.scheduler import make_scheduler
 
@@ -45,11 +46,12 @@ class Config:
     seed: int = option(0, "of weights, minibatches and choice of episodes")
     suite: str = option("default", "suite to imitate on")
     set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
+    worlds: str = option("", "JSON file instead of --suite and --set: a list of objects {suite: ..., FIELD: ...}")
     observation: str = option("features", "what the student sees", choices=("features", "slots"))
     action_repeat: int = option(8, "batches that one action decides")
     rounds: int = option(5, "rounds of DAgger after behaviour cloning")
     steps: int = option(300, "decisions per environment and round")
-    num_envs: int = option(64, "environments side by side")
+    num_envs: int = option(64, "environments side by side, of each world")
     epochs: int = option(4, "passes over the data after each round")
     batch_size: int = option(1024, "of a minibatch")
     learning_rate: float = option(1e-3, "of Adam")
@@ -59,11 +61,31 @@ class Config:
     eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
     eval_requests: int = option(500, "measured requests of an evaluation run")
 
-    def training(self) -> TrainConfig:
-        """The training that can start from the student: same world, same network."""
+    def trainings(self) -> list[TrainConfig]:
+        """For each world the training that can start from the student: same world, same network."""
         shared = {f.name for f in dataclasses.fields(TrainConfig)} & {f.name for f in dataclasses.fields(self)}
         skip = {"out", "steps", "epochs", "batch_size", "learning_rate"}
-        return TrainConfig(**{name: getattr(self, name) for name in shared - skip})
+        training = TrainConfig(**{name: getattr(self, name) for name in shared - skip})
+        if not self.worlds:
+            return [training]
+        found = []
+        for world in read_worlds(self.worlds):
+            suite = world.pop("suite", self.suite)
+            found.append(dataclasses.replace(training, suite=suite, set={**self.set, **world}))
+        return found
+
+
+def read_worlds(file: str) -> list[dict[str, Any]]:
+    """The objects of a file of worlds; ConfigError where it is not a list of them."""
+    try:
+        worlds = json.loads(Path(file).read_text())
+    except OSError as error:
+        raise ConfigError(f"worlds: {file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"worlds: {file}: not JSON: {error}") from None
+    if not isinstance(worlds, list) or not worlds or not all(isinstance(world, dict) for world in worlds):
+        raise ConfigError(f"worlds: {file}: expected a list of objects, one a world")
+    return worlds
 
 
 def make_teacher(name: str, env: TrainingEnv, *, told: bool = False) -> Teacher:
@@ -112,31 +134,37 @@ def nearest_cap(caps: np.ndarray) -> np.ndarray:
 def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> Path:
     """Train a student; returns its policy folder."""
     torch.set_num_threads(1)
-    training = config.training()
-    env_config(config.suite, **training.world())
-    env = TrainingEnv(config.num_envs, config.suite, config.seed, **training.world())
-    teacher = make_teacher(config.teacher, env, told=config.told)
-    model = make_model(training, env)
-    policy, rng, world = model.policy, np.random.default_rng([config.seed, 4]), env.env.config
+    trainings = config.trainings()
+    for training in trainings:
+        env_config(training.suite, **training.world())
+    envs = [TrainingEnv(config.num_envs, t.suite, config.seed, **t.world()) for t in trainings]
+    teachers = [make_teacher(config.teacher, env, told=config.told) for env in envs]
+    widest = max(range(len(envs)), key=lambda i: len(envs[i].env.feature_names))
+    model, world = make_model(trainings[widest], envs[widest]), envs[widest].env.config
+    policy, rng = model.policy, np.random.default_rng([config.seed, 4])
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
 
     seen: dict[str, list[np.ndarray]] = {"label": []}
-    observations = env.reset()
+    now = [env.reset() for env in envs]
     for number in range(config.rounds + 1):
         for _ in range(config.steps):
-            named = observations if isinstance(observations, dict) else {"": observations}
-            labels = teacher(env, observations)
-            for key, value in {**named, "label": labels}.items():
-                seen.setdefault(key, []).append(value)
-            actions = labels if number == 0 else _sample(policy, named)
-            observations = env.step(actions)[0]
+            for i, (env, teacher) in enumerate(zip(envs, teachers, strict=True)):
+                named = _named(now[i], len(envs[widest].env.feature_names))
+                labels = teacher(env, now[i])
+                for key, value in {**named, "label": labels}.items():
+                    seen.setdefault(key, []).append(value)
+                now[i] = env.step(labels if number == 0 else _sample(policy, named))[0]
         data = {key: np.concatenate(value) for key, value in seen.items()}
         if number == 0:
-            normaliser_of(policy).fit(data["features" if isinstance(observations, dict) else ""])
+            normaliser_of(policy).fit(data["" if "" in data else "features"])
         agreement = _fit(policy, optimizer, data, config, rng)
-        line = {"round": number, "agreement": agreement, **evaluate(policy, training, world)}
+        figures = [evaluate(policy, training, world) for training in trainings]
+        line: dict[str, Any] = {"round": number, "agreement": agreement}
+        line |= {name: float(np.mean([each[name] for each in figures])) for name in figures[0]}
+        if len(figures) > 1:
+            line["by_world"] = figures
         with open(out / "progress.jsonl", "a") as progress:
             progress.write(json.dumps(line) + "\n")
         say(f"{'behaviour cloning' if number == 0 else f'DAgger {number}'}: {line}")
@@ -144,7 +172,18 @@ def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> P
     torch.save(policy.state_dict(), out / "weights.pt")
     summary = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
     summary["teacher"] = Path(config.teacher).name  # a path is nobody else's
+    if config.worlds:
+        summary["worlds"] = [{"suite": training.suite, **training.set} for training in trainings]
+        del summary["suite"], summary["set"]
     return finish(out / "policy", *export(policy, world, training={**summary, **line}))
+
+
+def _named(observations: Any, num_features: int) -> dict[str, np.ndarray]:
+    """The parts of a world's observations, as wide as those of the widest: what its profile lacks is 0."""
+    named = dict(observations) if isinstance(observations, dict) else {"": observations}
+    key = "" if "" in named else "features"
+    missing = num_features - named[key].shape[1]
+    return named | {key: np.pad(named[key], ((0, 0), (0, missing)))}
 
 
 def _tensors(named: dict[str, np.ndarray], rows: Any = slice(None)) -> Any:

@@ -16,6 +16,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from llmsched_gym.env.actions import ACTIONS
+from llmsched_gym.env.core import space_settings
 from llmsched_gym.env.slots import NUM_SLOTS
 
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
@@ -104,6 +106,12 @@ class RowHead(nn.Module):
         return scores if self.close is None else torch.cat([scores, self.close(pooled)], -1)
 
 
+def _has_choices(space: spaces.Space) -> bool:
+    """Whether actions are made of choices, not of slots; spaces saved by others do not carry their kind."""
+    kind = space_settings(space).get("action")
+    return isinstance(space, spaces.MultiDiscrete) if kind is None else ACTIONS[kind].scores == (0, 0)
+
+
 class _RowHeads:
     """Replaces SB3's linear heads by ones that know what the flat vector holds."""
 
@@ -111,8 +119,8 @@ class _RowHeads:
         super()._build(lr_schedule)  # type: ignore[misc]
         settings = self.features_extractor.settings
         width = settings["width"]
-        if isinstance(self.action_space, spaces.MultiDiscrete):
-            self.action_net = PooledHead(width, int(self.action_space.nvec.sum()))
+        if _has_choices(self.action_space):
+            self.action_net = PooledHead(width, spaces.flatdim(self.action_space))
         else:
             self.action_net = RowHead(width, settings["activation"], isinstance(self.action_space, spaces.Discrete))
         self.value_net = nn.Sequential(PooledHead(width, 64), nn.Tanh(), nn.Linear(64, 1))

@@ -1,7 +1,8 @@
 """How policies fare in worlds that they do not know: ``python -m llmsched_gym.agents.robustness --policy learned``.
 
-Every cell is one world: a hidden cost scale, jitter, stragglers, and lengths or a device; the arrival rate is a share
-of that world's fluid capacity. The traces are taken from LLMSCHED_DATA_DIR where they are, else the workloads fitted to
+Every cell is one world: a hidden cost scale, jitter, stragglers, and lengths or a device; or a price of mixing decodes
+with prompts that predictions know, leave out or only believe in. The arrival rate is a share of that world's fluid
+capacity. The traces are taken from LLMSCHED_DATA_DIR where they are, else the workloads fitted to
 them. Prints the worst cell and a table of mean utilities, each with its difference from the baseline paired by seed.
 """
 
@@ -26,6 +27,9 @@ from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.fluid import fluid_capacity
 
 COST_SCALES, JITTERS, STRAGGLERS = (0.8, 1.0, 1.25), (0.0, 0.05, 0.1), (0.0, 0.01)
+MIXINGS = (2, 3, 4)  # factors on the attention of decodes beside a prompt chunk
+BASE = "rtx6000ada-mistral-7b"
+MEASURED = ("rtxpro6000-llama-3.1-8b-vllm", "rtx4090-llama-3.1-8b-vllm", "rtx6000ada-mistral-7b-vllm")
 TRACES = {"sharegpt": "openchat_sharegpt4.csv", "azure-conv": "azure_llm_2023_conv.csv"}
 
 
@@ -52,30 +56,52 @@ def workload(name: str) -> Scenario:
     return base.replace(workload=name)
 
 
+def pairs() -> list[tuple[str, str]]:
+    """(executing, additive) profiles that differ in the price of mixing."""
+    factors = [(f"{BASE}[mixing={factor}]", BASE) for factor in MIXINGS]
+    return factors + [(name, f"{name}[additive=true]") for name in MEASURED]
+
+
+def worlds() -> list[tuple[dict[str, Any], Scenario]]:
+    """Every cell's labels and scenario; `predicted` is the profile behind predictions."""
+    found = []
+    for name, scale, jitter, stragglers in itertools.product([*TRACES, "a100"], COST_SCALES, JITTERS, STRAGGLERS):
+        cell = {"workload": name, "predicted": None, "cost_scale": scale, "jitter": jitter, "stragglers": stragglers}
+        world = workload(name).replace(cost_scale=scale, jitter=jitter, straggler_share=stragglers)
+        found.append((cell, world))
+    for hybrid, additive in pairs():
+        for executing, predicted in ((hybrid, None), (hybrid, additive), (additive, hybrid)):
+            world = scenario("default", profile=executing, scheduler_profile=predicted)
+            cell = {"workload": executing, "predicted": predicted, "cost_scale": 1.0, "jitter": world.jitter}
+            found.append((cell | {"stragglers": 0.0}, world))
+    return found
+
+
 def robustness(config: Config) -> list[dict[str, Any]]:
     """One entry per cell: its world, rate, and each policy's mean utilities by seed."""
     policies = [*dict.fromkeys([*config.policy.split(","), config.baseline])]
-    cells = list(itertools.product([*TRACES, "a100"], COST_SCALES, JITTERS, STRAGGLERS))
     found = []
-    for name, scale, jitter, stragglers in track(cells, "cells", console=Console(stderr=True)):
-        world = workload(name).replace(
-            cost_scale=scale, jitter=jitter, straggler_share=stragglers, num_requests=config.requests
-        )
+    for cell, plain in track(worlds(), "cells", console=Console(stderr=True)):
+        world = plain.replace(num_requests=config.requests)
         qps = config.share * fluid_capacity(world).qps
         rows = evaluate(
             world, policies, qps=(qps,), seeds=config.seeds, first_seed=config.first_seed, workers=config.workers
         )
         utility = {p: [r["mean_utility"] for r in rows if r["policy"] == p] for p in policies}
-        cell = {"workload": name, "cost_scale": scale, "jitter": jitter, "stragglers": stragglers, "qps": qps}
-        found.append(cell | {"mean_utility": utility})
+        found.append(cell | {"qps": qps, "mean_utility": utility})
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"config": asdict(config), "cells": found}) + "\n")
     return found
 
 
+def name_of(cell: dict[str, Any]) -> str:
+    """The cell's lengths or device, and what predictions take it for."""
+    return cell["workload"] + (f", predicted as {cell['predicted']}" if cell["predicted"] else "")
+
+
 def markdown(cells: list[dict[str, Any]], baseline: str) -> str:
-    """For each policy its worst cells; for each workload and cost scale the means over jitter and stragglers."""
+    """For each policy its worst cells; for each world and cost scale the means over jitter and stragglers."""
     policies = [p for p in cells[0]["mean_utility"] if p != baseline]
 
     def gain(cell: dict[str, Any], policy: str) -> float:
@@ -84,7 +110,7 @@ def markdown(cells: list[dict[str, Any]], baseline: str) -> str:
     def place(cell: dict[str, Any]) -> str:
         share = 100 * cell["stragglers"]
         return (
-            f"{cell['workload']}, cost scale {cell['cost_scale']:g}, jitter {100 * cell['jitter']:g} %, "
+            f"{name_of(cell)}, cost scale {cell['cost_scale']:g}, jitter {100 * cell['jitter']:g} %, "
             f"stragglers {share:g} %, {cell['qps']:.2f} requests/s"
         )
 
@@ -104,7 +130,7 @@ def markdown(cells: list[dict[str, Any]], baseline: str) -> str:
         f"| world | `{baseline}` | {' | '.join(f'`{p}`' for p in policies)} |",
         "|---" * (len(policies) + 2) + "|",
     ]
-    for name, group in itertools.groupby(cells, lambda cell: (cell["workload"], cell["cost_scale"])):
+    for name, group in itertools.groupby(cells, lambda cell: (name_of(cell), cell["cost_scale"])):
         own = list(group)
         means = [np.mean([cell["mean_utility"][p] for cell in own]) for p in (baseline, *policies)]
         text.append(f"| {name[0]}, cost scale {name[1]:g} | {' | '.join(f'{mean:.3f}' for mean in means)} |")

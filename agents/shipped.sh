@@ -22,21 +22,25 @@ for seed in 1 2 3 4 5; do
   agents="$agents,$out/on-time-$seed/policy"
 done
 
-# the agent with the highest mean utility on selection seeds is the shipped one: see "training" in policy.json
+# the shipped one: a student on profiles of both kinds
+$python -m agents.imitate --teacher on-time --seed 1 --worlds "$(dirname "$0")/shipped_worlds.json" --action-repeat 1 \
+  --rounds 5 --steps 600 --epochs 10 $judged --out "$out/learned"
+
 $python -m agents.headroom --constant "$out/tuned-constant/policy" --settings 100 --out "$out/headroom.json"
 $python -m agents.compare --agents "${agents#,}" --beside "on-time,$out/tuned-linear/policy" --out "$out/compare" \
   --opponents "$out/tuned-constant/policy,$out/tuned-linear-4m/policy,$out/tuned-linear-8/policy,slai,sarathi"
 
-# the other criteria, and worlds that nobody was trained for: with the policies that the package ships
-$python -m agents.robustness --policy learned,on-time,tuned-constant,slai --out "$out/robustness.json"
+# the other criteria, and worlds that nobody was trained for; "learned" of these tables is the student of drift alone
+alone="$out/on-time-3/policy"
+$python -m agents.robustness --policy $alone,on-time,tuned-constant,slai --out "$out/robustness.json"
 capacity="llmsched capacity --first-seed 3000 --policy"
-$capacity "slai,slai[hold=true],tuned-constant,tuned-linear,on-time,learned" --suite default --criterion serve-all:0.9 \
+$capacity "slai,slai[hold=true],tuned-constant,tuned-linear,on-time,$alone" --suite default --criterion serve-all:0.9 \
   --qps 0.8,2.6
 $python -m agents.imitate --teacher "on-time[quiet=1000,stretch=1.6]" --seed 1 $student --out "$out/lenient"
 $capacity "sarathi[order=feasible,hold=true,cap=0.7],on-time[quiet=1000],$out/lenient/policy" --suite default \
   --criterion serve-all:0.9 --qps 0.8,2.6
-$capacity "slai,tuned-constant,tuned-linear,on-time,learned" --suite paper --criterion paper --qps 0.9,2.6
-llmsched evaluate --suite paper --qps 1.6 --first-seed 3000 --policy slai,tuned-constant,tuned-linear,on-time,learned
+$capacity "slai,tuned-constant,tuned-linear,on-time,$alone" --suite paper --criterion paper --qps 0.9,2.6
+llmsched evaluate --suite paper --qps 1.6 --first-seed 3000 --policy slai,tuned-constant,tuned-linear,on-time,$alone
 
 # with the right to refuse: constants tuned on all rates, and on the rates where the criterion is decided
 refusing="--suite default --set allow_refusal=True"
@@ -45,5 +49,5 @@ $python -m agents.tune --kind constant $refusing --set "qps_range=(2.1,2.5)" --s
   --out "$out/refusing-constant-loaded"
 $python -m agents.imitate --teacher "on-time[refuse=true,stretch=1.5,limit=6500]" $refusing --set "qps_range=(1.6,2.6)" \
   --action-repeat 1 --seed 1 --rounds 5 --steps 600 --epochs 10 $judged --out "$out/refusing"
-$capacity "slai,$out/refusing-constant/policy,$out/refusing-constant-loaded/policy,$out/refusing/policy,learned" \
+$capacity "slai,$out/refusing-constant/policy,$out/refusing-constant-loaded/policy,$out/refusing/policy,$alone" \
   --suite default --criterion attainment:0.9 --allow-refusal --qps 0.8,3

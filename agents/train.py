@@ -43,7 +43,8 @@ from llmsched_gym.agents.export import export, finish, load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
-from llmsched_gym.config import ConfigError, EnvConfig, env_config
+from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
+from llmsched_gym.env.actions import action_of
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
@@ -59,7 +60,7 @@ class Config:
     model: str = option("", "transformers: a folder, a hub id, random:tiny")
     suite: str = option("default", "suite to train on")
     set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
-    action: str = option("knobs", "what the agent decides", choices=("knobs", "priority", "request"))
+    action: str = option("knobs", "what the agent decides", choices=tuple(ACTIONS))
     observation: str = option("features", "what it sees: MLP on features, or rows", choices=("features", "slots"))
     action_repeat: int = option(8, "batches that one action decides (1 for request actions)")
     reward_scale: float = option(0.02, "factor on the reward")
@@ -98,7 +99,7 @@ class Config:
         return {
             "action": self.action,
             "observation": self.observation,
-            "action_repeat": 1 if self.action == "request" else self.action_repeat,
+            "action_repeat": int(min(self.action_repeat, ACTIONS[self.action])),
             "reward_scale": self.reward_scale,
             "tau_s": self.tau_s,
             "backend": self.backend,
@@ -151,7 +152,7 @@ def typical_features(env: TrainingEnv, seed: int, steps: int = 200) -> np.ndarra
     actions = np.stack([env.action_space.sample() for _ in range(env.num_envs)])
     seen = []
     for _ in range(steps):
-        if env.env.config.action == "request":
+        if action_of(env.env.config).mask is not None:
             actions = np.array([rng.choice(np.flatnonzero(mask)) for mask in env.action_masks()])
         observation = env.step(actions)[0]
         seen.append(observation["features"] if isinstance(observation, dict) else observation)
@@ -301,9 +302,9 @@ def _open_run(config: Config, out: Path) -> Config:
         return Config(**settings, out=config.out, resume=True)
     if path.exists():
         raise ConfigError(f"out: {out} holds a run already; say --resume, or choose another folder")
-    if config.action == "request" and config.algorithm != "maskable":
-        raise ConfigError("algorithm: expected maskable for request actions, got ppo")
-    env_config(config.suite, **config.world())
+    action = action_of(env_config(config.suite, **config.world()))
+    if action.mask is not None and config.algorithm != "maskable":
+        raise ConfigError(f"algorithm: expected maskable for {action.name} actions, got {config.algorithm}")
     return config
 
 

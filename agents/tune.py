@@ -33,8 +33,8 @@ from llmsched_gym.agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
 from llmsched_gym.agents.export import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
+from llmsched_gym.env.actions.knobs import knobs_for
 from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import knobs_for
 from llmsched_gym.env.vector import LLMSchedVectorEnv
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate

@@ -1,4 +1,4 @@
-"""Policies that ship with the package as folders: trained and tuned by `agents`, on the `drift` suite."""
+"""Policies that ship with the package as folders: trained and tuned by `agents`, on the `drift` suite and its like."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ def shipped(name: str, what: str) -> Callable[..., Any]:
 
 SCHEDULERS = {
     "learned": shipped(
-        "learned", "a network that sets the knobs at every batch, a student of on-time on drift (docs/agents.md)"
+        "learned", "a network that sets the knobs at every batch, a student of on-time (docs/agents.md)"
     ),
     "tuned-constant": shipped("tuned-constant", "the best constant knobs that CMA-ES found on drift"),
     "tuned-linear": shipped("tuned-linear", "the best linear rule from features to knobs that CMA-ES found on drift"),

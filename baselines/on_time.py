@@ -58,7 +58,7 @@ def plan(lane):
     if ages and promised == 0 and shortest_dropped == NONE_DROPPED:
         batch.order = FCFS
     batch.limit = min(knobs.limit, shortest_dropped - 1)
-    apart = knobs.mix == AUTO and promised > 0 and price_of_mixing(lane) > 1.0
+    apart = knobs.mix == AUTO and promised > 0 and price_of_mixing(lane, batch.token_room) > 1.0
     if apart:
         batch.token_room = lane.sim.max_num_batched_tokens
     batch.margin = knobs.margin if apart or slack_s < RESERVE_S else math.nan

@@ -334,6 +334,8 @@ def profiles(as_json: AsJson = False) -> None:
     terminal.print_listing(rows, heads, as_json)
     if not as_json:
         terminal.print_listing(rows, {"name": "profile", "basis": "times", "engine": "engine"})
+        typer.echo("NAME[mixing=FACTOR]: decodes beside a prompt chunk cost FACTOR times as much attention.")
+        typer.echo("NAME[additive=true]: a batch costs the sum of its parts, fitted to decodes alone.")
 
 
 @app.command()

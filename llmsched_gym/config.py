@@ -340,7 +340,8 @@ def check_names(cls: type, fields: dict[str, Any]) -> None:
             raise UnknownField(f"{cls.__name__} got an unexpected keyword argument {name!r}{hint}")
 
 
-ACTIONS = ("knobs", "priority", "request")
+ACTIONS = {"knobs": math.inf, "priority": math.inf, "request": 1}
+"""Kinds of actions, each with the most batches that one action may decide; `llmsched_gym.env.actions` has the rest."""
 OBSERVATIONS = ("features", "slots")
 CREDITS = ("early", "finish")
 
@@ -367,14 +368,15 @@ class EnvConfig(Scenario):
         self._check_integer("token_budget", 1)
         if not isinstance(self.episode_metrics, bool):
             raise ConfigError(f"episode_metrics: expected True or False, got {self.episode_metrics!r}")
-        self._check_choice("action", ACTIONS)
+        self._check_choice("action", tuple(ACTIONS))
         self._check_choice("credit", CREDITS)
         if not hasattr(self.observation, "observe"):
             self._check_choice("observation", OBSERVATIONS)
         if not callable(self.reward):
             self._check_choice("reward", ("slo",))
-        if self.action == "request" and self.action_repeat != 1:
-            raise ConfigError(f"action_repeat: expected 1 with action='request', got {self.action_repeat}")
+        if self.action_repeat > ACTIONS[self.action]:
+            most = f"{ACTIONS[self.action]} with action={self.action!r}"
+            raise ConfigError(f"action_repeat: expected {most}, got {self.action_repeat}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ import typer
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, Profile
 from llmsched_gym.evaluation import terminal
+from llmsched_gym.evaluation.store import make_folder
 
 
 def fit_command(
@@ -30,7 +32,9 @@ def fit_command(
     kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks of 16; as memory holds unless given.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the profile (OUT without .json).")] = None,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}; no time depends on it.")] = "llama-3.1-8b",
-    device: Annotated[str, typer.Option(help=f"One of {', '.join(DEVICES)}; no time depends on it.")] = "rtxpro6000",
+    device: Annotated[
+        str, typer.Option(help=f"One of {', '.join(DEVICES)}: its memory, for KV blocks; no time.")
+    ] = "rtxpro6000",
     engine: Annotated[str, typer.Option(help="Whose times these are: engine and attention backend.")] = "",
     report: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of fit.md and fit.png; else OUT-fit.md and OUT-fit.png.")
@@ -40,6 +44,10 @@ def fit_command(
     """Fit a cost profile to measured kernels (CSV files, plain or .gz), and say how far it is from them."""
     if out.suffix != ".json":
         raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
+    if out.is_dir():
+        raise ConfigError(f"out: expected a file, got the folder {out}")
+    if batches is not None and report is not None:
+        raise ConfigError("report: expected tables; what a fit to --batches is worth goes to the terminal")
     spec, target = _known(model, MODELS, "model"), _known(device, DEVICES, "device")
     spec = dataclasses.replace(spec, num_layers=num_layers or spec.num_layers)
     tables = {"dense": dense, "attention": attention, "per-sequence": per_sequence}
@@ -47,15 +55,22 @@ def fit_command(
         given = [option for option, file in {**tables, "skew": skew}.items() if file is not None]
         if given:
             raise ConfigError(f"{given[0]}: expected either tables or --batches, got both")
+        _check_place(out.parent)
         profile = _from_batches(batches, spec, target, kv_blocks, name or out.stem, engine)
+        make_folder(out.parent)
         profile.to_json(out)
         print(importlib.import_module("llmsched_gym.real_backend.calibrate").describe(profile))
         return
     if dense is None or attention is None or per_sequence is None:
         missing = next(option for option, file in tables.items() if file is None)
         raise ConfigError(f"{missing}: missing; expected --dense, --attention and --per-sequence, or --batches")
+    text, picture = (out.with_name(f"{out.stem}-fit{end}") for end in (".md", ".png"))
+    if report is not None:
+        text, picture = report / "fit.md", report / "fit.png"
+    for folder in (out.parent, text.parent):
+        _check_place(folder)
     from llmsched_gym.cost.fit_tables import fit_tables
-    from llmsched_gym.cost.kernel_tables import read_attention
+    from llmsched_gym.cost.kernel_tables import layers, read_attention
     from llmsched_gym.evaluation import fit_report
 
     with terminal.progress_bar("levels left out") as progress:
@@ -70,13 +85,13 @@ def fit_command(
             with_held_out=held_out,
             progress=progress or (lambda done, total: None),
         )
-    text, picture = (out.with_name(f"{out.stem}-fit{end}") for end in (".md", ".png"))
-    if report is not None:
-        text, picture = report / "fit.md", report / "fit.png"
+    for folder in (out.parent, text.parent):
+        make_folder(folder)
     fit_report.write(profile, read_attention(attention), text, picture)
     profile.to_json(out)
     for table in fit_report.tables(profile):
         terminal.print_table(table)
+    print(f"llmsched: linear layers are the sum of {', '.join(layers(dense))}", file=sys.stderr)
     print(f"llmsched: wrote {out}, {text}, {picture}", file=sys.stderr)
 
 
@@ -89,6 +104,13 @@ def _from_batches(
     calibrate = importlib.import_module("llmsched_gym.real_backend.calibrate")
     profile: Profile = calibrate.fit_csv(csv, model, device, blocks, name=name)
     return dataclasses.replace(profile, engine=engine)
+
+
+def _check_place(folder: Path) -> None:
+    """Whether a file can come to lie in `folder`, before the work that it takes; makes nothing."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"out: cannot write to {folder}")
 
 
 def _known(name: str, known: dict[str, ModelSpec] | dict[str, DeviceSpec], what: str):  # type: ignore[no-untyped-def]

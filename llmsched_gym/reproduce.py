@@ -42,6 +42,7 @@ STRICT_SHARES = (0.0, 0.05, 0.2, 0.5)
 CHUNKS = (64, 128, 256, 384, 512, 768, 1024)
 TRACE = "traces/openchat_sharegpt4.csv"
 SWEPT_QPS = 1.6
+MIXING_FACTORS = (2, 3, 4)  # on the attention of decodes beside a prompt chunk, in the robustness piece
 ROBUST_SHARE = 0.8  # of the fluid capacity, in every world of the robustness piece
 UNREPEATABLE = ("wall_time_s", "config_hash")
 WALL_TIME = "main_table_wall_s.json"
@@ -185,6 +186,24 @@ def strict_shares(plan: Plan, note: Note) -> Data:
     return rows
 
 
+def mixing_worlds() -> dict[str, dict[str, str]]:
+    """Executing and predicting profile of worlds in which decodes cost more beside a prompt chunk, or are said to."""
+    base = experiments.SMOOTH
+    found = {}
+    for factor in MIXING_FACTORS:
+        name, dear = f"decodes beside prompts {factor} times as dear", f"{base}[mixing={factor}]"
+        found[f"{name}, known"] = {"profile": dear}
+        found[f"{name}, hidden"] = {"profile": dear, "scheduler_profile": base}
+    dear = f"{base}[mixing={MIXING_FACTORS[0]}]"
+    found[f"predicted as {MIXING_FACTORS[0]} times as dear, and not so"] = {"profile": base, "scheduler_profile": dear}
+    for title, name in (("RTX PRO 6000", "rtxpro6000-llama-3.1-8b-vllm"), ("RTX 4090", "rtx4090-llama-3.1-8b-vllm")):
+        additive = f"{name}[additive=true]"
+        found[f"vLLM on an {title}, known"] = {"profile": name}
+        found[f"vLLM on an {title}, predicted as a sum"] = {"profile": name, "scheduler_profile": additive}
+        found[f"a sum, predicted as vLLM on an {title}"] = {"profile": additive, "scheduler_profile": name}
+    return found
+
+
 def robustness(plan: Plan, note: Note) -> Data:
     """SLO attainment by seed where the cost model is wrong in some way, at one share of each world's fluid capacity."""
     base = plan.short
@@ -200,7 +219,7 @@ def robustness(plan: Plan, note: Note) -> Data:
             base.replace(profile="a100-mistral-7b", scheduler_profile="rtx6000ada-mistral-7b"),
             0,
         ),
-    }
+    } | {name: (base.replace(**profiles), 0) for name, profiles in mixing_worlds().items()}
     found = []
     for name, (world, first) in worlds.items():
         qps = ROBUST_SHARE * fluid_capacity(world).qps

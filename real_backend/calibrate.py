@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec, scenario
-from llmsched_gym.cost import Profile, fit_profile
-from llmsched_gym.cost.fit import read_batches
+from llmsched_gym.cost import Profile, ProfileError, fit_profile
+from llmsched_gym.cost.fit import MIN_ROWS, read_batches
 from llmsched_gym.cost.tiles import CANDIDATES, best_tile
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.errors import BackendError
@@ -101,7 +101,13 @@ def fit(
 
 
 def fit_csv(csv: Path, model: ModelSpec, device: DeviceSpec, num_kv_blocks: int, *, name: str | None = None) -> Profile:
-    """The profile of a sheet measured before, of a model and device that only name what it describes."""
+    """The profile of a sheet measured before, of a model and device that only name what it describes.
+
+    Rows are read once as they stand in the file, so that an error names its line: a sheet's medians know none.
+    """
+    batches = read_batches(csv)
+    if len(batches) < MIN_ROWS:
+        raise ProfileError(f"{csv}: {len(batches)} measured batches; a fit needs at least {MIN_ROWS}")
     return fit(Sheet.of(csv), model, device, num_kv_blocks, name=name)
 
 

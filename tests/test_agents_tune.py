@@ -19,7 +19,7 @@ from llmsched_gym.agents.imitate import Config as ImitateConfig
 from llmsched_gym.agents.imitate import imitate, make_teacher
 from llmsched_gym.agents.tune import Config, KnobRules, new_search, selection, tune
 from llmsched_gym.config import ConfigError, env_config, scenario
-from llmsched_gym.env.knobs import CAP, KNOBS, MARGIN
+from llmsched_gym.env.actions.knobs import CAP, KNOBS, MARGIN
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import read_folder

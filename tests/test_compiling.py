@@ -79,7 +79,7 @@ def test_an_edit_of_any_file_that_they_depend_on_changes_the_three_digests(tmp_p
     kernels = under("config", "scheduler", "engine/pack", "env/features", "cost/profile", "workload/table")
     assert which(*kernels, "baselines/slai.py") == [always] * 7
     assert which(*under("evaluation/run", "evaluation/gaps")) == [results] * 2
-    assert which(*under("reproduce", "fluid", "theory/stability")) == [paper] * 3
+    assert which(*under("reproduce", "fluid/mixed", "theory/stability")) == [paper] * 3
     assert which(*under("results_page/text", "evaluation/plots"), "agents/train.py") == [never] * 3
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from llmsched_gym.env import LLMSchedEnv
+from llmsched_gym.env.actions.knobs import KNOBS
 from llmsched_gym.env.docs import fields, page, worked_steps
 from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import KNOBS
 from llmsched_gym.env.slots import SLOT_FEATURES
 from llmsched_gym.evaluation.run import simulate
 

@@ -12,10 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from llmsched_gym import config
+from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env import InvalidAction, LLMSchedEnv, LLMSchedVectorEnv
-from llmsched_gym.env.knobs import KNOBS
+from llmsched_gym.env.actions import ACTIONS, check_range
+from llmsched_gym.env.actions.knobs import KNOBS
+from llmsched_gym.env.observations import OBSERVATIONS
 
-KINDS = ("knobs", "priority", "request")
+KINDS = tuple(ACTIONS)
 NAN = float("nan")
 HOSTILE = [
     ("knobs", [512, 0, 0, 0, 0, 0, 0], "action: token_budget: expected the index of a value, 0 to 7, got 512"),
@@ -156,6 +160,59 @@ def test_kernels_clip_what_gets_past_python():
         env = warm(LLMSchedEnv(action="request"))
         env.core.actions[:] = index
         assert env.core.decide(0)
+
+
+def test_the_tables_have_what_the_configuration_names():
+    assert list(ACTIONS) == list(config.ACTIONS) and all(action.name == name for name, action in ACTIONS.items())
+    assert tuple(OBSERVATIONS) == config.OBSERVATIONS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_putting_an_action_touches_what_it_says_it_does(kind):
+    env = warm(LLMSchedEnv(action=kind))
+    core, action = env.core, ACTIONS[kind]
+    arrays = {name: array for name, array in core.engine.state._asdict().items() if array.size}
+    written = set()
+    for _ in range(20):
+        core.actions[:] = env.action_space.sample()
+        core.engine.state.knobs[0]["token_budget"] = 7  # no setting of an action's
+        before = {name: array.tobytes() for name, array in arrays.items()}
+        action.put(lane_of(core.engine.state, 0), core.arrays, 0)
+        written |= {name for name, array in arrays.items() if array.tobytes() != before[name]}
+    assert written == set(action.touches)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernel_and_the_space_agree_on_what_is_legal(kind):
+    """The compiled check, the one that words the error, and the space itself."""
+    env = LLMSchedEnv(action=kind, allow_refusal=True)
+    core, action, seen = env.core, ACTIONS[kind], set()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        value = env.action_space.sample()
+        if rng.random() < 0.5:
+            value = np.array(value)
+            value[tuple(rng.integers(0, n) for n in value.shape)] = rng.choice([-2, -1, 0, 1, 2, 5, 8, 63, 64, 65])
+        core.actions[:] = value
+        inside = np.asarray(value, env.action_space.dtype) in env.action_space
+        assert bool(action.legal(core.arrays, 0)) == inside
+        if inside:
+            check_range(action, env.config, core.actions)
+        else:
+            with pytest.raises(InvalidAction):
+                check_range(action, env.config, core.actions)
+        seen.add(inside)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_action_has_one_mask_entry_a_choice(kind):
+    env = warm(LLMSchedEnv(action=kind))
+    if not ACTIONS[kind].has_masks:
+        with pytest.raises(AttributeError, match="no mask, every score is legal"):
+            env.action_masks()
+        return
+    assert env.action_masks().shape == (gym.spaces.flatdim(env.action_space),) and env.action_masks().any()
 
 
 def test_an_index_of_an_environment_is_checked():

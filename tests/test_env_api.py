@@ -11,13 +11,13 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from llmsched_gym import SUITES
+from llmsched_gym.config import ACTIONS
 from llmsched_gym.engine.state import rows_of
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.workload import make_table
 
 IDS = [suite.env_id for suite in SUITES.values()]
-ACTIONS = ("knobs", "priority", "request")
 OBSERVATIONS = ("features", "slots")
 
 

@@ -12,8 +12,8 @@ from llmsched_gym import SUITES, env_config
 from llmsched_gym.engine import Batch, check
 from llmsched_gym.engine.utility import gaps_in_time, gaps_in_time_kernel, late_share
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
+from llmsched_gym.env.actions.knobs import KNOBS, knobs_action, knobs_for
 from llmsched_gym.env.arrays import TERMINATED, TRUNCATED
-from llmsched_gym.env.knobs import KNOBS, knobs_action, knobs_for
 from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from llmsched_gym.config import env_config
+from llmsched_gym.config import ACTIONS, env_config
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.episode import METRICS
 from llmsched_gym.evaluation.metrics import row
@@ -30,7 +30,7 @@ def run(env, seed):
 
 
 @pytest.mark.parametrize("metrics", [False, True])
-@pytest.mark.parametrize("action", ["knobs", "request", "priority"])
+@pytest.mark.parametrize("action", ACTIONS)
 def test_the_same_flat_keys_in_reset_and_step_all_numpy_scalars(action, metrics):
     env = gym.make("LLMSched-v0", action=action, episode_metrics=metrics, horizon_s=3.0, max_backlog=5)
     env.action_space.seed(0)

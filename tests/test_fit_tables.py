@@ -366,3 +366,48 @@ def test_units_of_the_dense_and_per_sequence_tables():
     layer = dense.drop(["embedding", "final_layernorm", "layernorm"]).sum() + 2 * dense.layernorm
     assert read_dense(folder / "dense.csv", 32)[512] == pytest.approx(once + 32 * layer)
     assert read_per_sequence(folder / "per_sequence.csv")[64] == pytest.approx(715.575 + 40.4057)
+
+
+# --- the command on what is not right
+
+
+def batches_file(path, rows):
+    path.write_text("prefill,decode,ms\n" + "".join(f"{p},{d},{ms}\n" for p, d, ms in rows))
+    return str(path)
+
+
+HYBRID = [(f"0:{16 + 8 * i}", "100;200", 10.0 + i) for i in range(30)]
+
+
+@pytest.mark.parametrize("ms", ["nan", "abc", "", "-3.0"])
+def test_a_bad_time_names_file_and_line(tmp_path, capsys, ms):
+    file = batches_file(tmp_path / "b.csv", [HYBRID[0], (*HYBRID[1][:2], ms), *HYBRID[2:]])
+    assert main(["fit", "--batches", file, "--out", str(tmp_path / "p.json")]) == 2
+    assert f"{file}: line 3, column 'ms': expected a time > 0" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_few_batches_and_batches_without_decodes_are_no_profile(tmp_path, capsys):
+    few = batches_file(tmp_path / "few.csv", HYBRID[:3])
+    assert main(["fit", "--batches", few, "--out", str(tmp_path / "p.json")]) == 2
+    assert f"{few}: 3 measured batches; a fit needs at least 20" in capsys.readouterr().err
+    chunks = batches_file(tmp_path / "chunks.csv", [(p, "", ms) for p, _, ms in HYBRID])
+    assert main(["fit", "--batches", chunks, "--out", str(tmp_path / "p.json")]) == 2
+    assert "decode: no batch has decodes" in capsys.readouterr().err
+    assert not (tmp_path / "p.json").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    tables = ["--dense", "none", "--attention", "none", "--per-sequence", "none"]  # nobody reads them
+    for options, message in (
+        (["--out", str(tmp_path / "folder.json")], "out: expected a file, got the folder"),
+        (["--out", str(tmp_path / "file" / "p.json")], "out: cannot write to"),
+        (["--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "file")], "out: cannot write to"),
+    ):
+        assert main(["fit", *tables, *options]) == 2
+        assert message in capsys.readouterr().err
+    batches = batches_file(tmp_path / "b.csv", HYBRID)
+    assert main(["fit", "--batches", batches, "--out", str(tmp_path / "p.json"), "--report", str(tmp_path)]) == 2
+    assert "report: expected tables" in capsys.readouterr().err

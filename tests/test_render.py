@@ -8,11 +8,12 @@ from PIL import Image
 
 import llmsched_gym  # noqa: F401
 from examples import animation
+from llmsched_gym.config import ACTIONS
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.env.policy import SchedulerPolicy
 
 
-@pytest.mark.parametrize("action", ["knobs", "priority", "request"])
+@pytest.mark.parametrize("action", ACTIONS)
 def test_every_mode_gives_what_gymnasium_expects(action, capsys):
     for mode, expected in (("ansi", str), ("rgb_array", np.ndarray), ("human", type(None))):
         env = LLMSchedEnv(action=action, qps=2.0, render_mode=mode)

@@ -334,7 +334,7 @@ def test_bad_options_are_one_line(options, words, own_csv, capsys):
 def test_too_few_blocks_name_the_request(tmp_path):
     run = load_run(csv_run(tmp_path / "run.csv", (16, 1, 0, 0, 1, 1), (170, 7, 0, 0, 1, 2)))
     assert replay(run, "vllm-v1", RTX, num_kv_blocks=12).episode.sim.num_finished == 2
-    with pytest.raises(ConfigError, match=r"at least 12, for the 177 tokens of request 3 of run\.csv, got 11"):
+    with pytest.raises(ConfigError, match=r"at least 12, for the 177 tokens of line 3 of run\.csv, got 11"):
         replay(run, "vllm-v1", RTX, num_kv_blocks=11)
 
 

@@ -22,6 +22,7 @@ from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.env.core import space_settings
 from llmsched_gym.env.sb3 import LLMSchedVecEnv
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.policies import read_folder
 from llmsched_gym.scheduler import PolicyError, make_scheduler
 
 WORLD = {"num_requests": 12, "qps": 2.0, "warmup_s": 0.0}
@@ -261,3 +262,22 @@ def test_export_keeps_what_it_can_and_refuses_the_rest(normalised, tmp_path):
         done = export(path, tmp_path / "none")
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert not (tmp_path / "none").exists()
+
+
+def test_a_model_sees_the_price_of_mixing_if_it_was_trained_on_it(tmp_path):
+    """Where the profile has none it is 0; a model that was trained without it does without."""
+    surface = "rtx4090-llama-3.1-8b-vllm"
+    models = {profile: tmp_path / f"{profile}.zip" for profile in ("rtx6000ada-mistral-7b", surface)}
+    for profile, path in models.items():
+        model = train(path, PPO, profile=profile)
+        for executing in models:
+            seen = []
+            policy = make_scheduler(zipped(path))
+            policy.policy.normalise = lambda observation, seen=seen: seen.append(observation) or observation
+            simulate(scenario("default", profile=executing, **WORLD), policy, 3)
+            assert {x.shape for x in seen} == {model.observation_space.shape}
+            if profile == surface:
+                assert any(x[-1] > 0.0 for x in seen) == (executing == surface)
+        assert export(path, tmp_path / profile).returncode == 0
+        spec, tensors = read_folder(tmp_path / profile)
+        assert len(spec.observation["features"]) == tensors["hidden.0.weight"].shape[1] == len(seen[0])

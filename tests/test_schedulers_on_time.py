@@ -250,11 +250,9 @@ def test_the_price_of_mixing_is_one_batch_over_two():
     run, device = mixing_lane(6.0)
     view = run.engine.view()
     contexts = [int(r.num_computed_tokens) + 1 for r in view.decodes]
-    run.decide()
-    run.engine.state.batches[0].token_room = 700
     together = device.predict_s([(0, 700)], contexts)
     apart = device.predict_s([(0, 700)], []) + device.predict_s([], contexts)
-    assert price_of_mixing(lane_of(run.engine.state, 0)) == pytest.approx(together / apart, rel=1e-9)
+    assert price_of_mixing(lane_of(run.engine.state, 0), 700) == pytest.approx(together / apart, rel=1e-9)
 
 
 @pytest.mark.parametrize(("factor", "apart"), [(1.0, False), (12.0, True)])
@@ -272,4 +270,4 @@ def test_mixing_never_costs_on_a_sum():
     rows = [request(0.0, 100, 40) for _ in range(5)] + [request(0.1, 300, 2)]
     run = Run("on-time", rows)
     run.steps(5)
-    assert price_of_mixing(lane_of(run.engine.state, 0)) == 0.0
+    assert price_of_mixing(lane_of(run.engine.state, 0), 768) == 0.0

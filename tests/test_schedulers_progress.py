@@ -27,11 +27,12 @@ from llmsched_gym.config import ADMISSIONS, EnvConfig, scenario
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.pack import HOLDS, ORDERS
 from llmsched_gym.engine.step import VICTIMS
-from llmsched_gym.env.knobs import KNOBS
+from llmsched_gym.env.actions.knobs import KNOBS
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.slots import NUM_SLOTS
 from llmsched_gym.scheduler import (
     COMMON_OPTIONS,
+    MIXES,
     PACK_OPTIONS,
     Compiled,
     install,
@@ -41,6 +42,7 @@ from llmsched_gym.scheduler import (
 )
 
 DEVICE = profile((5.0, 5.4), kv_ms=0.001, pair_ms=1e-4)
+DEVICES = (DEVICE, profile((0.5, 0.9), kv_ms=0.02, pair_ms=1e-4).with_mixing(4.0))  # on the second mixing costs
 COMPILED = sorted(name for name, entry in registry().items() if isinstance(entry, Compiled))
 FOLDERS = sorted(name for name in registry() if name not in COMPILED and name != "random")
 VALUES = {
@@ -60,6 +62,7 @@ VALUES = {
     "stretch": ["0.5", "3"],
     "age": ["0", "0.05", "1"],
     "threshold": ["7", "40"],
+    "mix": MIXES,
     "reserve": ["true", "false"],
 }
 WORLDS = st.fixed_dictionaries(
@@ -108,12 +111,12 @@ def events(engine):
     return int(sim.tokens_emitted), int(episode.num_arrived), int(episode.num_resolved)
 
 
-def drain(scheduler, rows, **world):
+def drain(scheduler, rows, device=DEVICE, **world):
     """Run to the end, and fail where nothing happens for longer than it may take; the engine."""
     if getattr(scheduler, "clairvoyant", False):
         rows = replace(rows, length_hint=rows.output_tokens.astype(float))
     admission = {"admission": scheduler.admission} if hasattr(scheduler, "admission") else {}
-    engine = Engine(scenario("paper", **{**world, **admission}), len(rows), profile=DEVICE)
+    engine = Engine(scenario("paper", **{**world, **admission}), len(rows), profile=device)
     engine.reset(rows)
     install(scheduler, engine.state)
     before, left = events(engine), most_steps(engine)
@@ -131,10 +134,10 @@ def drain(scheduler, rows, **world):
 @pytest.mark.parametrize("name", COMPILED)
 def test_every_scheduler_with_any_parameters(name):
     @settings(max_examples=60)
-    @given(options=options_of(name), world=WORLDS, drawn=REQUESTS)
-    def holds(options, world, drawn):
+    @given(options=options_of(name), device=st.sampled_from(DEVICES), world=WORLDS, drawn=REQUESTS)
+    def holds(options, device, world, drawn):
         text = ",".join(f"{key}={value}" for key, value in options.items())
-        drain(make_scheduler(f"{name}[{text}]" if text else name), rows_of(drawn), **world)
+        drain(make_scheduler(f"{name}[{text}]" if text else name), rows_of(drawn), device, **world)
 
     holds()
 
@@ -144,9 +147,9 @@ def test_every_policy_that_ships(name):
     scheduler = make_scheduler(name)
 
     @settings(max_examples=15)
-    @given(world=WORLDS, drawn=REQUESTS)
-    def holds(world, drawn):
-        drain(scheduler, rows_of(drawn), **world)
+    @given(device=st.sampled_from(DEVICES), world=WORLDS, drawn=REQUESTS)
+    def holds(device, world, drawn):
+        drain(scheduler, rows_of(drawn), device, **world)
 
     holds()
 

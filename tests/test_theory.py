@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from helpers import Run, profile, request
 
-from llmsched_gym import fluid
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile, roofline
-from llmsched_gym.fluid import fluid_capacity, mean_work
+from llmsched_gym.fluid import capacity, fluid_capacity, mean_work
 from llmsched_gym.scheduler import make_scheduler
 from llmsched_gym.theory import Drift, experiments, figures, stability
 
@@ -45,7 +44,7 @@ def test_rejected_requests_need_nothing():
 
 
 def one_length(monkeypatch, p, d):
-    monkeypatch.setattr(fluid, "lengths", lambda scenario: (np.array([p]), np.array([d])))
+    monkeypatch.setattr(capacity, "lengths", lambda scenario: (np.array([p]), np.array([d])))
 
 
 def test_prompts_alone_run_in_the_fastest_batches(monkeypatch):

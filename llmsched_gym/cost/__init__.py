@@ -11,6 +11,7 @@ from llmsched_gym.cost.profile import (
     load_profile,
 )
 from llmsched_gym.cost.roofline import DEVICES, MODELS, roofline
+from llmsched_gym.cost.variants import split_name
 
 __all__ = [
     "DEVICES",
@@ -24,4 +25,5 @@ __all__ = [
     "list_profiles",
     "load_profile",
     "roofline",
+    "split_name",
 ]

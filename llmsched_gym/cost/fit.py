@@ -108,6 +108,8 @@ def _additive(profile: Profile, training: Sequence[Batch], knots: Sequence[int] 
     ms = np.array([batch.ms for batch in training]) - profile.overhead_ms
     if not (ms > 0.0).all():
         raise ProfileError(f"overhead_ms: {profile.overhead_ms:g} is more than the fastest measured batch takes")
+    if not any(batch.decode_contexts for batch in training):
+        raise ProfileError("decode: no batch has decodes; the cost of the KV that they read cannot be fitted")
     attention = np.array([_attention(batch) for batch in training])
     if not attention.any(axis=0).all():
         raise ProfileError("prefill: no batch has a prefill chunk; the cost of its attention cannot be fitted")

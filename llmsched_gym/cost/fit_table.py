@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 ROUNDS = 15  # of reweighting
 LEAST_RESIDUAL = 0.01  # relative; smaller ones weigh no more
@@ -15,6 +18,8 @@ PULL = 0.02  # weight of the first guess against one cell's error, both relative
 
 def weights(knots: Sequence[Sequence[int]], at: Sequence[np.ndarray]) -> sparse.csr_matrix:
     """Interpolation as a matrix, (rows, entries of the table): multilinear in each axis' own unit, as surfaces are."""
+    from scipy import sparse
+
     rows = len(at[0])
     index, share = np.zeros((rows, 1), np.int64), np.ones((rows, 1))
     for axis, values in zip(knots, at, strict=True):
@@ -48,6 +53,8 @@ def fit(
     cells then correct it: least absolute errors, by reweighting, with a weak `pull` towards the guess for knots that
     few cells speak of.
     """
+    from scipy import sparse
+
     shape = tuple(len(axis) for axis in knots)
     if guess is None:
         guess = fill(on_knots(knots, at, target, scale), knots, order, convex, at_zero)

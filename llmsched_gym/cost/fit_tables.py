@@ -88,7 +88,7 @@ def fit_tables(
         model=model,
         device=device,
         tile_tokens=best_tile(tokens, linear_us.tolist()),
-        linear=TableLinear(tuple(tokens), tuple(rounded(us / 1e3) for us in linear_us)),
+        linear=TableLinear(*going_on(tokens, [rounded(us / 1e3) for us in linear_us])),
         overhead_ms=overhead_ms,
         pair_ms=rounded(fitted.pair_us * to_ms),
         kv_ms=rounded(_additive_us(fitted, cells) * to_ms),
@@ -99,10 +99,22 @@ def fit_tables(
             *notes,
             f"Fitted to {len(cells)} measured attention kernels and {len(tokens)} sizes of the linear layers; "
             f"attention is one layer's times {num_layers}. Host time and gaps between kernels are not in them.",
+            f"Linear layers beyond {tokens[-1]} tokens are not measured: as from {tokens[-1] // 2} to there.",
             "kv_ms is what an additive model comes closest with; batches cost what the surface says.",
         ),
         fit=fit,
     )
+
+
+def going_on(tokens: list[int], ms: list[float]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The knots with one more at twice the last, in line with the last and the one nearest to half of it.
+
+    Past its knots a table goes on as its last segment does, and that may be the flat top of a step.
+    """
+    last = tokens[-1]
+    half = int(np.argmin(np.abs(np.array(tokens[:-1]) - last / 2)))
+    slope = max(0.0, (ms[-1] - ms[half]) / (last - tokens[half]))
+    return (*tokens, 2 * last), (*ms, rounded(ms[-1] + slope * last))
 
 
 def fit_tails(fitted: Attention, unequal: pd.DataFrame) -> tuple[float, float]:

@@ -48,6 +48,11 @@ def read_dense(path: str | Path, num_layers: int) -> pd.Series:
     return sum(times[name] * table[name] for name in table.columns)
 
 
+def layers(path: str | Path) -> list[str]:
+    """The linear layers that :func:`read_dense` adds up; one that is not there costs nothing."""
+    return sorted(_read(path, DENSE).layer.unique())
+
+
 def read_per_sequence(path: str | Path) -> pd.Series:
     """Microseconds of output head and sampler by sequences."""
     return _wide(path, PER_SEQUENCE, "sequences").sum(axis=1)

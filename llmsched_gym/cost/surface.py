@@ -82,8 +82,13 @@ class Surface:
         return _interpolate(np.array(self.chunk_ms), (self.chunk, n), (self.prefix, computed))
 
     def hybrid_at(self, c: float, n: float, k: float) -> float:
-        """Milliseconds that n decodes of k tokens each add to chunks of c tokens, above the floor."""
-        return _interpolate(np.array(self.hybrid_ms), (self.chunk, c), (self.sequences, n), (self.context, k))
+        """Milliseconds that n decodes of k tokens each add to chunks of c tokens, above the floor.
+
+        Chunks longer than the last knot count as it: the last trend need not go on, least of all below 0.
+        """
+        return _interpolate(
+            np.array(self.hybrid_ms), (self.chunk, min(c, self.chunk[-1])), (self.sequences, n), (self.context, k)
+        )
 
     def floor_at(self, k: float) -> float:
         """Milliseconds that decodes of k tokens take at least beside a chunk."""

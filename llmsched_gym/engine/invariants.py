@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from llmsched_gym.engine.blocks import (
     listed,
     owner_of,
 )
+from llmsched_gym.engine.queue import rank
 from llmsched_gym.engine.records import ABANDONED, FINISHED, NONE, PENDING, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import State
 
@@ -103,6 +105,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(np.array_equal(listed, np.flatnonzero(resolved)), "list of resolved requests and phases differ")
     cohort = slice(world.cohort_start, world.cohort_stop)
     require(np.sum(~resolved[cohort]) == world.num_unresolved, "unresolved count differs from the phases")
+    _check_index(state, env, require)
     return float(sim.clock_s)
 
 
@@ -150,3 +153,49 @@ def _check_places(state: State, k: int, require: Any) -> None:
             last, b = b, int(places[b, SAME])
         require(places[first, LAST] == last, "the newest of equal blocks is not the last")
     require(np.array_equal(np.sort(seen), np.flatnonzero(owner != NONE)), "a cached block cannot be found")
+def _check_index(state: State, env: int, require: Callable[[Any, str], None]) -> None:
+    """The parts of the waiting line and its trees hold whom they are to hold, in order; see `engine.queue`."""
+    sim, requests = state.sims[env], state.requests[env]
+    waiting = state.waiting[env][: sim.num_waiting]
+    require(np.diff(requests["place"][waiting]) > 0, "places do not grow along the waiting list")
+    now_s, rows = sim.clock_s, requests[waiting]
+    gone = (rows["num_output_tokens"] == 0) & (rows["ttft_slo_s"] - (now_s - rows["arrival_s"]) <= 0.0)
+    expired = waiting[gone].tolist()
+    require(_chain(requests, sim.first_open, sim.last_open) == waiting[~gone].tolist(), "open requests: wrong list")
+    by_deadline = sorted(expired, key=lambda r: (requests[r].arrival_s + requests[r].ttft_slo_s, r))
+    require(_chain(requests, sim.first_expired, sim.last_expired) == by_deadline, "expired requests: wrong list")
+    for root, strict in ((sim.expired_strict, True), (sim.expired_others, False)):
+        members = [r for r in expired if (requests[r].slo_class == 0) == strict]
+        by_length = sorted(members, key=lambda r: (requests[r].prefill_tokens, r))
+        require(_in_order(requests, int(root)) == by_length, "expired requests: wrong tree")
+
+
+def _chain(requests: np.ndarray, first: int, last: int) -> list[int] | None:
+    """The requests linked from `first` to `last`; None if their links disagree."""
+    found: list[int] = []
+    r, before = int(first), NONE
+    while r != NONE and len(found) < len(requests):
+        if requests[r].earlier != before:
+            return None
+        found.append(r)
+        before, r = r, int(requests[r].later)
+    return found if before == last else None
+
+
+def _in_order(requests: np.ndarray, root: int) -> list[int] | None:
+    """The requests of a tree from the shortest to the longest; None if a child outranks its parent."""
+    found: list[int] = []
+    path: list[int] = []
+    r = root
+    while (path or r != NONE) and len(found) < len(requests):
+        if r != NONE:
+            for child in (requests[r].shorter, requests[r].longer):
+                if child != NONE and rank(int(child)) > rank(r):
+                    return None
+            path.append(r)
+            r = int(requests[r].shorter)
+        else:
+            r = path.pop()
+            found.append(r)
+            r = int(requests[r].longer)
+    return found

@@ -38,7 +38,9 @@ def _widened(arg: Any) -> Any:
     return types.int64 if arg in (types.int8, types.int16, types.int32) else arg
 
 
-def kernel(signature: Any = None, *, inline: str = "never", counted: bool = False) -> Callable[[Callable], Any]:
+def kernel(
+    signature: Any = None, *, inline: str = "never", counted: bool = False, nogil: bool = False
+) -> Callable[[Callable], Any]:
     """Decorate a function as a compiled, cached kernel; with a signature it is compiled at once.
 
     Kernels on a lane allocate nothing and keep nothing, so references are not counted in them, which makes the engine
@@ -52,7 +54,7 @@ def kernel(signature: Any = None, *, inline: str = "never", counted: bool = Fals
         KERNELS.add(function)
         previous = numba_config.CACHE_DIR
         numba_config.CACHE_DIR = cache_dir()
-        options: dict[str, Any] = {"inline": inline, "error_model": "numpy", "_nrt": counted}
+        options: dict[str, Any] = {"inline": inline, "error_model": "numpy", "_nrt": counted, "nogil": nogil}
         if not counted:
             options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": signature is None}
         try:
@@ -67,6 +69,6 @@ def kernel(signature: Any = None, *, inline: str = "never", counted: bool = Fals
     return decorate
 
 
-def entry(signature: Any = None) -> Callable[[Callable], Any]:
-    """A kernel that takes the handle of a state: what Python code calls."""
-    return kernel(signature, counted=True)
+def entry(signature: Any = None, *, nogil: bool = False) -> Callable[[Callable], Any]:
+    """A kernel that takes the handle of a state: what Python code calls; `nogil` lets other threads run meanwhile."""
+    return kernel(signature, counted=True, nogil=nogil)

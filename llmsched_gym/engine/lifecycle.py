@@ -6,6 +6,7 @@ import math
 
 from llmsched_gym.engine.blocks import free
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.queue import expire, join_waiting, leave_waiting, return_to_waiting
 from llmsched_gym.engine.records import ABANDONED, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import Episode
 
@@ -18,13 +19,6 @@ def _remove(array, count, value):
             for j in range(i, count - 1):
                 array[j] = array[j + 1]
             return
-
-
-@kernel()
-def leave_waiting(lane, r):
-    _remove(lane.waiting, lane.sim.num_waiting, r)
-    lane.sim.num_waiting -= 1
-    lane.sim.waiting_tokens -= lane.requests[r].prefill_tokens
 
 
 @kernel()
@@ -77,9 +71,7 @@ def deliver(lane, r):
     """Put request `r`, which has entered, at the end of a replica's line."""
     sim, request = lane.sim, lane.requests[r]
     request.phase = WAITING
-    lane.waiting[sim.num_waiting] = r
-    sim.num_waiting += 1
-    sim.waiting_tokens += request.prefill_tokens
+    join_waiting(lane, r)
     departure_s = request.arrival_s + request.ttft_slo_s + lane.episode.patience_s
     sim.next_departure_s = min(sim.next_departure_s, departure_s)
 
@@ -124,11 +116,7 @@ def preempt(lane, r):
         sim.vain_preemptions = 0
     sim.preempted_at_token = sim.tokens_emitted
     sim.vain_preemptions += 1
-    for i in range(sim.num_waiting, 0, -1):
-        lane.waiting[i] = lane.waiting[i - 1]
-    lane.waiting[0] = r
-    sim.num_waiting += 1
-    sim.waiting_tokens += request.prefill_tokens
+    return_to_waiting(lane, r)
 
 
 @kernel()
@@ -205,4 +193,6 @@ def pass_time(lane, world, arrivals, output_tokens, now_s):
         let_in(lane, Episode(episode, world, lane.requests, lane.resolved, arrivals, output_tokens), now_s)
     if now_s >= lane.sim.next_departure_s:
         depart(lane, world)  # after it: who came early in a long batch may have left again
+    if now_s >= lane.sim.next_expiry_s:
+        expire(lane)
     average(episode, episode.num_arrived - before, episode.arrived_tokens - tokens_before, now_s)

@@ -8,12 +8,12 @@ from llmsched_gym.engine.surface import chunk_s, has_surface, surface_s
 
 
 @kernel()
-def price_of_mixing(lane):
+def price_of_mixing(lane, room):
     """Predicted time of all running decodes beside the prompts at hand, over that of the two apart; 0 to about 4.
 
     Below 1 mixing saves: the weights are read once. Above 1 the attention of decodes beside a chunk costs more than
-    that. Prompts count up to the open batch's room for tokens, as one chunk behind nothing; 0 where there are no
-    prompts, no decodes, or no surface, for a sum over the parts never charges for mixing.
+    that. Prompts count up to `room` tokens, as one chunk behind nothing; 0 where there are no prompts, no decodes, or
+    no surface, for a sum over the parts never charges for mixing.
     """
     if not has_surface(lane.coef_s):
         return 0.0
@@ -27,7 +27,7 @@ def price_of_mixing(lane):
             decodes += 1
             tokens += request.num_computed_tokens + 1.0
             longest = max(longest, request.num_computed_tokens + 1.0)
-    chunk = min(prompt, lane.batch.token_room)
+    chunk = min(prompt, room)
     if decodes == 0 or chunk <= 0:
         return 0.0
     alone_s = chunk_s(lane.coef_s, 0, chunk)

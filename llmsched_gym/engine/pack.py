@@ -24,7 +24,8 @@ from llmsched_gym.engine.batch import (
     smallest_tbt_slo_s,
 )
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.records import RUNNING
+from llmsched_gym.engine.queue import is_shorter, shortest_expired
+from llmsched_gym.engine.records import NONE, RUNNING
 from llmsched_gym.engine.surface import has_surface, with_decodes_s
 
 ORDERS = ("fcfs", "spf", "class", "srpt", "edf", "feasible")
@@ -179,8 +180,8 @@ def add_all_decodes(lane):
 
 
 @kernel()
-def _key(lane, r, order):
-    """Sort key of a prompt; the smallest goes first, ties by position."""
+def _key_if_feasible(lane, r, order):
+    """Sort key of a prompt that can make its TTFT SLO."""
     request = lane.requests[r]
     if order == FCFS:
         return 0.0
@@ -192,7 +193,13 @@ def _key(lane, r, order):
         if request.num_output_tokens > 0:  # preempted: its next token is due
             return request.last_token_s + request.tbt_slo_s
         return request.arrival_s + request.ttft_slo_s
-    key = float(remaining_prefill(request))
+    return float(remaining_prefill(request))
+
+
+@kernel()
+def _key(lane, r, order):
+    """Sort key of a prompt; the smallest goes first, ties by index."""
+    key = _key_if_feasible(lane, r, order)
     if order == FEASIBLE and not can_make_ttft(lane, r):
         key += _LATER
     return key
@@ -204,10 +211,13 @@ def _any_feasible(lane):
         r = lane.running[i]
         if is_prefill(lane.requests[r]) and can_make_ttft(lane, r):
             return True
-    for i in range(lane.sim.num_waiting):
-        r = lane.waiting[i]
+    r = lane.sim.first_open
+    for _ in range(lane.sim.num_waiting + 1):
+        if r == NONE:
+            break
         if lane.requests[r].num_scheduled_tokens == 0 and can_make_ttft(lane, r):
             return True
+        r = lane.requests[r].later
     return False
 
 
@@ -221,11 +231,15 @@ def _any_decode(lane):
 
 @kernel()
 def _any_within_limit(lane):
-    for i in range(lane.sim.num_waiting):
-        request = lane.requests[lane.waiting[i]]
+    r = lane.sim.first_open
+    for _ in range(lane.sim.num_waiting + 1):
+        if r == NONE:
+            break
+        request = lane.requests[r]
         if request.num_scheduled_tokens == 0 and request.prefill_tokens <= lane.batch.limit:
             return True
-    return False
+        r = request.later
+    return _next_expired(lane, SPF, True) >= 0
 
 
 @kernel()
@@ -260,21 +274,73 @@ def next_started(lane, order, hold):
 @kernel()
 def next_waiting(lane, order, hold, limit):
     """The waiting prompt at the head of the line under `order`, -1 if there is none."""
+    if order == FCFS and not hold:
+        for i in range(lane.sim.num_waiting):
+            request = lane.requests[lane.waiting[i]]
+            if request.num_scheduled_tokens == 0 and not (limit and request.prefill_tokens > lane.batch.limit):
+                return lane.waiting[i]
+        return -1
     best = -1
     best_key = math.inf
-    for i in range(lane.sim.num_waiting):
-        r = lane.waiting[i]
-        request = lane.requests[r]
+    following = lane.sim.first_open
+    for _ in range(lane.sim.num_waiting + 1):
+        if following == NONE:
+            break
+        r, request = following, lane.requests[following]
+        following = request.later
         if request.num_scheduled_tokens != 0 or (limit and request.prefill_tokens > lane.batch.limit):
             continue
-        if hold and not can_make_ttft(lane, r):
+        # predictions take time: only of those who would go first if they can make it
+        key = _key_if_feasible(lane, r, order)
+        if best >= 0 and (key > best_key or (key == best_key and r > best)):
             continue
+        if (hold or order == FEASIBLE) and not can_make_ttft(lane, r):
+            if hold:
+                continue
+            key += _LATER
         if order == FCFS:
             return r
-        key = _key(lane, r, order)
         if best < 0 or key < best_key or (key == best_key and r < best):
             best, best_key = r, key
-    return best
+    late = -1 if hold else _next_expired(lane, order, limit)
+    if late >= 0 and best >= 0:
+        key = _key(lane, late, order)
+        return late if key < best_key or (key == best_key and late < best) else best
+    return max(best, late)
+
+
+@kernel()
+def _shortest_expired(lane, strict, limit):
+    """The shortest expired prompt of a class that is not in the batch yet, -1 if there is none or it is too long."""
+    r = shortest_expired(lane, strict, NONE)
+    for _ in range(lane.sim.num_waiting + 1):
+        if r == NONE or lane.requests[r].num_scheduled_tokens == 0:
+            break
+        r = shortest_expired(lane, strict, r)
+    return -1 if r != NONE and limit and lane.requests[r].prefill_tokens > lane.batch.limit else r
+
+
+@kernel()
+def _next_expired(lane, order, limit):
+    """The first of the expired prompts under `order`, -1 if there is none; all but FCFS."""
+    if order == EDF:
+        r = lane.sim.first_expired
+        for _ in range(lane.sim.num_waiting + 1):
+            if r == NONE:
+                break
+            request = lane.requests[r]
+            if request.num_scheduled_tokens == 0 and not (limit and request.prefill_tokens > lane.batch.limit):
+                return r
+            r = request.later
+        return -1
+    # hopeless as they are and with nothing computed, all of them go by length under every other order
+    strict = _shortest_expired(lane, True, limit)
+    if strict >= 0 and order == CLASS:
+        return strict
+    other = _shortest_expired(lane, False, limit)
+    if strict >= 0 and other >= 0:
+        return strict if is_shorter(lane.requests, strict, other) else other
+    return max(strict, other)
 
 
 @kernel()
@@ -351,7 +417,9 @@ def keep_going(lane):
         add_decode(lane, decode)
         return
     for i in range(sim.num_waiting):
-        if prompt < 0 and requests[lane.waiting[i]].num_scheduled_tokens == 0:
+        if prompt >= 0:
+            break
+        if requests[lane.waiting[i]].num_scheduled_tokens == 0:
             prompt = lane.waiting[i]
     n = max(1, chunk_room(lane, prompt)) if prompt >= 0 else 0
     if n > 0 and (requests[prompt].phase == RUNNING or can_admit(lane, prompt, n)):

@@ -12,23 +12,22 @@ import math
 
 from llmsched_gym.engine.batch import insert_sorted, is_prefill, time_alone_s, time_left_s
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.records import NONE
 
 STRETCH = 1.3  # chosen on selection seeds of the drift suite
 NONE_DROPPED = 1 << 30
 
 
 @kernel()
-def _add_candidates(lane, count, queue, length):
-    """Sort the prompts of `queue` that can make their TTFT SLO by its end into ``lane.scratch``; returns how many."""
-    for i in range(length):
-        r = queue[i]
-        request = lane.requests[r]
-        if request.num_output_tokens > 0 or not is_prefill(request) or count >= lane.sim.max_num_seqs:
-            continue
-        left_s = time_left_s(lane, r)
-        if left_s > 0.0 and time_alone_s(lane, r) <= left_s:
-            insert_sorted(lane, count, r, left_s)
-            count += 1
+def _add_candidate(lane, count, r):
+    """Sort `r` into ``lane.scratch[:count]`` by its TTFT SLO's end if it can make it; returns how many there are."""
+    request = lane.requests[r]
+    if request.num_output_tokens > 0 or not is_prefill(request) or count >= lane.sim.max_num_seqs:
+        return count
+    left_s = time_left_s(lane, r)
+    if left_s > 0.0 and time_alone_s(lane, r) <= left_s:
+        insert_sorted(lane, count, r, left_s)
+        return count + 1
     return count
 
 
@@ -53,8 +52,15 @@ def promise(lane, stretch):
     not with the others, the least time that a promised one has left when it and all before it are served, the seconds
     that serving them takes alone, and the tokens of the shortest dropped prompt, NONE_DROPPED if there is none.
     """
-    count = _add_candidates(lane, 0, lane.running, lane.sim.num_running)
-    count = _add_candidates(lane, count, lane.waiting, lane.sim.num_waiting)
+    count = 0
+    for i in range(lane.sim.num_running):
+        count = _add_candidate(lane, count, lane.running[i])
+    r = lane.sim.first_open
+    for _ in range(lane.sim.num_waiting + 1):
+        if r == NONE:
+            break
+        count = _add_candidate(lane, count, r)
+        r = lane.requests[r].later
     stretch *= lane.sim.cost_ratio
     keys, work_s, dropped = lane.keys, 0.0, 0
     for i in range(count):

@@ -8,9 +8,7 @@ import numpy as np
 PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
 PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
 
-
 NONE = -1  # no request, no block, no row
-
 CACHE_LINE = 64  # bytes
 
 
@@ -35,6 +33,8 @@ REQUEST = record_dtype(
         ("slo_class", "i1"),
         ("phase", "i1"),
         ("ttft_missed", "i1"),
+        ("has_expired", "i1"),  # of a waiting request: which part of the line it stands in, see engine.queue
+        ("later", "i4"),  # the next in that part; -1: it is the last
         ("arrival_s", "f8"),
         ("ttft_slo_s", "f8"),
         ("lateness_s", "f8"),  # late seconds of all closed waits, at most the patience
@@ -51,12 +51,18 @@ REQUEST = record_dtype(
         ("prompt_tokens", "i4"),
         ("num_cached_tokens", "i4"),  # of the prompt, found in the prefix cache at the first admission
         ("num_preemptions", "i4"),
-        # prefix caching; with these the size is a multiple of a cache line
+        # prefix caching
         ("num_recached_tokens", "i4"),  # found there at admissions after a preemption
         ("shares_with", "i4"),  # the request with whose tokens the prompt begins; NONE
         ("shared_tokens", "i4"),  # so many of them
         ("found_version", "i4"),  # of the lane's blocks, when it was last looked up what is cached
         ("found_blocks", "i4"),  # what was found
+        # links of engine.queue, of waiting requests
+        ("place", "i4"),  # grows along the waiting list
+        ("earlier", "i4"),  # the one before it in its part of the line; -1: it is the first
+        ("shorter", "i4"),  # children in the tree of expired requests; -1: none
+        ("longer", "i4"),
+        ("padding", "i4"),  # makes the size a multiple of a cache line
     ]
 )
 
@@ -141,6 +147,16 @@ REPLICA = record_dtype(
         ("free_row", "i4"),  # likewise: the first list of held blocks that nobody has
         ("table_mask", "i4"),  # likewise: slots of the table of identities, less one
         ("row_blocks", "i4"),  # likewise: most blocks of a request, length of each list
+        # of the waiting list's index, see engine.queue; requests, -1: nobody
+        ("next_expiry_s", "f8"),  # no request of the open part expires before this
+        ("first_place", "i4"),  # of the waiting list; the next preempted request takes the one before it
+        ("last_place", "i4"),
+        ("first_open", "i4"),
+        ("last_open", "i4"),
+        ("first_expired", "i4"),  # by TTFT deadline
+        ("last_expired", "i4"),
+        ("expired_strict", "i4"),  # root of the tree of expired requests of class 0, by length
+        ("expired_others", "i4"),  # of all other classes
     ]
 )
 

@@ -302,6 +302,12 @@ def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def empty_line(sims: Any) -> None:
+    """Nobody stands in the waiting line's index: also before the first table, where 0 would be a request."""
+    for name in ("first_open", "last_open", "first_expired", "last_expired", "expired_strict", "expired_others"):
+        sims[name] = NONE
+
+
 def allocate(
     num_envs: int,
     capacity: int,
@@ -321,8 +327,10 @@ def allocate(
     limit = scenario.max_num_batched_tokens
     rows = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
     records = num_records(num_kv_blocks, seqs, rows) if scenario.prefix_caching else 1
+    sims = np.zeros(lanes, REPLICA)
+    empty_line(sims)
     return State(
-        sims=np.zeros(lanes, REPLICA),
+        sims=sims,
         episodes=np.zeros(num_envs, EPISODE),
         worlds=np.zeros(num_envs, WORLD),
         requests=aligned_zeros((num_envs, capacity), REQUEST),
@@ -422,7 +430,8 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
         sim.row_blocks = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
         load_blocks(state.blocks[k], num_kv_blocks, int(sim.max_num_seqs), int(sim.row_blocks))
     sim.idle_step_s = scenario.idle_step_s
-    sim.next_departure_s = math.inf
+    sim.next_departure_s = sim.next_expiry_s = math.inf
+    empty_line(sim)
     sim.cost_ratio = 1.0
     fits = min(sim.max_model_len, int(sim.total_blocks - sim.watermark_blocks) * int(sim.block_size))
     episode.largest_request = max(episode.largest_request, fits)

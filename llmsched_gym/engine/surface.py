@@ -84,6 +84,7 @@ def attention_s(coef_s, num_decodes, decode_tokens, longest, chunk_tokens, chunk
         return _on_plane(coef_s, at, contexts, share, across)
     num_chunks = int(coef_s[CHUNKS])
     layer, depth = _cell(float(chunk_tokens), int(coef_s[CHUNK_LOG]), num_chunks)
+    depth = min(depth, 1.0)  # beyond the longest measured chunk the last trend need not go on, least of all below 0
     plane = seqs * contexts
     at += plane + num_chunks * int(coef_s[PREFIXES]) + layer * plane
     low = _on_plane(coef_s, at, contexts, share, across)

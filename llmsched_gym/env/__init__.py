@@ -1,6 +1,6 @@
 """LLMSched: the engine as a Gymnasium environment, single and vectorised."""
 
-from llmsched_gym.env.actions import InvalidAction
+from llmsched_gym.env.actions.action import InvalidAction
 from llmsched_gym.env.reward import Transition
 from llmsched_gym.env.single import LLMSchedEnv
 from llmsched_gym.env.vector import LLMSchedVectorEnv

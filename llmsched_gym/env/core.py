@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector.utils import concatenate, create_empty_array
 
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.env import kernels
-from llmsched_gym.env.actions import as_array, check_range
-from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, make_arrays
+from llmsched_gym.env.actions import action_of, as_array, check_range
+from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, Arrays, handle_of
 from llmsched_gym.env.episode import METRICS, episode_metrics
-from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import knobs_for
-from llmsched_gym.env.reward import TERMS, Transition
-from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
+from llmsched_gym.env.observations import FEATURES_PART, PARTS, observation_of, observation_space
+from llmsched_gym.env.reward import TERMS, Transition, rules_of
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, make_table
 
@@ -28,11 +29,7 @@ ACTED_BY = ("action", "action_repeat", "token_budget", "admission", "allow_refus
 
 def action_space(config: EnvConfig) -> spaces.Space:
     """The space of one environment's actions; what is saved with it says what they mean, see `space_settings`."""
-    space: spaces.Space = spaces.Discrete(NUM_SLOTS + 1)
-    if config.action == "knobs":
-        space = spaces.MultiDiscrete([len(knob.values) for knob in knobs_for(config)])
-    if config.action == "priority":
-        space = spaces.Box(-1.0, 1.0, (NUM_SLOTS,), np.float32)
+    space = action_of(config).space(config)
     settings = {name: getattr(config, name) for name in ACTED_BY}
     if isinstance(config.observation, str):
         settings["observation"] = config.observation
@@ -48,29 +45,24 @@ def space_settings(space: spaces.Space) -> dict[str, Any]:
     return dict(vars(space).get("llmsched", {}))
 
 
-def features_space() -> spaces.Box:
-    low = np.array([f.low for f in FEATURES], np.float32)
-    high = np.array([f.high for f in FEATURES], np.float32)
-    return spaces.Box(low, high, dtype=np.float32)
+def make_arrays(config: EnvConfig, num_envs: int, num_features: int | None = None) -> Arrays:
+    """Zeroed arrays for `num_envs` environments; those that their action or observation has no use for are empty.
 
-
-def observation_space(config: EnvConfig) -> spaces.Space:
-    """The space of one environment's observations."""
-    if hasattr(config.observation, "observe"):
-        space = getattr(config.observation, "space", None)
-        if not isinstance(space, spaces.Space):
-            raise ConfigError(f"observation: expected an object with a gymnasium space in `space`, got {space!r}")
-        return space
-    if config.observation == "features":
-        return features_space()
-    low = np.tile(np.array([f.low for f in SLOT_FEATURES], np.float32), (NUM_SLOTS, 1))
-    high = np.tile(np.array([f.high for f in SLOT_FEATURES], np.float32), (NUM_SLOTS, 1))
-    return spaces.Dict(
-        {
-            "slots": spaces.Box(low, high, dtype=np.float32),
-            "in_use": spaces.MultiBinary(NUM_SLOTS),
-            "features": features_space(),
-        }
+    Steps always fill the features: the first `num_features`; None: those of the configuration's profile.
+    """
+    space, kind = action_of(config).space(config), observation_of(config)
+    size, has_scores = math.prod(space.shape or ()), space.dtype is not None and space.dtype.kind == "f"
+    seen = {FEATURES_PART, *(kind.parts.values() if kind is not None else ())}
+    spaces_of = {part: part.space(config, num_features) for part in PARTS}
+    return Arrays(
+        choices=np.zeros((0 if has_scores else num_envs, size), np.int64),
+        scores=np.zeros((num_envs if has_scores else 0, size), np.float32),
+        rules=rules_of(config),
+        outcomes=np.zeros((num_envs, FIRST_TERM + len(TERMS))),
+        **{
+            part.array: np.zeros((num_envs if part in seen else 0, *(of.shape or ())), of.dtype)
+            for part, of in spaces_of.items()
+        },
     )
 
 
@@ -86,6 +78,12 @@ def expected_requests(config: EnvConfig) -> int:
     return int(mean + 6.0 * spread * math.sqrt(mean + 1.0)) + extra + 16
 
 
+def actions_in(arrays: Arrays, space: spaces.Space) -> np.ndarray:
+    """Where the kernels look for the actions of a space; (num_envs, *shape of the space)."""
+    array = arrays.scores if len(arrays.scores) else arrays.choices
+    return array.reshape(len(array), *(space.shape or ()))
+
+
 INFOS = ("duration_s", "discount", *(f"reward_{name}" for name in TERMS))
 """What `info` tells of a step: the columns of its outcome from DURATION_S on."""
 
@@ -93,10 +91,11 @@ INFOS = ("duration_s", "discount", *(f"reward_{name}" for name in TERMS))
 class EnvCore:
     """Engine, arrays and bookkeeping of `num_envs` environments; all step kernels run over all of them at once.
 
-    Without `num_envs` there is one, whose actions have no axis of environments.
+    Without `num_envs` there is one, whose actions have no axis of environments. `num_threads` share the environments of
+    a step among them.
     """
 
-    def __init__(self, config: EnvConfig, num_envs: int | None = None) -> None:
+    def __init__(self, config: EnvConfig, num_envs: int | None = None, num_threads: int = 1) -> None:
         if config.backend == "transformers" and (num_envs or 1) != 1:
             raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got 'transformers'")
         make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
@@ -109,24 +108,23 @@ class EnvCore:
             backend=self._backend(),
             num_gaps=int(config.episode_metrics),  # reset makes room
         )
-        self.arrays, self.handle = make_arrays(config, self.num_envs)
-        self.actions = {
-            "knobs": self.arrays.knob_actions,
-            "priority": self.arrays.scores,
-            "request": self.arrays.slots,
-        }[config.action]
+        self.kind, self.seen = action_of(config), observation_of(config)
+        self.arrays = make_arrays(config, self.num_envs)
+        self.handle = handle_of(self.arrays)
+        self.actions = actions_in(self.arrays, self.action_space)
         self._input = self.actions if num_envs else self.actions.reshape(self.actions.shape[1:])
         self._shape = self._input.shape
-        self._observe = getattr(config.observation, "observe", None)
-        self.legal = np.ones((self.num_envs, NUM_SLOTS + 1), np.bool_)
         self.tables: list[RequestTable | None] = [None] * self.num_envs
         self.seeds = np.zeros(self.num_envs, np.int64)
         self.qps = np.full(self.num_envs, math.nan)  # true rates, for logs
-        self._step = kernels.STEP[config.action]
-        self._decide = kernels.DECIDE[config.action]
-        self._with_slots = config.observation == "slots"
-        expect_kernels(3 + self._with_slots + 2 * (config.action == "request"))  # start, observation, step, and more
+        self._fill = self.seen.fill if self.seen is not None else None
+        self._read = self.seen.reader(self.arrays) if self.seen is not None else self._seen_by_user
+        self._masks: np.ndarray | None = None  # made when they are asked for
+        expected = self._fill, self.kind.mask, self.kind.reopen
+        expect_kernels(3 + sum(kernel is not None for kernel in expected))  # start, observation, step, and more
         repeats_noise = self.engine.noisy and config.action_repeat > NOISE_BLOCK
+        self.num_threads = min(num_threads, self.num_envs)
+        self._threads = ThreadPoolExecutor(self.num_threads - 1) if self.num_threads > 1 else None
         self._outside = config.backend != "simulated" or callable(config.reward) or repeats_noise
 
     def _backend(self) -> Any:
@@ -152,17 +150,17 @@ class EnvCore:
         self.observe(env)
 
     def reopen(self, env: int) -> None:
-        """Start the batch that request actions fill next."""
-        if self.config.action == "request":
-            kernels.reopen_env(self.engine.handle, self.handle, env)
+        """Start the batch that actions fill next, item by item."""
+        if self.kind.reopen is not None:
+            self.kind.reopen(self.engine.handle, self.handle, env)
 
     def observe(self, env: int) -> None:
         kernels.observe_env(self.engine.handle, self.handle, env)
-        self._observe_slots(env, env + 1)
+        self._observe_more(env, env + 1)
 
-    def _observe_slots(self, first: int, stop: int) -> None:
-        if self._with_slots:
-            kernels.observe_slots_of(self.engine.handle, self.handle, first, stop)
+    def _observe_more(self, first: int, stop: int) -> None:
+        if self._fill is not None:
+            self._fill(self.engine.handle, self.handle, first, stop)
 
     def act(self, given: Any) -> None:
         """One decision of every environment that is not paused, by the actions `given`.
@@ -173,7 +171,7 @@ class EnvCore:
         if type(given) is np.ndarray and given.dtype is place.dtype and given.shape == self._shape:
             place[...] = given
         else:
-            place[...] = as_array(self.config.action, given, self._shape)
+            place[...] = as_array(self.action_space, given, self._shape)
         self._step_all(given)
 
     def step(self) -> None:
@@ -182,18 +180,37 @@ class EnvCore:
 
     def _step_all(self, given: Any) -> None:
         if self._outside:
-            check_range(self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
+            check_range(self.kind, self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
             for env in np.flatnonzero(self.arrays.outcomes[:, PAUSED] == 0.0).tolist():
                 self._step_outside(env)
             return
-        due = self._step(self.engine.handle, self.handle)
-        if due == kernels.REFUSED:
-            check_range(self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
-        self._observe_slots(0, self.num_envs)
+        due = self._step_range(0, self.num_envs) if self._threads is None else self._step_in_threads(self._threads)
+        if due < 0:
+            check_range(self.kind, self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
         if due and self.engine.noisy:
             sims = self.engine.state.sims
             for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat).tolist():
                 self.engine.refill_noise(env)
+
+    def _step_range(self, first: int, stop: int) -> int:
+        """Step environments first, ..., stop - 1; returns what the kernel does."""
+        due: int = self.kind.step(self.engine.handle, self.handle, first, stop)
+        if due != kernels.REFUSED:
+            self._observe_more(first, stop)
+        return due
+
+    def _step_in_threads(self, threads: ThreadPoolExecutor) -> int:
+        """Each thread, this one among them, steps as many environments; what they do does not depend on the others."""
+        edges = np.linspace(0, self.num_envs, self.num_threads + 1).astype(int).tolist()
+        others = [threads.submit(self._step_range, *edge) for edge in itertools.pairwise(edges[1:])]
+        due = self._step_range(0, edges[1])
+        return due + sum(other.result() for other in others)
+
+    def close(self) -> None:
+        """End the threads; the environments can still be stepped, by one."""
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
 
     def _step_outside(self, env: int) -> None:
         """The same decision with a backend or a reward that lives in Python, or over many blocks of noise."""
@@ -201,7 +218,7 @@ class EnvCore:
         start_s = float(engine.state.sims[env].clock_s)
         resolved_before = int(engine.state.episodes[env].num_resolved)
         while left > 0:
-            if self.config.action != "request" and self.config.backend == "simulated":
+            if self.kind.run is not None and self.config.backend == "simulated":
                 left -= self._run(env, left)
             else:
                 left -= 1
@@ -214,7 +231,7 @@ class EnvCore:
 
     def _run(self, env: int, most: int) -> int:
         """Up to `most` batches under the same action in compiled code; returns how many, fewer at a block of noise."""
-        steps = int(kernels.RUN[self.config.action](self.engine.handle, self.handle, env, most, 1 << 62))
+        steps = int(self.kind.run(self.engine.handle, self.handle, env, most, 1 << 62))
         if self.engine.noisy and self.engine.noise_due(env):
             self.engine.refill_noise(env)
         return steps
@@ -222,7 +239,7 @@ class EnvCore:
     def settle(self, env: int, start_s: float, resolved_before: int) -> None:
         """Reward and observation after engine steps made in Python."""
         kernels.settle(self.engine.handle, self.handle, env, start_s)
-        self._observe_slots(env, env + 1)
+        self._observe_more(env, env + 1)
         if callable(self.config.reward):
             self.arrays.outcomes[env, REWARD] = self.config.reward(self._transition(env, resolved_before))
 
@@ -238,8 +255,8 @@ class EnvCore:
         )
 
     def decide(self, env: int) -> bool:
-        """Form the next batch of one environment; False while a request action leaves it open."""
-        return bool(self._decide(self.engine.handle, self.handle, env))
+        """Form the next batch of one environment; False while an action leaves it open."""
+        return bool(self.kind.decide(self.engine.handle, self.handle, env))
 
     def terms(self, env: int) -> dict[str, float]:
         """Parts of the reward of the last step, unscaled."""
@@ -253,23 +270,25 @@ class EnvCore:
         return episode_metrics(self.engine.state, env, table, has_gaps=self.config.episode_metrics)
 
     def action_masks(self) -> np.ndarray:
-        """Legal actions, bool; (num_envs, NUM_SLOTS + 1) for request actions, all true over the choices of knobs."""
-        if self.config.action == "request":
-            kernels.mask_requests(self.engine.handle, self.legal)
-            return self.legal.copy()
-        if self.config.action == "knobs":
-            choices = sum(len(knob.values) for knob in knobs_for(self.config))
-            return np.ones((self.num_envs, choices), np.bool_)
-        raise AttributeError("action_masks: priority actions have no mask, every score is legal")
+        """Legal actions, bool; (num_envs, number of single actions): of a Discrete space, of all knobs together."""
+        if self._masks is None:
+            self._masks = self.kind.all_legal(self.config, self.num_envs)
+        if self.kind.mask is not None:
+            self.kind.mask(self.engine.handle, self._masks)
+        return self._masks.copy()
 
     def observation(self, env: int) -> Any:
         """A copy of one environment's observation."""
-        if self._observe is not None:
-            return self._observe(self.engine.view(env))
-        if self.config.observation == "features":
-            return self.arrays.features[env].copy()
-        return {
-            "slots": self.arrays.rows[env].copy(),
-            "in_use": self.arrays.in_use[env].copy(),
-            "features": self.arrays.features[env].copy(),
-        }
+        return self._read(env)
+
+    def observations(self) -> Any:
+        """Copies of all, side by side."""
+        return self._read(...)
+
+    def _seen_by_user(self, where: Any) -> Any:
+        """What an object of the user's makes of the state."""
+        if where is not ...:
+            return self.config.observation.observe(self.engine.view(where))
+        views = [self._seen_by_user(env) for env in range(self.num_envs)]
+        out: Any = create_empty_array(self.observation_space, self.num_envs)
+        return concatenate(self.observation_space, views, out)

@@ -9,24 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Space
 
 from llmsched_gym.config import SUITES, EnvConfig, Scenario, env_config
 from llmsched_gym.env import reward
-from llmsched_gym.env.core import INFOS, action_space
+from llmsched_gym.env.actions import ACTIONS
+from llmsched_gym.env.actions.knobs import KNOBS, TOKEN_BUDGET
+from llmsched_gym.env.core import INFOS
 from llmsched_gym.env.episode import METRICS
-from llmsched_gym.env.features import FEATURES, Feature
-from llmsched_gym.env.knobs import KNOBS, TOKEN_BUDGET
+from llmsched_gym.env.features import ALL_FEATURES, Feature
+from llmsched_gym.env.markdown import table
+from llmsched_gym.env.observations import OBSERVATIONS
 from llmsched_gym.env.single import LLMSchedEnv
-from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WORKED: dict[str, Any] = {"qps": 2.0, "jitter": 0.0, "max_backlog": 4}
 WORKED_SEED, WORKED_BUDGETS = 4, (512, 2048, 8192)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def specification() -> str:
@@ -46,26 +44,37 @@ def suites() -> str:
 
 
 def actions() -> str:
-    what = {
-        "knobs": "one setting of each knob below",
-        "priority": f"one score per visible slot, highest first; the {NUM_SLOTS} slots are those of the observation",
-        "request": f"add the request of slot 0 to {NUM_SLOTS - 1} to the batch, or {NUM_SLOTS}: close it",
-    }
-    spaces = {kind: action_space(EnvConfig(action=kind)) for kind in what}
-    return table(["`action=`", "space", "one action"], [[f"`{k}`", f"`{spaces[k]}`", what[k]] for k in what])
+    rows = [[f"`{a.name}`", f"`{a.space(EnvConfig(action=a.name))}`", a.what] for a in ACTIONS.values()]
+    return table(["`action=`", "space", "one action"], rows)
 
 
-def knobs() -> str:
-    rows = []
-    for i, knob in enumerate(KNOBS):
-        values = ", ".join(f"{k}: {knob.label(k).replace('nan', 'off')}" for k in range(len(knob.values)))
-        rows.append([str(i), f"`{knob.name}`", knob.what, values])
-    return table(["#", "knob", "meaning", "index: value"], rows)
+def action_sections() -> str:
+    return "\n\n".join(f"### {a.name.capitalize()}\n\n{a.docs()}" for a in ACTIONS.values())
 
 
 def features(entries: tuple[Feature, ...]) -> str:
-    rows = [[str(i), f"`{f.name}`", f"{f.low:g} to {f.high:g}", f.what] for i, f in enumerate(entries)]
+    rows = [[str(i), f"`{f.name}`", f"{f.low:g} to {f.high:g}", f.meaning] for i, f in enumerate(entries)]
     return table(["#", "name", "range", "meaning"], rows)
+
+
+def observation_sections() -> str:
+    """A section for each kind of observation, with all entries that the first of its arrays can have."""
+    sections = []
+    for name, kind in OBSERVATIONS.items():
+        config = EnvConfig(observation=name)
+        parts = {key: _shape(part.space(config)) for key, part in kind.parts.items()}
+        space = (
+            f"Dict({', '.join(f'{k}={v}' for k, v in parts.items())})" if len(parts) > 1 else f"{parts.popitem()[1]}"
+        )
+        entries = next(iter(kind.parts.values())).entries
+        listed = "" if entries is None else f"\n\n{features(entries(config, len(ALL_FEATURES)))}"
+        sections.append(f"### {name.capitalize()}\n\n`{space}`, float32.\n{kind.what}{listed}")
+    return "\n\n".join(sections)
+
+
+def _shape(space: Space) -> str:
+    sizes = ", ".join(map(str, space.shape or ()))
+    return f"{type(space).__name__}({sizes})"
 
 
 def infos() -> str:
@@ -191,42 +200,14 @@ Actions are checked. Integer spaces take integers of any width, lists too; `prio
 else (another shape, halves, an index without a value, nan) raises `InvalidAction`, a ValueError of one line that names
 the entry, its range and the value, and in a vector environment which environment. The step has not happened then.
 
-### Knobs
-
-Every combination is legal. All zeros is Sarathi-Serve; `order` = spf with `offset` = 5 (10 while KV use is at least
-96 %) is SLAI, whose offset reads `kv_cache_usage_last_batch`. The offset set in step t + 1 keys the tokens emitted in
-batch t, once.
-
-{knobs()}
-
-`refuse` is there only with `allow_refusal=True`.
-
-### Priority and request
-
-Batches of both hold at most `token_budget` tokens; running decodes beyond the visible slots are added last. Under
-`priority` a request with a score below 0 is left out, ties go by slot, and a prompt gets what is left of the budget.
-Under `request` a prompt gets the same, rounded down to a tile of the cost profile unless that finishes it. Adding takes
-no time and pays nothing; closing runs the batch. A slot that cannot be added closes the batch too:
-`action_masks()` says beforehand which can. For knobs the mask is all true; priorities have none.
+{action_sections()}
 
 ## Observation
 
-"Log scale to S" stands for min(1, log(1 + x) / log(1 + S)). Everything is bounded, so that no running statistics are
-needed.
+"Log scale to S in steps of D" stands for min(1, log(1 + x / D) / log(1 + S / D)), without steps for D = 1; "share of S"
+for min(1, x / S). Everything is bounded, so that no running statistics are needed.
 
-### Features
-
-`Box({len(FEATURES)},)`, float32:
-
-{features(FEATURES)}
-
-### Slots
-
-`Dict(slots=Box({NUM_SLOTS}, {len(SLOT_FEATURES)}), in_use=MultiBinary({NUM_SLOTS}), features=Box({len(FEATURES)},))`.
-The rows are running requests by admission, then waiting ones by arrival, preempted ones first. `in_use` says which rows
-hold one; `features` sums up the rest. It is no mask of actions: that is `action_masks()`.
-
-{features(SLOT_FEATURES)}
+{observation_sections()}
 
 ## Reward
 

@@ -13,10 +13,11 @@ from llmsched_gym.engine.pack import pack
 from llmsched_gym.engine.run import noise_due, run_lane
 from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import is_over
+from llmsched_gym.env.actions.knobs import put
 from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.features import observe_features
-from llmsched_gym.env.knobs import set_knobs
 
+ACTION = "knobs"  # the kind of action that these networks choose
 ACTIVATIONS = ("tanh", "relu")
 TANH = 0
 
@@ -117,6 +118,12 @@ def choose(net, features, action):
         first += width
 
 
+@entry()
+def choose_knobs(net, features, action):
+    """:func:`choose` for Python, in the arithmetic of whole runs."""
+    choose(net, features, action)
+
+
 @kernel()
 def _run(s, a, env, net, repeat, left, max_steps, max_idle_steps):
     lane, world, done = lane_of(s, env), s.worlds[env], 0
@@ -125,9 +132,9 @@ def _run(s, a, env, net, repeat, left, max_steps, max_idle_steps):
             break
         if left == 0:
             observe_features(lane, a.features[env], False, world, a.rules[0], a.outcomes[env])
-            choose(net, a.features[env], a.knob_actions[env])
+            choose(net, a.features[env], a.choices[env])
             left = repeat
-        set_knobs(lane.knobs, a.knob_actions[env], a.values)
+        put(lane, a, env)
         most = min(left, max_steps - done)
         steps = run_lane(s, env, pack, most, max_idle_steps)
         done += steps

@@ -12,10 +12,12 @@ import numpy as np
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.env import kernels
-from llmsched_gym.env.actions import as_array, check_range
-from llmsched_gym.env.arrays import make_arrays
-from llmsched_gym.env.knobs import CAP, KNOBS, LIMIT, REFUSE, TOKEN_BUDGET, knobs_action
-from llmsched_gym.env.slots import NUM_SLOTS
+from llmsched_gym.env.actions import action_of, as_array, check_range
+from llmsched_gym.env.actions.knobs import ACTION as KNOBS_ACTION
+from llmsched_gym.env.actions.knobs import CAP, KNOBS, LIMIT, TOKEN_BUDGET, knobs_action
+from llmsched_gym.env.arrays import handle_of
+from llmsched_gym.env.core import actions_in, make_arrays
+from llmsched_gym.env.observations import observation_of
 from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
 
 
@@ -98,7 +100,7 @@ class SchedulerPolicy:
                     self._table = self._base.core.tables[0]
                     self.scheduler.reset(0 if self._table is None else self._table.seed)
                 action = self.scheduler.action_now(engine, config)
-                if config.action == "request":
+                if self.scheduler.kind.by_item:  # no batch of its own
                     return action
             elif not sets_knobs(self.scheduler):
                 raise ValueError("neither a setting of the packing kernel nor a policy")
@@ -122,7 +124,7 @@ def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) 
     A planned cap becomes the nearest of the knob, a limit the next larger, a larger room for tokens the next smaller.
     ValueError where no knob has the value.
     """
-    if config.action != "knobs":
+    if config.action != KNOBS_ACTION.name:
         raise ValueError(f"it sets knobs, and the environment has {config.action} actions")
     state = engine.state
     settings = {name: scheduler.knobs[name].item() for name in scheduler.knobs.dtype.names or ()}
@@ -148,13 +150,25 @@ class PolicyScheduler:
             returns one action, checked as the environment checks it. With a method ``reset()`` it is told of each run.
         config: the environment's configuration: action, observation, action_repeat and token budget are used.
         decision_s: seconds that one decision costs on the clock.
+        num_features: how many of the features it sees, on any profile; None: those of the configuration's.
     """
 
-    def __init__(self, policy: Callable[..., Any], config: EnvConfig | None = None, decision_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        policy: Callable[..., Any],
+        config: EnvConfig | None = None,
+        decision_s: float = 0.0,
+        num_features: int | None = None,
+    ) -> None:
         self.policy, self.config, self.decision_s = policy, config or EnvConfig(), decision_s
         self.admission = self.config.admission
-        self._arrays, self._handle = make_arrays(self.config, 1)
-        self._legal = np.zeros((1, NUM_SLOTS + 1), np.bool_)
+        self.kind, self._seen = action_of(self.config), observation_of(self.config)
+        self._space = self.kind.space(self.config)
+        self._arrays = make_arrays(self.config, 1, num_features)
+        self._handle = handle_of(self._arrays)
+        self._actions = actions_in(self._arrays, self._space)
+        self._read = self._seen.reader(self._arrays) if self._seen is not None else None
+        self._masks = self.kind.all_legal(self.config, 1) if self.kind.by_item else np.zeros((1, 0), np.bool_)
         self._action: Any = None
         self._left = 0
         self._asked: Any = None  # when and where `action_now` was asked for an action that no batch has used yet
@@ -169,15 +183,14 @@ class PolicyScheduler:
 
         An action that the policy is holding for several batches is held. ValueError where `config` has no such action.
         """
-        kind = self.config.action
-        if kind != config.action:
-            raise ValueError(f"it takes {kind} actions, and the environment has {config.action} actions")
-        if kind != "knobs" and self.config.token_budget != config.token_budget:
+        kind = self.kind
+        if kind.name != config.action:
+            raise ValueError(f"it takes {kind.name} actions, and the environment has {config.action} actions")
+        if kind.has_budget and self.config.token_budget != config.token_budget:
             budgets = f"{self.config.token_budget}, and the environment's is {config.token_budget}"
             raise ValueError(f"its token_budget is {budgets}")
-        if kind == "request":
-            kernels.mask_requests(engine.handle, self._legal)
-            return int(self.policy(self._observe(engine), self._legal[0].copy()))
+        if kind.by_item:
+            return int(self.policy(self._observe(engine), self._mask(engine)))
         sim = engine.state.sims[0]
         now = float(sim.clock_s), int(sim.num_batches)
         if self._asked not in (None, now):
@@ -185,45 +198,42 @@ class PolicyScheduler:
         self._asked = now
         self._act(engine)
         action = np.array(self._action)
-        if kind == "knobs" and config.allow_refusal != self.config.allow_refusal:
-            if self.config.allow_refusal and action[REFUSE]:
-                raise ValueError("it refuses requests, and the environment has allow_refusal=False")
-            action = action[:REFUSE] if self.config.allow_refusal else np.append(action, 0)
-        return action
+        return action if kind.adapt is None else kind.adapt(action, self.config, config)
+
+    def _mask(self, engine: Engine) -> np.ndarray:
+        """Which actions are legal now; (number of actions,) bool."""
+        self.kind.mask(engine.handle, self._masks)
+        return self._masks[0].copy()
 
     def decide(self, engine: Engine, env: int = 0) -> None:
         """Form the next batch of environment `env` as the environment would under the policy's action."""
         if env != 0:
             raise ValueError(f"env: expected 0, got {env}")
-        kind, handle, decide = self.config.action, engine.handle, kernels.DECIDE[self.config.action]
-        if kind == "request":
-            kernels.reopen_env(handle, self._handle, env)
-            closed = False
-            for _ in range(NUM_SLOTS + 1):
-                kernels.mask_requests(handle, self._legal)
-                self._put(self._arrays.slots, self.policy(self._observe(engine), self._legal[0].copy()))
-                closed = bool(decide(handle, self._handle, env))
-                if closed:
-                    break
-            if not closed:
-                self._arrays.slots[0] = NUM_SLOTS
-                decide(handle, self._handle, env)
+        kind, handle = self.kind, engine.handle
+        if not kind.by_item:
+            self._act(engine)
+            self._left, self._asked = self._left - 1, None
+            kind.decide(handle, self._handle, env)
             return
-        self._act(engine)
-        self._left, self._asked = self._left - 1, None
-        decide(handle, self._handle, env)
+        kind.reopen(handle, self._handle, env)
+        last = self._masks.shape[1] - 1  # closes
+        for _ in range(last + 1):
+            self._put(self.policy(self._observe(engine), self._mask(engine)))
+            if kind.decide(handle, self._handle, env):
+                return
+        self._put(last)
+        kind.decide(handle, self._handle, env)
 
     def run_steps(self, engine: Engine, max_steps: int, max_idle_steps: int) -> int:
         """Step environment 0 of the simulated engine under one action; returns the number of steps done, 1 or more.
 
         The same as deciding and executing one batch after the other, but the batches of an action run in compiled code.
         """
-        if self.config.action == "request":
+        if self.kind.run is None:
             engine.step(self)
             return 1
         self._act(engine)
-        run = kernels.RUN[self.config.action]
-        steps = int(run(engine.handle, self._handle, 0, min(self._left, max_steps), max_idle_steps))
+        steps = int(self.kind.run(engine.handle, self._handle, 0, min(self._left, max_steps), max_idle_steps))
         self._left -= steps
         return steps
 
@@ -232,24 +242,17 @@ class PolicyScheduler:
         if self._left == 0:
             self._action = self.policy(self._observe(engine))
             self._left = self.config.action_repeat
-        self._put(self._arrays.knob_actions if self.config.action == "knobs" else self._arrays.scores, self._action)
+        self._put(self._action)
 
-    def _put(self, actions: np.ndarray, given: Any) -> None:
+    def _put(self, given: Any) -> None:
         """Check an action as the environment does, and put it where the kernels look for it."""
-        actions[0] = as_array(self.config.action, given, actions.shape[1:])
-        check_range(self.config, actions, given)
+        self._actions[0] = as_array(self._space, given, self._actions.shape[1:])
+        check_range(self.kind, self.config, self._actions, given)
 
     def _observe(self, engine: Engine) -> Any:
-        if hasattr(self.config.observation, "observe"):
+        if self._seen is None or self._read is None:
             return self.config.observation.observe(engine.view(0))
         kernels.observe_env(engine.handle, self._handle, 0)
-        if self.config.observation == "slots":
-            kernels.observe_slots_of(engine.handle, self._handle, 0, 1)
-        arrays = self._arrays
-        if self.config.observation == "features":
-            return arrays.features[0].copy()
-        return {
-            "slots": arrays.rows[0].copy(),
-            "in_use": arrays.in_use[0].copy(),
-            "features": arrays.features[0].copy(),
-        }
+        if self._seen.fill is not None:
+            self._seen.fill(engine.handle, self._handle, 0, 1)
+        return self._read(0)

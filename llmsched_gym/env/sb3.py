@@ -11,6 +11,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from llmsched_gym.config import ConfigError
+from llmsched_gym.env.actions import action_of
 from llmsched_gym.env.single import EPISODE_INFOS
 from llmsched_gym.env.vector import LLMSchedVectorEnv
 
@@ -32,7 +33,7 @@ class LLMSchedVecEnv(VecEnv):
         self, num_envs: int = 64, suite: str = "default", render_mode: str | None = None, **fields: Any
     ) -> None:
         self.env = LLMSchedVectorEnv(num_envs, suite, render_mode, "same_step", **fields)
-        self._has_masks = self.env.config.action != "priority"
+        self._has_masks = action_of(self.env.config).has_masks
         self._returns = np.zeros(num_envs)
         self._lengths = np.zeros(num_envs, np.int64)
         self._start = time.time()

@@ -13,7 +13,7 @@ from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.env.arrays import DURATION_S, PAUSED
 from llmsched_gym.env.core import INFOS, EnvCore
 from llmsched_gym.env.episode import METRICS
-from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.features import features_of
 from llmsched_gym.env.spec import JsonSpec
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import check_seed
@@ -114,7 +114,7 @@ class LLMSchedEnv(JsonSpec, gym.Env):
     @property
     def feature_names(self) -> list[str]:
         """Names of the entries of the features observation."""
-        return [feature.name for feature in FEATURES]
+        return [feature.name for feature in features_of(self.config)]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         self.restart(None if seed is None else check_seed(seed, SEED_BITS), **check_options(options))

@@ -8,31 +8,43 @@ from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import WAITING
-from llmsched_gym.env.features import Feature, per_log_of, squash
+from llmsched_gym.env.features import Feature, places, scales, squash
 
 NUM_SLOTS = 64
+
+
+def _tokens(name: str, what: str, otherwise: str = "") -> Feature:
+    return Feature(name, 0, 1, what, 8192, log=True, otherwise=otherwise)
+
 
 SLOT_FEATURES: tuple[Feature, ...] = (
     Feature("running", 0, 1, "1 if admitted"),
     Feature("decoding", 0, 1, "1 if its whole prompt is computed"),
-    Feature("prompt", 0, 1, "prompt tokens, log scale to 8,192"),
-    Feature("remaining", 0, 1, "prompt tokens left to compute, log scale to 8,192"),
-    Feature("computed", 0, 1, "tokens whose KV is held, log scale to 8,192"),
-    Feature("emitted", 0, 1, "tokens emitted, log scale to 8,192"),
+    _tokens("prompt", "prompt tokens"),
+    _tokens("remaining", "prompt tokens left to compute"),
+    _tokens("computed", "tokens whose KV is held"),
+    _tokens("emitted", "tokens emitted"),
     Feature("slack", -1, 1, "time left to the next deadline, share of that SLO"),
     Feature("slack_s", -1, 1, "time left to the next deadline, tanh of seconds"),
-    Feature("tbt_slo", 0, 1, "TBT SLO, share of 1 s"),
-    Feature("ttft_slo", 0, 1, "TTFT SLO, log scale to 10 s in steps of 0.1 s"),
+    Feature("tbt_slo", 0, 1, "TBT SLO", 1, "s"),
+    Feature("ttft_slo", 0, 1, "TTFT SLO", 10, "s", log=True, step=0.1),
     Feature("strict", 0, 1, "1 for a strict user"),
     Feature("spoiled", 0, 1, "1 if it can no longer attain"),
     Feature("lateness", 0, 1, "late seconds, share of its patience"),
     Feature("feasible", 0, 1, "1 if its first token came, or can come, in time"),
-    Feature("blocks", 0, 1, "KV blocks held, log scale to 512"),
-    Feature("scheduled", 0, 1, "tokens it has in the batch being formed, log scale to 8,192"),
-    Feature("length_hint", 0, 1, "predicted output tokens, log scale to 8,192; 0 without a hint"),
+    Feature("blocks", 0, 1, "KV blocks held", 8192 / BLOCK_SIZE, log=True),
+    _tokens("scheduled", "tokens it has in the batch being formed"),
+    _tokens("length_hint", "predicted output tokens", "0 without a hint"),
 )
 NUM_SLOT_FEATURES = len(SLOT_FEATURES)
-_PER_100, _PER_8192, _PER_512 = map(per_log_of, (100.0, 8192.0, 8192.0 / BLOCK_SIZE))
+AT = places(SLOT_FEATURES)
+_PER_STEP, _PER_LOG, _ = scales(SLOT_FEATURES)
+
+
+@kernel()
+def logarithm(place, x):
+    """The entry at `place` for a value on a log scale."""
+    return squash(x * _PER_STEP[place], _PER_LOG[place])
 
 
 @kernel()
@@ -66,21 +78,21 @@ def observe_slots(lane, rows, in_use):
         else:
             slo_s = request.tbt_slo_s
             left_s = slo_s - (sim.clock_s - request.last_token_s)
-        row[0] = request.phase != WAITING
-        row[1] = request.phase != WAITING and not is_prefill(request)
-        row[2] = squash(request.prompt_tokens, _PER_8192)
-        row[3] = squash(max(0, request.prefill_tokens - request.num_computed_tokens), _PER_8192)
-        row[4] = squash(request.num_computed_tokens, _PER_8192)
-        row[5] = squash(emitted, _PER_8192)
-        row[6] = max(-1.0, min(1.0, left_s / slo_s)) if slo_s > 0.0 else -1.0
-        row[7] = math.tanh(left_s)
-        row[8] = min(1.0, request.tbt_slo_s)
-        row[9] = squash(request.ttft_slo_s * 10.0, _PER_100)
-        row[10] = request.slo_class == 0
-        row[11] = request.ttft_missed or request.num_late_gaps > 0 or left_s < 0.0
+        row[AT.running] = request.phase != WAITING
+        row[AT.decoding] = request.phase != WAITING and not is_prefill(request)
+        row[AT.prompt] = logarithm(AT.prompt, request.prompt_tokens)
+        row[AT.remaining] = logarithm(AT.remaining, max(0, request.prefill_tokens - request.num_computed_tokens))
+        row[AT.computed] = logarithm(AT.computed, request.num_computed_tokens)
+        row[AT.emitted] = logarithm(AT.emitted, emitted)
+        row[AT.slack] = max(-1.0, min(1.0, left_s / slo_s)) if slo_s > 0.0 else -1.0
+        row[AT.slack_s] = math.tanh(left_s)
+        row[AT.tbt_slo] = min(1.0, request.tbt_slo_s)
+        row[AT.ttft_slo] = logarithm(AT.ttft_slo, request.ttft_slo_s)
+        row[AT.strict] = request.slo_class == 0
+        row[AT.spoiled] = request.ttft_missed or request.num_late_gaps > 0 or left_s < 0.0
         lateness_s = request.lateness_s + max(0.0, -left_s)
-        row[12] = min(1.0, lateness_s / patience_s) if patience_s < math.inf else 0.0
-        row[13] = not request.ttft_missed if emitted > 0 else can_make_ttft(lane, r)
-        row[14] = squash(request.num_blocks, _PER_512)
-        row[15] = squash(max(0, request.num_scheduled_tokens), _PER_8192)
-        row[16] = 0.0 if math.isnan(request.length_hint) else squash(request.length_hint, _PER_8192)
+        row[AT.lateness] = min(1.0, lateness_s / patience_s) if patience_s < math.inf else 0.0
+        row[AT.feasible] = not request.ttft_missed if emitted > 0 else can_make_ttft(lane, r)
+        row[AT.blocks] = logarithm(AT.blocks, request.num_blocks)
+        row[AT.scheduled] = logarithm(AT.scheduled, max(0, request.num_scheduled_tokens))
+        row[AT.length_hint] = 0.0 if math.isnan(request.length_hint) else logarithm(AT.length_hint, request.length_hint)

@@ -102,7 +102,7 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
     if sum(chunks) != prefill_tokens:
         chunks = [prefill_tokens] if prefill_tokens else []
     forming = None
-    if core.config.action == "request":
+    if core.kind.by_item:
         forming = (int(batch.num_decodes), int(batch.num_tokens - batch.num_decodes))
     return Snapshot(
         clock_s=clock_s,

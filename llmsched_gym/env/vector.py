@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.env.arrays import DURATION_S, PAUSED, REWARD, TERMINATED
 from llmsched_gym.env.core import INFOS, EnvCore
-from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.features import features_of
 from llmsched_gym.env.reward import TERMS
 from llmsched_gym.env.single import EPISODE_INFOS, RESET_OPTIONS, SEED_BITS, LLMSchedEnv, check_options
 from llmsched_gym.env.spec import JsonSpec
@@ -45,6 +45,9 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         render_mode: None, "ansi" or "rgb_array"; `render` returns a tuple of frames.
         autoreset_mode: one of the above, or gymnasium's ``AutoresetMode``.
         max_episode_steps: truncate episodes after so many steps; None: only where the environment itself does.
+        num_threads: threads that share the environments of a step, without Python's lock; one a core is the most that
+            helps, and from some 64 environments on. Trajectories do not depend on it. What runs in Python (a callable
+            reward or observation, a backend, resets) runs in one.
     """
 
     metadata: dict[str, Any] = {  # noqa: RUF012
@@ -60,9 +63,10 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         render_mode: str | None = None,
         autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
         max_episode_steps: int | None = None,
+        num_threads: int = 1,
         **fields: Any,
     ) -> None:
-        num_envs = _positive("num_envs", num_envs)
+        num_envs, num_threads = _positive("num_envs", num_envs), _positive("num_threads", num_threads)
         if render_mode is not None and render_mode not in RENDER_MODES:
             raise ConfigError(f"render_mode: expected one of {', '.join(RENDER_MODES)}, got {render_mode!r}")
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
@@ -70,7 +74,7 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         limit = max_episode_steps
         self._most_steps = None if limit is None else _positive("max_episode_steps", limit)
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.core = EnvCore(env_config(suite, **fields), num_envs)
+        self.core = EnvCore(env_config(suite, **fields), num_envs, num_threads)
         self.envs = [Member(self.core, i, render_mode) for i in range(num_envs)]
         self.single_action_space = self.core.action_space
         self.single_observation_space = self.core.observation_space
@@ -91,7 +95,7 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
     @property
     def feature_names(self) -> list[str]:
         """Names of the entries of the features observation."""
-        return [feature.name for feature in FEATURES]
+        return [feature.name for feature in features_of(self.config)]
 
     @property  # type: ignore[misc]
     def np_random(self) -> Any:
@@ -112,27 +116,13 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         seeds = _seeds(seed, self.num_envs)
         for env in np.flatnonzero(which).tolist():
             self._restart(env, seeds[env], options)
-        return self._observations(), self._infos(self._outcomes()[DURATION_S:], None if which.all() else which)
+        return self.core.observations(), self._infos(self._outcomes()[DURATION_S:], None if which.all() else which)
 
     def _restart(self, env: int, seed: int | None, options: dict[str, Any]) -> None:
         self.envs[env].restart(seed, **options)
         self._steps[env] = 0
         self._is_over[env] = False
         self._any_over = bool(self._is_over.any())
-
-    def _observations(self) -> Any:
-        core = self.core
-        if hasattr(core.config.observation, "observe"):
-            views = [core.observation(env) for env in range(self.num_envs)]
-            out: Any = gym.vector.utils.create_empty_array(self.single_observation_space, self.num_envs)
-            return gym.vector.utils.concatenate(self.single_observation_space, views, out)
-        if core.config.observation == "features":
-            return core.arrays.features.copy()
-        return {
-            "slots": core.arrays.rows.copy(),
-            "in_use": core.arrays.in_use.copy(),
-            "features": core.arrays.features.copy(),
-        }
 
     def _infos(self, told: np.ndarray, which: np.ndarray | None, ended: np.ndarray | None = None) -> dict[str, Any]:
         """`info` of the environments in `which` (None: all; others have zeros) from the columns of their outcomes.
@@ -180,18 +170,18 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         if self._most_steps is not None:
             truncated |= self._steps >= self._most_steps
         if not np.count_nonzero(verdicts):  # the common case: whatever was over has begun anew
-            return self._observations(), rewards, terminated, truncated, self._infos(told, None)
+            return self.core.observations(), rewards, terminated, truncated, self._infos(told, None)
         self._is_over = ended = terminated | truncated
         self._any_over = True
         if mode != AutoresetMode.SAME_STEP:
-            return self._observations(), rewards, terminated, truncated, self._infos(told, None, own)
+            return self.core.observations(), rewards, terminated, truncated, self._infos(told, None, own)
         final_obs, final_info = np.full(self.num_envs, None, dtype=object), self._infos(told, ended, own)
         for env in np.flatnonzero(ended).tolist():
             final_obs[env] = core.observation(env)
             self._restart(env, None, {})
         info = {"final_obs": final_obs, "_final_obs": terminated | truncated, "final_info": final_info}
         info |= {"_final_info": terminated | truncated, **self._infos(self._outcomes()[DURATION_S:], None)}
-        return self._observations(), rewards, terminated, truncated, info
+        return self.core.observations(), rewards, terminated, truncated, info
 
     def reward_terms(self) -> dict[str, np.ndarray]:
         """Parts of the last step's rewards, before ``reward_scale``; arrays of shape (num_envs,)."""
@@ -231,6 +221,7 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
     def close_extras(self, **kwargs: Any) -> None:
         for env in self.envs:
             env.close()
+        self.core.close()
 
 
 class Member(LLMSchedEnv):

@@ -147,8 +147,8 @@ def _check_blocks(world: Scenario, run: ServedRun, total_tokens: np.ndarray) -> 
     r = int(np.argmax(total_tokens))
     needed = -(-int(total_tokens[r]) // BLOCK_SIZE) + int(world.watermark * blocks)
     if needed > blocks:
-        what = f"expected at least {needed:,}, for the {total_tokens[r]:,} tokens of request {run.row[r]:,}"
-        raise ConfigError(f"num_kv_blocks: {what} of {run.name}, got {blocks:,}")
+        what = f"expected at least {needed:,}, for the {total_tokens[r]:,} tokens of {run.where(r)}"
+        raise ConfigError(f"num_kv_blocks: {what}, got {blocks:,}")
 
 
 def _table(world: Scenario, run: ServedRun, length_hint: np.ndarray) -> RequestTable:

@@ -26,6 +26,7 @@ import numpy as np
 import llmsched_gym
 from llmsched_gym import sources
 from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.cost import split_name
 from llmsched_gym.evaluation.cells import part_path
 from llmsched_gym.fluid import fluid_capacity
 
@@ -88,7 +89,8 @@ def _code_digest(scenario: Scenario, policies: Sequence[str]) -> str:
             if spec is not None and spec.origin:
                 origin = Path(spec.origin)
                 data.append(origin.parent if origin.name == "__init__.py" else origin)
-    given = (scenario.profile, scenario.scheduler_profile, scenario.workload, scenario.trace)
+    profiles = (split_name(name)[0] for name in (scenario.profile, scenario.scheduler_profile) if name)
+    given = (*profiles, scenario.workload, scenario.trace)
     data += [Path(name) for name in given if name and Path(name).is_file()]
     return sources.digest(modules, data=data)
 

@@ -4,8 +4,9 @@
 
     format          "llmsched-policy/1"
     architecture    {"kind": "mlp" | "rows" | "linear" | "constant", ...settings of the network}
-    action          {"kind", "repeat", "token_budget", "admission", "allow_refusal", "knobs": {name: [value, ...]}}
-    observation     {"kind", "features": [name, ...], "slots": [name, ...]}
+    action          {"kind", "repeat", "token_budget", "admission", "allow_refusal", "knobs": {name: [value, ...]}};
+                    the last under the name of the kind, where its entries have names
+    observation     {"kind", "features": [name, ...], "slots": [name, ...]}; a feature that the profile lacks is 0
     decision_s      seconds that one decision takes, measured at export
     training        what it was trained on and how it did; for people
     tensors_sha256  of policy.safetensors
@@ -28,8 +29,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from llmsched_gym.config import ADMISSIONS, EnvConfig, plain
-from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import knobs_for
+from llmsched_gym.env.actions import ACTIONS, action_of
+from llmsched_gym.env.features import ALL_FEATURES, features_of
 from llmsched_gym.env.slots import SLOT_FEATURES
 from llmsched_gym.scheduler import PolicyError
 
@@ -62,8 +63,14 @@ class PolicySpec:
         )
 
 
-def spec_for(config: EnvConfig, architecture: Mapping[str, Any], **fields: Any) -> PolicySpec:
-    """The spec of a policy made for environments of `config`, as this version names features and knob values."""
+def spec_for(
+    config: EnvConfig, architecture: Mapping[str, Any], num_features: int | None = None, **fields: Any
+) -> PolicySpec:
+    """The spec of a policy made for environments of `config`, as this version names features and knob values.
+
+    It sees the first `num_features`; None: those of the configuration's profile.
+    """
+    seen = features_of(config, num_features)
     action: dict[str, Any] = {
         "kind": config.action,
         "repeat": config.action_repeat,
@@ -71,9 +78,9 @@ def spec_for(config: EnvConfig, architecture: Mapping[str, Any], **fields: Any) 
         "admission": config.admission,
         "allow_refusal": config.allow_refusal,
     }
-    if config.action == "knobs":
-        action["knobs"] = {k.name: [k.label(i) for i in range(len(k.values))] for k in knobs_for(config)}
-    observation: dict[str, Any] = {"kind": config.observation, "features": [f.name for f in FEATURES]}
+    if choices := action_of(config).choices(config):
+        action[config.action] = {choice.name: list(choice.labels) for choice in choices}
+    observation: dict[str, Any] = {"kind": config.observation, "features": [f.name for f in seen]}
     if config.observation == "slots":
         observation["slots"] = [f.name for f in SLOT_FEATURES]
     return PolicySpec(architecture, action, observation, **fields)
@@ -157,7 +164,7 @@ def _check(where: str, raw: Any) -> PolicySpec:
     need(kind in KINDS, "architecture.kind", f"one of {', '.join(KINDS)}", kind)
 
     action, observation = raw["action"], raw["observation"]
-    actions = ("knobs", "priority", "request") if kind in ("mlp", "rows") else ("knobs",)
+    actions = tuple(ACTIONS) if kind in ("mlp", "rows") else ("knobs",)
     need(action.get("kind") in actions, "action.kind", f"one of {', '.join(actions)}", action.get("kind"))
     for name in ("repeat", "token_budget"):
         value = action.get(name)
@@ -173,19 +180,18 @@ def _check(where: str, raw: Any) -> PolicySpec:
     except ValueError as error:
         raise PolicyError(f"{where}: action: {error}") from None
 
-    names = {"features": [f.name for f in FEATURES]}
+    names = {"features": [f.name for f in ALL_FEATURES]}
     if wanted == "slots":
         names["slots"] = [f.name for f in SLOT_FEATURES]
     for name, known in names.items():
         _check_names(where, f"observation.{name}", observation.get(name), known)
-    if action["kind"] == "knobs":
-        knobs = action.get("knobs")
-        need(isinstance(knobs, dict), "action.knobs", "an object", knobs)
-        wanted_knobs = [k.name for k in knobs_for(config)]
-        need(list(knobs) == wanted_knobs, "action.knobs", ", ".join(wanted_knobs), list(knobs))
-        for knob in knobs_for(config):
-            known = [knob.label(i) for i in range(len(knob.values))]
-            _check_names(where, f"action.knobs.{knob.name}", knobs[knob.name], known)
+    if choices := action_of(config).choices(config):
+        name, wanted_names = f"action.{config.action}", [choice.name for choice in choices]
+        listed = action.get(config.action)
+        need(isinstance(listed, dict), name, "an object", listed)
+        need(list(listed) == wanted_names, name, ", ".join(wanted_names), list(listed))
+        for choice in choices:
+            _check_names(where, f"{name}.{choice.name}", listed[choice.name], list(choice.labels))
     return spec
 
 

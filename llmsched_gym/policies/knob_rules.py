@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmsched_gym.env.knobs import Knob
+from llmsched_gym.env.actions.knobs import Knob
 
 
 class KnobScores:

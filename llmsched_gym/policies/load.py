@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +14,13 @@ from llmsched_gym.engine import Engine
 from llmsched_gym.engine.jit import JIT_ENABLED
 from llmsched_gym.engine.run import clear_batch_env
 from llmsched_gym.engine.view import Batch, View
-from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.knobs import Knob, knob_values, knobs_for, set_knobs
-from llmsched_gym.env.network import Network, choose, make_network, run_network
+from llmsched_gym.env.actions import action_of
+from llmsched_gym.env.actions.knobs import Knob, knobs_for, set_knobs
+from llmsched_gym.env.features import ALL_FEATURES, MIXING, NUM_FEATURES
+from llmsched_gym.env.network import ACTION as COMPILED_ACTION
+from llmsched_gym.env.network import Network, choose_knobs, make_network, run_network
 from llmsched_gym.env.policy import PolicyScheduler
-from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
+from llmsched_gym.env.slots import SLOT_FEATURES
 from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder
 from llmsched_gym.policies.knob_rules import KnobScores
 from llmsched_gym.policies.networks import BadTensors, Mlp, Rows
@@ -39,7 +40,9 @@ class LoadedPolicy(PolicyScheduler):
         self, spec: PolicySpec, tensors: dict[str, np.ndarray], name: str = "", decision_s: float | None = None
     ) -> None:
         policy = make_policy(spec, tensors)
-        super().__init__(policy, spec.config, spec.decision_s if decision_s is None else decision_s)
+        # as many on every profile, so that the layout of the policy's arrays is its own
+        seen = len(ALL_FEATURES) if MIXING.name in spec.observation["features"] else NUM_FEATURES
+        super().__init__(policy, spec.config, spec.decision_s if decision_s is None else decision_s, seen)
         self.network = policy.network if isinstance(policy, Knobs) and JIT_ENABLED else None
         self.spec, self.name = spec, name
         self.what: str = f"a learned policy ({spec.architecture['kind']}, {spec.action['kind']} action)"
@@ -52,7 +55,7 @@ class LoadedPolicy(PolicyScheduler):
         steps, self._left = run_network(
             engine.handle, self._handle, 0, self.network, repeat, self._left, max_steps, max_idle_steps
         )
-        self._action = self._arrays.knob_actions[0].copy()
+        self._action = self._actions[0].copy()
         return int(steps)
 
     def schedule(self, view: View) -> Batch:
@@ -78,8 +81,13 @@ class Knobs:
 
     def __call__(self, observation: np.ndarray) -> np.ndarray:
         action = np.zeros(len(self.network.counts), np.int64)
-        choose(self.network, observation, action)
+        choose_knobs(self.network, complete(observation), action)
         return action
+
+
+def complete(features: np.ndarray) -> np.ndarray:
+    """One observation of features with MIXING where its profile lacks it: 0, which is what it would say there."""
+    return np.append(features, np.zeros(1, features.dtype)) if len(features) == NUM_FEATURES else features
 
 
 def load_policy(path: str | Path, **options: Any) -> Any:
@@ -127,12 +135,12 @@ def folder_knobs(spec: PolicySpec) -> tuple[Knob, ...]:
 
 
 def _now(spec: PolicySpec) -> list[np.ndarray]:
-    """For each knob, this version's index of each value that the folder lists."""
-    tables = []
-    for knob in knobs_for(spec.config):
-        labels = [knob.label(i) for i in range(len(knob.values))]
-        tables.append(np.array([labels.index(label) for label in spec.action["knobs"][knob.name]]))
-    return tables
+    """For each entry of an action, this version's index of each value that the folder lists."""
+    kind, config = action_of(spec.config), spec.config
+    return [
+        np.array([choice.labels.index(label) for label in spec.action[kind.name][choice.name]])
+        for choice in kind.choices(config)
+    ]
 
 
 def _constant(name: str, spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Compiled:
@@ -143,7 +151,7 @@ def _constant(name: str, spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Co
     if not all(0 <= i < len(table) for i, table in zip(action, tables, strict=True)):
         raise PolicyError(f"policy {name!r}: {TENSORS}: action: expected indices of the listed knob values")
     knobs = default_knobs().reshape(1).view(np.recarray)
-    set_knobs(knobs[0], np.array([table[i] for i, table in zip(action, tables, strict=True)]), knob_values())
+    set_knobs(knobs[0], np.array([table[i] for i, table in zip(action, tables, strict=True)]))
     settings = {field: knobs[field][0].item() for field in knobs.dtype.names}
     labels = ", ".join(f"{k.name} {k.label(int(i))}" for k, i in zip(folder_knobs(spec), action, strict=True))
     return Compiled(f"constant knobs: {labels}", settings=settings, admission=spec.action["admission"], name=name)
@@ -152,63 +160,49 @@ def _constant(name: str, spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Co
 def make_policy(spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Callable[..., Any]:
     """The function from one observation (and, for request actions, the mask of legal ones) to one action."""
     kind = spec.architecture["kind"]
-    names = [f.name for f in FEATURES]
+    names = [f.name for f in ALL_FEATURES]
     columns = np.array([names.index(name) for name in spec.observation["features"]])
     if kind == "linear":
         return _linear(spec, tensors, columns)
-    decode, outputs = _decoder(spec)
+    action, decode = action_of(spec.config), _decoder(spec)
+    num_slots, others = action.num_scores(spec.config)
     if kind == "mlp":
-        mlp = Mlp(spec.architecture, tensors, len(columns), outputs)
-        if spec.action["kind"] == "knobs":
+        mlp = Mlp(spec.architecture, tensors, len(columns), num_slots + others)
+        if action.name == COMPILED_ACTION:
             tables = _now(spec)
             widths = [len(table) for table in tables]
             layers, activation = [*mlp.hidden, mlp.out], spec.architecture["activation"]
             return Knobs(make_network(columns, mlp.mean, mlp.scale, layers, activation, widths, tables))
-        if spec.action["kind"] == "request":
-            return lambda observation, mask: int(np.where(mask, mlp(observation[columns]), -math.inf).argmax())
-        return lambda observation: decode(mlp(observation[columns]))
+        return lambda observation, mask=None: decode(mlp(complete(observation)[columns]), mask)
 
     slot_names = [f.name for f in SLOT_FEATURES]
     slot_columns = np.array([slot_names.index(name) for name in spec.observation["slots"]])
-    action = spec.action["kind"]
-    outputs = {"knobs": outputs, "priority": 0, "request": 1}[action]
-    rows = Rows(spec.architecture, tensors, len(slot_columns), len(columns), outputs, per_row=action != "knobs")
+    rows = Rows(spec.architecture, tensors, len(slot_columns), len(columns), others, per_row=num_slots > 0)
 
-    def network(observation: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def policy(observation: dict[str, np.ndarray], mask: np.ndarray | None = None) -> Any:
         used = int(observation["in_use"].sum())  # rows in use come first
-        return rows(observation["slots"][:used, slot_columns], observation["features"][columns])
+        found, own = rows(observation["slots"][:used, slot_columns], complete(observation["features"])[columns])
+        scores = np.full(num_slots + others, -1.0, np.float32)
+        scores[: len(found)], scores[num_slots:] = found, own
+        return decode(scores, mask)
 
-    if action == "knobs":
-        return lambda observation: decode(network(observation)[1])
-
-    def priority(observation: dict[str, np.ndarray]) -> np.ndarray:
-        scores = np.full(NUM_SLOTS, -1.0, np.float32)
-        found = network(observation)[0]
-        scores[: len(found)] = np.clip(found, -1.0, 1.0)
-        return scores
-
-    def request(observation: dict[str, np.ndarray], mask: np.ndarray) -> int:
-        scores, close = network(observation)
-        logits = np.full(NUM_SLOTS + 1, -math.inf, np.float32)
-        logits[: len(scores)], logits[NUM_SLOTS] = scores, close[0]
-        return int(np.where(mask, logits, -math.inf).argmax())
-
-    return priority if action == "priority" else request
+    return policy
 
 
-def _decoder(spec: PolicySpec) -> tuple[Callable[[np.ndarray], np.ndarray], int]:
-    """How a network's outputs become an action, and how many outputs there are."""
-    if spec.action["kind"] != "knobs":
-        scores = NUM_SLOTS + (spec.action["kind"] == "request")
-        return lambda outputs: np.clip(outputs, -1.0, 1.0), scores
-    tables = _now(spec)
+def _decoder(spec: PolicySpec) -> Callable[[np.ndarray, Any], Any]:
+    """From the scores of a network, and the mask of what is legal where there is one, to an action."""
+    action, tables = action_of(spec.config), _now(spec)
+    if action.of_scores is not None:
+        return action.of_scores
+    shape = action.space(spec.config).shape
     ends = np.cumsum([len(table) for table in tables])
     parts = [(slice(end - len(table), end), table) for end, table in zip(ends, tables, strict=True)]
 
-    def knobs(outputs: np.ndarray) -> np.ndarray:
-        return np.array([table[outputs[part].argmax()] for part, table in parts])
+    def best(scores: np.ndarray, mask: Any) -> np.ndarray:
+        """The value with the highest score of each entry."""
+        return np.array([table[scores[part].argmax()] for part, table in parts]).reshape(shape)
 
-    return knobs, int(ends[-1])
+    return best
 
 
 def _linear(spec: PolicySpec, tensors: dict[str, np.ndarray], columns: np.ndarray) -> Knobs:

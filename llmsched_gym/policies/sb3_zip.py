@@ -15,7 +15,10 @@ import numpy as np
 from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
-from llmsched_gym.env.core import action_space, observation_space, space_settings
+from llmsched_gym.env.actions import ACTIONS
+from llmsched_gym.env.core import action_space, space_settings
+from llmsched_gym.env.features import ALL_FEATURES, NUM_FEATURES
+from llmsched_gym.env.observations import observation_space
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.scheduler import PolicyError
 
@@ -45,7 +48,7 @@ def load_zip(path: Path, options: dict[str, str]) -> PolicyScheduler:
     model = read_zip(path, options)
     config = zip_config(name, model, options)
     normalise = zip_normaliser(path, model, options.get("vecnormalize"))
-    return PolicyScheduler(Predictor(model, normalise), config)
+    return PolicyScheduler(Predictor(model, normalise), config, num_features=num_features(model.observation_space))
 
 
 class Predictor:
@@ -137,26 +140,38 @@ def zip_config(name: str, model: Any, options: dict[str, str]) -> EnvConfig:
         if settings and "observation" not in settings:
             raise ConfigError("it was trained on observations of its own, which only its environment can make")
         for config in [EnvConfig(**{**settings, **given})] if settings else _guesses(model, given):
-            spaces_now = action_space(config), observation_space(config)
-            if spaces_now == (model.action_space, model.observation_space):
+            known = [observation_space(config, number) for number in (NUM_FEATURES, len(ALL_FEATURES))]
+            if action_space(config) == model.action_space and model.observation_space in known:
                 return config
     except ConfigError as error:
         raise PolicyError(f"policy {name!r}: {error}") from None
     raise PolicyError(f"policy {name!r}: its spaces are not those of this version's environments")
 
 
+def num_features(space: spaces.Space) -> int:
+    """How many features observations of a space have."""
+    features = space["features"] if isinstance(space, spaces.Dict) else space
+    return int(np.prod(features.shape or ()))
+
+
 def _guesses(model: Any, given: dict[str, Any]) -> list[EnvConfig]:
     """Configurations that a model's spaces allow, where these do not carry their environment's settings."""
-    kinds = {spaces.MultiDiscrete: "knobs", spaces.Box: "priority", spaces.Discrete: "request"}
-    kind = kinds.get(type(model.action_space), "")
-    asked = {"knobs": ["repeat"], "priority": ["repeat", "token_budget"], "request": ["token_budget"]}.get(kind, [])
-    fields = {"repeat": "action_repeat", "token_budget": "token_budget"}
-    for key in asked:
-        if fields[key] not in given:
-            raise ConfigError(f"{key}: the zip does not say with which {fields[key]} it was trained: say {key}=N")
     slots = isinstance(model.observation_space, spaces.Dict)
-    settings = {"action": kind, "observation": "slots" if slots else "features", **given}
-    return [EnvConfig(**settings, allow_refusal=refusal) for refusal in (False, True)] if kind else []
+    settings = {"observation": "slots" if slots else "features", **given}
+    found = []
+    for name, action in ACTIONS.items():
+        if not isinstance(model.action_space, type(action.space(EnvConfig(action=name)))):
+            continue
+        if action.is_held and "action_repeat" not in given:
+            raise _unknown("repeat", "action_repeat")
+        if action.has_budget and "token_budget" not in given:
+            raise _unknown("token_budget", "token_budget")
+        found += [EnvConfig(**settings, action=name, allow_refusal=refusal) for refusal in (False, True)]
+    return found
+
+
+def _unknown(option: str, field: str) -> ConfigError:
+    return ConfigError(f"{option}: the zip does not say with which {field} it was trained: say {option}=N")
 
 
 def zip_normaliser(path: Path, model: Any, wanted: str | None) -> Callable[[Any], Any]:

@@ -12,7 +12,7 @@ from llmsched_gym.results_page.claims import section_claims
 from llmsched_gym.results_page.figures import all_figures
 from llmsched_gym.results_page.measured import section_bounds, section_main, section_parameters, section_strict
 from llmsched_gym.results_page.sustained import section_ablation, section_theory
-from llmsched_gym.results_page.trust import section_robustness, section_speed
+from llmsched_gym.results_page.trust import section_assumption, section_robustness, section_speed
 
 DPI = 110
 
@@ -33,6 +33,7 @@ code and data, speed excepted. Workload: {where}, Poisson arrivals, 5 % strict u
 with 0.5 s; token budget 512, at most 128 running requests, 14,733 KV blocks; the cost model of one RTX 6000 Ada with
 Mistral-7B unless said otherwise. The figures are simulated: what they say of real machines is as good as the cost model.
 """,
+        section_assumption(data),
         section_claims(data, long, short, plan),
         section_main(long, plan),
         section_parameters(data),

@@ -43,9 +43,14 @@ class ServedRun:
     first_token_s: np.ndarray  # > arrival_s
     last_token_s: np.ndarray  # >= first_token_s
     num_failed: int = 0  # requests of the file that failed and are left out
+    unit: str = "line"  # what `row` counts
 
     def __len__(self) -> int:
         return len(self.arrival_s)
+
+    def where(self, r: int) -> str:
+        """Request r as a person finds it in the file."""
+        return f"{self.unit} {self.row[r]} of {self.name}"
 
     @property
     def ttft_s(self) -> np.ndarray:
@@ -157,7 +162,7 @@ def _from_bench(path: Path, text: str) -> ServedRun:
     arrival_s = begin - begin.min()
     first_s = arrival_s + ttft
     times = [arrival_s, np.full(len(rows), np.nan), first_s, first_s + decoding]
-    return _run(path, rows, prompts, outputs, *times, num_failed=len(lists["errors"]) - len(rows))
+    return _run(path, rows, prompts, outputs, *times, num_failed=len(lists["errors"]) - len(rows), unit="request")
 
 
 def _bench_lists(path: Path, data: dict[str, Any]) -> dict[str, list[Any]]:
@@ -193,7 +198,7 @@ def _bench_result(path: Path, text: str) -> dict[str, Any]:
 
 
 def _run(
-    path: Path, row: list[int], prompt: np.ndarray, output: np.ndarray, *times: np.ndarray, num_failed: int = 0
+    path: Path, row: list[int], prompt: np.ndarray, output: np.ndarray, *times: np.ndarray, **fields: Any
 ) -> ServedRun:
     """The run from columns as the file has them; times as in ServedRun."""
     order = np.argsort(times[0], kind="stable")
@@ -207,7 +212,7 @@ def _run(
         scheduled_s=scheduled_s,
         first_token_s=first_token_s,
         last_token_s=last_token_s,
-        num_failed=num_failed,
+        **fields,
     )
 
 

@@ -6,11 +6,18 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from gymnasium import spaces
 
 from llmsched_gym.config import EnvConfig
-from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import ORDERS
+from llmsched_gym.engine.jit import entry, kernel
+from llmsched_gym.engine.pack import ORDERS, pack
+from llmsched_gym.engine.run import run_lane
+from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import LATEST_ARRIVAL, LATEST_LST
+from llmsched_gym.env.actions.action import Action, Choice
+from llmsched_gym.env.arrays import unpack_arrays
+from llmsched_gym.env.kernels import decide_one, step_all
+from llmsched_gym.env.markdown import table
 
 NO_LIMIT = np.iinfo(np.int32).max
 
@@ -79,9 +86,13 @@ def knob_values() -> np.ndarray:
     return np.array([[*k.values, *[k.values[0]] * (width - len(k.values))] for k in KNOBS], np.float64)
 
 
+_VALUES = knob_values()
+
+
 @kernel()
-def has_these_values(action):
-    """Whether every entry of a knobs action is the index of a value."""
+def legal(a, env):
+    """Whether every entry is the index of a value."""
+    action = a.choices[env]
     legal = True
     for k in range(action.shape[0]):
         legal &= 0 <= action[k] < _COUNTS[k]
@@ -96,23 +107,61 @@ def clip(action):
 
 
 @kernel()
-def set_knobs(knobs, action, values):
+def set_knobs(knobs, action):
     """Write a knobs action (index per knob) into the settings of the packing kernel.
 
     The victim rule follows from the offset: who defers decodes evicts the least urgent, who does not the newest.
     """
-    knobs.token_budget = int(values[TOKEN_BUDGET, action[TOKEN_BUDGET]])
-    knobs.cap = values[CAP, action[CAP]]
-    knobs.offset = values[OFFSET, action[OFFSET]]
+    knobs.token_budget = int(_VALUES[TOKEN_BUDGET, action[TOKEN_BUDGET]])
+    knobs.cap = _VALUES[CAP, action[CAP]]
+    knobs.offset = _VALUES[OFFSET, action[OFFSET]]
     knobs.offset_full = knobs.offset
     knobs.usage_switch = math.inf
-    knobs.margin = values[MARGIN, action[MARGIN]]
-    knobs.order = int(values[ORDER, action[ORDER]])
-    knobs.hold = int(values[HOLD, action[HOLD]])
-    knobs.limit = int(values[LIMIT, action[LIMIT]])
-    knobs.refuse = int(values[REFUSE, action[REFUSE]]) if action.shape[0] > REFUSE else 0
+    knobs.margin = _VALUES[MARGIN, action[MARGIN]]
+    knobs.order = int(_VALUES[ORDER, action[ORDER]])
+    knobs.hold = int(_VALUES[HOLD, action[HOLD]])
+    knobs.limit = int(_VALUES[LIMIT, action[LIMIT]])
+    knobs.refuse = int(_VALUES[REFUSE, action[REFUSE]]) if action.shape[0] > REFUSE else 0
     defers = knobs.offset < math.inf or not math.isnan(knobs.margin)
     knobs.victim = LATEST_LST if defers else LATEST_ARRIVAL
+
+
+@kernel()
+def put(lane, a, env):
+    set_knobs(lane.knobs, a.choices[env])
+
+
+@kernel()
+def put_clipped(lane, a, env):
+    """:func:`put` for an action that nobody else has checked."""
+    clip(a.choices[env])
+    put(lane, a, env)
+
+
+@kernel()
+def _step(s, a, first, stop):
+    return step_all(s, a, first, stop, legal, put, pack, False)
+
+
+@entry(nogil=True)
+def step(s, a, first, stop):
+    return _step(unpack(s), unpack_arrays(a), first, stop)
+
+
+@entry()
+def decide(s, a, env):
+    return decide_one(s, unpack_arrays(a), env, put_clipped, pack, False)
+
+
+@kernel()
+def _run(s, a, env, max_steps, max_idle_steps):
+    put_clipped(lane_of(s, env), a, env)
+    return run_lane(s, env, pack, max_steps, max_idle_steps)
+
+
+@entry()
+def run(s, a, env, max_steps, max_idle_steps):
+    return _run(unpack(s), unpack_arrays(a), env, max_steps, max_idle_steps)
 
 
 def knobs_action(settings: Any, kv_cache_usage: float, config: EnvConfig) -> np.ndarray:
@@ -133,3 +182,57 @@ def knobs_action(settings: Any, kv_cache_usage: float, config: EnvConfig) -> np.
             raise ValueError(f"no setting of the knob {knob.name!r} is {value:g}")
         action.append(matches[0])
     return np.array(action, np.int64)
+
+
+def space(config: EnvConfig) -> spaces.MultiDiscrete:
+    return spaces.MultiDiscrete([len(knob.values) for knob in knobs_for(config)])
+
+
+def expected(config: EnvConfig, place: tuple[int, ...]) -> str:
+    knob = knobs_for(config)[place[0]]
+    return f"{knob.name}: expected the index of a value, 0 to {len(knob.values) - 1}"
+
+
+def choices(config: EnvConfig) -> tuple[Choice, ...]:
+    return tuple(Choice(k.name, tuple(k.label(i) for i in range(len(k.values)))) for k in knobs_for(config))
+
+
+def adapt(action: np.ndarray, theirs: EnvConfig, ours: EnvConfig) -> np.ndarray:
+    """The action with or without the knob of refusal, as `ours` has it; ValueError if it refuses and cannot."""
+    if theirs.allow_refusal == ours.allow_refusal:
+        return action
+    if theirs.allow_refusal and action[REFUSE]:
+        raise ValueError("it refuses requests, and the environment has allow_refusal=False")
+    return action[:REFUSE] if theirs.allow_refusal else np.append(action, 0)
+
+
+def docs() -> str:
+    rows = []
+    for i, knob in enumerate(KNOBS):
+        values = ", ".join(f"{k}: {knob.label(k).replace('nan', 'off')}" for k in range(len(knob.values)))
+        rows.append([str(i), f"`{knob.name}`", knob.what, values])
+    return f"""Every combination is legal, so the mask is all true. All zeros is Sarathi-Serve; `order` = spf with
+`offset` = 5 (10 while KV use is at least 96 %) is SLAI, whose offset reads `kv_cache_usage_last_batch`. The offset set
+in step t + 1 keys the tokens emitted in batch t, once.
+
+{table(["#", "knob", "meaning", "index: value"], rows)}
+
+`refuse` is there only with `allow_refusal=True`."""
+
+
+ACTION = Action(
+    name="knobs",
+    what="one setting of each knob below",
+    docs=docs,
+    space=space,
+    expected=expected,
+    touches=("knobs",),
+    legal=legal,
+    put=put,
+    step=step,
+    decide=decide,
+    run=run,
+    has_budget=False,
+    choices=choices,
+    adapt=adapt,
+)

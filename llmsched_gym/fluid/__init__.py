@@ -1,0 +1,10 @@
+"""The fluid capacity: a rate of arrivals that no scheduler sustains more than, as a small linear program.
+
+Derivation, assumptions and what the bound leaves out: docs/theory.md.
+"""
+
+from llmsched_gym.fluid.capacity import exclusive_capacity, exclusive_factor, fluid_capacity
+from llmsched_gym.fluid.solution import Fluid
+from llmsched_gym.fluid.work import Work, mean_work
+
+__all__ = ["Fluid", "Work", "exclusive_capacity", "exclusive_factor", "fluid_capacity", "mean_work"]
