@@ -58,6 +58,7 @@ def open_batch(lane):
     batch.num_started = -1
     batch.first_started = -1
     batch.num_deferred = 0
+    batch.smallest_tbt_slo_s = -1.0
     batch.token_room = max(0, min(lane.knobs.token_budget, sim.max_num_batched_tokens))
     batch.free_blocks = sim.free_blocks
     clear_sums(batch)
@@ -69,36 +70,41 @@ def open_batch(lane):
 @kernel()
 def set_cap(lane, cap):
     """Cap the predicted time of the open batch, as a share of the TBT SLOs and deadlines of running decodes."""
-    lane.batch.cap = cap
-    lane.batch.cap_s = cap * min(smallest_tbt_slo_s(lane), next_deadline_s(lane)) if cap < math.inf else math.inf
+    batch = lane.batch
+    batch.cap, batch.cap_s = cap, math.inf
+    if cap < math.inf:
+        batch.cap_s = cap * min(smallest_tbt_slo_s(lane), batch.deadline_s)
 
 
 @kernel()
 def smallest_tbt_slo_s(lane):
     """Smallest TBT SLO among running decodes; the strict class's when none runs."""
-    smallest = math.inf
-    for i in range(lane.sim.num_running):
-        request = lane.requests[lane.running[i]]
-        if not is_prefill(request):
-            smallest = min(smallest, request.tbt_slo_s)
-    return smallest if smallest < math.inf else lane.episode.strict_tbt_slo_s
+    if lane.batch.smallest_tbt_slo_s < 0.0:
+        _find_deadlines(lane)
+    return lane.batch.smallest_tbt_slo_s
 
 
 @kernel()
-def next_deadline_s(lane):
-    """Seconds until the first deadline of a running decode that can still be met; at least a strict user's TBT SLO.
+def _find_deadlines(lane):
+    """Look through the running decodes, once per batch, for the smallest TBT SLO and the first deadline.
 
-    When the last strict decode finishes, the cap grows from one batch to the next; a decode that was deferred under the
-    small cap would be late by the end of a batch as long as the large one allows.
+    The first deadline is that of a token that can still be in time, in seconds from now and at least a strict user's
+    TBT SLO. When the last strict decode finishes, the cap grows from one batch to the next; a decode that was deferred
+    under the small cap would be late by the end of a batch as long as the large one allows.
     """
-    earliest_s = math.inf
+    smallest_s = earliest_s = math.inf
     now_s = lane.sim.clock_s
     for i in range(lane.sim.num_running):
         request = lane.requests[lane.running[i]]
+        if is_prefill(request):
+            continue
+        smallest_s = min(smallest_s, request.tbt_slo_s)
         left_s = request.last_token_s + request.tbt_slo_s - now_s
-        if not is_prefill(request) and left_s > 0.0:
+        if left_s > 0.0:
             earliest_s = min(earliest_s, left_s)
-    return max(earliest_s, lane.episode.strict_tbt_slo_s)
+    strict_s = lane.episode.strict_tbt_slo_s
+    lane.batch.smallest_tbt_slo_s = smallest_s if smallest_s < math.inf else strict_s
+    lane.batch.deadline_s = max(earliest_s, strict_s)
 
 
 @kernel()

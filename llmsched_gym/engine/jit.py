@@ -45,7 +45,8 @@ def kernel(
 
     Kernels on a lane allocate nothing and keep nothing, so references are not counted in them, which makes the engine
     1.7 times as fast; those that unpack a handle (see :func:`entry`) need the counts. Only these can be called from
-    Python in their compiled form.
+    Python in their compiled form. All others are inlined by LLVM, whatever it thinks of their size, which makes the
+    engine another 1.4 times as fast: a lane is 700 bytes, and a kernel that stays a function gets them by value.
     """
 
     def decorate(function: Callable) -> Any:
@@ -56,7 +57,7 @@ def kernel(
         numba_config.CACHE_DIR = cache_dir()
         options: dict[str, Any] = {"inline": inline, "error_model": "numpy", "_nrt": counted, "nogil": nogil}
         if not counted:
-            options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": signature is None}
+            options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": signature is None, "forceinline": True}
         try:
             args = () if signature is None else (signature,)
             dispatcher = njit(*args, cache=True, **options)(function)

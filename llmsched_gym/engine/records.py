@@ -217,6 +217,8 @@ BATCH = record_dtype(
         ("pairs", "f8"),  # query-key pairs of the prefill chunks
         ("kv_tokens", "f8"),  # KV tokens read
         ("cap_s", "f8"),  # limit on the predicted time
+        ("smallest_tbt_slo_s", "f8"),  # of the running decodes; below 0: not looked for yet
+        ("deadline_s", "f8"),  # seconds to the first deadline of theirs that can be met, looked for with it
         # the knobs of this batch: a scheduler that plans ahead changes them between opening and filling it
         ("cap", "f8"),
         ("margin", "f8"),
