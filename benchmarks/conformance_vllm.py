@@ -226,9 +226,8 @@ def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[st
     if settings.prefix_caching:
         rows = engine.state.requests[0]
         served = found.first >= 0
-        other = (rows["num_cached_tokens"] != found.first)[served] | (rows["num_recached_tokens"] != found.resumed)[
-            served
-        ]
+        resumed = engine.state.prefixes[0]["num_recached_tokens"]
+        other = ((rows["num_cached_tokens"] != found.first) | (resumed != found.resumed))[served]
         figures |= {"preemptions": int(rows["num_preemptions"].sum()), "prompt_tokens": int(prompt[served].sum())}
         figures |= {"cached_tokens": int(found.first[served].sum()), "recached_tokens": int(found.resumed.sum())}
         figures["cached_mismatches"] = int(other.sum())

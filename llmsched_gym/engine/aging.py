@@ -86,4 +86,4 @@ def grow_chunk(lane, i):
     recount(batch, lane.items, lane.requests, lane.coef_s)
     batch.free_blocks -= blocks_to_hold(lane.sim, request, more) - blocks_to_hold(lane.sim, request, n)
     if lane.sim.prefix_caching:
-        take(lane.sim, lane.requests, lane.blocks, item.request, more)
+        take(lane, item.request, more)

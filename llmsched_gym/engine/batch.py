@@ -13,7 +13,7 @@ from llmsched_gym.engine.blocks import (
     blocks_to_admit,
     blocks_to_hold,
     known_computed,
-    leave,
+    free,
     take,
 )
 from llmsched_gym.engine.jit import entry, kernel
@@ -41,7 +41,7 @@ def remaining_prefill(request):
 @kernel()
 def uncached_prefill(lane, r):
     """Prompt tokens of `r` that it has to compute: of a waiting one without those that it would find cached."""
-    return lane.requests[r].prefill_tokens - known_computed(lane.sim, lane.requests, lane.blocks, r)
+    return lane.requests[r].prefill_tokens - known_computed(lane, r)
 
 
 @kernel()
@@ -143,7 +143,7 @@ def _predicted_with_s(lane, computed, n):
 @kernel()
 def chunk_room(lane, r):
     """Prompt tokens of `r` that still fit: at most its remaining prompt, the token budget and the time cap."""
-    batch, computed = lane.batch, known_computed(lane.sim, lane.requests, lane.blocks, r)
+    batch, computed = lane.batch, known_computed(lane, r)
     n = min(lane.requests[r].prefill_tokens - computed, batch.token_room)
     if n <= 0 or batch.cap_s == math.inf:
         return max(n, 0)
@@ -204,7 +204,7 @@ def finds_room(lane, r, num_tokens):
     if sim.num_running + batch.num_admitted >= sim.max_num_seqs:
         return False
     spare = sim.watermark_blocks if sim.admission == BY_PROMPT else 0
-    return batch.free_blocks - blocks_to_admit(lane.sim, lane.requests, lane.blocks, r, num_tokens) >= spare
+    return batch.free_blocks - blocks_to_admit(lane, r, num_tokens) >= spare
 
 
 @kernel()
@@ -223,7 +223,7 @@ def add_decode(lane, r):
     batch.free_blocks -= request.num_computed_tokens >= request.num_blocks << lane.sim.block_bits
     request.num_scheduled_tokens = 1
     if lane.sim.prefix_caching:
-        take(lane.sim, lane.requests, lane.blocks, r, 1)
+        take(lane, r, 1)
 
 
 @kernel()
@@ -250,7 +250,7 @@ def add_decodes(lane, count):
     batch.free_blocks -= new_blocks
     if lane.sim.prefix_caching:
         for i in range(count):
-            take(lane.sim, lane.requests, lane.blocks, lane.scratch[i], 1)
+            take(lane, lane.scratch[i], 1)
 
 
 @kernel()
@@ -258,7 +258,7 @@ def add_chunk(lane, r, n):
     """Give request `r`, running or waiting, `n` tokens of its prompt; a waiting one is admitted."""
     batch, request, item = lane.batch, lane.requests[r], lane.items[lane.batch.num_items]
     if lane.sim.prefix_caching:
-        batch.free_blocks -= take(lane.sim, lane.requests, lane.blocks, r, n)
+        batch.free_blocks -= take(lane, r, n)
     else:
         batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     item.request = r
@@ -281,7 +281,7 @@ def preempt(lane, r):
     lane.preempt[batch.num_preempt] = r
     batch.num_preempt += 1
     if lane.sim.prefix_caching:
-        batch.free_blocks += leave(lane.sim, lane.requests, lane.blocks, r)
+        batch.free_blocks += free(lane, r)
     else:
         batch.free_blocks += lane.requests[r].num_blocks
     lane.requests[r].num_scheduled_tokens = -1  # not available to this batch
@@ -334,7 +334,7 @@ def time_alone_s(lane, r):
     """Predicted seconds until the prompt of `r` is complete if it is served alone from now on."""
     request = lane.requests[r]
     chunk = max(1, min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens))
-    computed = known_computed(lane.sim, lane.requests, lane.blocks, r)
+    computed = known_computed(lane, r)
     return prompt_s(lane.linear_s, lane.coef_s, computed, request.prefill_tokens - computed, chunk)
 
 

@@ -12,8 +12,8 @@ The rules are those of vLLM's KV cache manager (0.32, `vllm/v1/core`: kv_cache_m
   then those left longest ago, a request's last blocks before its first.
 
 Schedulers ask (:func:`blocks_to_admit`, :func:`find`) and then act (:func:`allocate`, :func:`free`). Kernels act while
-they form a batch, so that a prompt finds what an earlier one of the same batch computes. What is asked with and without
-prefix caching is inlined.
+they form a batch, so that a prompt finds what an earlier one of the same batch computes. What only prefix caching needs is
+outlined, and takes arrays instead of the lane: without it the engine is as fast as if it were not there.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from llmsched_gym.engine.records import NONE, RUNNING
 
 BY_PROMPT, BY_CHUNK, BY_PROMPT_CHECK = range(len(ADMISSIONS))
 _OWNERS, _POSITIONS = 1_640_531_527, 1_540_483_477  # below 2**31, so that no sum of products leaves 64 bits
-# Columns of a lane's array of blocks. It is one array, of one place a row and of the lists behind, because each array
-# more makes a lane dearer to hand from kernel to kernel: a second one would halve the speed of the whole engine.
+# Columns of a lane's array of blocks: one place a row, and behind them the lists of what requests hold.
 NUM_COLUMNS = 8
 OWNER, POSITION = 0, 1  # the request whose own token is the block's last, and where: NONE, it cannot be found
 USERS = 2  # requests that hold it
@@ -56,50 +55,55 @@ def blocks_to_hold(sim, request, num_tokens):
     return blocks_for(sim, held)
 
 
-@kernel(inline="always")
-def blocks_to_admit(sim, requests, blocks, r, num_tokens):
+@kernel()
+def blocks_to_admit(lane, r, num_tokens):
     """Free KV blocks that must be there for waiting request `r` to enter with `num_tokens` (rule 4)."""
+    sim, request = lane.sim, lane.requests[r]
     if sim.prefix_caching:
-        return _unshared(sim, requests, blocks, r, num_tokens, sim.admission != BY_CHUNK)
-    tokens = num_tokens if sim.admission == BY_CHUNK else requests[r].prefill_tokens
+        whole = sim.admission != BY_CHUNK
+        return _unshared(sim, request.prefill_tokens, lane.prefixes, lane.blocks, r, num_tokens, whole)
+    tokens = num_tokens if sim.admission == BY_CHUNK else request.prefill_tokens
     return blocks_for(sim, tokens)
 
 
-@kernel(inline="always")
-def blocks_to_take(sim, requests, blocks, r, num_tokens):
+@kernel()
+def blocks_to_take(lane, r, num_tokens):
     """Free KV blocks that `r` takes to compute `num_tokens` more."""
-    if sim.prefix_caching and requests[r].block_row == NONE:
-        return _unshared(sim, requests, blocks, r, num_tokens, sim.admission == BY_PROMPT)
-    return blocks_to_hold(sim, requests[r], num_tokens) - requests[r].num_blocks
+    sim, request = lane.sim, lane.requests[r]
+    if sim.prefix_caching and lane.prefixes[r].row == NONE:
+        whole = sim.admission == BY_PROMPT
+        return _unshared(sim, request.prefill_tokens, lane.prefixes, lane.blocks, r, num_tokens, whole)
+    return blocks_to_hold(sim, request, num_tokens) - request.num_blocks
+
+
+@kernel(outline=True)
+def _unshared(sim, prompt, prefixes, blocks, r, num_tokens, whole):
+    """Free KV blocks of the first `num_tokens` that waiting request `r` has to compute, or of its `whole` prompt."""
+    found = find(sim, prompt, prefixes, blocks, r)
+    tokens = prompt if whole else min((found << sim.block_bits) + num_tokens, prompt)
+    return blocks_for(sim, tokens) - num_in_use(sim, prefixes, blocks, r, found)
 
 
 @kernel()
-def _unshared(sim, requests, blocks, r, num_tokens, whole):
-    """Free KV blocks of the first `num_tokens` that waiting request `r` has to compute, or of its `whole` prompt."""
-    prompt, found = requests[r].prefill_tokens, find(sim, requests, blocks, r)
-    tokens = prompt if whole else min((found << sim.block_bits) + num_tokens, prompt)
-    return blocks_for(sim, tokens) - num_in_use(sim, requests, blocks, r, found)
-
-
-@kernel(inline="always")
-def known_computed(sim, requests, blocks, r):
+def known_computed(lane, r):
     """Tokens of `r` that need not be computed: its own computed ones; while it waits, those it would find cached."""
-    if sim.prefix_caching and requests[r].block_row == NONE:
-        return find(sim, requests, blocks, r) << sim.block_bits
-    return requests[r].num_computed_tokens
+    sim, request = lane.sim, lane.requests[r]
+    if sim.prefix_caching and lane.prefixes[r].row == NONE:
+        return find(sim, request.prefill_tokens, lane.prefixes, lane.blocks, r) << sim.block_bits
+    return request.num_computed_tokens
 
 
 # --- identity
 
 
 @kernel()
-def owner_of(requests, r, position, block_bits):
+def owner_of(prefixes, r, position, block_bits):
     """The request whose own token is the last of the block at `position` of request `r`."""
     last = ((position + 1) << block_bits) - 1
     for _ in range(r):
-        if last >= requests[r].shared_tokens:
+        if last >= prefixes[r].shared_tokens:
             break
-        r = requests[r].shares_with
+        r = prefixes[r].shares_with
     return r
 
 
@@ -175,16 +179,16 @@ def _empty_slot(blocks, mask, gap):
     blocks[gap, NAMED] = NONE
 
 
-@kernel()
-def find(sim, requests, blocks, r):
-    """Number of cached blocks that waiting request `r` would share: a run from its first one on."""
-    request = requests[r]
-    if request.found_version == sim.blocks_version:
-        return request.found_blocks
-    found = stop = (request.prefill_tokens - 1) >> sim.block_bits
+@kernel(outline=True)
+def find(sim, prompt, prefixes, blocks, r):
+    """Number of cached blocks that waiting request `r`, of `prompt` tokens, would share: a run from its first one on."""
+    prefix = prefixes[r]
+    if prefix.found_version == sim.blocks_version:
+        return prefix.found_blocks
+    found = stop = (prompt - 1) >> sim.block_bits
     owner = r
     for _ in range(r + 1):  # from its own tokens back to those of the root: the first block that is missing counts
-        first = requests[owner].shared_tokens >> sim.block_bits
+        first = prefixes[owner].shared_tokens >> sim.block_bits
         for position in range(first, stop):
             if blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED] == NONE:
                 found = position
@@ -192,24 +196,24 @@ def find(sim, requests, blocks, r):
         stop = min(stop, first)
         if stop == 0:
             break
-        owner = requests[owner].shares_with
-    request.found_version = sim.blocks_version
-    request.found_blocks = found
+        owner = prefixes[owner].shares_with
+    prefix.found_version = sim.blocks_version
+    prefix.found_blocks = found
     return found
 
 
 @kernel()
-def num_in_use(sim, requests, blocks, r, found):
+def num_in_use(sim, prefixes, blocks, r, found):
     """How many of the first `found` blocks of `r`, which are cached, somebody uses: they cost no free block."""
     count, owner, stop = 0, r, found
     for _ in range(r + 1):
-        first = requests[owner].shared_tokens >> sim.block_bits
+        first = prefixes[owner].shared_tokens >> sim.block_bits
         for position in range(first, stop):
             count += blocks[blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED], USERS] > 0
         stop = min(stop, first)
         if stop == 0:
             break
-        owner = requests[owner].shares_with
+        owner = prefixes[owner].shares_with
     return count
 
 
@@ -250,15 +254,15 @@ def _changed(sim):
 
 
 @kernel()
-def _share(sim, requests, blocks, r):
+def _share(sim, requests, prefixes, blocks, r):
     """Give request `r`, which holds nothing, a row and the cached blocks that it finds."""
-    request = requests[r]
-    found, row = find(sim, requests, blocks, r), sim.free_row
+    request, prefix, row = requests[r], prefixes[r], sim.free_row
+    found = find(sim, request.prefill_tokens, prefixes, blocks, r)
     sim.free_row = listed(sim, blocks, row, 0)
-    request.block_row = row
+    prefix.row = row
     owner, stop = r, found
     for _ in range(r + 1):
-        first = requests[owner].shared_tokens >> sim.block_bits
+        first = prefixes[owner].shared_tokens >> sim.block_bits
         for position in range(first, stop):
             b = blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED]
             if blocks[b, USERS] == 0:
@@ -269,28 +273,33 @@ def _share(sim, requests, blocks, r):
         stop = min(stop, first)
         if stop == 0:
             break
-        owner = requests[owner].shares_with
+        owner = prefixes[owner].shares_with
     request.num_blocks = found
     request.num_computed_tokens = found << sim.block_bits
     if request.num_preemptions == 0:
         request.num_cached_tokens = request.num_computed_tokens
     else:
-        request.num_recached_tokens += request.num_computed_tokens
+        prefix.num_recached_tokens += request.num_computed_tokens
 
 
 @kernel()
-def allocate(sim, requests, blocks, r, num_tokens):
+def allocate(lane, r, num_tokens):
     """Let `r` hold the blocks to compute `num_tokens` more; the full ones can be found from now on.
 
     A request that holds nothing takes the cached blocks that it finds first, and computes only what is behind them.
     Needs :func:`blocks_to_take` free blocks, and prefix caching. Doing it twice changes nothing.
     """
-    request = requests[r]
-    if request.block_row == NONE:
-        _share(sim, requests, blocks, r)
+    _allocate(lane.sim, lane.requests, lane.prefixes, lane.blocks, r, num_tokens)
+
+
+@kernel(outline=True)
+def _allocate(sim, requests, prefixes, blocks, r, num_tokens):
+    request, prefix = requests[r], prefixes[r]
+    if prefix.row == NONE:
+        _share(sim, requests, prefixes, blocks, r)
         num_tokens = min(num_tokens, request.prefill_tokens - request.num_computed_tokens)
         _changed(sim)
-    row = request.block_row
+    row = prefix.row
     for position in range(request.num_blocks, blocks_to_hold(sim, request, num_tokens)):
         b = blocks[sim.total_blocks, NEXT]
         _unlink(blocks, b)
@@ -304,27 +313,27 @@ def allocate(sim, requests, blocks, r, num_tokens):
     for position in range(computed >> sim.block_bits, (computed + num_tokens) >> sim.block_bits):
         b = listed(sim, blocks, row, position)
         if blocks[b, OWNER] == NONE:
-            _name(blocks, sim.table_mask, b, owner_of(requests, r, position, sim.block_bits), position)
+            _name(blocks, sim.table_mask, b, owner_of(prefixes, r, position, sim.block_bits), position)
             _changed(sim)
 
 
 @kernel()
-def take(sim, requests, blocks, r, num_tokens):
+def take(lane, r, num_tokens):
     """:func:`allocate` if the blocks are free, else the engine will evict for them; returns how many it needs."""
-    need = blocks_to_take(sim, requests, blocks, r, num_tokens)
-    if need <= sim.free_blocks:
-        allocate(sim, requests, blocks, r, num_tokens)
+    need = blocks_to_take(lane, r, num_tokens)
+    if need <= lane.sim.free_blocks:
+        allocate(lane, r, num_tokens)
     return need
 
 
 @kernel()
-def release(sim, requests, blocks, r, keep):
+def _release(sim, requests, prefixes, blocks, r, keep):
     """Let `r` hold only its first `keep` blocks. What it has not computed can no longer be found."""
-    request = requests[r]
+    request, row = requests[r], prefixes[r].row
     computed = request.num_computed_tokens >> sim.block_bits
     first = end = sim.total_blocks  # the head of the line of free blocks, and its end
     for position in range(request.num_blocks - 1, keep - 1, -1):
-        b = listed(sim, blocks, request.block_row, position)
+        b = listed(sim, blocks, row, position)
         if position >= computed:
             _forget(blocks, sim.table_mask, b)
         blocks[b, USERS] -= 1
@@ -339,57 +348,64 @@ def release(sim, requests, blocks, r, keep):
     _changed(sim)
 
 
-@kernel(inline="always")
-def free(sim, requests, blocks, r):
-    """Let `r` hold nothing."""
-    if sim.prefix_caching:
-        leave(sim, requests, blocks, r)
-    else:
-        sim.free_blocks += requests[r].num_blocks
-        requests[r].num_blocks = 0
-
-
 @kernel()
-def leave(sim, requests, blocks, r):
-    """Let `r` hold nothing, not even a list; returns how many blocks nobody else holds."""
-    request, before = requests[r], sim.free_blocks
-    if request.block_row != NONE:
-        release(sim, requests, blocks, r, 0)
-        _list(sim, blocks, request.block_row, 0, sim.free_row)
-        sim.free_row = request.block_row
-        request.block_row = NONE
+def free(lane, r):
+    """Let `r` hold nothing; returns how many blocks nobody else holds."""
+    if lane.sim.prefix_caching:
+        return _leave(lane.sim, lane.requests, lane.prefixes, lane.blocks, r)
+    num_blocks = lane.requests[r].num_blocks
+    lane.sim.free_blocks += num_blocks
+    lane.requests[r].num_blocks = 0
+    return num_blocks
+
+
+@kernel(outline=True)
+def _leave(sim, requests, prefixes, blocks, r):
+    """Let `r` hold nothing, not even a list."""
+    prefix, before = prefixes[r], sim.free_blocks
+    if prefix.row != NONE:
+        _release(sim, requests, prefixes, blocks, r, 0)
+        _list(sim, blocks, prefix.row, 0, sim.free_row)
+        sim.free_row = prefix.row
+        prefix.row = NONE
     return sim.free_blocks - before
 
 
 @kernel()
-def give_back(sim, requests, blocks, r):
+def give_back(lane, r):
     """Undo what :func:`allocate` did for `r` in a batch that is not to run; what was evicted for it stays evicted."""
-    request = requests[r]
-    if request.block_row == NONE:
+    _give_back(lane.sim, lane.requests, lane.prefixes, lane.blocks, r)
+
+
+@kernel(outline=True)
+def _give_back(sim, requests, prefixes, blocks, r):
+    request, prefix = requests[r], prefixes[r]
+    if prefix.row == NONE:
         return
     if request.phase == RUNNING:
         for position in range(request.num_computed_tokens >> sim.block_bits, request.num_blocks):
-            _forget(blocks, sim.table_mask, listed(sim, blocks, request.block_row, position))
-        release(sim, requests, blocks, r, blocks_to_hold(sim, request, 0))
+            _forget(blocks, sim.table_mask, listed(sim, blocks, prefix.row, position))
+        _release(sim, requests, prefixes, blocks, r, blocks_to_hold(sim, request, 0))
         return
-    leave(sim, requests, blocks, r)
+    _leave(sim, requests, prefixes, blocks, r)
     if request.num_preemptions == 0:
         request.num_cached_tokens = 0
     else:
-        request.num_recached_tokens -= request.num_computed_tokens
+        prefix.num_recached_tokens -= request.num_computed_tokens
     request.num_computed_tokens = 0
 
 
 @kernel()
-def shares_uncomputed(sim, requests, blocks, r, other):
+def shares_uncomputed(lane, r, other):
     """Whether `other` holds a block that `r` is to compute in this batch."""
-    request, another = requests[r], requests[other]
+    sim, blocks, request = lane.sim, lane.blocks, lane.requests[r]
+    row, another = lane.prefixes[r].row, lane.prefixes[other].row
     position = request.num_computed_tokens >> sim.block_bits
-    if request.block_row == NONE or another.block_row == NONE:
+    if row == NONE or another == NONE:
         return False
-    if position >= request.num_blocks or position >= another.num_blocks:
+    if position >= request.num_blocks or position >= lane.requests[other].num_blocks:
         return False
-    return listed(sim, blocks, request.block_row, position) == listed(sim, blocks, another.block_row, position)
+    return listed(sim, blocks, row, position) == listed(sim, blocks, another, position)
 
 
 def table_size(num_blocks: int) -> int:

@@ -111,16 +111,16 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
 
 def _check_places(state: State, k: int, require: Any) -> None:
     """The places of lane `k`'s blocks: who holds them, the line of free ones, what can be found."""
-    sim, requests = state.sims[k], state.requests[k]
+    sim, requests, prefixes = state.sims[k], state.requests[k], state.prefixes[k]
     places, total, bits = state.blocks[k], int(state.sims[k].total_blocks), int(state.sims[k].block_bits)
     blocks, running = places[:total], state.running[k][: sim.num_running].tolist()
     owner, position_of = blocks[:, OWNER], blocks[:, POSITION]
     held = [
-        [int(listed(sim, places, requests[r].block_row, i)) for i in range(requests[r].num_blocks)] for r in running
+        [int(listed(sim, places, prefixes[r].row, i)) for i in range(requests[r].num_blocks)] for r in running
     ]
     users = np.bincount([b for own in held for b in own], minlength=total)
     require(users == blocks[:, USERS], "users of a block != its holders")
-    rows = requests["block_row"]
+    rows = prefixes["row"]
     require(len({int(rows[r]) for r in running}) == len(running), "two requests have one row of blocks")
     require(np.delete(rows, running) == NONE, "a request that does not run has a row of blocks")
 
@@ -137,7 +137,7 @@ def _check_places(state: State, k: int, require: Any) -> None:
 
     for r, own in zip(running, held, strict=True):
         full = int(requests[r].num_computed_tokens) >> bits
-        names = [(int(owner_of(requests, r, i, bits)), i) for i in range(full)]
+        names = [(int(owner_of(prefixes, r, i, bits)), i) for i in range(full)]
         found = list(zip(owner[own[:full]].tolist(), position_of[own[:full]].tolist(), strict=True))
         require(found == names, "a full block does not have the identity of its tokens")
         require(owner[own[full:]] == NONE, "a block that is not full has an identity")

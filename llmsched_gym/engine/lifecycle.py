@@ -25,7 +25,7 @@ def _remove(array, count, value):
 def leave_running(lane, r):
     _remove(lane.running, lane.sim.num_running, r)
     lane.sim.num_running -= 1
-    free(lane.sim, lane.requests, lane.blocks, r)
+    free(lane, r)
 
 
 @kernel()
@@ -55,8 +55,9 @@ def enter(of, r):
     request.slo_class = given.slo_class
     request.prompt_tokens = given.prompt_tokens
     request.prefill_tokens = given.prompt_tokens
-    request.shares_with = given.shares_with
-    request.shared_tokens = given.shared_tokens
+    if of.prefixes.shape[0] > 0:
+        of.prefixes[r].shares_with = given.shares_with
+        of.prefixes[r].shared_tokens = given.shared_tokens
     episode.num_arrived += 1
     episode.arrived_tokens += given.prompt_tokens
     if given.prompt_tokens + of.output_tokens[r] > episode.largest_request:
@@ -190,7 +191,7 @@ def pass_time(lane, world, arrivals, output_tokens, now_s):
     lane.sim.clock_s = now_s
     before, tokens_before = episode.num_arrived, episode.arrived_tokens
     if now_s >= world.next_arrival_s:
-        let_in(lane, Episode(episode, world, lane.requests, lane.resolved, arrivals, output_tokens), now_s)
+        let_in(lane, Episode(episode, world, lane.requests, lane.resolved, lane.prefixes, arrivals, output_tokens), now_s)
     if now_s >= lane.sim.next_departure_s:
         depart(lane, world)  # after it: who came early in a long batch may have left again
     if now_s >= lane.sim.next_expiry_s:

@@ -29,7 +29,6 @@ REQUEST = record_dtype(
         ("num_blocks", "i4"),  # KV blocks held
         ("num_scheduled_tokens", "i4"),  # tokens in the batch being formed
         ("num_late_gaps", "i4"),
-        ("block_row", "i4"),  # with prefix caching: where the blocks that it holds are listed; NONE
         ("slo_class", "i1"),
         ("phase", "i1"),
         ("ttft_missed", "i1"),
@@ -51,18 +50,24 @@ REQUEST = record_dtype(
         ("prompt_tokens", "i4"),
         ("num_cached_tokens", "i4"),  # of the prompt, found in the prefix cache at the first admission
         ("num_preemptions", "i4"),
-        # prefix caching
-        ("num_recached_tokens", "i4"),  # found there at admissions after a preemption
-        ("shares_with", "i4"),  # the request with whose tokens the prompt begins; NONE
-        ("shared_tokens", "i4"),  # so many of them
-        ("found_version", "i4"),  # of the lane's blocks, when it was last looked up what is cached
-        ("found_blocks", "i4"),  # what was found
         # links of engine.queue, of waiting requests
         ("place", "i4"),  # grows along the waiting list
         ("earlier", "i4"),  # the one before it in its part of the line; -1: it is the first
         ("shorter", "i4"),  # children in the tree of expired requests; -1: none
         ("longer", "i4"),
         ("padding", "i4"),  # makes the size a multiple of a cache line
+    ]
+)
+
+# What of a request only prefix caching needs.
+PREFIX = record_dtype(
+    [
+        ("shares_with", "i4"),  # the request with whose tokens the prompt begins; NONE
+        ("shared_tokens", "i4"),  # so many of them
+        ("row", "i4"),  # where the blocks that it holds are listed; NONE
+        ("num_recached_tokens", "i4"),  # found in the cache at admissions after a preemption
+        ("found_version", "i4"),  # of the lane's blocks, when it was last looked up what is cached
+        ("found_blocks", "i4"),  # what was found
     ]
 )
 

@@ -29,6 +29,7 @@ from llmsched_gym.engine.records import (
     KNOBS,
     NONE,
     PENDING,
+    PREFIX,
     REPLICA,
     REQUEST,
     STEP,
@@ -52,11 +53,11 @@ def _to_come() -> np.ndarray:
     for name in ("first_scheduled_s", "first_token_s", "last_token_s", "resolved_s", "lst_s"):
         row[name] = np.nan
     row["deadline_miss_s"] = -np.inf
-    row["shares_with"] = row["block_row"] = NONE
     return row
 
 
 TO_COME = _to_come()
+NOTHING_SHARED = np.array((NONE, 0, NONE, 0, 0, 0), PREFIX)
 
 
 class State(NamedTuple):
@@ -66,6 +67,7 @@ class State(NamedTuple):
     episodes: Any  # (num_envs,) EPISODE
     worlds: Any  # (num_envs,) WORLD, hidden
     requests: Any  # (num_envs, capacity) REQUEST; of those to come, nothing is told
+    prefixes: Any  # (num_envs, capacity; without prefix caching 0) PREFIX
     arrivals: Any  # (num_envs, capacity) ARRIVAL, hidden
     output_tokens: Any  # (num_envs, capacity) int32, hidden
     waiting: Any  # (num_lanes, capacity) int32; by arrival, preempted ones at the head
@@ -110,6 +112,7 @@ class Lane(NamedTuple):
     coef_s: Any
     episode: Any  # EPISODE
     blocks: Any  # int32
+    prefixes: Any
 
 
 class Episode(NamedTuple):
@@ -119,6 +122,7 @@ class Episode(NamedTuple):
     world: Any  # WORLD
     requests: Any  # (capacity,) REQUEST
     resolved: Any  # (capacity,) int32
+    prefixes: Any  # (capacity or 0,) PREFIX
     arrivals: Any  # (capacity,) ARRIVAL
     output_tokens: Any  # (capacity,) int32
 
@@ -129,6 +133,7 @@ _STATE_FIELDS = {
     "episodes": (EPISODE, 1),
     "worlds": (WORLD, 1),
     "requests": (REQUEST, 2),
+    "prefixes": (PREFIX, 2),
     "arrivals": (ARRIVAL, 2),
     "output_tokens": (_I4, 2),
     "waiting": (_I4, 2),
@@ -174,6 +179,7 @@ _LANE_SOURCES += [
     "own_coef_s",
     "episodes",
     "blocks",
+    "prefixes",
 ]
 LANE_TYPE = types.NamedTuple(
     [_array_type(name, drop=1) for name in _LANE_SOURCES],
@@ -201,7 +207,7 @@ HANDLE_TYPE = HandleType([(name, _array_type(name)) for name in State._fields])
 def _make_handle(state):
     s = structref.new(HANDLE_TYPE)
     s.sims, s.episodes, s.worlds, s.requests = state.sims, state.episodes, state.worlds, state.requests
-    s.arrivals, s.output_tokens = state.arrivals, state.output_tokens
+    s.prefixes, s.arrivals, s.output_tokens = state.prefixes, state.arrivals, state.output_tokens
     s.waiting, s.running, s.knobs, s.memory = state.waiting, state.running, state.knobs, state.memory
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
     s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
@@ -224,6 +230,7 @@ def unpack(s):
         s.episodes,
         s.worlds,
         s.requests,
+        s.prefixes,
         s.arrivals,
         s.output_tokens,
         s.waiting,
@@ -282,6 +289,7 @@ def lane_of(s, k):
         s.own_coef_s[profile],
         s.episodes[env],
         s.blocks[k],
+        s.prefixes[env],
     )
 
 
@@ -289,7 +297,7 @@ def lane_of(s, k):
 def episode_of(s, env):
     """One environment's requests, the hidden part with them."""
     return Episode(
-        s.episodes[env], s.worlds[env], s.requests[env], s.resolved[env], s.arrivals[env], s.output_tokens[env]
+        s.episodes[env], s.worlds[env], s.requests[env], s.resolved[env], s.prefixes[env], s.arrivals[env], s.output_tokens[env]
     )
 
 
@@ -334,6 +342,7 @@ def allocate(
         episodes=np.zeros(num_envs, EPISODE),
         worlds=np.zeros(num_envs, WORLD),
         requests=aligned_zeros((num_envs, capacity), REQUEST),
+        prefixes=np.zeros((num_envs, capacity if scenario.prefix_caching else 0), PREFIX),
         arrivals=np.zeros((num_envs, capacity), ARRIVAL),
         output_tokens=np.zeros((num_envs, capacity), np.int32),
         waiting=np.zeros((lanes, capacity), np.int32),
@@ -363,6 +372,8 @@ def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
     fields = state._asdict()
     names = ("requests", "arrivals", "output_tokens", "waiting", "refuse", "resolved")
     sizes = dict.fromkeys(names, capacity) | {"gaps": num_gaps}
+    if state.prefixes.shape[1] > 0:
+        sizes["prefixes"] = capacity
     for name, size in sizes.items():
         old = fields[name]
         if size > old.shape[1]:
@@ -379,6 +390,7 @@ def load_table(
     if n > state.requests.shape[1]:
         raise ValueError(f"table: expected at most {state.requests.shape[1]} requests, got {n}")
     state.requests[env, :n] = TO_COME
+    state.prefixes[env, :n] = NOTHING_SHARED
     arrivals = state.arrivals[env]
     for name in TABLE_COLUMNS:
         arrivals[name][:n] = getattr(table, name)
@@ -444,6 +456,7 @@ def append_request(state: State, env: int, request: Request, arrival_s: float) -
     world, arrivals, outputs = state.worlds[env], state.arrivals[env], state.output_tokens[env]
     r = int(world.num_requests)
     state.requests[env, r] = TO_COME
+    state.prefixes[env, r : r + 1] = NOTHING_SHARED
     for name in (*TABLE_COLUMNS, *IDENTITY_COLUMNS):
         arrivals[name][r] = getattr(request, name)
     arrivals[r].arrival_s = arrival_s

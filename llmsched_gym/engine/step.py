@@ -77,14 +77,14 @@ def _drop_sharers(lane, victim):
         if (
             r == victim
             or lane.requests[r].num_scheduled_tokens <= 0
-            or not shares_uncomputed(lane.sim, lane.requests, lane.blocks, victim, r)
+            or not shares_uncomputed(lane, victim, r)
         ):
             continue
         _drop_item(lane, r)
         if lane.requests[r].phase == RUNNING:
             preempt(lane, r)
         else:
-            give_back(lane.sim, lane.requests, lane.blocks, r)
+            give_back(lane, r)
 
 
 @kernel()
@@ -121,7 +121,7 @@ def apply_batch(lane, world):
             admit(lane, r)
         elif not sim.prefix_caching and request.num_computed_tokens + n <= request.num_blocks << block_bits:
             continue
-        need = blocks_to_take(lane.sim, lane.requests, lane.blocks, r, n)
+        need = blocks_to_take(lane, r, n)
         for _ in range(sim.max_num_seqs):
             if need <= sim.free_blocks:
                 break
@@ -133,10 +133,10 @@ def apply_batch(lane, world):
             if request.num_scheduled_tokens <= 0:
                 break
             if sim.prefix_caching:
-                need = blocks_to_take(lane.sim, lane.requests, lane.blocks, r, n)
+                need = blocks_to_take(lane, r, n)
         if request.num_scheduled_tokens > 0 and sim.prefix_caching:
-            is_planned = request.block_row == NONE  # by a scheduler in Python; kernels have taken blocks already
-            allocate(lane.sim, lane.requests, lane.blocks, r, n)
+            is_planned = lane.prefixes[r].row == NONE  # by a scheduler in Python; kernels have taken blocks already
+            allocate(lane, r, n)
             if is_planned and request.num_computed_tokens > 0:
                 _leave_out_cached(lane, i)
         elif request.num_scheduled_tokens > 0:
@@ -232,11 +232,11 @@ def clear_batch(lane):
         for i in range(batch.num_items):
             lane.requests[lane.items[i].request].num_scheduled_tokens = 0
             if lane.sim.prefix_caching:
-                give_back(lane.sim, lane.requests, lane.blocks, lane.items[i].request)
+                give_back(lane, lane.items[i].request)
         for i in range(batch.num_preempt):
             r = lane.preempt[i]
             lane.requests[r].num_scheduled_tokens = 0
-            if lane.requests[r].phase == RUNNING and lane.sim.prefix_caching and lane.requests[r].block_row == NONE:
+            if lane.requests[r].phase == RUNNING and lane.sim.prefix_caching and lane.prefixes[r].row == NONE:
                 preempt(lane, r)  # its blocks are gone
         for i in range(batch.num_refuse):
             lane.requests[lane.refuse[i]].num_scheduled_tokens = 0

@@ -14,7 +14,7 @@ import numpy as np
 from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
 from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed
 from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
-from llmsched_gym.engine.state import State
+from llmsched_gym.engine.state import State, lane_of
 from llmsched_gym.engine.surface import chunk_s, has_surface, recount, surface_s
 
 _HIDDEN_FIELDS = {
@@ -24,10 +24,6 @@ _HIDDEN_FIELDS = {
     "phase",
     "num_scheduled_tokens",
     "resolved_s",
-    # of the prefix cache
-    "block_row",
-    "found_version",
-    "found_blocks",
 }
 _SEEN = [name for name in REQUEST.names or () if name not in _HIDDEN_FIELDS]
 VISIBLE = np.dtype((np.record, [("index", "i4")] + [(name, REQUEST[name].str) for name in _SEEN]))
@@ -161,7 +157,7 @@ def _without(state: State, env: int, preempted: list[int]) -> Iterator[int]:
     gone = np.zeros_like(users)
     for r in preempted:
         for position in range(requests[r].num_blocks):
-            gone[listed(sim, blocks, requests[r].block_row, position)] += 1
+            gone[listed(sim, blocks, state.prefixes[env][r].row, position)] += 1
     users -= gone
     try:
         yield int(sim.free_blocks) + int(np.sum((gone > 0) & (users == 0)))
@@ -203,7 +199,7 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     items: list[tuple[int, int]] = []
     seen: set[int] = set()
     total, pairs, kv_tokens, decodes = 0, 0.0, 0.0, 0
-    places = sim, requests, state.blocks[env]
+    at = lane_of(state, env)
     spare = int(sim.watermark_blocks) if sim.admission == BY_PROMPT else 0
     with _without(state, env, preempted) as free:
         for r, n in batch.tokens.items():
@@ -223,10 +219,10 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
             if n > (prefill - computed if is_chunk else 1):
                 what = f"{prefill - computed} of its prompt remain" if is_chunk else "a decode is exactly 1"
                 raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, but {what}")
-            need = int(blocks_to_take(*places, r, n))
+            need = int(blocks_to_take(at, r, n))
             if phase == WAITING:
                 seqs += 1
-                first = int(blocks_to_admit(*places, r, n))
+                first = int(blocks_to_admit(at, r, n))
                 if free - first < spare:
                     raise IllegalBatch(
                         f"rule 4: request {r} needs {first} blocks, {free} are free and {spare} held back"
