@@ -79,7 +79,7 @@ def place_prompts(lane, tokens, dry):
         r = lane.waiting[i]
         if placed >= tokens or seqs >= sim.max_num_seqs:
             break
-        if (limit and requests[r].prefill_tokens > lane.batch.limit) or (hold and not can_make_ttft(lane, r)):
+        if (limit and uncached_prefill(lane, r) > lane.batch.limit) or (hold and not can_make_ttft(lane, r)):
             continue
         need = math.ceil((requests[r].prompt_tokens + output) / lane.sim.block_size)
         if seqs > 0 and reserved + need + sim.watermark_blocks > sim.total_blocks:

@@ -72,6 +72,17 @@ def test_a_preempted_request_finds_its_blocks_again():
     assert (recached % 16 == 0).all()
 
 
+@pytest.mark.parametrize(("policy", "first"), [("sarathi", 1), ("sarathi-spf", 2), ("srpt-capped", 2)])
+def test_shortest_first_goes_by_what_is_not_cached(policy, first):
+    # the long prompt is cached but for one block; the short one, which came before it, has three blocks of its own
+    found = run(policy, (0, "abcdefg", 112, 1), (9, "xyz", 48, 2), (9, "abcdefh", 112, 2), max_num_seqs=1)
+    while found.clock_s < 9:
+        found.step()
+    waiting = found.engine.view().waiting
+    assert dict(zip(waiting.index.tolist(), waiting.num_uncached_tokens.tolist(), strict=True)) == {1: 48, 2: 16}
+    assert found.step() == {first: {1: 48, 2: 16}[first]}
+
+
 def test_generated_tokens_can_be_found():
     prompt, output = np.array([20, 57]), np.array([30, 2])
     given = table([request(0.0, 20, 30), request(9.0, 57, 2)])

@@ -12,8 +12,8 @@ from llmsched_gym.engine.blocks import (
     BY_PROMPT,
     blocks_to_admit,
     blocks_to_hold,
-    known_computed,
     free,
+    known_computed,
     take,
 )
 from llmsched_gym.engine.jit import entry, kernel

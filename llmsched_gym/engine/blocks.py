@@ -12,8 +12,8 @@ The rules are those of vLLM's KV cache manager (0.32, `vllm/v1/core`: kv_cache_m
   then those left longest ago, a request's last blocks before its first.
 
 Schedulers ask (:func:`blocks_to_admit`, :func:`find`) and then act (:func:`allocate`, :func:`free`). Kernels act while
-they form a batch, so that a prompt finds what an earlier one of the same batch computes. What only prefix caching needs is
-outlined, and takes arrays instead of the lane: without it the engine is as fast as if it were not there.
+they form a batch, so that a prompt finds what an earlier one of the same batch computes. What only prefix caching needs
+is outlined and takes arrays instead of the lane, so that it costs next to nothing where it is off.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _empty_slot(blocks, mask, gap):
 
 @kernel(outline=True)
 def find(sim, prompt, prefixes, blocks, r):
-    """Number of cached blocks that waiting request `r`, of `prompt` tokens, would share: a run from its first one on."""
+    """Number of cached blocks that waiting request `r`, of `prompt` tokens, would share, from its first one on."""
     prefix = prefixes[r]
     if prefix.found_version == sim.blocks_version:
         return prefix.found_blocks

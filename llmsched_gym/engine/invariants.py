@@ -115,9 +115,7 @@ def _check_places(state: State, k: int, require: Any) -> None:
     places, total, bits = state.blocks[k], int(state.sims[k].total_blocks), int(state.sims[k].block_bits)
     blocks, running = places[:total], state.running[k][: sim.num_running].tolist()
     owner, position_of = blocks[:, OWNER], blocks[:, POSITION]
-    held = [
-        [int(listed(sim, places, prefixes[r].row, i)) for i in range(requests[r].num_blocks)] for r in running
-    ]
+    held = [[int(listed(sim, places, prefixes[r].row, i)) for i in range(requests[r].num_blocks)] for r in running]
     users = np.bincount([b for own in held for b in own], minlength=total)
     require(users == blocks[:, USERS], "users of a block != its holders")
     rows = prefixes["row"]
@@ -153,13 +151,16 @@ def _check_places(state: State, k: int, require: Any) -> None:
             last, b = b, int(places[b, SAME])
         require(places[first, LAST] == last, "the newest of equal blocks is not the last")
     require(np.array_equal(np.sort(seen), np.flatnonzero(owner != NONE)), "a cached block cannot be found")
+
+
 def _check_index(state: State, env: int, require: Callable[[Any, str], None]) -> None:
     """The parts of the waiting line and its trees hold whom they are to hold, in order; see `engine.queue`."""
     sim, requests = state.sims[env], state.requests[env]
     waiting = state.waiting[env][: sim.num_waiting]
     require(np.diff(requests["place"][waiting]) > 0, "places do not grow along the waiting list")
     now_s, rows = sim.clock_s, requests[waiting]
-    gone = (rows["num_output_tokens"] == 0) & (rows["ttft_slo_s"] - (now_s - rows["arrival_s"]) <= 0.0)
+    may_expire = not sim.prefix_caching
+    gone = may_expire & (rows["num_output_tokens"] == 0) & (rows["ttft_slo_s"] - (now_s - rows["arrival_s"]) <= 0.0)
     expired = waiting[gone].tolist()
     require(_chain(requests, sim.first_open, sim.last_open) == waiting[~gone].tolist(), "open requests: wrong list")
     by_deadline = sorted(expired, key=lambda r: (requests[r].arrival_s + requests[r].ttft_slo_s, r))

@@ -191,7 +191,8 @@ def pass_time(lane, world, arrivals, output_tokens, now_s):
     lane.sim.clock_s = now_s
     before, tokens_before = episode.num_arrived, episode.arrived_tokens
     if now_s >= world.next_arrival_s:
-        let_in(lane, Episode(episode, world, lane.requests, lane.resolved, lane.prefixes, arrivals, output_tokens), now_s)
+        of = Episode(episode, world, lane.requests, lane.resolved, lane.prefixes, arrivals, output_tokens)
+        let_in(lane, of, now_s)
     if now_s >= lane.sim.next_departure_s:
         depart(lane, world)  # after it: who came early in a long batch may have left again
     if now_s >= lane.sim.next_expiry_s:

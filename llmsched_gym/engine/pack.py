@@ -17,11 +17,12 @@ from llmsched_gym.engine.batch import (
     chunk_room,
     decode_fits,
     insert_sorted,
+    is_free,
     is_prefill,
     open_batch,
     refuse,
-    remaining_prefill,
     smallest_tbt_slo_s,
+    uncached_prefill,
 )
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.queue import is_shorter, shortest_expired
@@ -185,15 +186,13 @@ def _key_if_feasible(lane, r, order):
     request = lane.requests[r]
     if order == FCFS:
         return 0.0
-    if order == SPF:
-        return float(request.prefill_tokens)
     if order == CLASS:
-        return request.prefill_tokens + (0.0 if request.slo_class == 0 else _LATER)
+        return uncached_prefill(lane, r) + (0.0 if request.slo_class == 0 else _LATER)
     if order == EDF:
         if request.num_output_tokens > 0:  # preempted: its next token is due
             return request.last_token_s + request.tbt_slo_s
         return request.arrival_s + request.ttft_slo_s
-    return float(remaining_prefill(request))
+    return float(uncached_prefill(lane, r))  # SPF, SRPT, FEASIBLE
 
 
 @kernel()
@@ -236,7 +235,7 @@ def _any_within_limit(lane):
         if r == NONE:
             break
         request = lane.requests[r]
-        if request.num_scheduled_tokens == 0 and request.prefill_tokens <= lane.batch.limit:
+        if request.num_scheduled_tokens == 0 and uncached_prefill(lane, r) <= lane.batch.limit:
             return True
         r = request.later
     return _next_expired(lane, SPF, True) >= 0
@@ -276,9 +275,9 @@ def next_waiting(lane, order, hold, limit):
     """The waiting prompt at the head of the line under `order`, -1 if there is none."""
     if order == FCFS and not hold:
         for i in range(lane.sim.num_waiting):
-            request = lane.requests[lane.waiting[i]]
-            if request.num_scheduled_tokens == 0 and not (limit and request.prefill_tokens > lane.batch.limit):
-                return lane.waiting[i]
+            r = lane.waiting[i]
+            if is_free(lane, r) and not (limit and uncached_prefill(lane, r) > lane.batch.limit):
+                return r
         return -1
     best = -1
     best_key = math.inf
@@ -288,7 +287,7 @@ def next_waiting(lane, order, hold, limit):
             break
         r, request = following, lane.requests[following]
         following = request.later
-        if request.num_scheduled_tokens != 0 or (limit and request.prefill_tokens > lane.batch.limit):
+        if request.num_scheduled_tokens != 0 or (limit and uncached_prefill(lane, r) > lane.batch.limit):
             continue
         # predictions take time: only of those who would go first if they can make it
         key = _key_if_feasible(lane, r, order)

@@ -10,6 +10,8 @@ line has two parts, linked through the requests' records:
   trees by length, one of class 0, one of the rest. The trees are treaps (Aragon and Seidel, FOCS 1989): a request's
   rank in its tree is a hash of its index, so that trees are balanced whatever the order of lengths.
 
+With prefix caching what a request has to compute changes with what is cached: then all are open.
+
 Joining, expiring and leaving take time in the logarithm of the line's length, but for the list itself, whose indices
 move up by one.
 """
@@ -173,7 +175,7 @@ def _count(lane, r, place, earlier):
     sim.num_waiting += 1
     sim.waiting_tokens += request.prefill_tokens
     _link(lane, r, earlier, False)
-    if request.num_output_tokens == 0:
+    if request.num_output_tokens == 0 and not sim.prefix_caching:
         sim.next_expiry_s = min(sim.next_expiry_s, deadline_s(request))
 
 

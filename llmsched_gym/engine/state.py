@@ -297,7 +297,13 @@ def lane_of(s, k):
 def episode_of(s, env):
     """One environment's requests, the hidden part with them."""
     return Episode(
-        s.episodes[env], s.worlds[env], s.requests[env], s.resolved[env], s.prefixes[env], s.arrivals[env], s.output_tokens[env]
+        s.episodes[env],
+        s.worlds[env],
+        s.requests[env],
+        s.resolved[env],
+        s.prefixes[env],
+        s.arrivals[env],
+        s.output_tokens[env],
     )
 
 

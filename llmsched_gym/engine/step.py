@@ -74,11 +74,7 @@ def _drop_sharers(lane, victim):
     """Take out of the batch, and preempt or let wait, who has found blocks that an evicted one will not compute."""
     for i in range(lane.batch.num_items):
         r = lane.items[i].request
-        if (
-            r == victim
-            or lane.requests[r].num_scheduled_tokens <= 0
-            or not shares_uncomputed(lane, victim, r)
-        ):
+        if r == victim or lane.requests[r].num_scheduled_tokens <= 0 or not shares_uncomputed(lane, victim, r):
             continue
         _drop_item(lane, r)
         if lane.requests[r].phase == RUNNING:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.engine.batch import batch_s, can_make_ttft_env
+from llmsched_gym.engine.batch import batch_s, can_make_ttft_env, uncached_prefill
 from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed
 from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
 from llmsched_gym.engine.state import State, lane_of
@@ -26,7 +26,9 @@ _HIDDEN_FIELDS = {
     "resolved_s",
 }
 _SEEN = [name for name in REQUEST.names or () if name not in _HIDDEN_FIELDS]
-VISIBLE = np.dtype((np.record, [("index", "i4")] + [(name, REQUEST[name].str) for name in _SEEN]))
+VISIBLE = np.dtype(
+    (np.record, [("index", "i4"), ("num_uncached_tokens", "i4")] + [(name, REQUEST[name].str) for name in _SEEN])
+)
 
 
 class IllegalBatch(ValueError):
@@ -47,7 +49,8 @@ class View:
 
     Attributes:
         now_s: the clock, seconds.
-        running: record array of admitted requests, by admission; fields of :data:`VISIBLE`.
+        running: record array of admitted requests, by admission; fields of :data:`VISIBLE`. ``num_uncached_tokens`` of
+            their prompts are left to compute, of waiting ones behind what they would find cached.
         waiting: record array of waiting requests, by arrival, preempted ones first.
         free_blocks, total_blocks, watermark_blocks: KV blocks.
         block_size: tokens in a KV block.
@@ -79,6 +82,10 @@ class View:
         seen["index"] = indices
         for name in _SEEN:
             seen[name] = rows[name][indices]
+        seen["num_uncached_tokens"] = seen["prefill_tokens"] - seen["num_computed_tokens"]
+        if self._state.sims[self._env].prefix_caching:
+            lane = lane_of(self._state, self._env)
+            seen["num_uncached_tokens"] = [uncached_prefill(lane, int(r)) for r in indices]
         return seen.view(np.recarray)
 
     @property
