@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine import surface
+from llmsched_gym.engine.blocks import (
+    BY_PROMPT,
+    blocks_to_admit,
+    blocks_to_hold,
+    free,
+    known_computed,
+    take,
+)
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.surface import has_surface
-
-BY_PROMPT, BY_CHUNK, BY_PROMPT_CHECK = range(len(ADMISSIONS))
 
 
 @kernel()
@@ -34,25 +39,9 @@ def remaining_prefill(request):
 
 
 @kernel()
-def blocks_for(sim, num_tokens):
-    """KV blocks of so many tokens."""
-    return (num_tokens + sim.block_size - 1) >> sim.block_bits
-
-
-@kernel()
-def blocks_to_hold(sim, request, num_tokens):
-    """KV blocks of the request after computing `num_tokens` more (rule 4)."""
-    held = request.num_computed_tokens + num_tokens
-    if sim.admission == BY_PROMPT:
-        held = max(held, request.prefill_tokens)
-    return blocks_for(sim, held)
-
-
-@kernel()
-def blocks_to_admit(sim, request, num_tokens):
-    """KV blocks that must be free for a waiting request to enter with `num_tokens` (rule 4)."""
-    tokens = num_tokens if sim.admission == BY_CHUNK else request.prefill_tokens
-    return blocks_for(sim, tokens)
+def uncached_prefill(lane, r):
+    """Prompt tokens of `r` that it has to compute: of a waiting one without those that it would find cached."""
+    return lane.requests[r].prefill_tokens - known_computed(lane, r)
 
 
 @kernel()
@@ -154,11 +143,10 @@ def _predicted_with_s(lane, computed, n):
 @kernel()
 def chunk_room(lane, r):
     """Prompt tokens of `r` that still fit: at most its remaining prompt, the token budget and the time cap."""
-    batch, request = lane.batch, lane.requests[r]
-    n = min(remaining_prefill(request), batch.token_room)
+    batch, computed = lane.batch, known_computed(lane, r)
+    n = min(lane.requests[r].prefill_tokens - computed, batch.token_room)
     if n <= 0 or batch.cap_s == math.inf:
         return max(n, 0)
-    computed = request.num_computed_tokens
     if has_surface(lane.coef_s):
         return surface.chunk_room(batch, lane.linear_s, lane.coef_s, computed, n)
     if _predicted_with_s(lane, computed, n) <= batch.cap_s:
@@ -216,7 +204,7 @@ def finds_room(lane, r, num_tokens):
     if sim.num_running + batch.num_admitted >= sim.max_num_seqs:
         return False
     spare = sim.watermark_blocks if sim.admission == BY_PROMPT else 0
-    return batch.free_blocks - blocks_to_admit(sim, lane.requests[r], num_tokens) >= spare
+    return batch.free_blocks - blocks_to_admit(lane, r, num_tokens) >= spare
 
 
 @kernel()
@@ -234,6 +222,8 @@ def add_decode(lane, r):
         batch.longest = max(batch.longest, request.num_computed_tokens + 1)
     batch.free_blocks -= request.num_computed_tokens >= request.num_blocks << lane.sim.block_bits
     request.num_scheduled_tokens = 1
+    if lane.sim.prefix_caching:
+        take(lane, r, 1)
 
 
 @kernel()
@@ -258,12 +248,19 @@ def add_decodes(lane, count):
     if has_surface(lane.coef_s):
         surface.see_longest(batch, lane.requests, lane.scratch, count)
     batch.free_blocks -= new_blocks
+    if lane.sim.prefix_caching:
+        for i in range(count):
+            take(lane, lane.scratch[i], 1)
 
 
 @kernel()
 def add_chunk(lane, r, n):
     """Give request `r`, running or waiting, `n` tokens of its prompt; a waiting one is admitted."""
     batch, request, item = lane.batch, lane.requests[r], lane.items[lane.batch.num_items]
+    if lane.sim.prefix_caching:
+        batch.free_blocks -= take(lane, r, n)
+    else:
+        batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     item.request = r
     item.tokens = n
     batch.num_items += 1
@@ -273,7 +270,6 @@ def add_chunk(lane, r, n):
     batch.kv_tokens += request.num_computed_tokens + n
     if has_surface(lane.coef_s):
         surface.see_chunk(batch, lane.coef_s, request.num_computed_tokens, n)
-    batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     batch.num_admitted += request.phase == WAITING
     request.num_scheduled_tokens = n
 
@@ -284,7 +280,10 @@ def preempt(lane, r):
     batch = lane.batch
     lane.preempt[batch.num_preempt] = r
     batch.num_preempt += 1
-    batch.free_blocks += lane.requests[r].num_blocks
+    if lane.sim.prefix_caching:
+        batch.free_blocks += free(lane, r)
+    else:
+        batch.free_blocks += lane.requests[r].num_blocks
     lane.requests[r].num_scheduled_tokens = -1  # not available to this batch
 
 
@@ -335,7 +334,8 @@ def time_alone_s(lane, r):
     """Predicted seconds until the prompt of `r` is complete if it is served alone from now on."""
     request = lane.requests[r]
     chunk = max(1, min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens))
-    return prompt_s(lane.linear_s, lane.coef_s, request.num_computed_tokens, remaining_prefill(request), chunk)
+    computed = known_computed(lane, r)
+    return prompt_s(lane.linear_s, lane.coef_s, computed, request.prefill_tokens - computed, chunk)
 
 
 @kernel()
