@@ -136,7 +136,7 @@ def test_bad_rows_are_one_line(line, row, words, tmp_path, capsys):
         ({"itls": [0.1, [0.1]]}, "'itls', request 0: expected a list of seconds >= 0, got 0.1"),
         ({"start_times": [True, 1.0]}, "'start_times', request 0: expected a time in seconds, got True"),
         ({"output_lens": [2, 2.5]}, "'output_lens', request 1: expected a whole number >= 1, got 2.5"),
-        ({"errors": ["Bad", "Bad"]}, "all 2 requests failed"),
+        ({"errors": ["Bad", "Bad"]}, "2 requests, and all failed"),
         ({name: [] for name in ("input_lens", "output_lens", "start_times", "ttfts", "itls", "errors")}, "no requests"),
     ],
 )
@@ -336,6 +336,14 @@ def test_too_few_blocks_name_the_request(tmp_path):
     assert replay(run, "vllm-v1", RTX, num_kv_blocks=12).episode.sim.num_finished == 2
     with pytest.raises(ConfigError, match=r"at least 12, for the 177 tokens of line 3 of run\.csv, got 11"):
         replay(run, "vllm-v1", RTX, num_kv_blocks=11)
+
+
+def test_one_of_everything_is_in_the_singular(tmp_path, capsys):
+    path = csv_run(tmp_path / "run.csv", (12, 3, 0, 0, 1, 2))
+    limits = ["--max-num-seqs", "1", "--max-num-batched-tokens", "1", "--kv-blocks", "1"]
+    assert main(["replay", str(path), "--profile", RTX, *limits]) == 0
+    title = [line.strip() for line in capsys.readouterr().out.splitlines()[:3]]
+    assert title == ["run.csv: 1 request", f"vllm-v1, {RTX}", "1 sequence, 1 token a batch, 1 KV block"]
 
 
 # The documentation, and a real run

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmsched_gym.evaluation.intervals import Interval, interval, mean, median, median_interval
+from llmsched_gym.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -157,7 +158,7 @@ def trace_table(found: dict[str, Any]) -> Table:
         return f"{number(found[f'gap_{name}_s'])} s"
 
     table = new_table("trace", found["name"], text=2)
-    dropped = f", {found['num_dropped']:,} invalid rows left out" if found["num_dropped"] else ""
+    dropped = f", {counted(found['num_dropped'], 'invalid row')} left out" if found["num_dropped"] else ""
     table.add_row("format", found["format"])
     table.add_row("requests", f"{found['num_requests']:,}{dropped}")
     if found["num_sessions"]:
@@ -187,13 +188,15 @@ def trace_table(found: dict[str, Any]) -> Table:
 def replay_table(result: Replay) -> Table:
     """Measured against simulated latencies and their errors."""
     errors, episode, run = result.errors(), result.episode, result.measured
-    failed = f", {run.num_failed:,} failed ones left out" if run.num_failed else ""
+    failed = f", {counted(run.num_failed, 'failed one')} left out" if run.num_failed else ""
     sim = episode.sim
-    title = (
-        f"{run.name}: {len(run):,} requests{failed}\n"
-        f"{result.policy}, {episode.scenario.profile}\n"
-        f"{sim.max_num_seqs:,} sequences, {result.token_budget:,} tokens a batch, {sim.total_blocks:,} KV blocks"
+    limits = (
+        counted(sim.max_num_seqs, "sequence"),
+        f"{counted(result.token_budget, 'token')} a batch",
+        counted(sim.total_blocks, "KV block"),
     )
+    requests = f"{run.name}: {counted(len(run), 'request')}{failed}"
+    title = f"{requests}\n{result.policy}, {episode.scenario.profile}\n{', '.join(limits)}"
     table = new_table("latency", "over requests", "measured", "simulated", "error (%)", title=title, text=2)
     for latency, (name, factor, digits) in {
         "ttft": ("TTFT (s)", 1.0, 3),

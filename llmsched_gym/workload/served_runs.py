@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_gym.words import counted
 from llmsched_gym.workload.traces import MAX_TOKENS, TraceError, TraceWarning, csv_rows, open_text
 
 CSV_COLUMNS = ("input_toks", "output_toks", "queued_s", "scheduled_s", "first_token_s", "last_token_s")
@@ -92,7 +93,10 @@ def load_run(path: str | Path) -> ServedRun:
     run = _from_bench(path, text) if text.lstrip()[0] in "{[" else _from_csv(path, text)
     if run.num_failed:
         many = f"{run.num_failed:,} of its {len(run) + run.num_failed:,} requests failed"
-        message = f"{path}: {many}: they are left out, and so is the load that they were"
+        left = "it is left out, and so is the load that it was"
+        if run.num_failed > 1:
+            left = "they are left out, and so is the load that they were"
+        message = f"{path}: {many}: {left}"
         warnings.warn(message, TraceWarning, stacklevel=2)
     return run
 
@@ -156,7 +160,7 @@ def _from_bench(path: Path, text: str) -> ServedRun:
         rows.append(i)
         columns.append((prompt, output, begin_s, ttft_s, math.fsum(gap for gap in gaps if gap is not None)))
     if not rows:
-        failed = f"all {len(lists['errors']):,} requests failed" if lists["errors"] else "no requests"
+        failed = f"{counted(len(lists['errors']), 'request')}, and all failed" if lists["errors"] else "no requests"
         raise TraceError(f"{path}: {failed}")
     prompts, outputs, begin, ttft, decoding = np.array(columns, np.float64).T
     arrival_s = begin - begin.min()
