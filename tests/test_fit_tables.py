@@ -163,7 +163,16 @@ def test_fit_attention_needs_all_kinds():
 @pytest.mark.parametrize(
     ("which", "text", "message"),
     [
-        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,2,x\n", "line 3, column 'time_us': expected a time > 0, got 'x'"),
+        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,2,x\n", "line 3, column 'time_us': expected a time from 0.001 to"),
+        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,2,1e300\n", "line 3, column 'time_us': expected a time from 0.001 to"),
+        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,2,1e-300\n", "line 3, column 'time_us': expected a time from 0.001 to"),
+        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,1e300,9\n", "line 3, column 'tokens': expected a whole number from 0"),
+        (
+            1,
+            "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1e18,8,1\n",
+            "line 2, column 'n_decode': expected",
+        ),
+        (2, "layer,sequences,time_us\nhead,1,1e300\n", "line 2, column 'time_us': expected a time from 0.001 to"),
         (0, "layer,tokens,time_us\nqkv,0,5\n", "line 2, column 'tokens': expected a whole number >= 1, got '0'"),
         (0, "layer,tokens,time_us\n,1,5\n", "line 2, column 'layer': expected a layer's name, got ''"),
         (0, "layer,tokens,time_us\na,1,5\na,2,5\nb,1,5\n", "column 'layer': b has no time at tokens 2"),
@@ -185,7 +194,7 @@ def test_fit_attention_needs_all_kinds():
         (
             2,
             "layer,sequences,time_us\nhead,1,-3\nhead,2,1\n",
-            "line 2, column 'time_us': expected a time > 0, got '-3'",
+            "line 2, column 'time_us': expected a time from 0.001 to 1,000,000,000 us, got '-3'",
         ),
         (2, "", "cannot read"),
     ],
@@ -379,11 +388,11 @@ def batches_file(path, rows):
 HYBRID = [(f"0:{16 + 8 * i}", "100;200", 10.0 + i) for i in range(30)]
 
 
-@pytest.mark.parametrize("ms", ["nan", "abc", "", "-3.0"])
+@pytest.mark.parametrize("ms", ["nan", "abc", "", "-3.0", "1e300", "1e-300"])
 def test_a_bad_time_names_file_and_line(tmp_path, capsys, ms):
     file = batches_file(tmp_path / "b.csv", [HYBRID[0], (*HYBRID[1][:2], ms), *HYBRID[2:]])
     assert main(["fit", "--batches", file, "--out", str(tmp_path / "p.json")]) == 2
-    assert f"{file}: line 3, column 'ms': expected a time > 0" in capsys.readouterr().err
+    assert f"{file}: line 3, column 'ms': expected a time from 1e-06 to" in capsys.readouterr().err
     assert not (tmp_path / "p.json").exists()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.words import counted
+from llmsched_gym.words import counted, shown
 from llmsched_gym.workload.traces import MAX_TOKENS, TraceError, TraceWarning, csv_rows, open_text
 
 CSV_COLUMNS = ("input_toks", "output_toks", "queued_s", "scheduled_s", "first_token_s", "last_token_s")
@@ -123,9 +123,9 @@ def _from_csv(path: Path, text: str) -> ServedRun:
             time_s = _number(values[name])
             if time_s is None or time_s < earlier_s:
                 what = f"a time in seconds{f', not before {earlier}' if earlier else ''}"
-                raise TraceError(f"{where}: expected {what}, got {_shown(values[name])}")
+                raise TraceError(f"{where}: expected {what}, got {shown(values[name])}")
             if name == "first_token_s" and time_s <= columns["queued_s"][-1]:
-                raise TraceError(f"{where}: expected a time after queued_s, got {_shown(values[name])}")
+                raise TraceError(f"{where}: expected a time after queued_s, got {shown(values[name])}")
             column.append(time_s)
             earlier, earlier_s = name, time_s
         row.append(line)
@@ -149,14 +149,14 @@ def _from_bench(path: Path, text: str) -> ServedRun:
         begin_s, ttft_s = _number(lists["start_times"][i]), _number(lists["ttfts"][i])
         if begin_s is None:
             raise TraceError(
-                f"{where['start_times']}: expected a time in seconds, got {_shown(lists['start_times'][i])}"
+                f"{where['start_times']}: expected a time in seconds, got {shown(lists['start_times'][i])}"
             )
         if ttft_s is None or ttft_s <= 0.0:
-            raise TraceError(f"{where['ttfts']}: expected seconds > 0, got {_shown(lists['ttfts'][i])}")
+            raise TraceError(f"{where['ttfts']}: expected seconds > 0, got {shown(lists['ttfts'][i])}")
         given = lists["itls"][i]
         gaps = [_number(gap) for gap in given] if isinstance(given, list) else [None]
         if not all(gap is not None and gap >= 0.0 for gap in gaps):
-            raise TraceError(f"{where['itls']}: expected a list of seconds >= 0, got {_shown(given)}")
+            raise TraceError(f"{where['itls']}: expected a list of seconds >= 0, got {shown(given)}")
         rows.append(i)
         columns.append((prompt, output, begin_s, ttft_s, math.fsum(gap for gap in gaps if gap is not None)))
     if not rows:
@@ -197,7 +197,7 @@ def _bench_result(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
         raise TraceError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise TraceError(f"{path}: expected a JSON object, got {_shown(data)}; {EXPECTED}")
+        raise TraceError(f"{path}: expected a JSON object, got {shown(data)}; {EXPECTED}")
     return data
 
 
@@ -234,10 +234,5 @@ def _number(value: Any) -> float | None:
 def _tokens(where: str, value: Any) -> int:
     number = _number(value)
     if number is None or not number.is_integer() or not 1 <= number <= MAX_TOKENS:
-        raise TraceError(f"{where}: expected a whole number >= 1, got {_shown(value)}")
+        raise TraceError(f"{where}: expected a whole number >= 1, got {shown(value)}")
     return int(number)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
