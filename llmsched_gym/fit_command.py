@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, Profile
 from llmsched_gym.evaluation import terminal
 from llmsched_gym.evaluation.store import make_folder
+
+if TYPE_CHECKING:
+    from llmsched_gym.cost.fit import Batch
 
 
 def fit_command(
@@ -46,27 +49,33 @@ def fit_command(
         raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
     if out.is_dir():
         raise ConfigError(f"out: expected a file, got the folder {out}")
-    if batches is not None and report is not None:
-        raise ConfigError("report: expected tables; what a fit to --batches is worth goes to the terminal")
     spec, target = _known(model, MODELS, "model"), _known(device, DEVICES, "device")
     spec = dataclasses.replace(spec, num_layers=num_layers or spec.num_layers)
+    text, picture = (out.with_name(f"{out.stem}-fit{end}") for end in (".md", ".png"))
+    if report is not None:
+        text, picture = report / "fit.md", report / "fit.png"
     tables = {"dense": dense, "attention": attention, "per-sequence": per_sequence}
     if batches is not None:
         given = [option for option, file in {**tables, "skew": skew}.items() if file is not None]
         if given:
             raise ConfigError(f"{given[0]}: expected either tables or --batches, got both")
-        _check_place(out.parent)
-        profile = _from_batches(batches, spec, target, kv_blocks, name or out.stem, engine)
-        make_folder(out.parent)
+        for folder in (out.parent, text.parent):
+            _check_place(folder)
+        profile, measured = _from_batches(batches, spec, target, kv_blocks, name or out.stem, engine)
+        from llmsched_gym.evaluation import batch_report
+
+        for folder in (out.parent, text.parent):
+            make_folder(folder)
+        batch_report.write(profile, measured, text, picture)
         profile.to_json(out)
+        for table in batch_report.tables(profile):
+            terminal.print_table(table)
         print(importlib.import_module("llmsched_gym.real_backend.calibrate").describe(profile))
+        print(f"llmsched: wrote {out}, {text}, {picture}", file=sys.stderr)
         return
     if dense is None or attention is None or per_sequence is None:
         missing = next(option for option, file in tables.items() if file is None)
         raise ConfigError(f"{missing}: missing; expected --dense, --attention and --per-sequence, or --batches")
-    text, picture = (out.with_name(f"{out.stem}-fit{end}") for end in (".md", ".png"))
-    if report is not None:
-        text, picture = report / "fit.md", report / "fit.png"
     for folder in (out.parent, text.parent):
         _check_place(folder)
     from llmsched_gym.cost.fit_tables import fit_tables
@@ -97,13 +106,16 @@ def fit_command(
 
 def _from_batches(
     csv: Path, model: ModelSpec, device: DeviceSpec, kv_blocks: int | None, name: str, engine: str
-) -> Profile:
+) -> tuple[Profile, list[Batch]]:
+    """The profile, and the batches that it was fitted to or judged by."""
+    from llmsched_gym.cost.fit import read_batches
     from llmsched_gym.cost.profile import kv_blocks as blocks_of
 
     blocks = blocks_of(model, device) if kv_blocks is None else kv_blocks
     calibrate = importlib.import_module("llmsched_gym.real_backend.calibrate")
+    sheet = importlib.import_module("llmsched_gym.real_backend.measurements").Sheet
     profile: Profile = calibrate.fit_csv(csv, model, device, blocks, name=name)
-    return dataclasses.replace(profile, engine=engine)
+    return dataclasses.replace(profile, engine=engine), read_batches(sheet.of(csv).medians())
 
 
 def _check_place(folder: Path) -> None:

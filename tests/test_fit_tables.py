@@ -11,13 +11,14 @@ import pytest
 
 from llmsched_gym.cli import main
 from llmsched_gym.cost import DEVICES, MODELS, Profile, ProfileError, fit_profile, load_profile
-from llmsched_gym.cost.fit import batch_row
+from llmsched_gym.cost.fit import Batch, batch_row
 from llmsched_gym.cost.fit_errors import held_out
 from llmsched_gym.cost.fit_surface import Attention, fit_attention, kinds
 from llmsched_gym.cost.fit_table import fill, weights
 from llmsched_gym.cost.fit_tables import fit_tables
 from llmsched_gym.cost.kernel_tables import read_attention, read_dense, read_per_sequence
 from llmsched_gym.cost.tiles import off_tile_cost
+from llmsched_gym.evaluation import batch_report
 from llmsched_gym.real_backend.sweep import Limits, plan
 
 VLLM = ("rtx4090-llama-3.1-8b-vllm", "rtx6000ada-mistral-7b-vllm", "rtxpro6000-llama-3.1-8b-vllm")
@@ -418,5 +419,52 @@ def test_a_place_that_cannot_be_written_to_is_said_before_the_work(tmp_path, cap
         assert main(["fit", *tables, *options]) == 2
         assert message in capsys.readouterr().err
     batches = batches_file(tmp_path / "b.csv", HYBRID)
-    assert main(["fit", "--batches", batches, "--out", str(tmp_path / "p.json"), "--report", str(tmp_path)]) == 2
-    assert "report: expected tables" in capsys.readouterr().err
+    for options in (
+        ["--out", str(tmp_path / "file" / "p.json")],
+        ["--out", "p.json", "--report", str(tmp_path / "file")],
+    ):
+        assert main(["fit", "--batches", batches, *options]) == 2
+        assert "out: cannot write to" in capsys.readouterr().err
+
+
+# --- measured batches
+
+
+@pytest.mark.parametrize("report", [None, "report"])
+def test_a_fit_to_batches_has_a_report_too(tmp_path, capsys, report):
+    """One batch of chunks alone takes twice what the others make it take: it is the worst, 50 % too low."""
+    alone = [("", ";".join(["400"] * n), 5.0 + 0.1 * n) for n in range(1, 20)]
+    chunks = [(f"0:{16 * i}", "", 5.0 + 0.5 * i) for i in range(1, 20)]
+    odd = ("0:300", "", 29.0)
+    file = batches_file(tmp_path / "b.csv", [*alone, *chunks, odd])
+    where = [] if report is None else ["--report", str(tmp_path / report)]
+    assert main(["fit", "--batches", file, "--out", str(tmp_path / "p.json"), *where]) == 0
+    out = capsys.readouterr().out
+    text, picture = tmp_path / "p-fit.md", tmp_path / "p-fit.png"
+    if report:
+        text, picture = tmp_path / report / "fit.md", tmp_path / report / "fit.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    written = text.read_text()
+    worst = written[written.index("Worst") :].splitlines()[4].strip("| ").split(" | ")
+    assert worst[:5] == ["1", "300", "0", "0", "29.00"] and -60.0 < float(worst[6]) < -40.0
+    fit_errors = load_profile(str(tmp_path / "p.json")).fit
+    for kind, name in (("decodes", "decodes alone"), ("chunks", "chunks alone")):
+        own = fit_errors["kinds"][kind]
+        assert f"| {name} | {own['rows']} | {100 * own['mape']:.1f} |" in written
+        assert f"{name}" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+def test_errors_of_batches_are_those_of_the_profile():
+    profile = load_profile("rtx6000ada-mistral-7b")
+    batches = [Batch(((0, 300),), (100, 300), 10.0), Batch((), (50,) * 40, 20.0)]
+    found = batch_report.frame(profile, batches)
+    assert found.kind.tolist() == ["hybrid", "decodes"]
+    assert found[["c", "p", "n", "k"]].to_numpy().tolist() == [[300, 0, 2, 200], [0, 0, 40, 50]]
+    expected = [1e3 * profile.predict_s(b.chunks, b.decode_contexts) / b.ms - 1.0 for b in batches]
+    assert found.error.tolist() == pytest.approx(expected)
+    panels = batch_report.heat_map(profile, found).axes
+    assert [t.get_text() for t in panels[0].texts] == [f"{100 * abs(expected[1]):.0f}"]
+    assert [t.get_text() for t in panels[1].texts] == ["none measured"]
+    assert [t.get_text() for t in panels[2].texts] == [f"{100 * abs(expected[0]):.0f}"]
+    assert [t.get_text() for t in panels[2].get_xticklabels()] == ["256"]
