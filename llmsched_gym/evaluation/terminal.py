@@ -206,14 +206,20 @@ def replay_table(result: Replay) -> Table:
         pair, own = result.figures(latency), errors[latency]
         for figure, (measured_s, simulated_s) in pair.items():
             values = [number(factor * seconds, digits) for seconds in (measured_s, simulated_s)]
-            table.add_row(name, figure, *values, f"{100 * own[f'{figure}_error']:+.1f}")
+            table.add_row(name, figure, *values, _off(own[f"{figure}_error"]))
             name = ""
         if pair:
-            table.add_row("", "mean absolute, per request", "", "", number(100 * own["mape"], 1))
+            table.add_row("", "mean absolute, per request", "", "", _off(own["mape"]).lstrip("+"))
     ends = [number(run.end_s, 2) for run in (result.measured, result.simulated)]
-    table.add_row("end (s)", "last token", *ends, f"{100 * errors['end_error']:+.1f}")
+    table.add_row("end (s)", "last token", *ends, _off(errors["end_error"]))
     table.add_row("preemptions", "in all", NONE, f"{sim.num_preemptions:,}", "")
     return table
+
+
+def _off(error: float) -> str:
+    """An error in percent, also where it is beyond measure."""
+    percent = 100 * error
+    return f"{percent:+.1f}" if abs(percent) < 1e6 else f"{percent:+.1e}"
 
 
 @contextmanager
