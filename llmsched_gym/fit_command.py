@@ -13,6 +13,7 @@ import typer
 
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, Profile
+from llmsched_gym.cost.profile import MOST_WHOLE
 from llmsched_gym.evaluation import terminal
 from llmsched_gym.evaluation.store import make_folder
 
@@ -32,7 +33,9 @@ def fit_command(
     batches: Annotated[
         Path | None, typer.Option(help="Instead of tables: measured batches, the CSV of llmsched calibrate.")
     ] = None,
-    kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks of 16; as memory holds unless given.")] = None,
+    kv_blocks: Annotated[
+        int | None, typer.Option(min=1, max=MOST_WHOLE, help="KV blocks of 16; as memory holds unless given.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the profile (OUT without .json).")] = None,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}; no time depends on it.")] = "llama-3.1-8b",
     device: Annotated[
@@ -59,8 +62,8 @@ def fit_command(
         given = [option for option, file in {**tables, "skew": skew}.items() if file is not None]
         if given:
             raise ConfigError(f"{given[0]}: expected either tables or --batches, got both")
-        for folder in (out.parent, text.parent):
-            _check_place(folder)
+        for option, folder in (("out", out.parent), ("report", text.parent)):
+            _check_place(option, folder)
         profile, measured = _from_batches(batches, spec, target, kv_blocks, name or out.stem, engine)
         from llmsched_gym.evaluation import batch_report
 
@@ -76,8 +79,8 @@ def fit_command(
     if dense is None or attention is None or per_sequence is None:
         missing = next(option for option, file in tables.items() if file is None)
         raise ConfigError(f"{missing}: missing; expected --dense, --attention and --per-sequence, or --batches")
-    for folder in (out.parent, text.parent):
-        _check_place(folder)
+    for option, folder in (("out", out.parent), ("report", text.parent)):
+        _check_place(option, folder)
     from llmsched_gym.cost.fit_tables import fit_tables
     from llmsched_gym.cost.kernel_tables import layers, read_attention
     from llmsched_gym.evaluation import fit_report
@@ -118,11 +121,11 @@ def _from_batches(
     return dataclasses.replace(profile, engine=engine), read_batches(sheet.of(csv).medians())
 
 
-def _check_place(folder: Path) -> None:
+def _check_place(option: str, folder: Path) -> None:
     """Whether a file can come to lie in `folder`, before the work that it takes; makes nothing."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"out: cannot write to {folder}")
+        raise ConfigError(f"{option}: cannot write to {folder}")
 
 
 def _known(name: str, known: dict[str, ModelSpec] | dict[str, DeviceSpec], what: str):  # type: ignore[no-untyped-def]

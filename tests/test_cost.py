@@ -369,6 +369,7 @@ def test_measurements_survive_a_file(tmp_path):
         ("prefill,decode,ms\n,3,\n", "line 2, column 'ms'"),
         ("prefill,decode,ms\n,,3\n", "line 2: an empty batch"),
         ("prefill,ms\n0:5,1\n", "no column 'decode'"),
+        ("prefill,decode,ms,ms\n0:5,,1,2\n", "column 'ms' is there twice"),
         ("", "cannot read"),
         ("prefill,decode,ms\n" + "0:5,,1\n" * 5, "5 measured batches; a fit needs at least 20"),
         ("prefill,decode,ms\n" + "0:5,,1\n" * 30, "knots: expected at least two different token counts"),
@@ -454,6 +455,7 @@ def test_missing_fields(tmp_path, field):
     [
         ("name", 3, "name: expected a name"),
         ("tile_tokens", 0, "tile_tokens: expected a whole number >= 1, got 0"),
+        ("num_kv_blocks", 10**20, "num_kv_blocks: expected a whole number <= 2,147,483,647, got 1000"),
         ("tile_tokens", 1.5, "tile_tokens"),
         ("num_kv_blocks", True, "num_kv_blocks"),
         ("overhead_ms", -1.0, "overhead_ms: expected a finite number >= 0, got -1.0"),

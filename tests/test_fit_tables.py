@@ -180,6 +180,7 @@ def test_fit_attention_needs_all_kinds():
         (0, "layer,tokens,time_us\na,1,5\n", "column 'tokens': expected at least two different values"),
         (0, "layer,tokens\na,1\n", "line 1: no column 'time_us'"),
         (0, "layer,tokens,time_us\n", "no rows"),
+        (0, "layer,tokens,time_us,tokens\na,1,5,1\n", "line 1: column 'tokens' is there twice"),
         (1, "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,0,0,1\n", "line 2, column 'prefill_chunk'"),
         (1, "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1,0,1\n", "line 2, column 'kv_decode'"),
         (
@@ -414,17 +415,18 @@ def test_a_place_that_cannot_be_written_to_is_said_before_the_work(tmp_path, cap
     for options, message in (
         (["--out", str(tmp_path / "folder.json")], "out: expected a file, got the folder"),
         (["--out", str(tmp_path / "file" / "p.json")], "out: cannot write to"),
-        (["--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "file")], "out: cannot write to"),
+        (["--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "file")], "report: cannot write to"),
+        (["--out", str(tmp_path / "p.json"), "--kv-blocks", "99999999999"], "'--kv-blocks'"),
     ):
         assert main(["fit", *tables, *options]) == 2
         assert message in capsys.readouterr().err
     batches = batches_file(tmp_path / "b.csv", HYBRID)
-    for options in (
-        ["--out", str(tmp_path / "file" / "p.json")],
-        ["--out", "p.json", "--report", str(tmp_path / "file")],
+    for name, options in (
+        ("out", ["--out", str(tmp_path / "file" / "p.json")]),
+        ("report", ["--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "file")]),
     ):
         assert main(["fit", "--batches", batches, *options]) == 2
-        assert "out: cannot write to" in capsys.readouterr().err
+        assert f"{name}: cannot write to" in capsys.readouterr().err
 
 
 # --- measured batches

@@ -203,6 +203,8 @@ def read_batches(measurements: str | Path | pd.DataFrame) -> list[Batch]:
     for column in COLUMNS:
         if column not in table.columns:
             raise ProfileError(f"{where}: no column {column!r}; expected {', '.join(COLUMNS)}")
+        if f"{column}.1" in table.columns:  # which is what pandas calls a second one
+            raise ProfileError(f"{where}: column {column!r} is there twice")
     batches = []
     for i, (prefill, decode, ms) in enumerate(zip(*(table[column] for column in COLUMNS), strict=True)):
         at = f"{where}: {unit} {first + i}"

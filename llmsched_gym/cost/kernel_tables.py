@@ -102,6 +102,8 @@ def _read(path: str | Path, columns: Sequence[str], whole: Sequence[str] | None 
     for column in columns:
         if column not in table.columns:
             raise ProfileError(f"{path}: line 1: no column {column!r}; expected {', '.join(columns)}")
+        if f"{column}.1" in table.columns:  # which is what pandas calls a second one
+            raise ProfileError(f"{path}: line 1: column {column!r} is there twice")
     if table.empty:
         raise ProfileError(f"{path}: no rows")
     parsed = {}
