@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from llmsched_gym.cost import Profile
 from llmsched_gym.cost.fit import Batch, kind_of
 from llmsched_gym.evaluation.draw import styled
-from llmsched_gym.evaluation.fit_report import KINDS, draw_errors, markdown_table, percent
+from llmsched_gym.evaluation.fit_report import KINDS, draw_errors, draw_scale, markdown_table, percent
 from llmsched_gym.evaluation.terminal import new_table
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def heat_map(profile: Profile, batches: pd.DataFrame) -> Figure:
         grid = part.pivot_table(index=y, columns=x, values="error", aggfunc=lambda e: np.median(np.abs(e)))
         image = draw_errors(ax, grid, y, x, kind) or image
     if image is not None:
-        figure.colorbar(image, ax=axes, label="Median relative error", fraction=0.03)
+        draw_scale(figure, image, axes)
     figure.suptitle(f"{profile.name}: by octaves, named by their first number")
     return figure
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from llmsched_gym.cost import Profile
 from llmsched_gym.cost.fit_errors import LARGE_US
@@ -122,7 +123,7 @@ def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
     for ax, (kind, mask), (y, x) in zip(axes, kinds(cells).items(), (("n", "k"), ("c", "p"), ("n", "k")), strict=True):
         grid = cells[mask].pivot_table(index=y, columns=x, values="error", aggfunc=lambda e: np.median(np.abs(e)))
         image = draw_errors(ax, grid, y, x, kind)
-    figure.colorbar(image, ax=axes, label="Median relative error", fraction=0.03)
+    draw_scale(figure, image, axes)
     figure.suptitle(profile.name)
     return figure
 
@@ -145,6 +146,12 @@ def draw_errors(ax: Axes, grid: pd.DataFrame, y: str, x: str, kind: str) -> Any:
             dark = value > 0.6 * MAP_LIMIT
             ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
     return image
+
+
+def draw_scale(figure: Figure, image: Any, axes: Any) -> None:
+    """The colours of :func:`draw_errors`, in percent as its cells."""
+    whole = FuncFormatter(lambda share, _: f"{100 * share:.0f}")
+    figure.colorbar(image, ax=axes, label="Median error (%)", fraction=0.03, format=whole, extend="max")
 
 
 def write(profile: Profile, cells: pd.DataFrame, markdown_file: Path, picture: Path) -> None:
