@@ -14,6 +14,7 @@ LEVELS = {
     "llmsched_gym.config": 0,
     "llmsched_gym.files": 0,
     "llmsched_gym.sources": 0,
+    "llmsched_gym.words": 0,
     "llmsched_gym.workload": 1,
     "llmsched_gym.cost": 1,
     "llmsched_gym.fluid": 2,
