@@ -413,8 +413,9 @@ def load_table(
         arrivals[name][:n] = column
     arrivals["gap_start"][:n] = table.gap_start
     state.output_tokens[env, :n] = table.output_tokens
-    for name, column in zip(TURN_COLUMNS, ROOT if table.parent is None else _turns(table), strict=True):
-        arrivals[name][:n] = column
+    turns: tuple[Any, ...] = ROOT if table.parent is None else _turns(table)
+    for name, values in zip(TURN_COLUMNS, turns, strict=True):
+        arrivals[name][:n] = values
     arrivals["max_output_tokens"][:n] = MOST if table.max_output_tokens is None else table.max_output_tokens
     _load_episode(state, env, table, scenario, record_gaps)
     num_replicas = len(state.sims) // len(state.episodes)
