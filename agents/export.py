@@ -180,7 +180,7 @@ def _busy_engine(config: EnvConfig, running: int, waiting: int) -> Engine:
         cost_scale=1.0,
         seed=0,
     )
-    from llmsched_gym.scheduler import make_scheduler
+    from llmsched_gym.registry import make_scheduler
 
     world = dataclasses.replace(config, jitter=0.0, num_requests=n, warmup_s=0.0)
     engine = Engine(world, n)

@@ -24,7 +24,8 @@ import pandas as pd
 
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.engine import Engine, Execution, ScheduledBatch
-from llmsched_gym.scheduler import PolicyError, install, make_scheduler
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable
 
 MAX_IDLE_STEPS = 10_000

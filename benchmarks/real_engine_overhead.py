@@ -21,7 +21,8 @@ import numpy as np
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.engine import Engine
 from llmsched_gym.real_backend import BackendError, make_backend
-from llmsched_gym.scheduler import PolicyError, install, make_scheduler
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable
 
 PROMPT_TOKENS = 96

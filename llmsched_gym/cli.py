@@ -286,7 +286,8 @@ def capacity(
 @app.command()
 def policies(as_json: AsJson = False) -> None:
     """List the schedulers and what they do."""
-    from llmsched_gym.scheduler import Compiled, registry
+    from llmsched_gym.registry import registry
+    from llmsched_gym.scheduler import Compiled
 
     rows = []
     for name, entry in sorted(registry().items()):

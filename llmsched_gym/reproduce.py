@@ -26,7 +26,8 @@ from llmsched_gym.evaluation.bench import PlainSarathi, machine
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.fluid import fluid_capacity
-from llmsched_gym.scheduler import install, make_scheduler
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import install
 from llmsched_gym.sources import digest
 from llmsched_gym.theory import experiments
 from llmsched_gym.workload import RequestTable

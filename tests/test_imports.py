@@ -22,15 +22,16 @@ LEVELS = {
     "llmsched_gym.env": 4,
     "llmsched_gym.policies": 5,  # a learned policy sees what the environment shows
     "llmsched_gym.baselines": 6,
-    "llmsched_gym.evaluation": 7,
-    "llmsched_gym.theory": 8,
-    "llmsched_gym.real_backend": 8,
-    "llmsched_gym.agents": 8,
-    "llmsched_gym.results_page": 9,
-    "llmsched_gym.fit_command": 10,
-    "llmsched_gym.reproduce": 10,
-    "llmsched_gym.commands": 11,
-    "llmsched_gym.cli": 12,
+    "llmsched_gym.registry": 7,  # names to schedulers, learned ones too
+    "llmsched_gym.evaluation": 8,
+    "llmsched_gym.theory": 9,
+    "llmsched_gym.real_backend": 9,
+    "llmsched_gym.agents": 9,
+    "llmsched_gym.results_page": 10,
+    "llmsched_gym.fit_command": 11,
+    "llmsched_gym.reproduce": 11,
+    "llmsched_gym.commands": 12,
+    "llmsched_gym.cli": 13,
 }
 # Folders beside the package, subpackages of it; resolved by name when asked for, never imported by the core.
 BESIDE = ("baselines", "agents", "real_backend")

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmsched_gym.evaluation.store import scenario_from_json
 from llmsched_gym.fluid import Fluid, Work, fluid_capacity
-from llmsched_gym.scheduler import registry
+from llmsched_gym.registry import registry
 
 CLAIRVOYANT = "shortest-total"
 NEAR = 0.15

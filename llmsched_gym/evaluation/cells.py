@@ -20,7 +20,8 @@ from llmsched_gym.engine import Backend
 from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.scheduler import Compiled, make_scheduler
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import Compiled
 from llmsched_gym.workload import TraceWarning
 
 LOGGED_STEPS = 3000

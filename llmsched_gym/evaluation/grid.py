@@ -13,7 +13,7 @@ from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.store import Store, digest, grid_config
-from llmsched_gym.scheduler import make_scheduler
+from llmsched_gym.registry import make_scheduler
 from llmsched_gym.workload import make_table
 from llmsched_gym.workload.generate import trace_remarks
 
