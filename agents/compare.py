@@ -23,8 +23,8 @@ from scipy.stats import trim_mean
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError, scenario
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.grid import evaluate
+from llmsched_gym.report import intervals
 
 METRIC = "mean_utility"
 

@@ -22,9 +22,9 @@ from rich.progress import track
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.report import intervals
 
 COST_SCALES, JITTERS, STRAGGLERS = (0.8, 1.0, 1.25), (0.0, 0.05, 0.1), (0.0, 0.01)
 MIXINGS = (2, 3, 4)  # factors on the attention of decodes beside a prompt chunk

@@ -20,10 +20,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from llmsched_gym.config import scenario
-from llmsched_gym.evaluation import draw
 from llmsched_gym.evaluation.gaps import percentile
 from llmsched_gym.evaluation.metrics import Outcomes
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.report import draw
 from llmsched_gym.theory.experiments import run_cells
 
 AGES_S = (10, 15, 20, 30, 60, 90)

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import Scenario, scenario
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.capacity import STEP, Search, criterion, ratios
 from llmsched_gym.evaluation.gaps import percentile
 from llmsched_gym.evaluation.metrics import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.report import intervals
 from llmsched_gym.theory.experiments import run_cells
 
 FIRST_SEED = 4000

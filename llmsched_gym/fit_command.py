@@ -13,8 +13,8 @@ import typer
 
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, Profile
-from llmsched_gym.evaluation import terminal
-from llmsched_gym.evaluation.store import make_folder
+from llmsched_gym.files import make_folder
+from llmsched_gym.report import console as terminal
 
 
 def fit_command(
@@ -71,7 +71,7 @@ def fit_command(
         _check_place(folder)
     from llmsched_gym.cost.fit_tables import fit_tables
     from llmsched_gym.cost.kernel_tables import layers, read_attention
-    from llmsched_gym.evaluation import fit_report
+    from llmsched_gym.report import fit_report
 
     with terminal.progress_bar("levels left out") as progress:
         profile = fit_tables(

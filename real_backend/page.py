@@ -17,9 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llmsched_gym.cost import Profile
-from llmsched_gym.evaluation.draw import policy_styles, styled
 from llmsched_gym.real_backend.agreement import ABSOLUTE, RELATIVE, paired
 from llmsched_gym.real_backend.small_world import SmallWorld
+from llmsched_gym.report.draw import policy_styles, styled
 
 PREFILL, DECODE, FAINT = "#e69f00", "#0072b2", "#68737f"
 NAMES = {

@@ -15,6 +15,7 @@ from llmsched_gym.engine import Batch, IllegalBatch
 from llmsched_gym.engine.pack import ORDERS
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.registry import make_scheduler, registry
+from llmsched_gym.report.bounds import CLAIRVOYANT
 from llmsched_gym.scheduler import Compiled, PolicyError, Scheduler, install
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,11 @@ def test_names_are_resolved_above_all_that_they_may_mean():
     assert "engine" in loaded and not loaded & {"baselines", "policies", "env", "registry"}
     assert low.registry() is registry()
     assert low.make_scheduler("slai[limit=7]").settings == make_scheduler("slai[limit=7]").settings
+
+
+def test_reports_know_which_schedulers_are_told_output_lengths():
+    told = {name for name, entry in registry().items() if getattr(entry, "clairvoyant", False)}
+    assert told == set(CLAIRVOYANT)
 
 
 def test_only_the_needed_ones_are_clairvoyant_and_decide_at_a_cost():

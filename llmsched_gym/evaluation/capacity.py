@@ -19,9 +19,10 @@ import numpy as np
 from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario, plain
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.grid import check, finite, seed_range
-from llmsched_gym.evaluation.intervals import MIN_SEEDS, resample_quantiles
 from llmsched_gym.evaluation.run import make_backend
-from llmsched_gym.evaluation.store import dumps, grid_config, make_folder, write_text
+from llmsched_gym.evaluation.store import grid_config
+from llmsched_gym.files import dumps, make_folder, write_text
+from llmsched_gym.report.intervals import MIN_SEEDS, resample_quantiles
 
 STEP = 1.02
 LOW_QPS, HIGH_QPS = 0.1, 16.0

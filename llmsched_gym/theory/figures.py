@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw
+from llmsched_gym.report import draw
 
 SHORT = {
     "rtx6000ada-mistral-7b": "RTX 6000 Ada, smooth",

@@ -10,17 +10,19 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup, escape
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw, findings, prose, tables
-from llmsched_gym.evaluation.bounds import ordinary
-from llmsched_gym.evaluation.results import read_results
-from llmsched_gym.evaluation.sections import sections
-from llmsched_gym.evaluation.tables import ReportError
+from llmsched_gym.report import draw, findings, statistics, tables
+from llmsched_gym.report.bounds import ordinary
+from llmsched_gym.report.results import read_results
+from llmsched_gym.report.sections import sections
+from llmsched_gym.report.statistics import ReportError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PNG_DPI = 150
 
@@ -33,8 +35,8 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     Returns the path of report.html. Raises :class:`ReportError` with one line if something needed is missing or broken.
     """
     results = read_results(Path(directory))
-    table = tables.comparison_table(results.rows)
-    policies = tables.policies_of(results.rows)
+    table = statistics.comparison_table(results.rows)
+    policies = statistics.policies_of(results.rows)
     judged = ordinary(policies)
     who = "Schedulers compared" if len(judged) > 1 else judged[0]
     title = title or f"{who}: suite {results.suite}"
@@ -59,9 +61,9 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     context = {
         "title": title,
         "summary": [findings.overview(results), *findings.summary(results.rows, table), *findings.overall(results)],
-        "matrix": prose.attainment_matrix(results.rows),
+        "matrix": tables.attainment_matrix(results.rows),
         "parts": parts,
-        "comparisons": prose.comparison_tables(results.rows, table),
+        "comparisons": tables.comparison_tables(results.rows, table),
         "remarks": findings.remarks(results, table),
         "settings": findings.settings(results),
         "command": findings.command(results.config, results.directory),
@@ -78,6 +80,8 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
 def _render(figure: Figure, name: str) -> tuple[bytes, str]:
     """The figure as PNG and as SVG to be put into a page."""
     png, svg = io.BytesIO(), io.StringIO()
+    from matplotlib import rc_context
+
     with rc_context(draw.RC):
         layout = figure.get_layout_engine()
         if layout is not None:
@@ -113,7 +117,7 @@ def _dark_colours(colours: Sequence[str]) -> dict[str, str]:
 
 
 def _environment() -> jinja2.Environment:
-    folder = importlib.resources.files("llmsched_gym.evaluation") / "templates"
+    folder = importlib.resources.files("llmsched_gym.report") / "templates"
     loader = jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(
         loader=loader,
@@ -128,7 +132,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _heads(table: prose.Table) -> list[str]:
+def _heads(table: tables.Table) -> list[str]:
     """Column labels of a table that cannot have groups of columns."""
     over = [name for name, span in table.groups for _ in range(span)] or [""] * len(table.labels)
     return [f"{group} {label}".strip() for group, label in zip(over, table.labels, strict=True)]

@@ -17,13 +17,14 @@ import pandas as pd
 
 from llmsched_gym.config import SUITES
 from llmsched_gym.cost import Profile, ProfileError, load_profile
-from llmsched_gym.evaluation import distance, prose, tables
-from llmsched_gym.evaluation.bounds import bound_of, is_clairvoyant, ordinary
-from llmsched_gym.evaluation.intervals import MIN_SEEDS
-from llmsched_gym.evaluation.prose import load_label, names, number
-from llmsched_gym.evaluation.results import Results
-from llmsched_gym.evaluation.store import encode
-from llmsched_gym.evaluation.tables import BASELINE, MIN_SAMPLES_BEYOND
+from llmsched_gym.files import encode
+from llmsched_gym.paper import constants
+from llmsched_gym.report import distance, statistics
+from llmsched_gym.report.bounds import bound_of, is_clairvoyant, ordinary
+from llmsched_gym.report.intervals import MIN_SEEDS
+from llmsched_gym.report.results import Results
+from llmsched_gym.report.statistics import BASELINE, MIN_SAMPLES_BEYOND
+from llmsched_gym.report.text import estimate, load_label, names, number
 
 WORTH_SAYING = 0.02
 """Difference in attainment among strict users that the summary mentions."""
@@ -32,7 +33,7 @@ WORTH_SAYING = 0.02
 def overview(results: Results) -> str:
     """What was run, in one sentence or two."""
     rows = results.rows
-    policies, seeds = tables.policies_of(rows), rows["seed"].nunique()
+    policies, seeds = statistics.policies_of(rows), rows["seed"].nunique()
     counts = sorted({int(n) for n in rows["num_requests"]})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     values = [f"{load:g}" for load in sorted(rows["load"].unique())]
@@ -44,7 +45,7 @@ def overview(results: Results) -> str:
     if len(rows) > 1:
         text += f", {len(rows):,} runs and {int(rows['num_requests'].sum()):,} requests in all"
     text += "."
-    if not tables.has_intervals(rows):
+    if not statistics.has_intervals(rows):
         text += f" {SAME_REQUESTS}"
     elif rows.groupby(["load", "policy"])["seed"].nunique().max() < MIN_SEEDS:
         text += f" With fewer than {MIN_SEEDS} seeds no intervals are given: small differences may be chance."
@@ -56,7 +57,9 @@ def summary(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     means = table.set_index(["load", "metric", "policy"]).sort_index()
     found = []
     for load in sorted(rows["load"].unique()):
-        own = means.loc[(load, "slo_attainment")].reindex(ordinary(tables.policies_of(rows))).dropna(subset=["value"])
+        own = (
+            means.loc[(load, "slo_attainment")].reindex(ordinary(statistics.policies_of(rows))).dropna(subset=["value"])
+        )
         strict = None
         if (load, "slo_attainment_strict") in means.index.droplevel(2):
             strict = means.loc[(load, "slo_attainment_strict")].reindex(own.index)
@@ -96,7 +99,7 @@ def _at_load(own: pd.DataFrame, strict: pd.DataFrame | None, longest: Mapping[st
 
 
 def _percent(line: pd.Series) -> str:
-    return prose.estimate(100 * line["value"], 100 * line["low"], 100 * line["high"], " %", 1)
+    return estimate(100 * line["value"], 100 * line["low"], 100 * line["high"], " %", 1)
 
 
 def _longest(group: pd.DataFrame) -> dict[str, float]:
@@ -120,7 +123,7 @@ def _gaps(results: Results) -> list[str]:
     if not any(rows[column].notna().any() for column in columns.values()):
         return []
     up_to: dict[float, list[str]] = {}  # the last load that all goes well at, -inf if there is none
-    for policy in tables.policies_of(rows):
+    for policy in statistics.policies_of(rows):
         p99 = rows[rows["policy"] == policy].groupby("load")[list(columns.values())].median()
         late = np.any([p99[column] > slos[name] for name, column in columns.items()], axis=0)
         late |= p99.isna().all(axis=1).to_numpy()
@@ -141,7 +144,7 @@ def _lost(results: Results) -> list[str]:
     share = rows[["refused_share", "abandoned_share", "unfinished_share"]].sum(axis=1)
     means = share.groupby([rows["policy"], rows["load"]], sort=False).mean()
     parts = []
-    for policy in tables.policies_of(rows):
+    for policy in statistics.policies_of(rows):
         worst = means[policy].idxmax()
         if means[policy][worst] > 0.01:
             at = f" at {worst:g}" if rows["load"].nunique() > 1 else ""
@@ -157,15 +160,15 @@ def _claims(results: Results) -> list[str]:
     if not (results.repeats_paper and results.has_baseline):
         return []
     found = []
-    reduction = tables.ttft_reduction(results.rows)
+    reduction = statistics.ttft_reduction(results.rows)
     own = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["value"])]
     parts = [
-        f"{prose.estimate(100 * mean, 100 * low, 100 * high, ' %', 1)} at {load:g}"
+        f"{estimate(100 * mean, 100 * low, 100 * high, ' %', 1)} at {load:g}"
         for load, mean, low, high in own[["load", "value", "low", "high"]].itertuples(index=False)
     ]
     if parts:
         text = f"**The paper's claim on latency:** the median TTFT of `slai` lies below that of `{BASELINE}` by "
-        claim = f"the paper reports {100 * tables.PAPER_TTFT_REDUCTION:.0f} %."
+        claim = f"the paper reports {100 * constants.PAPER_TTFT_REDUCTION:.0f} %."
         found.append(f"{text}{', '.join(parts)} requests/s; {claim}")
     if not results.capacity.empty:
         at = results.capacity.query("criterion == 'ttft-median' and suite == 'paper'").set_index("policy")[
@@ -173,11 +176,12 @@ def _claims(results: Results) -> list[str]:
         ]
         ours, base = at.get("slai", np.nan), at.get(BASELINE, np.nan)
         if np.isfinite(ours) and np.isfinite(base):
-            reference = tables.REFERENCE_CAPACITY_QPS["slai"] / tables.REFERENCE_CAPACITY_QPS[BASELINE] - 1
+            reference = constants.REFERENCE_CAPACITY_QPS["slai"] / constants.REFERENCE_CAPACITY_QPS[BASELINE] - 1
             found.append(
                 f"**The paper's claim on capacity:** with a median TTFT below 0.5 s `slai` carries {ours:.2f} "
                 f"requests/s, {number(100 * (ours / base - 1), 1)} % more than `{BASELINE}` with {base:.2f}; the paper "
-                f"reports {100 * tables.PAPER_CAPACITY_GAIN:.0f} %, the reference figures give {100 * reference:.0f} %."
+                f"reports {100 * constants.PAPER_CAPACITY_GAIN:.0f} %, the reference figures give "
+                f"{100 * reference:.0f} %."
             )
     return found
 
@@ -282,7 +286,7 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
         found.append(
             f"Greyed out (†): a percentile with fewer than {MIN_SAMPLES_BEYOND} samples beyond it in all runs together."
         )
-    told = [p for p in tables.policies_of(rows) if is_clairvoyant(p)]
+    told = [p for p in statistics.policies_of(rows) if is_clairvoyant(p)]
     if told:
         found.append(
             f"{names(told)} (oracle) is told every output length: a bound to compare with, not a policy that can be "
@@ -322,7 +326,7 @@ def _over_seeds(rows: pd.DataFrame) -> str:
         "Shares, utility and rates are means over seeds of the runs' figures; latencies are medians over seeds of the "
         "runs' percentiles, as a few seeds near saturation hold much of their mean."
     )
-    if not tables.has_intervals(rows):
+    if not statistics.has_intervals(rows):
         return f"{text} {SAME_REQUESTS}"
     return (
         f"{text} Ranges are 95 % intervals over seeds, of a mean by Student's t, of a median by order statistics; with "

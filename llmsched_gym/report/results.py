@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.evaluation import tables
-from llmsched_gym.evaluation.bounds import fluid_of
-from llmsched_gym.evaluation.tables import BASELINE, ReportError
 from llmsched_gym.fluid import Fluid
+from llmsched_gym.report import statistics
+from llmsched_gym.report.bounds import fluid_of
+from llmsched_gym.report.statistics import BASELINE, ReportError
 
 REQUIRED = ("runs.parquet", "requests.parquet", "config.json")
 REQUEST_COLUMNS = ["policy", "qps", "seed", "prompt_tokens", "phase", "ttft_s", "attained"]
@@ -45,12 +45,12 @@ class Results:
     @property
     def num_loads(self) -> int:
         """Points on an axis of loads."""
-        return int(tables.binned_loads(self.rows)["load"].nunique())
+        return int(statistics.binned_loads(self.rows)["load"].nunique())
 
     @property
     def num_seeds(self) -> int:
         """Seeds behind the best founded point."""
-        return int(tables.binned_loads(self.rows).groupby(["load", "policy"])["seed"].nunique().max())
+        return int(statistics.binned_loads(self.rows).groupby(["load", "policy"])["seed"].nunique().max())
 
     @property
     def has_baseline(self) -> bool:
@@ -97,9 +97,9 @@ def read_results(directory: Path) -> Results:
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, got {type(config).__name__}")
         name = "runs.parquet"
-        rows = tables.tidy(pd.read_parquet(directory / name))
+        rows = statistics.tidy(pd.read_parquet(directory / name))
         drawn = bool(rows["drawn"].any())
-        focus, highest = tables.focus_load(rows), rows["load"].max()
+        focus, highest = statistics.focus_load(rows), rows["load"].max()
         rates = rows.loc[rows["load"].isin([focus, highest]), "qps"].unique().tolist()
         name = "requests.parquet"
         wanted = None if drawn else [("qps", "in", rates)]

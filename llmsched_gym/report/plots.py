@@ -1,21 +1,22 @@
 """Figures of a report: pure functions from rows, requests, gap distributions or steps to a matplotlib figure.
 
-Rows are tidy ones (:func:`llmsched_gym.evaluation.tables.tidy`). Every figure stands alone, legend and units included,
+Rows are tidy ones (:func:`llmsched_gym.report.statistics.tidy`). Every figure stands alone, legend and units included,
 and a policy has the same colour, marker and dash in all of them. Nothing here touches pyplot's state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from llmsched_gym.evaluation import draw, tables
+from llmsched_gym.paper import constants
+from llmsched_gym.report import draw, statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PREFILL, DECODE = "#e69f00", "#0072b2"
 PERCENT = (0, 101.5)
@@ -87,12 +88,12 @@ def _against_load(
     """A column against load, or its values at the only load; `line` is a level of the column, `fluid_qps` a load."""
     if column not in rows:
         raise draw.NothingToPlot(f"{column}: no such column")
-    means = tables.over_seeds(tables.binned_loads(rows), column)
+    means = statistics.over_seeds(statistics.binned_loads(rows), column)
     means[["value", "low", "high"]] *= 100 if percent else 1
     finite = means[np.isfinite(means["value"]) & ((means["value"] > 0) | (not log))]
     if finite.empty:
         raise draw.NothingToPlot(f"{column}: no finite value")
-    policies = tables.policies_of(rows)
+    policies = statistics.policies_of(rows)
     single = means["load"].nunique() == 1
     if single:
         figure, ax = draw.panel(title, 1.35 + 0.3 * len(policies))
@@ -122,13 +123,13 @@ def _fluid_label(qps: float) -> str:
 
 
 @draw.styled
-def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = tables.BASELINE, *, paper: bool = False) -> Figure:
+def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = statistics.BASELINE, *, paper: bool = False) -> Figure:
     """Reduction of the median TTFT against `baseline` over load; with `paper` its claim and the reference figures."""
     means = reduction.assign(**{c: 100 * reduction[c] for c in ("value", "low", "high")})
     finite = means[np.isfinite(means["value"])]
     if finite.empty:
         raise draw.NothingToPlot("no finite reduction")
-    policies = tables.policies_of(means)
+    policies = statistics.policies_of(means)
     title, label = f"Median TTFT reduction against {baseline}", "Reduction of median TTFT (%)"
     low = max(FAR_BELOW, min(0.0, float(finite[["value", "low"]].min().min())) * 1.1)
     high = min(100.0, max(60.0, float(finite[["value", "high"]].max().max()) + 6))
@@ -144,12 +145,12 @@ def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = tables.BASELINE
     ax.axhline(0, color=draw.FAINT, linewidth=1)
     extra = []
     if paper:
-        claim = 100 * tables.PAPER_TTFT_REDUCTION
-        loads, values = zip(*tables.REFERENCE_TTFT_REDUCTION.items(), strict=True)
+        claim = 100 * constants.PAPER_TTFT_REDUCTION
+        loads, values = zip(*constants.REFERENCE_TTFT_REDUCTION.items(), strict=True)
         marks: dict[str, Any] = dict(marker="D", linestyle="none", markerfacecolor="none", color=draw.INK, markersize=7)
         ax.plot(loads, 100 * np.array(values), zorder=5, **marks)
         extra = [
-            (Line2D([], [], **marks), "reference figures for slai"),
+            (draw.mark(**marks), "reference figures for slai"),
             draw.guide(ax, claim, f"the paper's claim ({claim:.0f} %)"),
         ]
     ax.set_ylim(low, high)
@@ -170,7 +171,7 @@ def plot_ttft_by_prompt(
 ) -> Figure:
     """A quantile of TTFT by prompt length, in bins of equally many requests; `slo` = (s, s per prompt token)."""
     edges = _prompt_edges(requests, num_bins)
-    policies = tables.policies_of(requests)
+    policies = statistics.policies_of(requests)
     name = "Median" if quantile == 0.5 else f"p{100 * quantile:g}"
     figure, ax = draw.panel(_titled(f"{name} TTFT by prompt length", at))
     values: list[float] = []
@@ -198,7 +199,7 @@ def plot_ttft_by_prompt(
         x = np.geomspace(*ax.get_xlim(), 100)
         line: dict[str, Any] = dict(color=draw.INK, linewidth=1.1, linestyle=(0, (4, 3)))
         ax.plot(x, slo[0] + slo[1] * x, **line)
-        extra = [(Line2D([], [], **line), "TTFT SLO")]
+        extra = [(draw.mark(**line), "TTFT SLO")]
     draw.log_scale(ax.yaxis, values)
     ax.set_xlabel("Prompt length (tokens, log scale)")
     ax.set_ylabel(f"{name} TTFT (s, log scale)")
@@ -211,7 +212,7 @@ def plot_share_by_prompt(requests: pd.DataFrame, what: str = "attained", *, at: 
     """Share of requests that attained (or were served: finished) by tenth of prompt length."""
     edges = _prompt_edges(requests, 10)
     hit = requests["attained"] if what == "attained" else requests["phase"].astype(str) == "finished"
-    policies = tables.policies_of(requests)
+    policies = statistics.policies_of(requests)
     title = "Within all SLOs by prompt length" if what == "attained" else "Served by prompt length"
     figure, ax = draw.panel(_titled(title, at))
     for policy, style in draw.policy_styles(policies).items():
@@ -248,7 +249,7 @@ def _bins(lengths: pd.Series, edges: np.ndarray) -> np.ndarray:
 @draw.styled
 def plot_ttft_cdf(requests: pd.DataFrame, slo_s: float = 0.5, *, at: str = "") -> Figure:
     """Distribution of TTFT over all requests: one without a first token never reaches the line's top."""
-    policies = tables.policies_of(requests)
+    policies = statistics.policies_of(requests)
     figure, ax = draw.panel(_titled("Time to first token", at))
     shares = np.unique(np.concatenate([np.linspace(0.002, 0.99, 240), np.linspace(0.99, 1, 21)]))
     seen = []
@@ -283,7 +284,7 @@ def plot_itl_cdf(itl: pd.DataFrame, slo_class: str = "strict", slo_s: float = 0.
     own = itl[(itl["slo_class"].astype(str) == slo_class) & (itl["itl_s"] > 0)]
     if own.empty:
         raise draw.NothingToPlot(f"no gaps of {slo_class} users")
-    policies = tables.policies_of(itl)
+    policies = statistics.policies_of(itl)
     figure, ax = draw.panel(_titled(f"Gaps between tokens, {slo_class} users", at))
     for policy, style in draw.policy_styles(policies).items():
         mine = own[(own["policy"] == policy) & (own["prob"] < 0.99995)].sort_values("prob")
@@ -311,7 +312,7 @@ def plot_batches(steps: pd.DataFrame, policies: Sequence[str], window_s: float =
     ends = [float((run["start_s"] + run["duration_s"]).iloc[-1]) for run in runs.values()]
     window_s = min(window_s, min(ends))
     bin_s = min(bin_s, window_s / 40)
-    figure = Figure(figsize=(2.0 + 3.2 * len(runs), 5.6), layout="constrained")
+    figure = draw.new_figure(2.0 + 3.2 * len(runs), 5.6)
     grid = figure.subplots(3, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=[1.6, 1, 0.8])
     edges = np.arange(0, window_s + bin_s / 2, bin_s)
     time_s = edges[:-1] + bin_s / 2
@@ -335,7 +336,7 @@ def plot_batches(steps: pd.DataFrame, policies: Sequence[str], window_s: float =
     for ax, label in zip(grid[:, 0], ("Tokens per batch", "Requests", "KV cache used (%)"), strict=True):
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        draw.few_ticks(ax.yaxis, 5, integer=True)
     most = 1.15 * max(float(np.quantile(t[t > 0], 0.96)) if (t > 0).any() else 1.0 for t in totals)
     if max(t.max() for t in totals) > 1.6 * most:  # rare spikes would flatten all the rest
         grid[0, 0].set_ylim(0, most)
@@ -388,9 +389,9 @@ def plot_capacity(
         ax.plot([qps, qps], [y - 0.4, y + 0.4], **dotted)
     entries = []
     if own["ci_low"].notna().any():
-        entries.append((Line2D([], [], color=draw.INK, marker="|", linewidth=1.6), "95 % interval"))
+        entries.append((draw.mark(color=draw.INK, marker="|", linewidth=1.6), "95 % interval"))
     if shown:
-        entries.append((Line2D([], [], **dotted), "reference figure"))
+        entries.append((draw.mark(**dotted), "reference figure"))
     if fluid_qps:
         entries.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
     draw.legend(figure, [], entries)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmsched_gym.results_page.text import number, table
+from llmsched_gym.paper.page.text import number, table
 from llmsched_gym.theory import experiments
 from llmsched_gym.theory import figures as theory
 

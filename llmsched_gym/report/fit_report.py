@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from llmsched_gym.cost import Profile
 from llmsched_gym.cost.fit_errors import LARGE_US
 from llmsched_gym.cost.fit_surface import Attention, kinds
-from llmsched_gym.evaluation.draw import styled
-from llmsched_gym.evaluation.terminal import new_table
+from llmsched_gym.report import draw
+from llmsched_gym.report.console import new_table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 KINDS = {"decodes": "decodes alone", "chunks": "chunks alone", "hybrid": "hybrid"}
@@ -105,7 +105,7 @@ def markdown(profile: Profile) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-@styled
+@draw.styled
 def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
     """Median errors: decodes alone and hybrid batches by decodes and context, chunks alone by chunk and prefix.
 
@@ -115,7 +115,7 @@ def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
         raise ValueError(f"{profile.name}: has no surface")
     predicted = Attention.of(profile.surface, profile.pair_ms, profile.model.num_layers).predict(cells)
     cells = cells.assign(error=predicted / cells.us - 1.0)
-    figure = Figure(figsize=(9.5, 11.0), layout="constrained")
+    figure = draw.new_figure(9.5, 11.0)
     axes = figure.subplots(3, 1)
     names = {"n": "Decodes", "k": "KV tokens of each decode", "c": "Chunk (tokens)", "p": "Tokens before the chunk"}
     for ax, (kind, mask), (y, x) in zip(axes, kinds(cells).items(), (("n", "k"), ("c", "p"), ("n", "k")), strict=True):

@@ -9,25 +9,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.evaluation import intervals, tables
-from llmsched_gym.results_page.figures import PUBLISHED_SWEEP, strict_rows
-from llmsched_gym.results_page.text import number, percent, seconds, table
+from llmsched_gym.paper.constants import PUBLISHED_SWEEP
+from llmsched_gym.paper.page.figures import strict_rows
+from llmsched_gym.paper.page.text import number, percent, seconds, table
+from llmsched_gym.report import intervals, statistics
 
 
 def section_main(long: pd.DataFrame, plan: Any) -> str:
     loads = [q for q in sorted(long["load"].unique()) if q >= 1.0]
     lines = []
-    for policy in tables.policies_of(long):
+    for policy in statistics.policies_of(long):
         own = long[long["policy"] == policy].set_index("load")
         lines.append([policy, *(number(own["ttft_p50_s"].get(q)) for q in loads)])
     ttft = table(["median TTFT, s", *(f"{q:g}/s" for q in loads)], lines)
     lines = []
-    for policy in tables.policies_of(long):
+    for policy in statistics.policies_of(long):
         own = long[long["policy"] == policy].set_index("load")
         lines.append([policy, *(seconds(own["ttft_p99_s"].get(q)) for q in loads)])
     tail = table(["p99 TTFT, s", *(f"{q:g}/s" for q in loads)], lines)
     lines = []
-    for policy in tables.policies_of(long):
+    for policy in statistics.policies_of(long):
         own = long[long["policy"] == policy].set_index("load")
         cells = (
             f"{number(own['itl_p99_s_strict'].get(q), 3)} / {number(own['itl_p99_s_relaxed'].get(q), 3)}" for q in loads
@@ -112,7 +113,7 @@ SLO attainment in per cent, of all and of strict users (TTFT within its SLO and 
 def section_bounds(data: dict[str, Any], short: pd.DataFrame) -> str:
     loads = sorted(short["load"].unique())
     lines = []
-    for policy in tables.policies_of(short):
+    for policy in statistics.policies_of(short):
         own = short[short["policy"] == policy]
         cells = []
         for load in loads:
