@@ -91,6 +91,7 @@ class ModelSpec:
 
     @property
     def head_params(self) -> int:
+        """Parameters of the output head."""
         return self.hidden_size * self.vocab_size
 
     @property
@@ -100,6 +101,7 @@ class ModelSpec:
 
     @property
     def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that a token takes in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_value
 
 
@@ -211,6 +213,7 @@ class Scenario:
         return 0.0 if self.length_hint == "oracle" else float(self.length_hint.split(":")[1])
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as they are."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def _check_number(

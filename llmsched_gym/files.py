@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,8 +23,8 @@ def version_of(path: Path) -> tuple[Path, tuple[int, ...]]:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: a reader never sees half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Let `write` fill a hidden file beside `path`, then put it in place: a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         os.replace(partial, path)
@@ -54,6 +55,11 @@ def encode(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: encode(v) for k, v in value.items()}
     return [encode(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def digest_of(value: Any, digits: int = 12) -> str:
+    """So many hexadecimal digits that change with `value`, anything that :func:`encode` turns into JSON."""
+    return hashlib.sha256(json.dumps(encode(value), sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def dumps(value: Any) -> str:

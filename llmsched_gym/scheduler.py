@@ -39,7 +39,9 @@ class Scheduler(Protocol):
     (seconds one decision costs, added to every step), ``reset(seed)`` (called before each run).
     """
 
-    def schedule(self, view: View) -> Batch: ...
+    def schedule(self, view: View) -> Batch:
+        """The next batch, from what `view` shows of the engine."""
+        ...
 
 
 def default_knobs() -> np.ndarray:
@@ -54,6 +56,7 @@ def default_knobs() -> np.ndarray:
 
 
 def pack_with_knobs(lane: Any) -> None:
+    """Form a batch as the packing kernel does under the settings of the lane."""
     pack(lane)
 
 

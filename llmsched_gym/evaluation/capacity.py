@@ -44,6 +44,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class Criterion:
+    """What a run must meet: all of the conditions."""
+
     name: str
     conditions: tuple[Condition, ...]
 
@@ -118,6 +120,7 @@ class Capacity:
     resamples: np.ndarray | None = None  # (NUM_RESAMPLES,) capacities of resampled seeds
 
     def to_row(self) -> Row:
+        """The capacity as a row of figures; None where there is none."""
         found = {"policy": self.policy, "criterion": self.criterion, "capacity_qps": self.qps}
         return found | {
             "ci_low": self.ci_low,

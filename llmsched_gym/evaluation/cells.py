@@ -20,6 +20,7 @@ from llmsched_gym.engine import Backend
 from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.files import replace_file
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.scheduler import Compiled
 from llmsched_gym.workload import TraceWarning
@@ -74,15 +75,13 @@ def run_cell(
 
 
 def part_path(folder: Path, kind: str, index: int) -> Path:
+    """Where a cell's frame of that kind lies."""
     return folder / f"{kind}-{index:06d}.parquet"
 
 
 def write_part(folder: Path, kind: str, index: int, frame: Any) -> None:
-    """Write a cell's frame; a reader never sees half a file."""
-    path = part_path(folder, kind, index)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    frame.to_parquet(partial, index=False, compression="zstd")
-    os.replace(partial, path)
+    """Write a cell's frame."""
+    replace_file(part_path(folder, kind, index), lambda path: frame.to_parquet(path, index=False, compression="zstd"))
 
 
 class Runner:

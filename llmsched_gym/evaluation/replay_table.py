@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmsched_gym.evaluation.replay import Replay
-from llmsched_gym.report.console import NONE, new_table, number
+from llmsched_gym.report.console import new_table
+from llmsched_gym.text import number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,5 +37,5 @@ def replay_table(result: Replay) -> Table:
             table.add_row("", "mean absolute, per request", "", "", number(100 * own["mape"], 1))
     ends = [number(run.end_s, 2) for run in (result.measured, result.simulated)]
     table.add_row("end (s)", "last token", *ends, f"{100 * errors['end_error']:+.1f}")
-    table.add_row("preemptions", "in all", NONE, f"{sim.num_preemptions:,}", "")
+    table.add_row("preemptions", "in all", "-", f"{sim.num_preemptions:,}", "")
     return table

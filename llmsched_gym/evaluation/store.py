@@ -8,7 +8,6 @@ While a grid runs, ``partial/`` holds one JSON line per finished cell, and the c
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -37,10 +36,6 @@ ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.
 ITL_COLUMNS = ("prob", "itl_s", "num_gaps", "policy", "requested_qps", "qps", "slo_class")
 
 _ROW_GROUP = 200_000
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(encode(value), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def grid_config(scenario: Scenario, policies: Sequence[str], **settings: Any) -> dict[str, Any]:
@@ -115,6 +110,7 @@ class Store:
 
     @property
     def complete(self) -> bool:
+        """Whether all tables are in place."""
         return (self.out / "runs.parquet").exists() and not self.partial.exists()
 
     def _check_config(self) -> None:

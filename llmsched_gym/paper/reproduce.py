@@ -7,7 +7,6 @@ and writes docs/results.md and its figures from them. Same seeds, same figures, 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ from llmsched_gym.evaluation import capacity as capacities
 from llmsched_gym.evaluation.bench import PlainSarathi, machine
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.files import digest_of, write_text
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES, PUBLISHED_SWEEP
 from llmsched_gym.registry import make_scheduler
@@ -66,6 +66,7 @@ class Plan:
 
     @property
     def short(self) -> Scenario:
+        """The world with as many requests as runs of several seeds have."""
         return self.world.replace(num_requests=self.short_requests)
 
 
@@ -93,7 +94,7 @@ def main_table(plan: Plan, note: Note) -> Data:
         found = evaluate(world, policies, qps=plan.loads, seeds=1, workers=plan.workers, progress=progress)
         timed[kind] = {"wall_s": time.perf_counter() - start, "runs": len(found)}
         rows += found
-    (plan.out / WALL_TIME).write_text(json.dumps(timed), encoding="utf-8")
+    write_text(plan.out / WALL_TIME, json.dumps(timed))
     return _rows(rows)
 
 
@@ -113,6 +114,7 @@ def seeds_table(plan: Plan, note: Note) -> Data:
 
 
 def capacity_cell(world: Scenario, policy: str, criterion: str, seeds: int) -> capacities.Capacity:
+    """Capacity of one policy, for a worker."""
     return capacities.capacity(world, [policy], criterion, qps=(0.9, 2.4), seeds=seeds)[0]
 
 
@@ -133,21 +135,7 @@ def budget_sweep(plan: Plan, note: Note) -> Data:
     points = []
     for chunk, _, _ in PUBLISHED_SWEEP:
         n = 4
-        table = RequestTable(
-            arrival_s=100.0 * np.arange(n),
-            prompt_tokens=np.full(n, 2048, np.int32),
-            output_tokens=np.full(n, 2, np.int32),
-            slo_class=np.ones(n, np.int8),
-            ttft_slo_s=np.full(n, np.inf),
-            tbt_slo_s=np.full(n, np.inf),
-            length_hint=np.full(n, np.nan),
-            session_id=np.full(n, -1, np.int64),
-            cohort_start=0,
-            cohort_stop=n,
-            qps=0.01,
-            cost_scale=1.0,
-            seed=0,
-        )
+        table = RequestTable.of(100.0 * np.arange(n), 2048, 2, qps=0.01)
         engine = Engine(scenario("paper", num_requests=n), n)
         engine.reset(table)
         scheduler = make_scheduler(f"sarathi[budget={chunk}]")
@@ -263,6 +251,7 @@ def ablation(plan: Plan, note: Note) -> Data:
 
 
 def tiles(plan: Plan, note: Note) -> Data:
+    """Tokens per second of the linear layers by batch size, and what leaving the tile costs."""
     return experiments.tiles()
 
 
@@ -320,9 +309,7 @@ def run_piece(name: str, plan: Plan, key: str) -> Data:
     start = time.perf_counter()
     data = PIECES[name](plan, note)
     print(f"{chr(13) if interactive else ''}{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "data": data}, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, json.dumps({"key": key, "data": data}, allow_nan=False))
     return json.loads(json.dumps(data))
 
 
@@ -332,11 +319,12 @@ def reproduce(plan: Plan, pieces: list[str] | None = None) -> dict[str, Data]:
     settings = {k: v for k, v in plan.__dict__.items() if k not in ("out", "workers", "world")}
     settings["policies"] = (MAIN_POLICIES, BOUNDED_POLICIES, STRICT_POLICIES)
     world = plan.world.to_dict() | {"trace": Path(plan.world.trace).name if plan.world.trace else None}
-    key = hashlib.sha256(json.dumps([settings, world, code_digest()], default=str).encode()).hexdigest()[:16]
+    key = digest_of([settings, world, code_digest()])
     return {name: run_piece(name, plan, key) for name in pieces or PIECES}
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line of `llmsched reproduce`; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="llmsched reproduce", usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0]
     )

@@ -14,13 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-NONE = "-"
 BROKEN_PIPE = 141
 PIPE_WIDTH = 180  # columns of a table that no terminal bounds
-
-
-def number(value: float | None, digits: int = 3, none: str = NONE) -> str:
-    return none if value is None else f"{value:.{digits}f}"
 
 
 def new_table(*columns: str, title: str | None = None, text: int = 1) -> Table:
@@ -61,6 +56,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def print_listing(rows: list[dict[str, Any]], columns: dict[str, str], as_json: bool = False) -> None:
+    """Print chosen fields of rows as a table, or whole rows as JSON."""
     if as_json:
         print_rows(rows)
         return
@@ -68,10 +64,12 @@ def print_listing(rows: list[dict[str, Any]], columns: dict[str, str], as_json: 
 
 
 def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows as a JSON array, one a line."""
     emit("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n")
 
 
 def print_table(table: Table, file: Any = None) -> None:
+    """Print a table, in colour on a terminal; `file` is stdout unless given."""
     from rich.console import Console
 
     stream = file or sys.stdout

@@ -178,6 +178,7 @@ def name_in_figure(policy: str) -> str:
 
 
 def short(name: str, most: int = 34) -> str:
+    """A name of at most so many letters, its middle left out."""
     return name if len(name) <= most else f"{name[: most - 12]}…{name[-11:]}"
 
 

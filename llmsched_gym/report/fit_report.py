@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,11 @@ import numpy as np
 from llmsched_gym.cost import Profile
 from llmsched_gym.cost.fit_errors import LARGE_US
 from llmsched_gym.cost.fit_surface import Attention, kinds
+from llmsched_gym.files import replace_file, write_text
 from llmsched_gym.report import draw
 from llmsched_gym.report.console import new_table
+from llmsched_gym.text import number
+from llmsched_gym.text import table as markdown_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +32,7 @@ def rows_by_kind(fit: dict[str, Any]) -> list[tuple[str, ...]]:
     for kind, text in KINDS.items():
         if kind in fit:
             found = fit[kind]
-            sizes = [_percent(found[size]["median"]) if size in found else "-" for size in ("small", "large")]
+            sizes = [_percent(found[size]["median"] if size in found else None) for size in ("small", "large")]
             errors = [_percent(found[name]) for name in ("median", "p95", "max", "bias")]
             rows.append((text, str(found["rows"]), *errors, *sizes))
     return rows
@@ -87,21 +89,21 @@ def markdown(profile: Profile) -> str:
         "small: median %",
         "large: median %",
     )
-    parts = [f"# Fit of {profile.name}", _table(heads, rows_by_kind(fit))]
+    parts = [f"# Fit of {profile.name}", markdown_table(heads, rows_by_kind(fit))]
     heads = ("n_decode", "kv_decode", "prefill_chunk", "kv_prefill", "us", "error %")
     worst = [(*(str(cell[name]) for name in heads[:5]), _percent(cell["error"])) for cell in fit["worst"]]
-    parts += ["## Worst cells", _table(heads, worst)]
+    parts += ["## Worst cells", markdown_table(heads, worst)]
     if "held_out" in fit:
         heads = ("left out", "batches", "levels", "median %", "95 % %", "inner: median %", "95 % %")
         heads += ("edges: median %", "95 % %")
-        parts += ["## Whole levels left out in turn", _table(heads, rows_held_out(fit["held_out"]))]
+        parts += ["## Whole levels left out in turn", markdown_table(heads, rows_held_out(fit["held_out"]))]
         rows = [
             (column, KINDS[kind], level, str(found["rows"]), _percent(found["median"]), _percent(found["p95"]))
             for column, by_kind in fit["held_out"].items()
             for kind, pooled in by_kind.items()
             for level, found in pooled["levels"].items()
         ]
-        parts += ["## By level", _table(("left out", "batches", "level", "rows", "median %", "95 % %"), rows)]
+        parts += ["## By level", markdown_table(("left out", "batches", "level", "rows", "median %", "95 % %"), rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -140,14 +142,10 @@ def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
 def write(profile: Profile, cells: pd.DataFrame, markdown_file: Path, picture: Path) -> None:
     """The errors as Markdown, and the heat map as PNG."""
     markdown_file.parent.mkdir(parents=True, exist_ok=True)
-    heat_map(profile, cells).savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    markdown_file.write_text(markdown(profile), encoding="utf-8")
+    figure = heat_map(profile, cells)
+    replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=110, metadata={"Software": None}))
+    write_text(markdown_file, markdown(profile))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ("---",) * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def _percent(share: float | None) -> str:
+    return number(None if share is None else 100 * share, 1)

@@ -35,6 +35,7 @@ class Results:
 
     @property
     def suite(self) -> str:
+        """The suites that were run."""
         return _suite(self.rows)
 
     @property
@@ -54,10 +55,12 @@ class Results:
 
     @property
     def has_baseline(self) -> bool:
+        """Whether there is something to compare with the baseline."""
         return BASELINE in set(self.rows["policy"]) and self.rows["policy"].nunique() > 1
 
     @property
     def trace_remarks(self) -> list[str]:
+        """What a reader should know of the trace, a sentence each."""
         return [str(remark) for remark in self.config.get("trace_remarks") or []]
 
     def setting(self, name: str, default: Any) -> Any:
@@ -65,6 +68,7 @@ class Results:
         return (self.config.get("scenario") or {}).get(name, default)
 
     def tbt_slos_s(self) -> dict[str, float]:
+        """TBT SLOs by class, seconds."""
         usual = {"strict": 0.1, "relaxed": 0.5}
         return {name: float(self.setting(f"{name}_tbt_slo_s", slo_s)) for name, slo_s in usual.items()}
 
@@ -73,9 +77,11 @@ class Results:
         return float(self.setting("ttft_slo_s", 0.5)), float(self.setting("ttft_slo_per_token_s", 0.0005))
 
     def ttft_scales(self) -> list[float]:
+        """Factors on the TTFT SLO, one a class of users."""
         return [float(scale) for scale in self.setting("ttft_class_scales", [1.0])]
 
     def requests_at(self, load: float) -> pd.DataFrame:
+        """Requests of the runs at a load."""
         rates = self.rows.loc[self.rows["load"] == load, "qps"].unique()
         return self.requests[self.requests["qps"].isin(rates)]
 

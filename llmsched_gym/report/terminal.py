@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmsched_gym.report.console import NONE, new_table, number
+from llmsched_gym.report.console import new_table
 from llmsched_gym.report.intervals import Interval, interval, mean, median, median_interval
+from llmsched_gym.text import between, number
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,8 +18,8 @@ INFINITE, OUTSIDE = "inf", "not in the range"
 
 def with_interval(value: float | None, bounds: Interval | None, digits: int = 3) -> str:
     """A figure over seeds with its 95 % interval; None is infinite."""
-    text = number(value, digits, INFINITE)
-    return text if bounds is None else f"{text} [{number(bounds[0], digits)}, {number(bounds[1], digits)}]"
+    low, high = bounds or (None, None)
+    return number(value, digits, INFINITE) + between(low, high, digits)
 
 
 def loads(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], list[dict[str, Any]]]:
@@ -60,7 +61,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
             *where,
             with_interval(mean(attained), interval(attained, (0.0, 100.0)) if independent else None, 1),
             number(None if strict is None else 100 * strict, 1),
-            number(mean(over_seeds("mean_utility"))),
+            number(mean(over_seeds("mean_utility")), 3),
             percent("refused", "abandoned"),
             percent("rejected"),
         )
@@ -70,8 +71,8 @@ def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
             *where,
             with_interval(median(p50_s), median_interval(p50_s) if independent else None).replace(" [", "\n["),
             number(median(p99_s), 2, INFINITE) + few,
-            number(median(over_seeds("itl_p99_s_by_class", "strict"))),
-            number(median(over_seeds("itl_p99_s_by_class", "relaxed"))),
+            number(median(over_seeds("itl_p99_s_by_class", "strict")), 3),
+            number(median(over_seeds("itl_p99_s_by_class", "relaxed")), 3),
             number(mean(over_seeds("throughput_tok_s")), 0),
         )
     return [served, speed]
@@ -94,9 +95,8 @@ def capacities(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         figures = []
         for name, ends in (("capacity_qps", "ci"), ("ratio", "ratio_ci")):
-            low, high = row[f"{ends}_low"], row[f"{ends}_high"]
-            figures.append(number(row[name]) + (f" [{number(low)}, {number(high)}]" if low is not None else ""))
-        table.add_row(row["policy"], row["limited_by"] or (OUTSIDE if row["note"] else NONE), *figures)
+            figures.append(number(row[name], 3) + between(row[f"{ends}_low"], row[f"{ends}_high"], 3))
+        table.add_row(row["policy"], row["limited_by"] or (OUTSIDE if row["note"] else "-"), *figures)
     return table
 
 
@@ -109,7 +109,7 @@ def served(rows: Sequence[dict[str, Any]]) -> Table:
         for name in ("attained", "refused", "abandoned"):
             if name in row:
                 shares = [row[name], *row[f"{name}_by_decile"]]
-                percent = [NONE if share is None else number(100 * share, 0) for share in shares]
+                percent = [number(None if share is None else 100 * share, 0) for share in shares]
                 table.add_row(f"{row['policy']} {name}", number(row["at_qps"], 2), *percent)
     return table
 
@@ -118,7 +118,7 @@ def trace_table(found: dict[str, Any]) -> Table:
     """The facts of a trace in words."""
 
     def seconds(name: str) -> str:
-        return f"{number(found[f'gap_{name}_s'])} s"
+        return f"{number(found[f'gap_{name}_s'], 3)} s"
 
     table = new_table("trace", found["name"], text=2)
     dropped = f", {found['num_dropped']:,} invalid rows left out" if found["num_dropped"] else ""

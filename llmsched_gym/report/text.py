@@ -8,17 +8,15 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from llmsched_gym import text
 from llmsched_gym.report import statistics
 from llmsched_gym.report.intervals import MIN_SEEDS
 
 
 def number(value: float | None, digits: int | None = None) -> str:
     """Three significant digits, or so many decimals; a dash for nothing."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{value:,.{decimals(value) if digits is None else digits}f}".replace("-", "−")
+    places = digits if digits is not None or value is None else decimals(value)
+    return text.number(value, f",.{places}f", "–", "∞").replace("-", "−")
 
 
 def same(a: float, b: float, digits: int | None = None) -> bool:
@@ -64,5 +62,6 @@ def load_label(rows: pd.DataFrame, load: float) -> str:
 
 
 def seeds_label(num_seeds: int) -> str:
+    """How many seeds there are, and whether they are too few for intervals."""
     few = f" (n<{MIN_SEEDS}: no interval)" if num_seeds < MIN_SEEDS else ""
     return f"{num_seeds} seed{'s' if num_seeds != 1 else ''}{few}"

@@ -6,7 +6,6 @@ import colorsys
 import importlib.resources
 import io
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import jinja2
 from markupsafe import Markup, escape
 
+from llmsched_gym.files import replace_file
 from llmsched_gym.report import draw, findings, statistics, tables
 from llmsched_gym.report.bounds import ordinary
 from llmsched_gym.report.results import read_results
@@ -145,14 +145,9 @@ def _inline_markup(text: str) -> Markup:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file; a reader never sees half of it."""
+    """Write a file of the report, in a folder of its own if need be."""
     try:
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
         raise ReportError(f"report: cannot write {path}: {error.strerror or error}") from None

@@ -19,6 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#117733", "#aa4499", "#68737f")
 
 
 def device_title(name: str) -> str:
+    """What figures call a device."""
     return SHORT.get(name, "A100, roofline with waves" if "waves" in name else name)
 
 

@@ -68,6 +68,7 @@ class Boundary:
 
     @property
     def qps(self) -> float:
+        """The middle of the bracket, requests/s."""
         return 0.5 * (self.bounded_qps + self.unbounded_qps)
 
 

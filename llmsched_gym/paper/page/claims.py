@@ -15,6 +15,7 @@ from llmsched_gym.report import statistics
 
 
 def section_claims(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame, plan: Any) -> str:
+    """The paper's two claims beside ours."""
     found = {(r["policy"], r["criterion"]): r for r in data["capacity"]}
     lines = []
     for policy, reference in constants.REFERENCE_CAPACITY_QPS.items():

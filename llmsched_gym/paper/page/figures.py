@@ -113,6 +113,7 @@ def all_figures(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame) -
 
 
 def strict_rows(data: dict[str, Any]) -> pd.DataFrame:
+    """Tidy rows of all shares of strict users."""
     parts = []
     for share in dict.fromkeys(row["strict_share"] for row in data["strict_shares"]):
         parts.append(statistics.tidy([row for row in data["strict_shares"] if row["strict_share"] == share]))

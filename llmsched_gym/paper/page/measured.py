@@ -16,6 +16,7 @@ from llmsched_gym.report import intervals, statistics
 
 
 def section_main(long: pd.DataFrame, plan: Any) -> str:
+    """The main table: every scheduler at every load, in one long run each."""
     loads = [q for q in sorted(long["load"].unique()) if q >= 1.0]
     lines = []
     for policy in statistics.policies_of(long):
@@ -56,6 +57,7 @@ those it puts off wait for minutes.
 
 
 def section_parameters(data: dict[str, Any]) -> str:
+    """The cost model beside the authors' chunk sweep."""
     lines = []
     errors = []
     for point, (chunk, ttft_ms, batch_ms) in zip(data["budget_sweep"], PUBLISHED_SWEEP, strict=True):
@@ -89,6 +91,7 @@ Decodes in a batch against its time and running requests against KV use, every 2
 
 
 def section_strict(data: dict[str, Any]) -> str:
+    """Attainment by the share of strict users."""
     rows = strict_rows(data)
     shares = sorted(rows["strict_share"].unique())
     lines = []
@@ -111,6 +114,7 @@ SLO attainment in per cent, of all and of strict users (TTFT within its SLO and 
 
 
 def section_bounds(data: dict[str, Any], short: pd.DataFrame) -> str:
+    """How far schedulers are from what is possible."""
     loads = sorted(short["load"].unique())
     lines = []
     for policy in statistics.policies_of(short):
