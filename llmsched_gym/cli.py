@@ -1,7 +1,8 @@
 """The command line: `llmsched COMMAND`, thin over the packages that do the work.
 
 Results go to stdout, progress and remarks to stderr. What cannot be done is said in one line, with exit code 2.
-Modules are imported by the commands that need them, so that listing things is quick.
+Modules are imported by the commands that need them, so that listing things is quick. The file is long because the
+options of all commands are declared here once.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 A :class:`Scenario` is everything that fixes the world a scheduler lives in; with a seed it fixes the requests.
 :data:`SUITES` holds the named ones. Times are seconds, lengths are tokens, rates are requests per second.
+Long, as every field has its line, its meaning and its check, and is looked for here.
 """
 
 from __future__ import annotations

@@ -17,7 +17,18 @@ from matplotlib.lines import Line2D
 from llmsched_gym.config import scenario
 from llmsched_gym.files import encode
 from llmsched_gym.fluid import fluid_capacity
-from llmsched_gym.report import bounds, distance, draw, findings, plots, sections, statistics, tables
+from llmsched_gym.report import (
+    bounds,
+    distance,
+    distributions,
+    draw,
+    findings,
+    plots,
+    sections,
+    settings,
+    statistics,
+    tables,
+)
 from llmsched_gym.report.results import read_results
 from llmsched_gym.report.text import estimate, load_label, number
 from llmsched_gym.report.write import ReportError, write_report
@@ -209,17 +220,17 @@ def test_the_command_names_all_that_differs_from_the_suite(tmp_path):
     world = scenario("paper", num_requests=300, strict_share=0.2, patience_s=30.0, watermark=0.02, jitter=0.1)
     config = {"scenario": encode(world.to_dict()), "policies": ["slai[limit=6500,hold=true]", "sarathi"]}
     config |= {"qps": [1.0, 1.65], "seeds": 3, "first_seed": 7}
-    command = findings.command(json.loads(json.dumps(config)), tmp_path / "out")
+    command = settings.command(json.loads(json.dumps(config)), tmp_path / "out")
     assert command == (
         "llmsched evaluate --suite paper --policy 'slai[limit=6500,hold=true],sarathi' --no-bound --strict-share 0.2 "
         "--patience 30.0 --jitter 0.1 --set watermark=0.02 --qps 1,1.65 --num-requests 300 --seeds 3 "
         "--first-seed 7 --out out"
     )
     on_model = config | {"scenario": config["scenario"] | {"backend": "transformers", "model": "random:tiny"}}
-    assert "--backend transformers --model random:tiny" in findings.command(on_model, tmp_path)
-    assert "--no-bound" not in findings.command(on_model, tmp_path)
+    assert "--backend transformers --model random:tiny" in settings.command(on_model, tmp_path)
+    assert "--no-bound" not in settings.command(on_model, tmp_path)
     config["policies"].append("shortest-total[cap=0.9]")
-    assert "--no-bound" not in findings.command(config, tmp_path)
+    assert "--no-bound" not in settings.command(config, tmp_path)
 
 
 def requests_of(rows, num_requests, seed=0):
@@ -398,10 +409,10 @@ def test_figures_draw_what_there_is_and_say_when_there_is_nothing():
         lambda: plots.plot_ttft(statistics.tidy([row("never", 1.0, 0, ttft_s=None)])),
         lambda: plots.plot_attainment(one, "strict"),
         lambda: plots.plot_itl(one, "strict"),
-        lambda: plots.plot_ttft_cdf(requests_of([row("never", 1.0, 0)], 20)),
-        lambda: plots.plot_ttft_by_prompt(requests_of([row("never", 1.0, 0)], 20)),
-        lambda: plots.plot_itl_cdf(itl_of(["a"], 1.0, ["relaxed"]), "strict"),
-        lambda: plots.plot_batches(steps_of(["a"], 1.0), []),
+        lambda: distributions.plot_ttft_cdf(requests_of([row("never", 1.0, 0)], 20)),
+        lambda: distributions.plot_ttft_by_prompt(requests_of([row("never", 1.0, 0)], 20)),
+        lambda: distributions.plot_itl_cdf(itl_of(["a"], 1.0, ["relaxed"]), "strict"),
+        lambda: distributions.plot_batches(steps_of(["a"], 1.0), []),
         lambda: plots.plot_ttft_reduction(statistics.ttft_reduction(statistics.tidy([row("sarathi", 1.0, 0)]))),
     ):
         with pytest.raises(draw.NothingToPlot):
@@ -497,16 +508,16 @@ def test_figures_show_the_fluid_capacity_near_their_loads():
 def test_shares_by_prompt_length_are_of_tenths():
     lengths = np.arange(1, 101)
     requests = pd.DataFrame({"policy": "a", "prompt_tokens": lengths, "attained": lengths <= 25, "phase": "finished"})
-    shares = plots.plot_share_by_prompt(requests).axes[0].lines[0].get_ydata()
+    shares = distributions.plot_share_by_prompt(requests).axes[0].lines[0].get_ydata()
     assert shares == pytest.approx([100, 100, 50, 0, 0, 0, 0, 0, 0, 0])
     same = requests.assign(prompt_tokens=7)
-    assert plots.plot_share_by_prompt(same).axes[0].lines[0].get_ydata() == pytest.approx([25])
+    assert distributions.plot_share_by_prompt(same).axes[0].lines[0].get_ydata() == pytest.approx([25])
 
 
 def test_batches_are_averaged_over_busy_time():
     steps = pd.DataFrame({"start_s": [0.0, 1.5], "duration_s": [1.0, 0.5], "decode_tokens": [10, 30]})
-    assert plots._averaged(steps, "decode_tokens", np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx([10, 30, 0])
-    assert plots._averaged(steps, "decode_tokens", np.array([0.0, 2.0])) == pytest.approx([(10 + 15) / 1.5])
+    assert distributions._averaged(steps, "decode_tokens", np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx([10, 30, 0])
+    assert distributions._averaged(steps, "decode_tokens", np.array([0.0, 2.0])) == pytest.approx([(10 + 15) / 1.5])
 
 
 @pytest.mark.parametrize("missing", ["runs.parquet", "requests.parquet", "config.json"])
@@ -536,7 +547,7 @@ def test_broken_files_and_no_folder_are_one_line(tmp_path):
 
 
 def settings_of(folder):
-    return dict(findings.settings(read_results(folder)))
+    return dict(settings.settings(read_results(folder)))
 
 
 def test_the_head_says_what_was_run_not_what_the_suite_would_do(tmp_path):

@@ -7,7 +7,7 @@ A batch of N tokens takes
 where a prefill chunk computes n tokens behind c computed ones, and a decode reads a context of len tokens. (In the
 published runs that the default profile is fitted to, len counts the KV tokens present before the decode.) That suits
 engines whose attention kernels are separate by phase; where one kernel serves both, a :class:`Surface` takes the place
-of the last two terms.
+of the last two terms. Long, for the formula, its file and the checks of both are changed together.
 """
 
 from __future__ import annotations

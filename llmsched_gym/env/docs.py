@@ -1,4 +1,7 @@
-"""docs/environment.md, made from the environment itself: `python -m llmsched_gym.env.docs > docs/environment.md`."""
+"""docs/environment.md, made from the environment itself: `python -m llmsched_gym.env.docs > docs/environment.md`.
+
+It is long as it holds the page's own text.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Rates lie on one fixed grid, 1.02**k requests per second, searched coarse to fine. At each rate a criterion's conditions
 are averaged over the seeds; a non-decreasing fit through these means crosses each condition's limit somewhere, and the
 capacity is the smallest crossing. Intervals resample the seeds, the same ones for every policy, so that ratios of
-capacities are paired.
+capacities are paired. Search and intervals are one procedure and stand in one file.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 ``llmsched reproduce`` runs the pieces below, each into a file that an interrupted run does not do again,
 and writes docs/results.md and its figures from them. Same seeds, same figures, to the last digit; only `speed` times.
+The file is a list of pieces, each a short function, which is why it is long.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, FAINT, GRID = "#1c2733", "#68737f", "#dfe4ea"
+PERCENT = (0, 101.5)  # limits of an axis of percentages, whose marks at 100 are whole
 WIDTH = 5.8  # inches, of a single panel
 LEGEND_LETTERS = 84  # that fit into its legend side by side, handles counted as six
 RC = {

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.paper import constants
-from llmsched_gym.report import distance, plots, statistics, tables
+from llmsched_gym.report import distance, distributions, plots, statistics, tables
 from llmsched_gym.report.bounds import ordinary, shown_capacity
 from llmsched_gym.report.intervals import MIN_SEEDS
 from llmsched_gym.report.results import Results
@@ -172,23 +172,23 @@ def _at_focus(results: Results) -> Section:
     at = "" if drawn else load_label(rows, focus)
     tenths = "Each point is a tenth of the requests by prompt length." + (" Dashed: the TTFT SLO." if slo else "")
     exhibits = [
-        Exhibit("ttft-by-prompt-median", partial(plots.plot_ttft_by_prompt, own, 0.5, slo=slo, at=at), tenths),
-        Exhibit("ttft-by-prompt-p90", partial(plots.plot_ttft_by_prompt, own, 0.9, slo=slo, at=at), tenths),
+        Exhibit("ttft-by-prompt-median", partial(distributions.plot_ttft_by_prompt, own, 0.5, slo=slo, at=at), tenths),
+        Exhibit("ttft-by-prompt-p90", partial(distributions.plot_ttft_by_prompt, own, 0.9, slo=slo, at=at), tenths),
     ]
     for load in dict.fromkeys((focus, float(rows["load"].max()))):
         requests, stem = results.requests_at(load), "by-prompt" if load == focus else "by-prompt-highest-load"
         where = "" if drawn else load_label(rows, load)
-        share = partial(plots.plot_share_by_prompt, requests, at=where)
+        share = partial(distributions.plot_share_by_prompt, requests, at=where)
         exhibits.append(Exhibit(f"attained-{stem}", share, "Whether short or long prompts pay for the attainment."))
         finished = (requests["phase"].astype(str) == "finished").groupby(requests["policy"], observed=True).mean()
         if len(finished) and finished.min() < 0.995:
             exhibits.append(Exhibit(f"served-{stem}", partial(share, "served"), "Who is served at all, late or not."))
     text = "The tail of the distribution. Left of where SLO and p99 cross, 99 % of gaps are in time."
     for name, tbt_s in results.tbt_slos_s().items() if len(results.itl) else ():
-        plot = partial(plots.plot_itl_cdf, results.itl, name, tbt_s, at=at)
+        plot = partial(distributions.plot_itl_cdf, results.itl, name, tbt_s, at=at)
         exhibits.append(Exhibit(f"itl-cdf-{name}", plot, text))
     text = "A line ends below 100 % where requests never got a first token. Dashed: the TTFT SLO of an empty prompt."
-    exhibits.append(Exhibit("ttft-cdf", partial(plots.plot_ttft_cdf, own, results.ttft_slo()[0], at=at), text))
+    exhibits.append(Exhibit("ttft-cdf", partial(distributions.plot_ttft_cdf, own, results.ttft_slo()[0], at=at), text))
     why = ""
     if rows["load"].nunique() > 1:
         best = rows[rows["load"] == focus].groupby("policy")["slo_attainment"].mean().max()
@@ -212,5 +212,5 @@ def _batches(results: Results) -> Section:
     seed, qps = int(results.steps["seed"].iloc[0]), float(results.steps["qps"].iloc[0])
     text = f"The first two minutes of seed {seed} at {qps:.3g} requests/s under {names(chosen)}." if chosen else ""
     caption = "Mean tokens per batch over half-second bins, requests running and waiting, share of KV blocks in use."
-    plot = partial(plots.plot_batches, results.steps, chosen)
+    plot = partial(distributions.plot_batches, results.steps, chosen)
     return Section("batches", "What batches are made of", text, [Exhibit("batches", plot, caption, wide=True)])

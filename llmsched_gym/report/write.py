@@ -15,7 +15,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from llmsched_gym.files import replace_file
-from llmsched_gym.report import draw, findings, statistics, tables
+from llmsched_gym.report import draw, findings, settings, statistics, tables
 from llmsched_gym.report.bounds import ordinary
 from llmsched_gym.report.results import read_results
 from llmsched_gym.report.sections import sections
@@ -65,8 +65,8 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
         "parts": parts,
         "comparisons": tables.comparison_tables(results.rows, table),
         "remarks": findings.remarks(results, table),
-        "settings": findings.settings(results),
-        "command": findings.command(results.config, results.directory),
+        "settings": settings.settings(results),
+        "command": settings.command(results.config, results.directory),
         "config": json.dumps(results.config, indent=1, sort_keys=True),
         "chips": {p: f"var(--c{s.colour[1:]},{s.colour})" for p, s in styles.items()},
         "dark": _dark_colours([s.colour for s in styles.values()]),
