@@ -9,8 +9,9 @@ from llmsched_gym.engine.batch import (
     chunk_room,
     is_prefill,
     open_batch,
+    uncached_prefill,
 )
-from llmsched_gym.engine.batch import remaining_prefill as remaining
+from llmsched_gym.engine.blocks import known_computed
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import SRPT, add_all_decodes, admission_filters, keep_going
 from llmsched_gym.engine.records import WAITING
@@ -25,12 +26,12 @@ def work_s(lane, r):
     request = lane.requests[r]
     tokens = min(PRICED_TOKENS, lane.sim.max_num_batched_tokens)
     token_s = lane.linear_s[tokens] / tokens
-    prompt, computed = request.prefill_tokens, request.num_computed_tokens
+    prompt, computed = request.prefill_tokens, known_computed(lane, r)
     left = request.length_hint - request.num_output_tokens
     decodes = max(0.0, left - 1.0) if left == left else 0.0  # without a hint: its prompt alone
     pairs = 0.5 * (prompt * (prompt + 1.0) - computed * (computed + 1.0))
     kv_tokens = prompt + decodes * (prompt + 0.5 * (decodes + 1.0))
-    return token_s * (remaining(request) + decodes) + lane.coef_s[0] * pairs + lane.coef_s[1] * kv_tokens
+    return token_s * (prompt - computed + decodes) + lane.coef_s[0] * pairs + lane.coef_s[1] * kv_tokens
 
 
 @kernel()
@@ -51,7 +52,7 @@ def least_work(lane, admitting, hold, limit):
     for i in range(lane.sim.num_waiting):
         r = lane.waiting[i]
         if lane.requests[r].num_scheduled_tokens == 0:
-            if (hold and not can_make_ttft(lane, r)) or (limit and lane.requests[r].prefill_tokens > lane.batch.limit):
+            if (hold and not can_make_ttft(lane, r)) or (limit and uncached_prefill(lane, r) > lane.batch.limit):
                 continue
             seconds = work_s(lane, r)
             if seconds < best_s or (seconds == best_s and r < best):

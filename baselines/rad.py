@@ -15,6 +15,7 @@ from llmsched_gym.engine.batch import (
     insert_sorted,
     is_prefill,
     open_batch,
+    uncached_prefill,
 )
 from llmsched_gym.engine.batch import remaining_prefill as remaining
 from llmsched_gym.engine.jit import kernel
@@ -78,12 +79,12 @@ def place_prompts(lane, tokens, dry):
         r = lane.waiting[i]
         if placed >= tokens or seqs >= sim.max_num_seqs:
             break
-        if (limit and requests[r].prefill_tokens > lane.batch.limit) or (hold and not can_make_ttft(lane, r)):
+        if (limit and uncached_prefill(lane, r) > lane.batch.limit) or (hold and not can_make_ttft(lane, r)):
             continue
         need = math.ceil((requests[r].prompt_tokens + output) / lane.sim.block_size)
         if seqs > 0 and reserved + need + sim.watermark_blocks > sim.total_blocks:
             break
-        n = min(remaining(requests[r]) if dry else chunk_room(lane, r), tokens - placed)
+        n = min(uncached_prefill(lane, r) if dry else chunk_room(lane, r), tokens - placed)
         if n <= 0 or not can_admit(lane, r, n):
             break
         reserved += need

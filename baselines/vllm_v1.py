@@ -8,7 +8,6 @@ import math
 from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
-    blocks_to_hold,
     chunk_room,
     decode_fits,
     finds_room,
@@ -17,6 +16,7 @@ from llmsched_gym.engine.batch import (
     open_batch,
     preempt,
 )
+from llmsched_gym.engine.blocks import blocks_to_hold
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import FCFS, admission_filters, keep_going, next_waiting
 from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled

@@ -1,6 +1,6 @@
 """Schedulers that never split a prompt: vLLM V0, Orca, FasterTransformer."""
 
-from llmsched_gym.engine.batch import add_chunk, can_admit, chunk_room, open_batch, remaining_prefill
+from llmsched_gym.engine.batch import add_chunk, can_admit, chunk_room, open_batch, uncached_prefill
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import FCFS, add_all_decodes, admission_filters, keep_going, next_started, next_waiting
 from llmsched_gym.engine.records import WAITING
@@ -25,7 +25,7 @@ def add_whole_prompts(lane, most):
             r = next_waiting(lane, FCFS, hold, limit)
         if r < 0:
             break
-        n = remaining_prefill(lane.requests[r])
+        n = uncached_prefill(lane, r)
         if chunk_room(lane, r) < n:
             room = lane.sim.max_num_batched_tokens - batch.num_tokens
             if count > 0 or room < n <= lane.sim.max_num_batched_tokens:

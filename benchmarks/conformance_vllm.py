@@ -5,9 +5,16 @@
 
 prints one JSON line: ``{"version": v, "batches": n, "mismatches": m, "first_mismatch": i or null}``; ``--cells`` prints
 one for each of 18 cells. vLLM's `Scheduler` runs without a model, synchronously: every request whose known tokens are
-all computed gets one token. Batches are compared as sets of (request, tokens). Requests that our engine rejects at
-arrival are not sent to vLLM, where one that can never fit stays at the head for ever. After a mismatch each side goes
-on with its own state.
+all computed gets one token. Batches are compared as sets of (request, computed tokens, tokens).
+
+    DIR/bin/python -m benchmarks.conformance_vllm --prefix-caching --random 500 --requests 400
+
+compares with prefix caching on requests that have tokens in common (`prefix_tables.py`): by hand, at random, and 12
+cells of sessions under memory pressure. A line then has also what was found cached: tokens at first admissions and at
+resumes, and ``"cached_mismatches"``, the requests of which the two found another number.
+
+Requests that our engine rejects at arrival are not sent to vLLM, where one that can never fit stays at the head for
+ever. After a mismatch each side goes on with its own state.
 """
 
 from __future__ import annotations
@@ -17,14 +24,19 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.conformance import Recording, next_batch
+from benchmarks.prefix_tables import Case, at_random, by_hand, cells, tokens_of
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, scenario
 from llmsched_gym.cost import load_profile
-from llmsched_gym.engine import Engine
+from llmsched_gym.engine import Engine, Execution, ScheduledBatch
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable, make_table
@@ -53,6 +65,7 @@ class Settings:
     threshold: int = 0  # vLLM's long_prefill_token_threshold
     reserve: bool = True  # vLLM's scheduler_reserve_full_isl
     max_num_seqs: int = 128
+    prefix_caching: bool = False
 
     @property
     def policy(self) -> str:
@@ -91,7 +104,7 @@ class VLLM:
                 async_scheduling=False,
                 is_encoder_decoder=False,
             ),
-            cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=False),
+            cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=settings.prefix_caching),
         )
         num_blocks = kv_blocks + 1  # one of them is the null block
         world.cache_config.num_gpu_blocks = num_blocks
@@ -102,41 +115,86 @@ class VLLM:
             structured_output_manager=StructuredOutputManager(world),
             block_size=BLOCK_SIZE,
         )
+        self.hasher = _block_hasher() if settings.prefix_caching else None
+        self.tokens: dict[int, np.ndarray] = {}
+        self.resumed: set[int] = set()  # of the last batch, those that come back from a preemption
 
-    def add(self, r: int, prompt_tokens: int, output_tokens: int) -> None:
+    def add(self, r: int, prompt_tokens: int, tokens: np.ndarray) -> None:
+        """A request whose prompt and output are these tokens."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
-        params = SamplingParams(max_tokens=output_tokens, ignore_eos=True)
-        self.scheduler.add_request(Request(str(r), [1] * prompt_tokens, params, None, arrival_time=float(r)))
+        self.tokens[r] = tokens
+        params = SamplingParams(max_tokens=len(tokens) - prompt_tokens, ignore_eos=True)
+        prompt = tokens[:prompt_tokens].tolist()
+        self.scheduler.add_request(
+            Request(str(r), prompt, params, None, arrival_time=float(r), block_hasher=self.hasher)
+        )
 
     def step(self) -> list[tuple[int, int, int]]:
         """Schedule one batch and give every complete context its token; (request, computed, tokens) of each item."""
         from vllm.v1.outputs import ModelRunnerOutput
 
         output = self.scheduler.schedule()
+        self.resumed = {int(name) for name in output.scheduled_cached_reqs.resumed_req_ids}
         items, tokens = [], []
         for name, n in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
             computed = request.num_computed_tokens  # `schedule` has counted this batch already
             items.append((int(name), computed - n, n))
-            tokens.append([1] if computed == request.num_tokens else [])
+            tokens.append([int(self.tokens[int(name)][computed])] if computed == request.num_tokens else [])
         names = [str(r) for r, _, _ in items]
         ran = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
         self.scheduler.update_from_output(output, ran)
         return items
 
 
+def _block_hasher() -> Any:
+    """What gives vLLM's blocks their identity."""
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+    init_none_hash(sha256)
+    return get_request_block_hasher(BLOCK_SIZE, sha256)
+
+
+class Watched(Recording):
+    """A recording that keeps the batch that it was last asked to run, as a set of (request, computed, tokens)."""
+
+    batch: set[tuple[int, int, int]]
+
+    def execute(self, batch: ScheduledBatch) -> Execution:
+        columns = batch.request.tolist(), batch.num_computed.tolist(), batch.num_tokens.tolist()
+        self.batch = set(zip(*columns, strict=True))
+        return super().execute(batch)
+
+
+class Found:
+    """Cached tokens of each request: what vLLM counts as computed when it is admitted, at first and when resumed."""
+
+    def __init__(self, num_requests: int) -> None:
+        self.first, self.resumed = np.full(num_requests, -1), np.zeros(num_requests, np.int64)
+
+    def see(self, items: Iterable[tuple[int, int, int]], resumed: Container[int]) -> None:
+        for r, computed, _ in items:
+            if self.first[r] < 0:
+                self.first[r] = computed
+            elif r in resumed:
+                self.resumed[r] += computed
+
+
 def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[str, Any]:
     """Run both on `table`; the number of vLLM's batches, of those that differ from ours, and the first of these."""
     kv_blocks = world.num_kv_blocks or load_profile(world.profile).num_kv_blocks
     real = VLLM(settings, kv_blocks, world.max_model_len)
-    profile, recording = load_profile(world.profile), Recording([])
+    profile, recording, found = load_profile(world.profile), Watched([]), Found(len(table))
+    world = world.replace(prefix_caching=settings.prefix_caching)
     scheduler = make_scheduler(settings.policy)
     engine = Engine(world.replace(admission=scheduler.admission), len(table), backend=recording)
     engine.reset(table)
     install(scheduler, engine.state)
 
+    tokens = tokens_of(table)
     prompt, total = table.prompt_tokens, table.prompt_tokens + table.output_tokens
     fits = (total <= world.max_model_len) & (-(-total // BLOCK_SIZE) <= kv_blocks)
     clock_s, arrived, differing, batches = 0.0, 0, [], 0
@@ -145,7 +203,7 @@ def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[st
             clock_s = max(clock_s, float(table.arrival_s[arrived]))
         while arrived < len(table) and table.arrival_s[arrived] <= clock_s:
             if fits[arrived]:
-                real.add(arrived, int(prompt[arrived]), int(table.output_tokens[arrived]))
+                real.add(arrived, int(prompt[arrived]), tokens[arrived])
             arrived += 1
         if not real.scheduler.has_unfinished_requests():
             continue
@@ -156,7 +214,8 @@ def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[st
         contexts = [computed + n for r, computed, n in items if not (computed < prompt[r] or n > 1)]
         duration_s = profile.predict_s(chunks, contexts)
         recording.durations_s.append(duration_s)
-        if {(r, n) for r, _, n in items} != {(r, n) for r, _, n in next_batch(engine, scheduler)}:
+        found.see(items, real.resumed)
+        if not next_batch(engine, scheduler) or set(items) != recording.batch:
             differing.append(batches)
         clock_s += duration_s
         batches += 1
@@ -164,7 +223,16 @@ def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[st
         differing.append(batches)
         batches += 1
     first = differing[0] if differing else None
-    return {"version": real.version, "batches": batches, "mismatches": len(differing), "first_mismatch": first}
+    figures = {"version": real.version, "batches": batches, "mismatches": len(differing), "first_mismatch": first}
+    if settings.prefix_caching:
+        rows = engine.state.requests[0]
+        served = found.first >= 0
+        resumed = engine.state.prefixes[0]["num_recached_tokens"]
+        other = ((rows["num_cached_tokens"] != found.first) | (resumed != found.resumed))[served]
+        figures |= {"preemptions": int(rows["num_preemptions"].sum()), "prompt_tokens": int(prompt[served].sum())}
+        figures |= {"cached_tokens": int(found.first[served].sum()), "recached_tokens": int(found.resumed.sum())}
+        figures["cached_mismatches"] = int(other.sum())
+    return figures
 
 
 def run_cell(qps: float, requests: int, kv_blocks: int, seed: int, settings: Settings) -> dict[str, Any]:
@@ -181,6 +249,33 @@ def run_cell(qps: float, requests: int, kv_blocks: int, seed: int, settings: Set
     return compare(world, make_table(world, seed), settings)
 
 
+def run_case(case: Case, settings: Settings) -> dict[str, Any]:
+    """The comparison with prefix caching on requests that have tokens in common."""
+    world = scenario(
+        "paper",
+        num_requests=len(case.table),
+        num_kv_blocks=case.kv_blocks,
+        watermark=0.0,
+        max_num_seqs=case.max_num_seqs,
+        max_num_batched_tokens=case.budget,
+    )
+    told = replace(settings, budget=case.budget, max_num_seqs=case.max_num_seqs, prefix_caching=True)
+    return {"case": case.name, **compare(world, case.table, told)}
+
+
+def runs(args: argparse.Namespace, settings: Settings) -> Iterator[dict[str, Any]]:
+    """The comparisons that were asked for, one after the other."""
+    if args.prefix_caching:
+        for case in chain(by_hand(), map(at_random, range(args.random)), cells(args.requests)):
+            yield run_case(case, settings)
+    elif args.cells:
+        for qps, blocks, seed in product(QPS, KV_BLOCKS, SEEDS):
+            found = run_cell(qps, args.requests, blocks, seed, settings)
+            yield {**found, "qps": qps, "kv_blocks": blocks, "seed": seed}
+    else:
+        yield run_cell(args.qps, args.requests, args.kv_blocks, args.seed, settings)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.conformance_vllm", description=__doc__.split("\n")[0])
     parser.add_argument("--qps", type=float, default=1.8, help="requests per second of the paper suite (1.8)")
@@ -194,25 +289,22 @@ def main(argv: list[str] | None = None) -> int:
         "--reserve", choices=("true", "false"), default="true", help="scheduler_reserve_full_isl (true)"
     )
     parser.add_argument("--cells", action="store_true", help=f"all of {QPS} x {KV_BLOCKS} blocks x seeds {SEEDS}")
+    parser.add_argument("--prefix-caching", action="store_true", help="requests that have tokens in common")
+    parser.add_argument("--random", type=int, default=100, help="with prefix caching: small random cases (100)")
     args = parser.parse_args(argv)
     settings = Settings(args.budget, args.threshold, args.reserve == "true", args.max_num_seqs)
-    cells = [(args.qps, args.kv_blocks, args.seed)]
-    if args.cells:
-        cells = [(qps, blocks, seed) for qps in QPS for blocks in KV_BLOCKS for seed in SEEDS]
     mismatches = 0
     try:
-        for qps, blocks, seed in cells:
-            found = run_cell(qps, args.requests, blocks, seed, settings)
-            mismatches += found["mismatches"]
-            cell = {"qps": qps, "kv_blocks": blocks, "seed": seed} if args.cells else {}
-            print(json.dumps({**found, **cell}), flush=True)
+        for found in runs(args, settings):
+            mismatches += found["mismatches"] + found.get("cached_mismatches", 0)
+            print(json.dumps(found), flush=True)
     except ModuleNotFoundError as error:
         print(f"error: {error}; `benchmarks/vllm_env.sh DIR` makes an environment with vLLM", file=sys.stderr)
         return 2
     except (ConfigError, PolicyError, ValueError) as error:
         print(f"error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
-    return 1 if args.cells and mismatches else 0
+    return 1 if (args.cells or args.prefix_caching) and mismatches else 0
 
 
 if __name__ == "__main__":

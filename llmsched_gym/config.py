@@ -180,6 +180,7 @@ class Scenario:
     # engine
     num_kv_blocks: int | None = None  # None: the profile's
     block_size: int = 16  # tokens in a KV block, a power of two
+    prefix_caching: bool = False  # whether requests share the KV blocks of what they begin with alike, as vLLM does
     watermark: float = 0.01  # share of blocks that admission leaves free
     max_model_len: int = 8192  # requests with more prompt and output tokens are rejected
     max_num_seqs: int | None = None  # largest number of running requests; None: 128, on an H100 or H200 1,024
@@ -304,7 +305,7 @@ class Scenario:
             self._check_integer(name, 1)
         if self.block_size.bit_count() != 1:
             raise ConfigError(f"block_size: expected a power of two, got {self.block_size!r}")
-        for name in ("arrivals_continue", "allow_refusal", "count_host_time"):
+        for name in ("arrivals_continue", "allow_refusal", "count_host_time", "prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.num_requests is None and math.isinf(self.horizon_s):
@@ -324,6 +325,9 @@ class Scenario:
         if self.block_size != BLOCK_SIZE:
             what = f"expected {BLOCK_SIZE} with backend='transformers', whose kernels have it"
             raise ConfigError(f"block_size: {what}, got {self.block_size!r}")
+        if self.prefix_caching:
+            what = "expected False with backend='transformers', whose kernels compute every token"
+            raise ConfigError(f"prefix_caching: {what}, got True")
         for name, neutral in MEASURED.items():
             if getattr(self, name) != neutral:
                 what = f"expected {neutral:g} with backend='transformers', whose times are measured"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine import Batch, check
-from llmsched_gym.engine.batch import BY_PROMPT
+from llmsched_gym.engine.blocks import BY_PROMPT
 from llmsched_gym.engine.pack import ORDERS
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING
 from llmsched_gym.engine.step import VICTIMS

@@ -25,7 +25,7 @@ from llmsched_gym.engine.pack import (
     next_waiting,
 )
 from llmsched_gym.engine.promise import promise
-from llmsched_gym.engine.records import NOBODY
+from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.scheduler import Compiled, install, make_scheduler
 
@@ -195,6 +195,6 @@ def test_before_the_first_table_nobody_waits(policy):
     scheduler = make_scheduler(policy)
     install(scheduler, engine.state)
     sim = engine.state.sims[0]
-    assert (sim.num_waiting, sim.first_open, sim.last_open, sim.first_expired, sim.expired_others) == (0, *[NOBODY] * 4)
+    assert (sim.num_waiting, sim.first_open, sim.last_open, sim.first_expired, sim.expired_others) == (0, *[NONE] * 4)
     engine.decide(scheduler)
     assert engine.state.batches[0].num_items == 0

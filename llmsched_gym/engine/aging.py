@@ -10,13 +10,13 @@ import math
 
 from llmsched_gym.engine.batch import (
     add_chunk,
-    blocks_to_hold,
     can_admit,
     can_make_ttft,
     chunk_room,
     is_prefill,
     predicted_s,
 )
+from llmsched_gym.engine.blocks import blocks_to_hold, take
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import RUNNING
 from llmsched_gym.engine.surface import recount
@@ -85,3 +85,5 @@ def grow_chunk(lane, i):
     item.tokens = request.num_scheduled_tokens = more
     recount(batch, lane.items, lane.requests, lane.coef_s)
     batch.free_blocks -= blocks_to_hold(lane.sim, request, more) - blocks_to_hold(lane.sim, request, n)
+    if lane.sim.prefix_caching:
+        take(lane, item.request, more)

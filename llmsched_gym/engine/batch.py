@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import ADMISSIONS
 from llmsched_gym.engine import surface
+from llmsched_gym.engine.blocks import (
+    BY_PROMPT,
+    blocks_to_admit,
+    blocks_to_hold,
+    free,
+    known_computed,
+    take,
+)
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.surface import has_surface
-
-BY_PROMPT, BY_CHUNK, BY_PROMPT_CHECK = range(len(ADMISSIONS))
 
 
 @kernel()
@@ -34,25 +39,9 @@ def remaining_prefill(request):
 
 
 @kernel()
-def blocks_for(sim, num_tokens):
-    """KV blocks of so many tokens."""
-    return (num_tokens + sim.block_size - 1) >> sim.block_bits
-
-
-@kernel()
-def blocks_to_hold(sim, request, num_tokens):
-    """KV blocks of the request after computing `num_tokens` more (rule 4)."""
-    held = request.num_computed_tokens + num_tokens
-    if sim.admission == BY_PROMPT:
-        held = max(held, request.prefill_tokens)
-    return blocks_for(sim, held)
-
-
-@kernel()
-def blocks_to_admit(sim, request, num_tokens):
-    """KV blocks that must be free for a waiting request to enter with `num_tokens` (rule 4)."""
-    tokens = num_tokens if sim.admission == BY_CHUNK else request.prefill_tokens
-    return blocks_for(sim, tokens)
+def uncached_prefill(lane, r):
+    """Prompt tokens of `r` that it has to compute: of a waiting one without those that it would find cached."""
+    return lane.requests[r].prefill_tokens - known_computed(lane, r)
 
 
 @kernel()
@@ -69,6 +58,7 @@ def open_batch(lane):
     batch.num_started = -1
     batch.first_started = -1
     batch.num_deferred = 0
+    batch.smallest_tbt_slo_s = -1.0
     batch.token_room = max(0, min(lane.knobs.token_budget, sim.max_num_batched_tokens))
     batch.free_blocks = sim.free_blocks
     clear_sums(batch)
@@ -80,36 +70,41 @@ def open_batch(lane):
 @kernel()
 def set_cap(lane, cap):
     """Cap the predicted time of the open batch, as a share of the TBT SLOs and deadlines of running decodes."""
-    lane.batch.cap = cap
-    lane.batch.cap_s = cap * min(smallest_tbt_slo_s(lane), next_deadline_s(lane)) if cap < math.inf else math.inf
+    batch = lane.batch
+    batch.cap, batch.cap_s = cap, math.inf
+    if cap < math.inf:
+        batch.cap_s = cap * min(smallest_tbt_slo_s(lane), batch.deadline_s)
 
 
 @kernel()
 def smallest_tbt_slo_s(lane):
     """Smallest TBT SLO among running decodes; the strict class's when none runs."""
-    smallest = math.inf
-    for i in range(lane.sim.num_running):
-        request = lane.requests[lane.running[i]]
-        if not is_prefill(request):
-            smallest = min(smallest, request.tbt_slo_s)
-    return smallest if smallest < math.inf else lane.episode.strict_tbt_slo_s
+    if lane.batch.smallest_tbt_slo_s < 0.0:
+        _find_deadlines(lane)
+    return lane.batch.smallest_tbt_slo_s
 
 
 @kernel()
-def next_deadline_s(lane):
-    """Seconds until the first deadline of a running decode that can still be met; at least a strict user's TBT SLO.
+def _find_deadlines(lane):
+    """Look through the running decodes, once per batch, for the smallest TBT SLO and the first deadline.
 
-    When the last strict decode finishes, the cap grows from one batch to the next; a decode that was deferred under the
-    small cap would be late by the end of a batch as long as the large one allows.
+    The first deadline is that of a token that can still be in time, in seconds from now and at least a strict user's
+    TBT SLO. When the last strict decode finishes, the cap grows from one batch to the next; a decode that was deferred
+    under the small cap would be late by the end of a batch as long as the large one allows.
     """
-    earliest_s = math.inf
+    smallest_s = earliest_s = math.inf
     now_s = lane.sim.clock_s
     for i in range(lane.sim.num_running):
         request = lane.requests[lane.running[i]]
+        if is_prefill(request):
+            continue
+        smallest_s = min(smallest_s, request.tbt_slo_s)
         left_s = request.last_token_s + request.tbt_slo_s - now_s
-        if not is_prefill(request) and left_s > 0.0:
+        if left_s > 0.0:
             earliest_s = min(earliest_s, left_s)
-    return max(earliest_s, lane.episode.strict_tbt_slo_s)
+    strict_s = lane.episode.strict_tbt_slo_s
+    lane.batch.smallest_tbt_slo_s = smallest_s if smallest_s < math.inf else strict_s
+    lane.batch.deadline_s = max(earliest_s, strict_s)
 
 
 @kernel()
@@ -148,11 +143,10 @@ def _predicted_with_s(lane, computed, n):
 @kernel()
 def chunk_room(lane, r):
     """Prompt tokens of `r` that still fit: at most its remaining prompt, the token budget and the time cap."""
-    batch, request = lane.batch, lane.requests[r]
-    n = min(remaining_prefill(request), batch.token_room)
+    batch, computed = lane.batch, known_computed(lane, r)
+    n = min(lane.requests[r].prefill_tokens - computed, batch.token_room)
     if n <= 0 or batch.cap_s == math.inf:
         return max(n, 0)
-    computed = request.num_computed_tokens
     if has_surface(lane.coef_s):
         return surface.chunk_room(batch, lane.linear_s, lane.coef_s, computed, n)
     if _predicted_with_s(lane, computed, n) <= batch.cap_s:
@@ -210,7 +204,7 @@ def finds_room(lane, r, num_tokens):
     if sim.num_running + batch.num_admitted >= sim.max_num_seqs:
         return False
     spare = sim.watermark_blocks if sim.admission == BY_PROMPT else 0
-    return batch.free_blocks - blocks_to_admit(sim, lane.requests[r], num_tokens) >= spare
+    return batch.free_blocks - blocks_to_admit(lane, r, num_tokens) >= spare
 
 
 @kernel()
@@ -228,6 +222,8 @@ def add_decode(lane, r):
         batch.longest = max(batch.longest, request.num_computed_tokens + 1)
     batch.free_blocks -= request.num_computed_tokens >= request.num_blocks << lane.sim.block_bits
     request.num_scheduled_tokens = 1
+    if lane.sim.prefix_caching:
+        take(lane, r, 1)
 
 
 @kernel()
@@ -252,12 +248,19 @@ def add_decodes(lane, count):
     if has_surface(lane.coef_s):
         surface.see_longest(batch, lane.requests, lane.scratch, count)
     batch.free_blocks -= new_blocks
+    if lane.sim.prefix_caching:
+        for i in range(count):
+            take(lane, lane.scratch[i], 1)
 
 
 @kernel()
 def add_chunk(lane, r, n):
     """Give request `r`, running or waiting, `n` tokens of its prompt; a waiting one is admitted."""
     batch, request, item = lane.batch, lane.requests[r], lane.items[lane.batch.num_items]
+    if lane.sim.prefix_caching:
+        batch.free_blocks -= take(lane, r, n)
+    else:
+        batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     item.request = r
     item.tokens = n
     batch.num_items += 1
@@ -267,7 +270,6 @@ def add_chunk(lane, r, n):
     batch.kv_tokens += request.num_computed_tokens + n
     if has_surface(lane.coef_s):
         surface.see_chunk(batch, lane.coef_s, request.num_computed_tokens, n)
-    batch.free_blocks -= blocks_to_hold(lane.sim, request, n) - request.num_blocks
     batch.num_admitted += request.phase == WAITING
     request.num_scheduled_tokens = n
 
@@ -278,7 +280,10 @@ def preempt(lane, r):
     batch = lane.batch
     lane.preempt[batch.num_preempt] = r
     batch.num_preempt += 1
-    batch.free_blocks += lane.requests[r].num_blocks
+    if lane.sim.prefix_caching:
+        batch.free_blocks += free(lane, r)
+    else:
+        batch.free_blocks += lane.requests[r].num_blocks
     lane.requests[r].num_scheduled_tokens = -1  # not available to this batch
 
 
@@ -329,7 +334,8 @@ def time_alone_s(lane, r):
     """Predicted seconds until the prompt of `r` is complete if it is served alone from now on."""
     request = lane.requests[r]
     chunk = max(1, min(lane.knobs.token_budget, lane.sim.max_num_batched_tokens))
-    return prompt_s(lane.linear_s, lane.coef_s, request.num_computed_tokens, remaining_prefill(request), chunk)
+    computed = known_computed(lane, r)
+    return prompt_s(lane.linear_s, lane.coef_s, computed, request.prefill_tokens - computed, chunk)
 
 
 @kernel()

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from llmsched_gym.config import Scenario
+from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import run as kernels
 from llmsched_gym.engine.state import State, allocate, append_request, grow, load_table, make_handle
-from llmsched_gym.engine.view import Batch, View, submit
+from llmsched_gym.engine.view import Batch, View, has_arrived, submit
 from llmsched_gym.workload import NOISE_BLOCK, Request, RequestTable, noise_block
 
 RUN_CHUNK = 1 << 14  # steps between two looks at the clock of a caller who wants to interrupt
@@ -93,6 +93,7 @@ class Engine:
             scenario,
             self.profile,
             own_profile,
+            num_kv_blocks=self.num_kv_blocks,
             noise_size=2 * NOISE_BLOCK if self.noisy else 1,
             num_gaps=num_gaps,
             num_steps=num_steps,
@@ -136,6 +137,7 @@ class Engine:
         arrival_s = clock_s if request.arrival_s is None else request.arrival_s
         if not 0.0 <= arrival_s <= clock_s:
             raise ValueError(f"arrival_s: expected 0 to {clock_s:g}, the engine's clock, got {arrival_s!r}")
+        self._check_shares(request, env)
         r = int(state.worlds[env].num_requests)
         room = state.requests.shape[1]
         gaps = int(state.output_tokens[env, :r].sum()) + request.output_tokens - r if self._record_gaps else 0
@@ -143,6 +145,16 @@ class Engine:
         append_request(self.state, env, request, arrival_s)
         kernels.enter_env(self.handle, env, r)
         return r
+
+    def _check_shares(self, request: Request, env: int) -> None:
+        """What a request has in common with another must be known when it comes."""
+        with_, state = request.shares_with, self.state
+        if with_ >= 0 and not has_arrived(state, env, with_):
+            raise ConfigError(f"shares_with: expected a request that has arrived or -1, got {with_}")
+        total = state.arrivals[env, with_].prompt_tokens + state.output_tokens[env, with_] if with_ >= 0 else 0
+        most = min(int(total), request.prompt_tokens)
+        if request.shared_tokens > most:
+            raise ConfigError(f"shared_tokens: expected 0 to {most}, got {request.shared_tokens}")
 
     def _fill_noise(self, env: int, block: int) -> None:
         start = (block % 2) * NOISE_BLOCK
@@ -175,6 +187,8 @@ class Engine:
     def submit(self, batch: Batch, env: int = 0) -> None:
         """Take a batch formed outside; an illegal one raises :class:`IllegalBatch`."""
         self._check_env(env)
+        if self.scenario.prefix_caching:
+            kernels.clear_batch_env(self.handle, env)  # one that was formed and not run holds blocks
         submit(self.state, batch, env)
 
     def decide(self, scheduler: Any, env: int = 0) -> None:

@@ -7,9 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.engine.batch import BY_PROMPT
+from llmsched_gym.engine.blocks import (
+    BY_PROMPT,
+    LAST,
+    NAMED,
+    NEXT,
+    OWNER,
+    POSITION,
+    PREVIOUS,
+    SAME,
+    USERS,
+    listed,
+    owner_of,
+)
 from llmsched_gym.engine.queue import rank
-from llmsched_gym.engine.records import ABANDONED, FINISHED, NOBODY, PENDING, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import ABANDONED, FINISHED, NONE, PENDING, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import State
 
 
@@ -58,7 +70,10 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     blocks = requests["num_blocks"]
     require(blocks >= 0, "a request holds a negative number of blocks")
     require(blocks[phase != RUNNING] == 0, "a request that does not run holds blocks")
-    require(blocks.sum() + sim.free_blocks == sim.total_blocks, "blocks used + free != total")
+    if sim.prefix_caching:
+        _check_places(state, env, require)
+    else:
+        require(blocks.sum() + sim.free_blocks == sim.total_blocks, "blocks used + free != total")
     require(0 <= sim.free_blocks <= sim.total_blocks, "free blocks out of range")
     computed, prefill = requests["num_computed_tokens"], requests["prefill_tokens"]
     held = np.maximum(computed, prefill) if sim.admission == BY_PROMPT else computed
@@ -94,13 +109,58 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     return float(sim.clock_s)
 
 
+def _check_places(state: State, k: int, require: Any) -> None:
+    """The places of lane `k`'s blocks: who holds them, the line of free ones, what can be found."""
+    sim, requests, prefixes = state.sims[k], state.requests[k], state.prefixes[k]
+    places, total, bits = state.blocks[k], int(state.sims[k].total_blocks), int(state.sims[k].block_bits)
+    blocks, running = places[:total], state.running[k][: sim.num_running].tolist()
+    owner, position_of = blocks[:, OWNER], blocks[:, POSITION]
+    held = [[int(listed(sim, places, prefixes[r].row, i)) for i in range(requests[r].num_blocks)] for r in running]
+    users = np.bincount([b for own in held for b in own], minlength=total)
+    require(users == blocks[:, USERS], "users of a block != its holders")
+    rows = prefixes["row"]
+    require(len({int(rows[r]) for r in running}) == len(running), "two requests have one row of blocks")
+    require(np.delete(rows, running) == NONE, "a request that does not run has a row of blocks")
+
+    line: list[int] = []
+    b = int(places[total, NEXT])
+    while b != total and len(line) <= total:
+        require(places[places[b, NEXT], PREVIOUS] == b, "the line of free blocks is torn")
+        line.append(b)
+        b = int(places[b, NEXT])
+    require(len(line) == sim.free_blocks and len(set(line)) == len(line), "free blocks != those in their line")
+    in_line = np.zeros(total, bool)
+    in_line[line] = True
+    require(in_line == (users == 0), "blocks used + cached + free != total")
+
+    for r, own in zip(running, held, strict=True):
+        full = int(requests[r].num_computed_tokens) >> bits
+        names = [(int(owner_of(prefixes, r, i, bits)), i) for i in range(full)]
+        found = list(zip(owner[own[:full]].tolist(), position_of[own[:full]].tolist(), strict=True))
+        require(found == names, "a full block does not have the identity of its tokens")
+        require(owner[own[full:]] == NONE, "a block that is not full has an identity")
+
+    seen: list[int] = []
+    named = places[: sim.table_mask + 1, NAMED]
+    for first in named[named != NONE].tolist():
+        b, last = first, first
+        while b != NONE and len(seen) <= total:
+            same = (owner[b], position_of[b]) == (owner[first], position_of[first])
+            require(same, "equal blocks have two identities")
+            seen.append(b)
+            last, b = b, int(places[b, SAME])
+        require(places[first, LAST] == last, "the newest of equal blocks is not the last")
+    require(np.array_equal(np.sort(seen), np.flatnonzero(owner != NONE)), "a cached block cannot be found")
+
+
 def _check_index(state: State, env: int, require: Callable[[Any, str], None]) -> None:
     """The parts of the waiting line and its trees hold whom they are to hold, in order; see `engine.queue`."""
     sim, requests = state.sims[env], state.requests[env]
     waiting = state.waiting[env][: sim.num_waiting]
     require(np.diff(requests["place"][waiting]) > 0, "places do not grow along the waiting list")
     now_s, rows = sim.clock_s, requests[waiting]
-    gone = (rows["num_output_tokens"] == 0) & (rows["ttft_slo_s"] - (now_s - rows["arrival_s"]) <= 0.0)
+    may_expire = not sim.prefix_caching
+    gone = may_expire & (rows["num_output_tokens"] == 0) & (rows["ttft_slo_s"] - (now_s - rows["arrival_s"]) <= 0.0)
     expired = waiting[gone].tolist()
     require(_chain(requests, sim.first_open, sim.last_open) == waiting[~gone].tolist(), "open requests: wrong list")
     by_deadline = sorted(expired, key=lambda r: (requests[r].arrival_s + requests[r].ttft_slo_s, r))
@@ -114,8 +174,8 @@ def _check_index(state: State, env: int, require: Callable[[Any, str], None]) ->
 def _chain(requests: np.ndarray, first: int, last: int) -> list[int] | None:
     """The requests linked from `first` to `last`; None if their links disagree."""
     found: list[int] = []
-    r, before = int(first), NOBODY
-    while r != NOBODY and len(found) < len(requests):
+    r, before = int(first), NONE
+    while r != NONE and len(found) < len(requests):
         if requests[r].earlier != before:
             return None
         found.append(r)
@@ -128,10 +188,10 @@ def _in_order(requests: np.ndarray, root: int) -> list[int] | None:
     found: list[int] = []
     path: list[int] = []
     r = root
-    while (path or r != NOBODY) and len(found) < len(requests):
-        if r != NOBODY:
+    while (path or r != NONE) and len(found) < len(requests):
+        if r != NONE:
             for child in (requests[r].shorter, requests[r].longer):
-                if child != NOBODY and rank(int(child)) > rank(r):
+                if child != NONE and rank(int(child)) > rank(r):
                     return None
             path.append(r)
             r = int(requests[r].shorter)

@@ -39,14 +39,15 @@ def _widened(arg: Any) -> Any:
 
 
 def kernel(
-    signature: Any = None, *, inline: str = "never", counted: bool = False, nogil: bool = False
+    signature: Any = None, *, inline: str = "never", outline: bool = False, counted: bool = False, nogil: bool = False
 ) -> Callable[[Callable], Any]:
     """Decorate a function as a compiled, cached kernel; with a signature it is compiled at once.
 
     Kernels on a lane allocate nothing and keep nothing, so references are not counted in them, which makes the engine
     1.7 times as fast; those that unpack a handle (see :func:`entry`) need the counts. Only these can be called from
-    Python in their compiled form. All others are inlined by LLVM, whatever it thinks of their size: a lane is 700 bytes,
-    and a kernel that stays a function gets them by value, copied at every call (1.4 times as fast).
+    Python in their compiled form. All others are inlined by LLVM, whatever it thinks of their size, which makes the
+    engine another 1.4 times as fast: a lane is 700 bytes, and a kernel that stays a function gets them by value. With
+    `outline` LLVM decides: for what is large and seldom called.
     """
 
     def decorate(function: Callable) -> Any:
@@ -57,7 +58,7 @@ def kernel(
         numba_config.CACHE_DIR = cache_dir()
         options: dict[str, Any] = {"inline": inline, "error_model": "numpy", "_nrt": counted, "nogil": nogil}
         if not counted:
-            options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": signature is None, "forceinline": True}
+            options |= {"no_cpython_wrapper": True, "no_cfunc_wrapper": signature is None, "forceinline": not outline}
         try:
             args = () if signature is None else (signature,)
             dispatcher = njit(*args, cache=True, **options)(function)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from llmsched_gym.engine.blocks import free
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.queue import expire, join_waiting, leave_waiting, return_to_waiting
 from llmsched_gym.engine.records import ABANDONED, REFUSED, REJECTED, RUNNING, WAITING
@@ -24,8 +25,7 @@ def _remove(array, count, value):
 def leave_running(lane, r):
     _remove(lane.running, lane.sim.num_running, r)
     lane.sim.num_running -= 1
-    lane.sim.free_blocks += lane.requests[r].num_blocks
-    lane.requests[r].num_blocks = 0
+    free(lane, r)
 
 
 @kernel()
@@ -55,6 +55,9 @@ def enter(of, r):
     request.slo_class = given.slo_class
     request.prompt_tokens = given.prompt_tokens
     request.prefill_tokens = given.prompt_tokens
+    if of.prefixes.shape[0] > 0:
+        of.prefixes[r].shares_with = given.shares_with
+        of.prefixes[r].shared_tokens = given.shared_tokens
     episode.num_arrived += 1
     episode.arrived_tokens += given.prompt_tokens
     if given.prompt_tokens + of.output_tokens[r] > episode.largest_request:
@@ -107,7 +110,6 @@ def preempt(lane, r):
     leave_running(lane, r)
     request.phase = WAITING
     request.num_computed_tokens = 0
-    request.num_cached_tokens = 0
     request.prefill_tokens = request.prompt_tokens + request.num_output_tokens
     request.num_preemptions += 1
     sim.num_preemptions += 1
@@ -189,7 +191,8 @@ def pass_time(lane, world, arrivals, output_tokens, now_s):
     lane.sim.clock_s = now_s
     before, tokens_before = episode.num_arrived, episode.arrived_tokens
     if now_s >= world.next_arrival_s:
-        let_in(lane, Episode(episode, world, lane.requests, lane.resolved, arrivals, output_tokens), now_s)
+        of = Episode(episode, world, lane.requests, lane.resolved, lane.prefixes, arrivals, output_tokens)
+        let_in(lane, of, now_s)
     if now_s >= lane.sim.next_departure_s:
         depart(lane, world)  # after it: who came early in a long batch may have left again
     if now_s >= lane.sim.next_expiry_s:

@@ -17,15 +17,16 @@ from llmsched_gym.engine.batch import (
     chunk_room,
     decode_fits,
     insert_sorted,
+    is_free,
     is_prefill,
     open_batch,
     refuse,
-    remaining_prefill,
     smallest_tbt_slo_s,
+    uncached_prefill,
 )
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.queue import is_shorter, shortest_expired
-from llmsched_gym.engine.records import NOBODY, RUNNING
+from llmsched_gym.engine.records import NONE, RUNNING
 from llmsched_gym.engine.surface import has_surface, with_decodes_s
 
 ORDERS = ("fcfs", "spf", "class", "srpt", "edf", "feasible")
@@ -185,15 +186,13 @@ def _key_if_feasible(lane, r, order):
     request = lane.requests[r]
     if order == FCFS:
         return 0.0
-    if order == SPF:
-        return float(request.prefill_tokens)
     if order == CLASS:
-        return request.prefill_tokens + (0.0 if request.slo_class == 0 else _LATER)
+        return uncached_prefill(lane, r) + (0.0 if request.slo_class == 0 else _LATER)
     if order == EDF:
         if request.num_output_tokens > 0:  # preempted: its next token is due
             return request.last_token_s + request.tbt_slo_s
         return request.arrival_s + request.ttft_slo_s
-    return float(remaining_prefill(request))
+    return float(uncached_prefill(lane, r))  # SPF, SRPT, FEASIBLE
 
 
 @kernel()
@@ -213,7 +212,7 @@ def _any_feasible(lane):
             return True
     r = lane.sim.first_open
     for _ in range(lane.sim.num_waiting + 1):
-        if r == NOBODY:
+        if r == NONE:
             break
         if lane.requests[r].num_scheduled_tokens == 0 and can_make_ttft(lane, r):
             return True
@@ -233,10 +232,10 @@ def _any_decode(lane):
 def _any_within_limit(lane):
     r = lane.sim.first_open
     for _ in range(lane.sim.num_waiting + 1):
-        if r == NOBODY:
+        if r == NONE:
             break
         request = lane.requests[r]
-        if request.num_scheduled_tokens == 0 and request.prefill_tokens <= lane.batch.limit:
+        if request.num_scheduled_tokens == 0 and uncached_prefill(lane, r) <= lane.batch.limit:
             return True
         r = request.later
     return _next_expired(lane, SPF, True) >= 0
@@ -276,19 +275,19 @@ def next_waiting(lane, order, hold, limit):
     """The waiting prompt at the head of the line under `order`, -1 if there is none."""
     if order == FCFS and not hold:
         for i in range(lane.sim.num_waiting):
-            request = lane.requests[lane.waiting[i]]
-            if request.num_scheduled_tokens == 0 and not (limit and request.prefill_tokens > lane.batch.limit):
-                return lane.waiting[i]
+            r = lane.waiting[i]
+            if is_free(lane, r) and not (limit and uncached_prefill(lane, r) > lane.batch.limit):
+                return r
         return -1
     best = -1
     best_key = math.inf
     following = lane.sim.first_open
     for _ in range(lane.sim.num_waiting + 1):
-        if following == NOBODY:
+        if following == NONE:
             break
         r, request = following, lane.requests[following]
         following = request.later
-        if request.num_scheduled_tokens != 0 or (limit and request.prefill_tokens > lane.batch.limit):
+        if request.num_scheduled_tokens != 0 or (limit and uncached_prefill(lane, r) > lane.batch.limit):
             continue
         # predictions take time: only of those who would go first if they can make it
         key = _key_if_feasible(lane, r, order)
@@ -312,12 +311,12 @@ def next_waiting(lane, order, hold, limit):
 @kernel()
 def _shortest_expired(lane, strict, limit):
     """The shortest expired prompt of a class that is not in the batch yet, -1 if there is none or it is too long."""
-    r = shortest_expired(lane, strict, NOBODY)
+    r = shortest_expired(lane, strict, NONE)
     for _ in range(lane.sim.num_waiting + 1):
-        if r == NOBODY or lane.requests[r].num_scheduled_tokens == 0:
+        if r == NONE or lane.requests[r].num_scheduled_tokens == 0:
             break
         r = shortest_expired(lane, strict, r)
-    return -1 if r != NOBODY and limit and lane.requests[r].prefill_tokens > lane.batch.limit else r
+    return -1 if r != NONE and limit and lane.requests[r].prefill_tokens > lane.batch.limit else r
 
 
 @kernel()
@@ -326,7 +325,7 @@ def _next_expired(lane, order, limit):
     if order == EDF:
         r = lane.sim.first_expired
         for _ in range(lane.sim.num_waiting + 1):
-            if r == NOBODY:
+            if r == NONE:
                 break
             request = lane.requests[r]
             if request.num_scheduled_tokens == 0 and not (limit and request.prefill_tokens > lane.batch.limit):

@@ -12,7 +12,7 @@ import math
 
 from llmsched_gym.engine.batch import insert_sorted, is_prefill, time_alone_s, time_left_s
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.records import NOBODY
+from llmsched_gym.engine.records import NONE
 
 STRETCH = 1.3  # chosen on selection seeds of the drift suite
 NONE_DROPPED = 1 << 30
@@ -57,7 +57,7 @@ def promise(lane, stretch):
         count = _add_candidate(lane, count, lane.running[i])
     r = lane.sim.first_open
     for _ in range(lane.sim.num_waiting + 1):
-        if r == NOBODY:
+        if r == NONE:
             break
         count = _add_candidate(lane, count, r)
         r = lane.requests[r].later

@@ -10,6 +10,8 @@ line has two parts, linked through the requests' records:
   trees by length, one of class 0, one of the rest. The trees are treaps (Aragon and Seidel, FOCS 1989): a request's
   rank in its tree is a hash of its index, so that trees are balanced whatever the order of lengths.
 
+With prefix caching what a request has to compute changes with what is cached: then all are open.
+
 Joining, expiring and leaving take time in the logarithm of the line's length, but for the list itself, whose indices
 move up by one.
 """
@@ -19,7 +21,7 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.records import NOBODY
+from llmsched_gym.engine.records import NONE
 
 
 @kernel()
@@ -49,7 +51,7 @@ def _root(sim, strict):
 @kernel()
 def _hang(sim, requests, strict, parent, longer, node):
     """Make `node` a child of `parent`: its longer or its shorter side; without a parent it is the tree's root."""
-    if parent == NOBODY:
+    if parent == NONE:
         if strict:
             sim.expired_strict = node
         else:
@@ -64,9 +66,9 @@ def _hang(sim, requests, strict, parent, longer, node):
 def _plant(sim, requests, r):
     """Put expired request `r` into the tree of its class."""
     strict = requests[r].slo_class == 0
-    parent, longer, node = NOBODY, False, _root(sim, strict)
+    parent, longer, node = NONE, False, _root(sim, strict)
     for _ in range(sim.num_waiting + 1):
-        if node == NOBODY or rank(node) < rank(r):
+        if node == NONE or rank(node) < rank(r):
             break
         parent, longer = node, is_shorter(requests, node, r)
         node = requests[node].longer if longer else requests[node].shorter
@@ -74,7 +76,7 @@ def _plant(sim, requests, r):
     # what was there is split into those shorter and those longer than r
     below, above = r, r
     for _ in range(sim.num_waiting + 1):
-        if node == NOBODY:
+        if node == NONE:
             break
         if is_shorter(requests, node, r):
             _hang(sim, requests, strict, below, below != r, node)
@@ -84,15 +86,15 @@ def _plant(sim, requests, r):
             _hang(sim, requests, strict, above, above == r, node)
             above = node
             node = requests[node].shorter
-    _hang(sim, requests, strict, below, below != r, NOBODY)
-    _hang(sim, requests, strict, above, above == r, NOBODY)
+    _hang(sim, requests, strict, below, below != r, NONE)
+    _hang(sim, requests, strict, above, above == r, NONE)
 
 
 @kernel()
 def _uproot(sim, requests, r):
     """Take expired request `r` out of its tree."""
     strict = requests[r].slo_class == 0
-    parent, longer, node = NOBODY, False, _root(sim, strict)
+    parent, longer, node = NONE, False, _root(sim, strict)
     for _ in range(sim.num_waiting + 1):
         if node == r:
             break
@@ -100,7 +102,7 @@ def _uproot(sim, requests, r):
         node = requests[node].longer if longer else requests[node].shorter
     below, above = requests[r].shorter, requests[r].longer
     for _ in range(sim.num_waiting + 1):
-        if below == NOBODY or above == NOBODY:
+        if below == NONE or above == NONE:
             break
         if rank(below) >= rank(above):
             _hang(sim, requests, strict, parent, longer, below)
@@ -108,17 +110,17 @@ def _uproot(sim, requests, r):
         else:
             _hang(sim, requests, strict, parent, longer, above)
             parent, longer, above = above, False, requests[above].shorter
-    _hang(sim, requests, strict, parent, longer, below if below != NOBODY else above)
+    _hang(sim, requests, strict, parent, longer, below if below != NONE else above)
 
 
 @kernel()
 def shortest_expired(lane, strict, behind):
-    """The shortest expired request of its tree behind request `behind`, or of all (NOBODY); NOBODY if there is none."""
-    requests, found, node = lane.requests, NOBODY, _root(lane.sim, strict)
+    """The shortest expired request of its tree behind request `behind`, or of all (NONE); NONE if there is none."""
+    requests, found, node = lane.requests, NONE, _root(lane.sim, strict)
     for _ in range(lane.sim.num_waiting + 1):
-        if node == NOBODY:
+        if node == NONE:
             break
-        if behind == NOBODY or is_shorter(requests, behind, node):
+        if behind == NONE or is_shorter(requests, behind, node):
             found, node = node, requests[node].shorter
         else:
             node = requests[node].longer
@@ -130,15 +132,15 @@ def _link(lane, r, earlier, expired):
     """Put `r` behind `earlier` in its part of the line."""
     sim, requests = lane.sim, lane.requests
     first = sim.first_expired if expired else sim.first_open
-    later = first if earlier == NOBODY else requests[earlier].later
+    later = first if earlier == NONE else requests[earlier].later
     requests[r].has_expired, requests[r].earlier, requests[r].later = expired, earlier, later
-    if earlier != NOBODY:
+    if earlier != NONE:
         requests[earlier].later = r
     elif expired:
         sim.first_expired = r
     else:
         sim.first_open = r
-    if later != NOBODY:
+    if later != NONE:
         requests[later].earlier = r
     elif expired:
         sim.last_expired = r
@@ -151,13 +153,13 @@ def _unlink(lane, r):
     """Take `r` out of its part of the line."""
     sim, requests = lane.sim, lane.requests
     earlier, later, expired = requests[r].earlier, requests[r].later, requests[r].has_expired
-    if earlier != NOBODY:
+    if earlier != NONE:
         requests[earlier].later = later
     elif expired:
         sim.first_expired = later
     else:
         sim.first_open = later
-    if later != NOBODY:
+    if later != NONE:
         requests[later].earlier = earlier
     elif expired:
         sim.last_expired = earlier
@@ -173,7 +175,7 @@ def _count(lane, r, place, earlier):
     sim.num_waiting += 1
     sim.waiting_tokens += request.prefill_tokens
     _link(lane, r, earlier, False)
-    if request.num_output_tokens == 0:
+    if request.num_output_tokens == 0 and not sim.prefix_caching:
         sim.next_expiry_s = min(sim.next_expiry_s, deadline_s(request))
 
 
@@ -194,7 +196,7 @@ def return_to_waiting(lane, r):
         lane.waiting[i] = lane.waiting[i - 1]
     lane.waiting[0] = r
     sim.first_place -= 1
-    _count(lane, r, sim.first_place, NOBODY)
+    _count(lane, r, sim.first_place, NONE)
 
 
 @kernel()
@@ -229,7 +231,7 @@ def expire(lane):
     sim, requests = lane.sim, lane.requests
     earliest_s, r = math.inf, sim.first_open
     for _ in range(sim.num_waiting + 1):
-        if r == NOBODY:
+        if r == NONE:
             break
         request, following = requests[r], requests[r].later
         if has_expired(request, sim.clock_s):
@@ -247,7 +249,7 @@ def _due_before(lane, r):
     """Behind whom `r` stands among the expired: found from the end, as requests expire about by deadline."""
     requests, before, due_s = lane.requests, lane.sim.last_expired, deadline_s(lane.requests[r])
     for _ in range(lane.sim.num_waiting + 1):
-        if before == NOBODY:
+        if before == NONE:
             break
         other_s = deadline_s(requests[before])
         if other_s < due_s or (other_s == due_s and before < r):

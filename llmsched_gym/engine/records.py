@@ -8,7 +8,7 @@ import numpy as np
 PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
 PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
 
-NOBODY = -1  # where a request is linked
+NONE = -1  # no request, no block, no row
 CACHE_LINE = 64  # bytes
 
 
@@ -48,7 +48,7 @@ REQUEST = record_dtype(
         ("length_hint", "f8"),  # predicted output tokens; nan without a hint
         ("session_id", "i8"),
         ("prompt_tokens", "i4"),
-        ("num_cached_tokens", "i4"),  # of the computed tokens, found in the prefix cache
+        ("num_cached_tokens", "i4"),  # of the prompt, found in the prefix cache at the first admission
         ("num_preemptions", "i4"),
         # links of engine.queue, of waiting requests
         ("place", "i4"),  # grows along the waiting list
@@ -56,6 +56,18 @@ REQUEST = record_dtype(
         ("shorter", "i4"),  # children in the tree of expired requests; -1: none
         ("longer", "i4"),
         ("padding", "i4"),  # makes the size a multiple of a cache line
+    ]
+)
+
+# What of a request only prefix caching needs.
+PREFIX = record_dtype(
+    [
+        ("shares_with", "i4"),  # the request with whose tokens the prompt begins; NONE
+        ("shared_tokens", "i4"),  # so many of them
+        ("row", "i4"),  # where the blocks that it holds are listed; NONE
+        ("num_recached_tokens", "i4"),  # found in the cache at admissions after a preemption
+        ("found_version", "i4"),  # of the lane's blocks, when it was last looked up what is cached
+        ("found_blocks", "i4"),  # what was found
     ]
 )
 
@@ -69,6 +81,8 @@ ARRIVAL = record_dtype(
         ("session_id", "i8"),
         ("gap_start", "i8"),  # where its gaps between tokens are recorded, if they are
         ("prompt_tokens", "i4"),
+        ("shares_with", "i4"),
+        ("shared_tokens", "i4"),
         ("slo_class", "i1"),
     ]
 )
@@ -129,10 +143,15 @@ REPLICA = record_dtype(
         ("vain_preemptions", "i4"),  # up to the last one, since the last token before it
         ("admission", "i1"),  # see config.ADMISSIONS
         ("allow_refusal", "i1"),
+        ("prefix_caching", "i1"),
         ("preempted_at_token", "i8"),  # tokens_emitted at the last preemption
         ("profile", "i4"),  # which row of the cost arrays it runs on
         ("block_size", "i4"),  # tokens in a KV block, a power of two
         ("block_bits", "i4"),  # its logarithm: a division takes longer than all else that a decode costs
+        ("blocks_version", "i4"),  # with prefix caching: changes with every block that is taken, left or named
+        ("free_row", "i4"),  # likewise: the first list of held blocks that nobody has
+        ("table_mask", "i4"),  # likewise: slots of the table of identities, less one
+        ("row_blocks", "i4"),  # likewise: most blocks of a request, length of each list
         # of the waiting list's index, see engine.queue; requests, -1: nobody
         ("next_expiry_s", "f8"),  # no request of the open part expires before this
         ("first_place", "i4"),  # of the waiting list; the next preempted request takes the one before it
@@ -203,6 +222,8 @@ BATCH = record_dtype(
         ("pairs", "f8"),  # query-key pairs of the prefill chunks
         ("kv_tokens", "f8"),  # KV tokens read
         ("cap_s", "f8"),  # limit on the predicted time
+        ("smallest_tbt_slo_s", "f8"),  # of the running decodes; below 0: not looked for yet
+        ("deadline_s", "f8"),  # seconds to the first deadline of theirs that can be met, looked for with it
         # the knobs of this batch: a scheduler that plans ahead changes them between opening and filling it
         ("cap", "f8"),
         ("margin", "f8"),

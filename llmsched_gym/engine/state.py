@@ -18,6 +18,7 @@ from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.config import ADMISSIONS, Scenario
 from llmsched_gym.cost import Profile
+from llmsched_gym.engine.blocks import NUM_COLUMNS, load_blocks, num_records, table_size
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import (
     ARRIVAL,
@@ -26,8 +27,9 @@ from llmsched_gym.engine.records import (
     EPISODE,
     ITEM,
     KNOBS,
-    NOBODY,
+    NONE,
     PENDING,
+    PREFIX,
     REPLICA,
     REQUEST,
     STEP,
@@ -41,6 +43,7 @@ MIN_SCRATCH = 64  # an environment sorts its visible slots there
 
 
 TABLE_COLUMNS = ("arrival_s", "ttft_slo_s", "tbt_slo_s", "length_hint", "session_id", "prompt_tokens", "slo_class")
+IDENTITY_COLUMNS = ("shares_with", "shared_tokens")
 """Of a request table and of ARRIVAL: what becomes known of a request when it arrives."""
 
 
@@ -54,6 +57,7 @@ def _to_come() -> np.ndarray:
 
 
 TO_COME = _to_come()
+NOTHING_SHARED = np.array((NONE, 0, NONE, 0, 0, 0), PREFIX)
 
 
 class State(NamedTuple):
@@ -63,6 +67,7 @@ class State(NamedTuple):
     episodes: Any  # (num_envs,) EPISODE
     worlds: Any  # (num_envs,) WORLD, hidden
     requests: Any  # (num_envs, capacity) REQUEST; of those to come, nothing is told
+    prefixes: Any  # (num_envs, capacity; without prefix caching 0) PREFIX
     arrivals: Any  # (num_envs, capacity) ARRIVAL, hidden
     output_tokens: Any  # (num_envs, capacity) int32, hidden
     waiting: Any  # (num_lanes, capacity) int32; by arrival, preempted ones at the head
@@ -84,6 +89,7 @@ class State(NamedTuple):
     own_coef_s: Any
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
     steps: Any  # (num_lanes, log_size) STEP
+    blocks: Any  # (num_lanes, num_records, NUM_COLUMNS) int32, see engine.blocks; without prefix caching one record
 
 
 class Lane(NamedTuple):
@@ -105,6 +111,8 @@ class Lane(NamedTuple):
     linear_s: Any
     coef_s: Any
     episode: Any  # EPISODE
+    blocks: Any  # int32
+    prefixes: Any
 
 
 class Episode(NamedTuple):
@@ -114,6 +122,7 @@ class Episode(NamedTuple):
     world: Any  # WORLD
     requests: Any  # (capacity,) REQUEST
     resolved: Any  # (capacity,) int32
+    prefixes: Any  # (capacity or 0,) PREFIX
     arrivals: Any  # (capacity,) ARRIVAL
     output_tokens: Any  # (capacity,) int32
 
@@ -124,6 +133,7 @@ _STATE_FIELDS = {
     "episodes": (EPISODE, 1),
     "worlds": (WORLD, 1),
     "requests": (REQUEST, 2),
+    "prefixes": (PREFIX, 2),
     "arrivals": (ARRIVAL, 2),
     "output_tokens": (_I4, 2),
     "waiting": (_I4, 2),
@@ -144,6 +154,7 @@ _STATE_FIELDS = {
     "own_coef_s": (_F8, 2),
     "gaps": (types.float32, 2),
     "steps": (STEP, 2),
+    "blocks": (_I4, 3),
 }
 
 
@@ -158,7 +169,18 @@ def _array_type(field: str, drop: int = 0) -> Any:
 
 STATE_TYPE = types.NamedTuple([_array_type(name) for name in State._fields], State)
 _LANE_SOURCES = ["sims", "requests", "waiting", "running", "knobs", "memory", "batches", "items"]
-_LANE_SOURCES += ["preempt", "refuse", "scratch", "keys", "resolved", "own_linear_s", "own_coef_s", "episodes"]
+_LANE_SOURCES += [
+    "preempt",
+    "refuse",
+    "scratch",
+    "keys",
+    "resolved",
+    "own_linear_s",
+    "own_coef_s",
+    "episodes",
+    "blocks",
+    "prefixes",
+]
 LANE_TYPE = types.NamedTuple(
     [_array_type(name, drop=1) for name in _LANE_SOURCES],
     Lane,
@@ -185,11 +207,12 @@ HANDLE_TYPE = HandleType([(name, _array_type(name)) for name in State._fields])
 def _make_handle(state):
     s = structref.new(HANDLE_TYPE)
     s.sims, s.episodes, s.worlds, s.requests = state.sims, state.episodes, state.worlds, state.requests
-    s.arrivals, s.output_tokens = state.arrivals, state.output_tokens
+    s.prefixes, s.arrivals, s.output_tokens = state.prefixes, state.arrivals, state.output_tokens
     s.waiting, s.running, s.knobs, s.memory = state.waiting, state.running, state.knobs, state.memory
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
     s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
     s.gaps, s.steps = state.gaps, state.steps
+    s.blocks = state.blocks
     s.linear_s, s.coef_s, s.own_linear_s, s.own_coef_s = (
         state.linear_s,
         state.coef_s,
@@ -207,6 +230,7 @@ def unpack(s):
         s.episodes,
         s.worlds,
         s.requests,
+        s.prefixes,
         s.arrivals,
         s.output_tokens,
         s.waiting,
@@ -227,6 +251,7 @@ def unpack(s):
         s.own_coef_s,
         s.gaps,
         s.steps,
+        s.blocks,
     )
 
 
@@ -263,6 +288,8 @@ def lane_of(s, k):
         s.own_linear_s[profile],
         s.own_coef_s[profile],
         s.episodes[env],
+        s.blocks[k],
+        s.prefixes[env],
     )
 
 
@@ -270,7 +297,13 @@ def lane_of(s, k):
 def episode_of(s, env):
     """One environment's requests, the hidden part with them."""
     return Episode(
-        s.episodes[env], s.worlds[env], s.requests[env], s.resolved[env], s.arrivals[env], s.output_tokens[env]
+        s.episodes[env],
+        s.worlds[env],
+        s.requests[env],
+        s.resolved[env],
+        s.prefixes[env],
+        s.arrivals[env],
+        s.output_tokens[env],
     )
 
 
@@ -286,7 +319,7 @@ def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def empty_line(sims: Any) -> None:
     """Nobody stands in the waiting line's index: also before the first table, where 0 would be a request."""
     for name in ("first_open", "last_open", "first_expired", "last_expired", "expired_strict", "expired_others"):
-        sims[name] = NOBODY
+        sims[name] = NONE
 
 
 def allocate(
@@ -296,6 +329,7 @@ def allocate(
     profile: Profile,
     own_profile: Profile | None = None,
     *,
+    num_kv_blocks: int,
     noise_size: int = 1,
     num_gaps: int = 0,
     num_steps: int = 0,
@@ -305,6 +339,8 @@ def allocate(
     lanes, seqs = num_envs * num_replicas, scenario.max_num_seqs or profile.device.max_num_seqs
     own = own_profile or profile
     limit = scenario.max_num_batched_tokens
+    rows = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+    records = num_records(num_kv_blocks, seqs, rows) if scenario.prefix_caching else 1
     sims = np.zeros(lanes, REPLICA)
     empty_line(sims)
     return State(
@@ -312,6 +348,7 @@ def allocate(
         episodes=np.zeros(num_envs, EPISODE),
         worlds=np.zeros(num_envs, WORLD),
         requests=aligned_zeros((num_envs, capacity), REQUEST),
+        prefixes=np.zeros((num_envs, capacity if scenario.prefix_caching else 0), PREFIX),
         arrivals=np.zeros((num_envs, capacity), ARRIVAL),
         output_tokens=np.zeros((num_envs, capacity), np.int32),
         waiting=np.zeros((lanes, capacity), np.int32),
@@ -332,6 +369,7 @@ def allocate(
         own_coef_s=own.coefficients(seqs)[None],
         gaps=np.zeros((num_envs, max(num_gaps, 1)), np.float32),
         steps=np.zeros((lanes, num_steps), STEP),
+        blocks=aligned_zeros((lanes, records, NUM_COLUMNS), np.int32),
     )
 
 
@@ -340,6 +378,8 @@ def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
     fields = state._asdict()
     names = ("requests", "arrivals", "output_tokens", "waiting", "refuse", "resolved")
     sizes = dict.fromkeys(names, capacity) | {"gaps": num_gaps}
+    if state.prefixes.shape[1] > 0:
+        sizes["prefixes"] = capacity
     for name, size in sizes.items():
         old = fields[name]
         if size > old.shape[1]:
@@ -356,9 +396,12 @@ def load_table(
     if n > state.requests.shape[1]:
         raise ValueError(f"table: expected at most {state.requests.shape[1]} requests, got {n}")
     state.requests[env, :n] = TO_COME
+    state.prefixes[env, :n] = NOTHING_SHARED
     arrivals = state.arrivals[env]
     for name in TABLE_COLUMNS:
         arrivals[name][:n] = getattr(table, name)
+    for name, column in zip(IDENTITY_COLUMNS, table.identity(), strict=True):
+        arrivals[name][:n] = column
     arrivals["gap_start"][:n] = table.gap_start
     state.output_tokens[env, :n] = table.output_tokens
     _load_episode(state, env, table, scenario, record_gaps)
@@ -398,6 +441,12 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
     sim.max_num_batched_tokens = scenario.max_num_batched_tokens
     sim.admission = ADMISSIONS.index(scenario.admission)
     sim.allow_refusal = scenario.allow_refusal
+    sim.prefix_caching = scenario.prefix_caching
+    if scenario.prefix_caching:
+        sim.blocks_version = 1  # 0 is that of requests that have not been looked up
+        sim.table_mask = table_size(num_kv_blocks) - 1
+        sim.row_blocks = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+        load_blocks(state.blocks[k], num_kv_blocks, int(sim.max_num_seqs), int(sim.row_blocks))
     sim.idle_step_s = scenario.idle_step_s
     sim.next_departure_s = sim.next_expiry_s = math.inf
     empty_line(sim)
@@ -413,7 +462,8 @@ def append_request(state: State, env: int, request: Request, arrival_s: float) -
     world, arrivals, outputs = state.worlds[env], state.arrivals[env], state.output_tokens[env]
     r = int(world.num_requests)
     state.requests[env, r] = TO_COME
-    for name in TABLE_COLUMNS:
+    state.prefixes[env, r : r + 1] = NOTHING_SHARED
+    for name in (*TABLE_COLUMNS, *IDENTITY_COLUMNS):
         arrivals[name][r] = getattr(request, name)
     arrivals[r].arrival_s = arrival_s
     arrivals[r].gap_start = arrivals[r - 1].gap_start + outputs[r - 1] - 1 if r > 0 else 0

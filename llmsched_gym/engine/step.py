@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.engine.batch import blocks_to_hold, clear_sums, is_prefill, predicted_s
+from llmsched_gym.engine.batch import clear_sums, is_prefill, predicted_s
+from llmsched_gym.engine.blocks import allocate, blocks_to_take, give_back, shares_uncomputed
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import (
     admit,
@@ -14,7 +15,7 @@ from llmsched_gym.engine.lifecycle import (
     refuse,
     resolve,
 )
-from llmsched_gym.engine.records import FINISHED, WAITING
+from llmsched_gym.engine.records import FINISHED, NONE, RUNNING, WAITING
 from llmsched_gym.engine.surface import recount
 
 VICTIMS = ("latest-arrival", "latest-lst", "authors")
@@ -69,6 +70,34 @@ def _drop_item(lane, r):
 
 
 @kernel()
+def _drop_sharers(lane, victim):
+    """Take out of the batch, and preempt or let wait, who has found blocks that an evicted one will not compute."""
+    for i in range(lane.batch.num_items):
+        r = lane.items[i].request
+        if r == victim or lane.requests[r].num_scheduled_tokens <= 0 or not shares_uncomputed(lane, victim, r):
+            continue
+        _drop_item(lane, r)
+        if lane.requests[r].phase == RUNNING:
+            preempt(lane, r)
+        else:
+            give_back(lane, r)
+
+
+@kernel()
+def _leave_out_cached(lane, i):
+    """Item `i`, a prompt planned from its first token on, begins behind those that it has found cached."""
+    batch, item = lane.batch, lane.items[i]
+    request = lane.requests[item.request]
+    computed, n = request.num_computed_tokens, request.num_scheduled_tokens
+    left = min(n, request.prefill_tokens - computed)
+    batch.num_tokens += left - n
+    batch.kv_tokens += computed + left - n
+    batch.pairs += left * (computed + (left + 1) * 0.5) - n * (n + 1) * 0.5
+    item.tokens = request.num_scheduled_tokens = left
+    recount(batch, lane.items, lane.requests, lane.coef_s)
+
+
+@kernel()
 def apply_batch(lane, world):
     """Preempt, refuse, admit and take blocks; where a running request finds none, evict until it does."""
     sim, batch, requests, block_bits = lane.sim, lane.batch, lane.requests, lane.sim.block_bits
@@ -86,18 +115,27 @@ def apply_batch(lane, world):
             continue  # evicted for an earlier item
         if request.phase == WAITING:
             admit(lane, r)
-        elif request.num_computed_tokens + n <= request.num_blocks << block_bits:
+        elif not sim.prefix_caching and request.num_computed_tokens + n <= request.num_blocks << block_bits:
             continue
-        need = blocks_to_hold(sim, request, n) - request.num_blocks
+        need = blocks_to_take(lane, r, n)
         for _ in range(sim.max_num_seqs):
             if need <= sim.free_blocks:
                 break
             victim = _victim(lane, r)
             _drop_item(lane, victim)
+            if sim.prefix_caching:
+                _drop_sharers(lane, victim)
             preempt(lane, victim)
-            if victim == r:
+            if request.num_scheduled_tokens <= 0:
                 break
-        if request.num_scheduled_tokens > 0:
+            if sim.prefix_caching:
+                need = blocks_to_take(lane, r, n)
+        if request.num_scheduled_tokens > 0 and sim.prefix_caching:
+            is_planned = lane.prefixes[r].row == NONE  # by a scheduler in Python; kernels have taken blocks already
+            allocate(lane, r, n)
+            if is_planned and request.num_computed_tokens > 0:
+                _leave_out_cached(lane, i)
+        elif request.num_scheduled_tokens > 0:
             request.num_blocks += need
             sim.free_blocks -= need
 
@@ -189,8 +227,13 @@ def clear_batch(lane):
     if batch.is_marked:
         for i in range(batch.num_items):
             lane.requests[lane.items[i].request].num_scheduled_tokens = 0
+            if lane.sim.prefix_caching:
+                give_back(lane, lane.items[i].request)
         for i in range(batch.num_preempt):
-            lane.requests[lane.preempt[i]].num_scheduled_tokens = 0
+            r = lane.preempt[i]
+            lane.requests[r].num_scheduled_tokens = 0
+            if lane.requests[r].phase == RUNNING and lane.sim.prefix_caching and lane.prefixes[r].row == NONE:
+                preempt(lane, r)  # its blocks are gone
         for i in range(batch.num_refuse):
             lane.requests[lane.refuse[i]].num_scheduled_tokens = 0
         batch.is_marked = 0

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from llmsched_gym.engine.batch import BY_PROMPT, batch_s, blocks_to_admit, blocks_to_hold, can_make_ttft_env
+from llmsched_gym.engine.batch import batch_s, can_make_ttft_env, uncached_prefill
+from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed
 from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
-from llmsched_gym.engine.state import State
+from llmsched_gym.engine.state import State, lane_of
 from llmsched_gym.engine.surface import chunk_s, has_surface, recount, surface_s
 
 _HIDDEN_FIELDS = {
@@ -24,7 +26,9 @@ _HIDDEN_FIELDS = {
     "resolved_s",
 }
 _SEEN = [name for name in REQUEST.names or () if name not in _HIDDEN_FIELDS]
-VISIBLE = np.dtype((np.record, [("index", "i4")] + [(name, REQUEST[name].str) for name in _SEEN]))
+VISIBLE = np.dtype(
+    (np.record, [("index", "i4"), ("num_uncached_tokens", "i4")] + [(name, REQUEST[name].str) for name in _SEEN])
+)
 
 
 class IllegalBatch(ValueError):
@@ -45,7 +49,8 @@ class View:
 
     Attributes:
         now_s: the clock, seconds.
-        running: record array of admitted requests, by admission; fields of :data:`VISIBLE`.
+        running: record array of admitted requests, by admission; fields of :data:`VISIBLE`. ``num_uncached_tokens`` of
+            their prompts are left to compute, of waiting ones behind what they would find cached.
         waiting: record array of waiting requests, by arrival, preempted ones first.
         free_blocks, total_blocks, watermark_blocks: KV blocks.
         block_size: tokens in a KV block.
@@ -77,6 +82,10 @@ class View:
         seen["index"] = indices
         for name in _SEEN:
             seen[name] = rows[name][indices]
+        seen["num_uncached_tokens"] = seen["prefill_tokens"] - seen["num_computed_tokens"]
+        if self._state.sims[self._env].prefix_caching:
+            lane = lane_of(self._state, self._env)
+            seen["num_uncached_tokens"] = [uncached_prefill(lane, int(r)) for r in indices]
         return seen.view(np.recarray)
 
     @property
@@ -143,6 +152,26 @@ def whole_number(n: Any) -> int:
     return -1
 
 
+@contextmanager
+def _without(state: State, env: int, preempted: list[int]) -> Iterator[int]:
+    """Free blocks, were these running requests preempted; until it is left none of them counts as a block's user."""
+    sim, requests = state.sims[env], state.requests[env]
+    if not sim.prefix_caching:
+        yield int(sim.free_blocks) + sum(int(requests[r].num_blocks) for r in preempted)
+        return
+    blocks = state.blocks[env]
+    users = blocks[:, USERS]
+    gone = np.zeros_like(users)
+    for r in preempted:
+        for position in range(requests[r].num_blocks):
+            gone[listed(sim, blocks, state.prefixes[env][r].row, position)] += 1
+    users -= gone
+    try:
+        yield int(sim.free_blocks) + int(np.sum((gone > 0) & (users == 0)))
+    finally:
+        users += gone
+
+
 def submit(state: State, batch: Batch, env: int = 0) -> None:
     """Write a Python scheduler's batch into the engine, after checking every rule it could break (rule 9)."""
     sim, requests, lane = state.sims[env], state.requests[env], state.batches[env]
@@ -163,11 +192,10 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     if not isinstance(batch.tokens, Mapping):
         raise IllegalBatch(f"rule 1: Batch.tokens must map requests to tokens, got {type(batch.tokens).__name__}")
     preempted, refused = [index(r) for r in batch.preempt], [index(r) for r in batch.refuse]
-    free, seqs = int(sim.free_blocks), int(sim.num_running)
+    seqs = int(sim.num_running)
     for r in preempted:
         if phase_of(r) != RUNNING or preempted.count(r) > 1:
             raise IllegalBatch(f"rule 1: request {r} is preempted, but does not run")
-        free += int(requests[r].num_blocks)
         seqs -= 1
     for r in refused:
         if not sim.allow_refusal:
@@ -178,38 +206,42 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     items: list[tuple[int, int]] = []
     seen: set[int] = set()
     total, pairs, kv_tokens, decodes = 0, 0.0, 0.0, 0
+    at = lane_of(state, env)
     spare = int(sim.watermark_blocks) if sim.admission == BY_PROMPT else 0
-    for r, n in batch.tokens.items():
-        r = index(r)
-        if r in seen:  # keys that differ may mean one request
-            raise IllegalBatch(f"rule 1: request {r} is in the batch twice")
-        seen.add(r)
-        phase = phase_of(r)
-        if whole_number(n) < 1:
-            raise IllegalBatch(f"rule 1: request {r} gets {n!r} tokens, expected a whole number >= 1")
-        n = int(n)
-        if phase not in (WAITING, RUNNING) or r in gone:
-            raise IllegalBatch(f"rule 1: request {r} gets tokens, but neither waits nor runs")
-        request = requests[r]
-        computed, prefill = int(request.num_computed_tokens), int(request.prefill_tokens)
-        is_chunk = computed < prefill
-        if n > (prefill - computed if is_chunk else 1):
-            what = f"{prefill - computed} of its prompt remain" if is_chunk else "a decode is exactly 1"
-            raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, but {what}")
-        need = int(blocks_to_hold(sim, request, n)) - int(request.num_blocks)
-        if phase == WAITING:
-            seqs += 1
-            first = int(blocks_to_admit(sim, request, n))
-            if free - first < spare:
-                raise IllegalBatch(f"rule 4: request {r} needs {first} blocks, {free} are free and {spare} held back")
-        elif is_chunk and free < need:
-            raise IllegalBatch(f"rule 4: the next chunk of request {r} needs {need} blocks, {free} are free")
-        free -= need
-        total += n
-        kv_tokens += computed + n
-        pairs += n * (computed + (n + 1) / 2) if is_chunk else 0.0
-        decodes += not is_chunk
-        items.append((r, n))
+    with _without(state, env, preempted) as free:
+        for r, n in batch.tokens.items():
+            r = index(r)
+            if r in seen:  # keys that differ may mean one request
+                raise IllegalBatch(f"rule 1: request {r} is in the batch twice")
+            seen.add(r)
+            phase = phase_of(r)
+            if whole_number(n) < 1:
+                raise IllegalBatch(f"rule 1: request {r} gets {n!r} tokens, expected a whole number >= 1")
+            n = int(n)
+            if phase not in (WAITING, RUNNING) or r in gone:
+                raise IllegalBatch(f"rule 1: request {r} gets tokens, but neither waits nor runs")
+            request = requests[r]
+            computed, prefill = int(request.num_computed_tokens), int(request.prefill_tokens)
+            is_chunk = computed < prefill
+            if n > (prefill - computed if is_chunk else 1):
+                what = f"{prefill - computed} of its prompt remain" if is_chunk else "a decode is exactly 1"
+                raise IllegalBatch(f"rule 1: request {r} gets {n} tokens, but {what}")
+            need = int(blocks_to_take(at, r, n))
+            if phase == WAITING:
+                seqs += 1
+                first = int(blocks_to_admit(at, r, n))
+                if free - first < spare:
+                    raise IllegalBatch(
+                        f"rule 4: request {r} needs {first} blocks, {free} are free and {spare} held back"
+                    )
+            elif is_chunk and free < need:
+                raise IllegalBatch(f"rule 4: the next chunk of request {r} needs {need} blocks, {free} are free")
+            free -= need
+            total += n
+            kv_tokens += computed + n
+            pairs += n * (computed + (n + 1) / 2) if is_chunk else 0.0
+            decodes += not is_chunk
+            items.append((r, n))
     if total > sim.max_num_batched_tokens:
         raise IllegalBatch(f"rule 1: {total} tokens, max_num_batched_tokens is {sim.max_num_batched_tokens}")
     if seqs > sim.max_num_seqs:

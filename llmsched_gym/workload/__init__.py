@@ -1,6 +1,7 @@
 """Workloads: arrival processes, fitted length distributions, trace files, and the request table made from them."""
 
 from llmsched_gym.workload.generate import NOISE_BLOCK, check_seed, make_table, noise_block
+from llmsched_gym.workload.identity import shares_of_ids, shares_of_turns
 from llmsched_gym.workload.lengths import WORKLOADS, describe_workloads
 from llmsched_gym.workload.table import Request, RequestTable
 from llmsched_gym.workload.traces import Trace, TraceError, TraceWarning, load_trace
@@ -18,4 +19,6 @@ __all__ = [
     "load_trace",
     "make_table",
     "noise_block",
+    "shares_of_ids",
+    "shares_of_turns",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmsched_gym.config import MOST, SLO_CLASSES, ConfigError
+from llmsched_gym.workload.identity import Shares, check_shares
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,18 @@ class Request:
     length_hint: float = math.nan
     session_id: int = -1
     arrival_s: float | None = None  # None: now
+    shares_with: int = -1  # the request that has arrived with whose tokens the prompt begins; -1: nobody
+    shared_tokens: int = 0  # so many of its prompt and output
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "output_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= MOST:
                 raise ConfigError(f"{name}: expected a whole number from 1 to {MOST:,}, got {value!r}")
+        for name, low in (("shares_with", -1), ("shared_tokens", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not low <= value <= MOST:
+                raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
         for name in ("ttft_slo_s", "tbt_slo_s"):
             value = getattr(self, name)
             if not isinstance(value, int | float | np.number) or not value > 0.0:
@@ -58,6 +65,22 @@ class RequestTable:
     cost_scale: float  # hidden factor on batch times
     seed: int
     arrivals: str = "given"  # the process behind them, "trace" for a trace's own times
+    # for prefix caching, see workload.identity; None: no two prompts have anything in common
+    shares_with: np.ndarray | None = None  # int32, an earlier request with whose tokens the prompt begins; -1: nobody
+    shared_tokens: np.ndarray | None = None  # int32, so many of its prompt and output
+
+    def __post_init__(self) -> None:
+        if self.shares_with is not None or self.shared_tokens is not None:
+            check_shares(self.identity(), self.prompt_tokens, self.output_tokens)
+
+    def identity(self) -> Shares:
+        """``shares_with`` and ``shared_tokens``, whether given or not."""
+        if self.shares_with is None or self.shared_tokens is None:
+            for name in ("shares_with", "shared_tokens"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name}: needs shares_with and shared_tokens")
+            return np.full(len(self), -1, np.int32), np.zeros(len(self), np.int32)
+        return self.shares_with, self.shared_tokens
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -77,6 +100,8 @@ class RequestTable:
         qps: float = math.nan,
         cost_scale: float = 1.0,
         seed: int = 0,
+        shares_with: ArrayLike | None = None,
+        shared_tokens: ArrayLike | None = None,
     ) -> RequestTable:
         """A table of given requests: `arrival_s` has shape (num_requests,), all else has it too or is one for all.
 
@@ -105,6 +130,8 @@ class RequestTable:
             qps=qps,
             cost_scale=cost_scale,
             seed=seed,
+            shares_with=None if shares_with is None else column("shares_with", shares_with, np.int32),
+            shared_tokens=None if shared_tokens is None else column("shared_tokens", shared_tokens, np.int32),
         )
 
     @property

@@ -10,7 +10,7 @@ from llmsched_gym.engine.batch import (
     decode_fits,
     is_decoding,
     is_free,
-    remaining_prefill,
+    uncached_prefill,
 )
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import WAITING
@@ -32,7 +32,7 @@ def add_slot(lane, slot, tile):
         add_decode(lane, r)
         return True
     n = chunk_room(lane, r)
-    if n < remaining_prefill(lane.requests[r]) and n > tile:
+    if n < uncached_prefill(lane, r) and n > tile:
         n -= n % tile
     if n <= 0 or (lane.requests[r].phase == WAITING and not can_admit(lane, r, n)):
         return False
@@ -57,6 +57,6 @@ def can_add(lane, slot, tile):
     if is_decoding(lane, r):
         return decode_fits(lane, r)
     n = chunk_room(lane, r)
-    if n < remaining_prefill(lane.requests[r]) and n > tile:
+    if n < uncached_prefill(lane, r) and n > tile:
         n -= n % tile
     return n > 0 and (lane.requests[r].phase != WAITING or can_admit(lane, r, n))

@@ -1,0 +1,122 @@
+"""Which tokens requests have in common: what prefix caching can find.
+
+A request's tokens are known by two numbers: its prompt begins with the first ``shared_tokens`` tokens, of prompt and
+output, of an earlier request ``shares_with`` (-1: nobody), and what follows is its own. So no prompt is ever a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmsched_gym.config import ConfigError
+
+Shares = tuple[np.ndarray, np.ndarray]
+"""``shares_with`` int32 and ``shared_tokens`` int32, each of shape (num_requests,)."""
+
+
+def check_shares(shares: Shares, prompt_tokens: np.ndarray, output_tokens: np.ndarray) -> None:
+    """Raise :class:`ConfigError` unless every request shares at most its prompt, with an earlier one that has it."""
+    shares_with, shared_tokens = shares
+    n = len(prompt_tokens)
+    for name, column in (("shares_with", shares_with), ("shared_tokens", shared_tokens)):
+        if column.shape != (n,) or column.dtype.kind not in "iu":
+            raise ConfigError(f"{name}: expected {n} whole numbers, got {column.dtype} of shape {column.shape}")
+    bad = np.flatnonzero((shares_with < -1) | (shares_with >= np.arange(n)))
+    if len(bad):
+        r = int(bad[0])
+        raise ConfigError(f"shares_with: expected an earlier request or -1 for request {r}, got {shares_with[r]}")
+    total = np.append(prompt_tokens.astype(np.int64) + output_tokens, 0)  # the last for -1
+    most = np.minimum(total[shares_with], prompt_tokens)
+    bad = np.flatnonzero((shared_tokens < 0) | (shared_tokens > most))
+    if len(bad):
+        r = int(bad[0])
+        raise ConfigError(f"shared_tokens: expected 0 to {most[r]} for request {r}, got {shared_tokens[r]}")
+
+
+def shares_of_ids(ids: Sequence[Sequence[int]], prompt_tokens: np.ndarray, block_tokens: int) -> Shares:
+    """From the ids of each prompt's blocks of `block_tokens`, the last of which may be shorter, as traces have them.
+
+    Two prompts agree as far as their ids do, from the first on. Outputs have no ids.
+    """
+    if not isinstance(block_tokens, int | np.integer) or block_tokens < 1:
+        raise ConfigError(f"block_tokens: expected a whole number >= 1, got {block_tokens!r}")
+    if len(ids) != len(prompt_tokens):
+        raise ConfigError(f"ids: expected those of {len(prompt_tokens)} prompts, got {len(ids)}")
+    shares_with, shared_tokens = _nobody(len(ids))
+    # (node, id) -> the next node, the first request to come by and fill that block, or as much of it as any
+    nodes: dict[tuple[int, int], tuple[int, int]] = {}
+    for r, own in enumerate(ids):
+        tokens = int(prompt_tokens[r])
+        need = -(-tokens // block_tokens)
+        if len(own) < need:
+            what = f"{need} for the {tokens} tokens of request {r} in blocks of {block_tokens}"
+            raise ConfigError(f"ids: expected {what}, got {len(own)}")
+        node = 0
+        for position in range(need):
+            key = (node, int(own[position]))
+            node, first = nodes.setdefault(key, (len(nodes) + 1, r))
+            if first == r:
+                continue
+            end = min((position + 1) * block_tokens, tokens)
+            shares_with[r], shared_tokens[r] = first, min(end, int(prompt_tokens[first]))
+            if shared_tokens[r] < end:
+                nodes[key] = node, r
+    return shares_with, shared_tokens
+
+
+def shares_of_turns(
+    parent: np.ndarray,
+    new_tokens: np.ndarray,
+    prompt_tokens: np.ndarray,
+    output_tokens: np.ndarray,
+    prefix_id: np.ndarray | None = None,
+    prefix_tokens: np.ndarray | None = None,
+) -> Shares:
+    """From sessions: a turn's prompt is its parent's prompt and output and its own new tokens.
+
+    `parent` is the index of an earlier request, -1 for a session's first. Firsts that have the same `prefix_id` (-1:
+    none) begin with the same `prefix_tokens` tokens. All arrays have shape (num_requests,).
+    """
+    n = len(parent)
+    shares_with, shared_tokens = _nobody(n)
+    firsts: dict[int, int] = {}
+    for r in range(n):
+        p = int(parent[r])
+        if p >= 0:
+            _check_parent(parent, r)
+            shares_with[r], shared_tokens[r] = p, prompt_tokens[p] + output_tokens[p]
+            if shared_tokens[r] + new_tokens[r] != prompt_tokens[r] or new_tokens[r] < 0:
+                what = f"the {shared_tokens[r]} tokens of its parent and {new_tokens[r]} new ones"
+                raise ConfigError(f"prompt_tokens: expected {what} for request {r}, got {prompt_tokens[r]}")
+        elif p < -1:
+            raise ConfigError(f"parent: expected a request or -1 for request {r}, got {p}")
+        elif prefix_id is not None and prefix_tokens is not None and prefix_id[r] >= 0:
+            first = firsts.setdefault(int(prefix_id[r]), r)
+            most = min(int(prefix_tokens[first]), int(prompt_tokens[r]))
+            if prefix_tokens[r] != prefix_tokens[first] or not 0 <= prefix_tokens[r] <= most:
+                what = f"{prefix_tokens[first]} as of request {first}, in the prompt of request {r}"
+                raise ConfigError(f"prefix_tokens: expected {what}, got {prefix_tokens[r]}")
+            if first != r:
+                shares_with[r], shared_tokens[r] = first, prefix_tokens[r]
+    return shares_with, shared_tokens
+
+
+def _nobody(n: int) -> Shares:
+    return np.full(n, -1, np.int32), np.zeros(n, np.int32)
+
+
+def _check_parent(parent: np.ndarray, r: int) -> None:
+    p, n = int(parent[r]), len(parent)
+    if p >= n:
+        raise ConfigError(f"parent: request {r} has parent {p}, which does not exist: there are {n} requests")
+    if p < r:
+        return
+    for _ in range(n):
+        if p == r:
+            raise ConfigError(f"parent: request {r} is an ancestor of its own")
+        if not 0 <= p < n:
+            break
+        p = int(parent[p])
+    raise ConfigError(f"parent: request {r} comes before its parent, request {int(parent[r])}")
