@@ -35,6 +35,22 @@ def check_shares(shares: Shares, prompt_tokens: np.ndarray, output_tokens: np.nd
         raise ConfigError(f"shared_tokens: expected 0 to {most[r]} for request {r}, got {shared_tokens[r]}")
 
 
+def check_parents(parent: np.ndarray, think_s: np.ndarray | None) -> None:
+    """Raise :class:`ConfigError` unless every turn has a parent before it, and a time to think."""
+    if parent.dtype.kind not in "iu" or parent.ndim != 1:
+        raise ConfigError(f"parent: expected whole numbers, got {parent.dtype} of shape {parent.shape}")
+    for r in np.flatnonzero((parent < -1) | (parent >= np.arange(len(parent)))).tolist():
+        if parent[r] < -1:
+            raise ConfigError(f"parent: expected a request or -1 for request {r}, got {parent[r]}")
+        _check_parent(parent, r)
+    if think_s is None or think_s.shape != parent.shape:
+        got = "None" if think_s is None else f"shape {think_s.shape}"
+        raise ConfigError(f"think_s: expected {len(parent)} times with parent, got {got}")
+    bad = np.flatnonzero(~((think_s >= 0.0) & (think_s < np.inf)))
+    if len(bad):
+        raise ConfigError(f"think_s: expected finite seconds >= 0 for request {bad[0]}, got {think_s[bad[0]]}")
+
+
 def shares_of_ids(ids: Sequence[Sequence[int]], prompt_tokens: np.ndarray, block_tokens: int) -> Shares:
     """From the ids of each prompt's blocks of `block_tokens`, the last of which may be shorter, as traces have them.
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmsched_gym.config import MOST, SLO_CLASSES, ConfigError
-from llmsched_gym.workload.identity import Shares, check_shares
+from llmsched_gym.workload.identity import Shares, check_parents, check_shares
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,14 @@ class RequestTable:
     """Requests sorted by arrival, as a struct of arrays; all arrays have shape (num_requests,).
 
     ``output_tokens`` is hidden from schedulers. Requests ``cohort_start <= i < cohort_stop`` are the measured ones.
+
+    With sessions a request may have a `parent`: it is a *turn*, which comes `think_s` after its parent has finished,
+    and never if its parent does not. The requests of a session stand side by side, parents before their turns, sessions
+    by the arrival of their first request, the *root*. The first `num_past` requests are over when the episode starts:
+    all that is left of them is what the prefix cache holds.
     """
 
-    arrival_s: np.ndarray  # float64, seconds, not decreasing
+    arrival_s: np.ndarray  # float64, seconds, not decreasing; nan for turns, below 0 for what is past
     prompt_tokens: np.ndarray  # int32, >= 1
     output_tokens: np.ndarray  # int32, >= 1
     slo_class: np.ndarray  # int8, index into config.SLO_CLASSES
@@ -68,8 +73,18 @@ class RequestTable:
     # for prefix caching, see workload.identity; None: no two prompts have anything in common
     shares_with: np.ndarray | None = None  # int32, an earlier request with whose tokens the prompt begins; -1: nobody
     shared_tokens: np.ndarray | None = None  # int32, so many of its prompt and output
+    # sessions, all or none
+    parent: np.ndarray | None = None  # int32, an earlier request of the session; -1: a root
+    think_s: np.ndarray | None = None  # float64, seconds from its parent's last token to its own arrival; 0 for roots
+    new_tokens: np.ndarray | None = None  # int32, of the prompt, those that the client has not sent before
+    prefix_id: np.ndarray | None = None  # int32, which system prompt a root begins with; -1: one of its own
+    prefix_tokens: np.ndarray | None = None  # int32, how long that is
+    max_output_tokens: np.ndarray | None = None  # int32, the most that a client accepts, which schedulers see
+    num_past: int = 0
 
     def __post_init__(self) -> None:
+        if self.parent is not None:
+            check_parents(self.parent, self.think_s)
         if self.shares_with is not None or self.shared_tokens is not None:
             check_shares(self.identity(), self.prompt_tokens, self.output_tokens)
 
@@ -133,6 +148,11 @@ class RequestTable:
             shares_with=None if shares_with is None else column("shares_with", shares_with, np.int32),
             shared_tokens=None if shared_tokens is None else column("shared_tokens", shared_tokens, np.int32),
         )
+
+    @property
+    def is_root(self) -> np.ndarray:
+        """Whether a request comes by itself, rather than after another one; bool (num_requests,)."""
+        return np.ones(len(self), np.bool_) if self.parent is None else np.asarray(self.parent < 0)
 
     @property
     def gap_start(self) -> np.ndarray:
