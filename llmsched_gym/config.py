@@ -334,10 +334,19 @@ class Scenario:
                 raise ConfigError(f"{name}: {what}, got {getattr(self, name)!r}")
 
 
+OF_THE_VECTOR = ("num_envs", "num_threads", "autoreset_mode")
+"""Arguments of the native vector environment that no configuration has."""
+
+
 def check_names(cls: type, fields: dict[str, Any]) -> None:
     """Raise one clear error for a field that `cls` does not have."""
     names = [f.name for f in dataclasses.fields(cls)]
     for name in fields:
+        if name in OF_THE_VECTOR:
+            whose = (
+                "only LLMSchedVectorEnv has it (gym.make_vec with vectorization_mode='vector_entry_point', its default)"
+            )
+            raise UnknownField(f"{cls.__name__} got an unexpected keyword argument {name!r}; {whose}")
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

@@ -96,6 +96,10 @@ class SmoothLinear:
         return np.asarray((self.weight_ms**self.power + (self.token_ms * n) ** self.power) ** (1.0 / self.power))
 
 
+MOST_WHOLE = 2**31 - 1
+"""What the engine's records hold."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """What batches of one model cost on one device."""
@@ -119,6 +123,8 @@ class Profile:
         for name in ("tile_tokens", "num_kv_blocks"):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ProfileError(f"{name}: expected a whole number >= 1, got {getattr(self, name)!r}")
+            if getattr(self, name) > MOST_WHOLE:
+                raise ProfileError(f"{name}: expected a whole number <= {MOST_WHOLE:,}, got {getattr(self, name)!r}")
         for name in ("overhead_ms", "pair_ms", "kv_ms"):
             _check_number(name, getattr(self, name))
 

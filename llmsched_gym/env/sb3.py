@@ -32,6 +32,8 @@ class LLMSchedVecEnv(VecEnv):
     def __init__(
         self, num_envs: int = 64, suite: str = "default", render_mode: str | None = None, **fields: Any
     ) -> None:
+        if "autoreset_mode" in fields:
+            raise ConfigError("autoreset_mode: expected none; it is 'same_step', as Stable-Baselines3 has it")
         self.env = LLMSchedVectorEnv(num_envs, suite, render_mode, "same_step", **fields)
         self._has_masks = action_of(self.env.config).has_masks
         self._returns = np.zeros(num_envs)

@@ -34,7 +34,8 @@ def overview(results: Results) -> str:
     if len(values) == 1:
         loads = load_label(rows, float(rows["load"].iloc[0]))
     who = f"{len(policies)} schedulers served the same requests" if len(policies) > 1 else f"`{policies[0]}` was run"
-    text = f"{who} at {loads}: {each} requests " + ("of one seed" if seeds == 1 else f"in each of {seeds} seeds")
+    each += " request" if counts == [1] else " requests"
+    text = f"{who} at {loads}: {each} {'of one seed' if seeds == 1 else f'in each of {seeds} seeds'}"
     if len(rows) > 1:
         text += f", {len(rows):,} runs and {int(rows['num_requests'].sum()):,} requests in all"
     text += "."

@@ -18,10 +18,12 @@ from llmsched_gym.text import table as markdown_table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
 KINDS = {"decodes": "decodes alone", "chunks": "chunks alone", "hybrid": "hybrid"}
+AXIS_NAMES = {"n": "Decodes", "k": "KV tokens of each decode", "c": "Chunk (tokens)", "p": "Tokens before the chunk"}
 MAP_LIMIT = 0.25
 """Errors beyond that have the darkest colour."""
 
@@ -32,8 +34,8 @@ def rows_by_kind(fit: dict[str, Any]) -> list[tuple[str, ...]]:
     for kind, text in KINDS.items():
         if kind in fit:
             found = fit[kind]
-            sizes = [_percent(found[size]["median"] if size in found else None) for size in ("small", "large")]
-            errors = [_percent(found[name]) for name in ("median", "p95", "max", "bias")]
+            sizes = [percent(found[size]["median"]) if size in found else "-" for size in ("small", "large")]
+            errors = [percent(found[name]) for name in ("median", "p95", "max", "bias")]
             rows.append((text, str(found["rows"]), *errors, *sizes))
     return rows
 
@@ -44,7 +46,7 @@ def rows_held_out(held_out: dict[str, Any]) -> list[tuple[str, ...]]:
     for column, by_kind in held_out.items():
         for kind, found in by_kind.items():
             parts = [found, found.get("inner"), found.get("edges")]
-            errors = [_percent(part[name]) if part else "-" for part in parts for name in ("median", "p95")]
+            errors = [percent(part[name]) if part else "-" for part in parts for name in ("median", "p95")]
             rows.append((column, KINDS[kind], str(len(found["levels"])), *errors))
     return rows
 
@@ -91,14 +93,14 @@ def markdown(profile: Profile) -> str:
     )
     parts = [f"# Fit of {profile.name}", markdown_table(heads, rows_by_kind(fit))]
     heads = ("n_decode", "kv_decode", "prefill_chunk", "kv_prefill", "us", "error %")
-    worst = [(*(str(cell[name]) for name in heads[:5]), _percent(cell["error"])) for cell in fit["worst"]]
+    worst = [(*(str(cell[name]) for name in heads[:5]), percent(cell["error"])) for cell in fit["worst"]]
     parts += ["## Worst cells", markdown_table(heads, worst)]
     if "held_out" in fit:
         heads = ("left out", "batches", "levels", "median %", "95 % %", "inner: median %", "95 % %")
         heads += ("edges: median %", "95 % %")
         parts += ["## Whole levels left out in turn", markdown_table(heads, rows_held_out(fit["held_out"]))]
         rows = [
-            (column, KINDS[kind], level, str(found["rows"]), _percent(found["median"]), _percent(found["p95"]))
+            (column, KINDS[kind], level, str(found["rows"]), percent(found["median"]), percent(found["p95"]))
             for column, by_kind in fit["held_out"].items()
             for kind, pooled in by_kind.items()
             for level, found in pooled["levels"].items()
@@ -119,24 +121,40 @@ def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
     cells = cells.assign(error=predicted / cells.us - 1.0)
     figure = draw.new_figure(9.5, 11.0)
     axes = figure.subplots(3, 1)
-    names = {"n": "Decodes", "k": "KV tokens of each decode", "c": "Chunk (tokens)", "p": "Tokens before the chunk"}
     for ax, (kind, mask), (y, x) in zip(axes, kinds(cells).items(), (("n", "k"), ("c", "p"), ("n", "k")), strict=True):
         grid = cells[mask].pivot_table(index=y, columns=x, values="error", aggfunc=lambda e: np.median(np.abs(e)))
-        image = ax.imshow(grid, origin="lower", aspect="auto", cmap="YlOrRd", vmin=0.0, vmax=MAP_LIMIT)
-        ax.set_xticks(
-            range(len(grid.columns)), [str(v) for v in grid.columns], rotation=45 if len(grid.columns) > 12 else 0
-        )
-        ax.set_yticks(range(len(grid.index)), [str(v) for v in grid.index])
-        ax.grid(False)
-        ax.set(xlabel=names[x], ylabel=names[y])
-        ax.set_title(f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}: median error (%)")
-        for (i, j), value in np.ndenumerate(grid.to_numpy()):
-            if np.isfinite(value):
-                dark = value > 0.6 * MAP_LIMIT
-                ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
-    figure.colorbar(image, ax=axes, label="Median relative error", fraction=0.03)
+        image = draw_errors(ax, grid, y, x, kind)
+    draw_scale(figure, image, axes)
     figure.suptitle(profile.name)
     return figure
+
+
+def draw_errors(ax: Axes, grid: pd.DataFrame, y: str, x: str, kind: str) -> Any:
+    """A panel: `grid` has the errors of a kind of batch as shares, by two of :data:`AXIS_NAMES`. Its image, if any."""
+    ax.set_title(f"{KINDS[kind][0].upper()}{KINDS[kind][1:]}: median error (%)")
+    ax.set(xlabel=AXIS_NAMES[x], ylabel=AXIS_NAMES[y])
+    ax.grid(False)
+    if grid.empty:
+        ax.set(xticks=[], yticks=[])
+        ax.text(0.5, 0.5, "none measured", ha="center", va="center", transform=ax.transAxes)
+        return None
+    image = ax.imshow(grid, origin="lower", aspect="auto", cmap="YlOrRd", vmin=0.0, vmax=MAP_LIMIT)
+    many = len(grid.columns) > 12
+    ax.set_xticks(range(len(grid.columns)), [str(v) for v in grid.columns], rotation=45 if many else 0)
+    ax.set_yticks(range(len(grid.index)), [str(v) for v in grid.index])
+    for (i, j), value in np.ndenumerate(grid.to_numpy()):
+        if np.isfinite(value):
+            dark = value > 0.6 * MAP_LIMIT
+            ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+    return image
+
+
+def draw_scale(figure: Figure, image: Any, axes: Any) -> None:
+    """The colours of :func:`draw_errors`, in percent as its cells."""
+    from matplotlib.ticker import FuncFormatter
+
+    whole = FuncFormatter(lambda share, _: f"{100 * share:.0f}")
+    figure.colorbar(image, ax=axes, label="Median error (%)", fraction=0.03, format=whole, extend="max")
 
 
 def write(profile: Profile, cells: pd.DataFrame, markdown_file: Path, picture: Path) -> None:
@@ -147,5 +165,6 @@ def write(profile: Profile, cells: pd.DataFrame, markdown_file: Path, picture: P
     write_text(markdown_file, markdown(profile))
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share as a number of percent; a dash for none."""
     return number(None if share is None else 100 * share, 1)

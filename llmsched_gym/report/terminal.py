@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmsched_gym.report.console import new_table
 from llmsched_gym.report.intervals import Interval, interval, mean, median, median_interval
 from llmsched_gym.text import between, number
+from llmsched_gym.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,7 +122,7 @@ def trace_table(found: dict[str, Any]) -> Table:
         return f"{number(found[f'gap_{name}_s'], 3)} s"
 
     table = new_table("trace", found["name"], text=2)
-    dropped = f", {found['num_dropped']:,} invalid rows left out" if found["num_dropped"] else ""
+    dropped = f", {counted(found['num_dropped'], 'invalid row')} left out" if found["num_dropped"] else ""
     table.add_row("format", found["format"])
     table.add_row("requests", f"{found['num_requests']:,}{dropped}")
     if found["num_sessions"]:

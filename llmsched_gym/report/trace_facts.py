@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmsched_gym.report import draw
+from llmsched_gym.words import counted
 from llmsched_gym.workload.traces import Trace
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def plot_trace(trace: Trace) -> Figure:
     """Rate over time, distribution of gaps beside a Poisson process's, distributions of lengths."""
     figure = draw.new_figure(12.6, 3.7)
     rate, gaps, lengths = figure.subplots(1, 3)
-    figure.suptitle(f"{trace.name}: {len(trace):,} requests, format {trace.format}", x=0.01, ha="left", weight="bold")
+    title = f"{trace.name}: {counted(len(trace), 'request')}, format {trace.format}"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold")
     arrival_s = trace.arrival_s
     if arrival_s is not None and trace.qps is not None:
         window_s = max(1.0, float(arrival_s[-1]) / 200)

@@ -155,6 +155,25 @@ class RequestTable:
         return np.ones(len(self), np.bool_) if self.parent is None else np.asarray(self.parent < 0)
 
     @property
+    def last_root_s(self) -> float:
+        """When the last session of the cohort begins, seconds."""
+        roots = self.arrival_s[self.cohort_start : self.cohort_stop]
+        return float(roots[~np.isnan(roots)][-1])
+
+    @property
+    def longest_session_s(self) -> float:
+        """The longest that a session of the cohort lasts whose SLOs are just met, seconds; 0 without sessions.
+
+        Behind its root's arrival: all times to think, TTFT SLOs, and outputs at their TBT SLOs.
+        """
+        if self.parent is None:
+            return 0.0
+        cohort = slice(self.cohort_start, self.cohort_stop)
+        spans = np.zeros(len(self)) if self.think_s is None else self.think_s.copy()
+        spans += self.ttft_slo_s + (self.output_tokens - 1) * self.tbt_slo_s
+        return float(np.bincount(np.cumsum(self.is_root[cohort]) - 1, spans[cohort]).max(initial=0.0))
+
+    @property
     def gap_start(self) -> np.ndarray:
         """Where the gaps between each request's tokens begin, were they all in one row; int64 (num_requests,)."""
         gaps = self.output_tokens.astype(np.int64) - 1

@@ -24,6 +24,7 @@ import numpy as np
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.files import version_of
+from llmsched_gym.words import counted
 from llmsched_gym.workload.servegen import SPAN_S, draw_requests, is_servegen
 from llmsched_gym.workload.trace_formats import (
     CSV_FORMATS,
@@ -253,7 +254,7 @@ def _collect(
         for column, (array, _, _) in zip(values, parsed, strict=True):
             column.append(array[valid])
     if num_rows == num_dropped:
-        what = f"all {num_rows} rows are invalid" if num_rows else "no rows behind the header"
+        what = f"{counted(num_rows, 'row')}, and all are invalid" if num_rows else "no rows behind the header"
         raise TraceError(f"{path}: {what}")
     columns = {name: np.concatenate(column) for name, column in zip(names, values, strict=True)}
     return _trace(path, fmt, columns, num_dropped)
