@@ -30,10 +30,10 @@ from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.workers import Workers
+from llmsched_gym.report import intervals
 from llmsched_gym.workload import make_table
 
 CAPS, BUDGETS = (0.75, 0.8, 0.85), (512, 768, 1024)

@@ -14,8 +14,8 @@ import typer
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, Profile
 from llmsched_gym.cost.profile import MOST_WHOLE
-from llmsched_gym.evaluation import terminal
-from llmsched_gym.evaluation.store import make_folder
+from llmsched_gym.files import make_folder
+from llmsched_gym.report import console as terminal
 
 if TYPE_CHECKING:
     from llmsched_gym.cost.fit import Batch
@@ -65,7 +65,7 @@ def fit_command(
         for option, folder in (("out", out.parent), ("report", text.parent)):
             _check_place(option, folder)
         profile, measured = _from_batches(batches, spec, target, kv_blocks, name or out.stem, engine)
-        from llmsched_gym.evaluation import batch_report
+        from llmsched_gym.report import batch_report
 
         for folder in (out.parent, text.parent):
             make_folder(folder)
@@ -83,7 +83,7 @@ def fit_command(
         _check_place(option, folder)
     from llmsched_gym.cost.fit_tables import fit_tables
     from llmsched_gym.cost.kernel_tables import layers, read_attention
-    from llmsched_gym.evaluation import fit_report
+    from llmsched_gym.report import fit_report
 
     with terminal.progress_bar("levels left out") as progress:
         profile = fit_tables(

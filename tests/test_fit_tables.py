@@ -18,8 +18,8 @@ from llmsched_gym.cost.fit_table import fill, weights
 from llmsched_gym.cost.fit_tables import fit_tables
 from llmsched_gym.cost.kernel_tables import read_attention, read_dense, read_per_sequence
 from llmsched_gym.cost.tiles import off_tile_cost
-from llmsched_gym.evaluation import batch_report
 from llmsched_gym.real_backend.sweep import Limits, plan
+from llmsched_gym.report import batch_report
 
 VLLM = ("rtx4090-llama-3.1-8b-vllm", "rtx6000ada-mistral-7b-vllm", "rtxpro6000-llama-3.1-8b-vllm")
 COUNTS, CONTEXTS, CHUNKS = (1, 2, 4, 8, 16), (16, 64, 256, 1024), (16, 64, 256)

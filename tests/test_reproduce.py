@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llmsched_gym import reproduce as rep
 from llmsched_gym.config import scenario
-from llmsched_gym.evaluation import tables
-from llmsched_gym.results_page import claims, figures, page, text, trust
+from llmsched_gym.paper import constants
+from llmsched_gym.paper import reproduce as rep
+from llmsched_gym.paper.page import claims, page, text, trust
+from llmsched_gym.report import statistics
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def toy(tmp_path_factory):
         patch.setattr(rep, "STRICT_POLICIES", ("sarathi", "slai"))
         waves = partial(rep.experiments.ablation, devices=(rep.experiments.WAVES,))
         patch.setattr(rep.experiments, "ablation", waves)
-        patch.setattr(claims.tables, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
+        patch.setattr(claims.constants, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
         plan = rep.Plan(
             scenario("paper"),
             tmp_path_factory.mktemp("paper"),
@@ -107,14 +108,14 @@ def test_the_page_repeats(written):
 
 def test_the_sweep_is_near_the_published_one():
     points = rep.budget_sweep(None, lambda text: None)
-    for point, (chunk, ttft_ms, _) in zip(points, figures.PUBLISHED_SWEEP, strict=True):
+    for point, (chunk, ttft_ms, _) in zip(points, constants.PUBLISHED_SWEEP, strict=True):
         assert point["chunk"] == chunk
         assert point["ttft_ms"] == pytest.approx(ttft_ms, rel=0.06)
 
 
 def test_a_long_runs_capacity_lies_between_its_loads():
     rows = [dict(policy="sarathi", load=q, ttft_p50_s=t) for q, t in ((1.0, 0.3), (1.2, 0.4), (1.4, 0.8))]
-    frame = tables.pd.DataFrame(rows)
+    frame = statistics.pd.DataFrame(rows)
     assert claims.long_capacity(frame, "sarathi") == pytest.approx(1.25)
     assert claims.long_capacity(frame[:2], "sarathi") is None
 

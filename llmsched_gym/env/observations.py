@@ -25,6 +25,7 @@ class Part:
     num_rows: int | None = None  # None: there is one, which has no axis of rows
 
     def space(self, config: EnvConfig, num_features: int | None = None) -> spaces.Space:
+        """Box of float32 (num_rows, num_entries) or (num_entries,); masks are MultiBinary (num_rows,)."""
         rows = () if self.num_rows is None else (self.num_rows,)
         if self.entries is None:
             return spaces.MultiBinary(rows)

@@ -69,6 +69,7 @@ def logarithm(place, x):
 
 @kernel()
 def num_visible(lane):
+    """How many slots have a request."""
     return min(NUM_SLOTS, lane.sim.num_running + lane.sim.num_waiting)
 
 

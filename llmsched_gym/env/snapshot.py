@@ -62,6 +62,7 @@ class Snapshot(NamedTuple):
 
     @property
     def prefill_tokens(self) -> int:
+        """Prompt tokens in the last batch."""
         return sum(self.chunks)
 
 

@@ -15,7 +15,9 @@ from llmsched_gym.engine import Backend
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.workers import Workers
-from llmsched_gym.scheduler import Compiled, make_scheduler
+from llmsched_gym.files import replace_file
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import Compiled
 
 LOGGED_STEPS = 3000
 """Batches of a run kept for plots of what happens over time."""
@@ -67,15 +69,13 @@ def run_cell(
 
 
 def part_path(folder: Path, kind: str, index: int) -> Path:
+    """Where a cell's frame of that kind lies."""
     return folder / f"{kind}-{index:06d}.parquet"
 
 
 def write_part(folder: Path, kind: str, index: int, frame: Any) -> None:
-    """Write a cell's frame; a reader never sees half a file."""
-    path = part_path(folder, kind, index)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    frame.to_parquet(partial, index=False, compression="zstd")
-    os.replace(partial, path)
+    """Write a cell's frame."""
+    replace_file(part_path(folder, kind, index), lambda path: frame.to_parquet(path, index=False, compression="zstd"))
 
 
 class Runner:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw
 from llmsched_gym.evaluation.replay import Replay
+from llmsched_gym.report import draw
 from llmsched_gym.words import counted
 
 PANELS = {

@@ -202,6 +202,7 @@ def zip_normaliser(path: Path, model: Any, wanted: str | None) -> Callable[[Any]
 
 
 def as_it_is(observation: Any) -> Any:
+    """The observation, unscaled: what a model without statistics of its own sees."""
     return observation
 
 

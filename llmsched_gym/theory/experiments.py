@@ -57,6 +57,7 @@ def run_cells(function: Callable[..., Any], cells: Sequence[tuple], workers: int
 
 
 def as_row(found: Drift, capacity: float) -> dict[str, Any]:
+    """The drift at one rate as plain figures, with the rate as a share of the capacity."""
     return {
         "share": found.qps / capacity,
         "qps": found.qps,

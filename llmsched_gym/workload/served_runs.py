@@ -57,10 +57,12 @@ class ServedRun:
 
     @property
     def ttft_s(self) -> np.ndarray:
+        """Arrival to first token, (num_requests,)."""
         return self.first_token_s - self.arrival_s
 
     @property
     def queue_time_s(self) -> np.ndarray:
+        """Arrival to first scheduled, (num_requests,)."""
         return self.scheduled_s - self.arrival_s
 
     @property
@@ -72,6 +74,7 @@ class ServedRun:
 
     @property
     def e2e_latency_s(self) -> np.ndarray:
+        """Arrival to last token, (num_requests,)."""
         return self.last_token_s - self.arrival_s
 
     @property

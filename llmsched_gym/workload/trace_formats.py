@@ -103,6 +103,7 @@ def json_rows(fmt: TraceFormat, items: Iterator[tuple[int, dict[str, Any]]]) -> 
 
 
 def json_columns(fmt: TraceFormat) -> list[str]:
+    """The fields that a trace of that format is read from."""
     return [*fmt.columns, *([fmt.session] if fmt.session else [])]
 
 

@@ -2,7 +2,7 @@
 
 Lengths are whole numbers >= 1. A row that breaks a rule is an error that names file, line and column; rows go only when
 the caller asks for it (`on_invalid="drop"`), and are counted then. Blank lines are no rows. Files may be gzipped, and
-are read a part at a time.
+are read a part at a time. That accounting runs through all of the reading, hence one long file.
 """
 
 from __future__ import annotations

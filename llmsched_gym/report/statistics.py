@@ -17,26 +17,13 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.config import SLO_CLASSES, ConfigError
-from llmsched_gym.evaluation import intervals
-from llmsched_gym.evaluation.bounds import bound_of, is_clairvoyant, ordinary
+from llmsched_gym.paper import constants
+from llmsched_gym.report import intervals
+from llmsched_gym.report.bounds import bound_of, is_clairvoyant, ordinary
 
 MIN_SAMPLES_BEYOND = 100
 """A percentile with fewer samples beyond it, in all runs together, is greyed out."""
 BASELINE = "sarathi"
-
-PAPER_TTFT_REDUCTION = 0.53  # of the median, by SLAI against Sarathi-Serve (arXiv 2508.01002)
-PAPER_CAPACITY_GAIN = 0.26  # of the largest rate with a median TTFT below 0.5 s
-# What the authors' own scheduler classes give on a virtual clock (1,500 requests, 2 seeds).
-REFERENCE_TTFT_REDUCTION = {1.0: 0.18, 1.36: 0.35, 1.6: 0.44, 1.73: 0.53, 1.8: 0.64}
-REFERENCE_CAPACITY_QPS = {
-    "sarathi": 1.36,
-    "sarathi-spf": 1.50,
-    "slai-fcfs-fixed": 1.48,
-    "slai-spf-fixed": 1.56,
-    "slai": 1.68,
-    "slai-priority": 1.68,
-    "vllm-v0": 1.60,
-}
 
 
 class ReportError(ConfigError):
@@ -290,7 +277,7 @@ def reduction_against_reference(reduction: pd.DataFrame) -> pd.DataFrame:
     """
     ours = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["value"])].sort_values("load")
     loads, lines = ours["load"].to_numpy(), []
-    for load, reference in REFERENCE_TTFT_REDUCTION.items():
+    for load, reference in constants.REFERENCE_TTFT_REDUCTION.items():
         if len(loads) and loads[0] - 1e-9 <= load <= loads[-1] + 1e-9:
             at = {c: float(np.interp(load, loads, ours[c])) for c in ("value", "low", "high")}
             exact = bool(np.isclose(loads, load).any())
@@ -301,7 +288,7 @@ def reduction_against_reference(reduction: pd.DataFrame) -> pd.DataFrame:
 def capacity_against_reference(capacity: pd.DataFrame) -> pd.DataFrame:
     """Capacities by the paper's criterion beside the reference: policy, ours, low, high, reference, difference."""
     ours = capacity[capacity["criterion"] == "ttft-median"].copy()
-    ours["reference"] = ours["policy"].map(REFERENCE_CAPACITY_QPS)
+    ours["reference"] = ours["policy"].map(constants.REFERENCE_CAPACITY_QPS)
     ours = ours.rename(columns={"capacity_qps": "ours", "ci_low": "low", "ci_high": "high"})
     ours["difference"] = ours["ours"] - ours["reference"]
     columns = ["policy", "ours", "low", "high", "reference", "difference"]

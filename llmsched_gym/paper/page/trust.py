@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.evaluation import intervals
-from llmsched_gym.results_page.text import number, table
+from llmsched_gym.paper.page.text import number, table
+from llmsched_gym.report import intervals
 
 MODELLED = "as modelled"
 COSTLY = {

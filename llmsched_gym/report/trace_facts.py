@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw
+from llmsched_gym.report import draw
 from llmsched_gym.words import counted
 from llmsched_gym.workload.traces import Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WINDOW_S = 60.0
 PERCENTILES = (50, 90, 99)
@@ -76,7 +78,7 @@ def _lengths(tokens: np.ndarray) -> dict[str, float]:
 @draw.styled
 def plot_trace(trace: Trace) -> Figure:
     """Rate over time, distribution of gaps beside a Poisson process's, distributions of lengths."""
-    figure = Figure(figsize=(12.6, 3.7), layout="constrained")
+    figure = draw.new_figure(12.6, 3.7)
     rate, gaps, lengths = figure.subplots(1, 3)
     title = f"{trace.name}: {counted(len(trace), 'request')}, format {trace.format}"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llmsched_gym.evaluation.store import scenario_from_json
+from llmsched_gym.config import Scenario
 from llmsched_gym.fluid import Fluid, Work, fluid_capacity
-from llmsched_gym.scheduler import registry
 
-CLAIRVOYANT = "shortest-total"
+CLAIRVOYANT = ("shortest-total",)
+"""The registered schedulers that are told output lengths; a report of rows needs no scheduler itself to know them."""
 NEAR = 0.15
 """Share of a load by which the fluid capacity may lie beyond it and still be shown."""
 
 
 def is_clairvoyant(policy: str) -> bool:
     """Whether a registered scheduler, with or without parameters in brackets, is told output lengths."""
-    return bool(getattr(registry().get(policy.partition("[")[0].strip()), "clairvoyant", False))
+    return policy.partition("[")[0].strip() in CLAIRVOYANT
 
 
 def bound_of(policies: Iterable[str]) -> str | None:
@@ -32,7 +33,13 @@ def ordinary(policies: Iterable[str]) -> list[str]:
 
 def with_bound(policies: Sequence[str]) -> list[str]:
     """The policies, and the clairvoyant one if none of them is."""
-    return [*policies, CLAIRVOYANT] if bound_of(policies) is None else [*policies]
+    return [*policies, CLAIRVOYANT[0]] if bound_of(policies) is None else [*policies]
+
+
+def scenario_from_json(fields: dict[str, Any]) -> Scenario:
+    """The scenario that ``config.json`` holds."""
+    decoded = {k: math.inf if v == "inf" else tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return Scenario().replace(**decoded)
 
 
 def fluid_of(config: Mapping[str, Any]) -> Fluid | None:

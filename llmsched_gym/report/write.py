@@ -6,21 +6,23 @@ import colorsys
 import importlib.resources
 import io
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jinja2
 from markupsafe import Markup, escape
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw, findings, prose, tables
-from llmsched_gym.evaluation.bounds import ordinary
-from llmsched_gym.evaluation.results import read_results
-from llmsched_gym.evaluation.sections import sections
-from llmsched_gym.evaluation.tables import ReportError
+from llmsched_gym.files import replace_file
+from llmsched_gym.report import draw, findings, settings, statistics, tables
+from llmsched_gym.report.bounds import ordinary
+from llmsched_gym.report.results import read_results
+from llmsched_gym.report.sections import sections
+from llmsched_gym.report.statistics import ReportError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PNG_DPI = 150
 
@@ -33,8 +35,8 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     Returns the path of report.html. Raises :class:`ReportError` with one line if something needed is missing or broken.
     """
     results = read_results(Path(directory))
-    table = tables.comparison_table(results.rows)
-    policies = tables.policies_of(results.rows)
+    table = statistics.comparison_table(results.rows)
+    policies = statistics.policies_of(results.rows)
     judged = ordinary(policies)
     who = "Schedulers compared" if len(judged) > 1 else judged[0]
     title = title or f"{who}: suite {results.suite}"
@@ -59,12 +61,12 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     context = {
         "title": title,
         "summary": [findings.overview(results), *findings.summary(results.rows, table), *findings.overall(results)],
-        "matrix": prose.attainment_matrix(results.rows),
+        "matrix": tables.attainment_matrix(results.rows),
         "parts": parts,
-        "comparisons": prose.comparison_tables(results.rows, table),
+        "comparisons": tables.comparison_tables(results.rows, table),
         "remarks": findings.remarks(results, table),
-        "settings": findings.settings(results),
-        "command": findings.command(results.config, results.directory),
+        "settings": settings.settings(results),
+        "command": settings.command(results.config, results.directory),
         "config": json.dumps(results.config, indent=1, sort_keys=True),
         "chips": {p: f"var(--c{s.colour[1:]},{s.colour})" for p, s in styles.items()},
         "dark": _dark_colours([s.colour for s in styles.values()]),
@@ -78,6 +80,8 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
 def _render(figure: Figure, name: str) -> tuple[bytes, str]:
     """The figure as PNG and as SVG to be put into a page."""
     png, svg = io.BytesIO(), io.StringIO()
+    from matplotlib import rc_context
+
     with rc_context(draw.RC):
         layout = figure.get_layout_engine()
         if layout is not None:
@@ -113,7 +117,7 @@ def _dark_colours(colours: Sequence[str]) -> dict[str, str]:
 
 
 def _environment() -> jinja2.Environment:
-    folder = importlib.resources.files("llmsched_gym.evaluation") / "templates"
+    folder = importlib.resources.files("llmsched_gym.report") / "templates"
     loader = jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(
         loader=loader,
@@ -128,7 +132,7 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _heads(table: prose.Table) -> list[str]:
+def _heads(table: tables.Table) -> list[str]:
     """Column labels of a table that cannot have groups of columns."""
     over = [name for name, span in table.groups for _ in range(span)] or [""] * len(table.labels)
     return [f"{group} {label}".strip() for group, label in zip(over, table.labels, strict=True)]
@@ -141,14 +145,9 @@ def _inline_markup(text: str) -> Markup:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file; a reader never sees half of it."""
+    """Write a file of the report, in a folder of its own if need be."""
     try:
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_file(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
         raise ReportError(f"report: cannot write {path}: {error.strerror or error}") from None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.evaluation import prose, tables
-from llmsched_gym.evaluation.bounds import bound_of
-from llmsched_gym.evaluation.prose import BEST, HEAD, Cell, Table, interval, load_label, number
-from llmsched_gym.evaluation.results import Results
 from llmsched_gym.fluid import Fluid
+from llmsched_gym.report import statistics
+from llmsched_gym.report.bounds import bound_of
+from llmsched_gym.report.results import Results
+from llmsched_gym.report.tables import BEST, HEAD, Cell, Table
+from llmsched_gym.report.text import estimate, interval, load_label, number, same
 
 
 def findings(results: Results) -> list[str]:
@@ -20,11 +21,11 @@ def findings(results: Results) -> list[str]:
         which = "highest load" if results.rows["load"].nunique() > 1 else "load"
         share = f"The {which} that was run is {100 * top / results.fluid.qps:.0f} % of it."
         found.append(f"**Fluid capacity:** {capacity_text(results.fluid)} {share}")
-    gaps = tables.attainment_gap(results.rows)
+    gaps = statistics.attainment_gap(results.rows)
     loads = dict.fromkeys((results.focus, float(results.rows["load"].max())))
     parts = [part for load in loads if (part := _at_load(results.rows, gaps, load))]
     if parts:
-        bound = bound_of(tables.policies_of(results.rows))
+        bound = bound_of(statistics.policies_of(results.rows))
         who = "the best of the others" if gaps["policy"].nunique() > 1 else "the other one"
         text = f"**How far from the best:** against `{bound}`, which knows every output length, {who} attains "
         found.append(f"{text}{' and '.join(parts)}.")
@@ -81,15 +82,15 @@ def points(line: pd.Series) -> str:
     """A difference in attainment in words: 3.1 points [2.6–3.7] less."""
     sign = -1 if line["value"] < 0 else 1
     low, high = sorted((100 * sign * line["low"], 100 * sign * line["high"]))
-    return prose.estimate(100 * sign * line["value"], low, high, " points", 1) + (" less" if sign < 0 else " more")
+    return estimate(100 * sign * line["value"], low, high, " points", 1) + (" less" if sign < 0 else " more")
 
 
 def gap_table(results: Results) -> Table | None:
     """SLO attainment of each policy less that of the clairvoyant one, percentage points by load."""
-    gaps = tables.attainment_gap(tables.binned_loads(results.rows))
+    gaps = statistics.attainment_gap(statistics.binned_loads(results.rows))
     if gaps.empty:
         return None
-    bound = bound_of(tables.policies_of(results.rows))
+    bound = bound_of(statistics.policies_of(results.rows))
     wide = gaps.set_index(["policy", "load"])
     loads, policies = list(gaps["load"].unique()), list(gaps["policy"].unique())
     top = gaps.groupby("load")["value"].max()
@@ -98,7 +99,7 @@ def gap_table(results: Results) -> Table | None:
         cells = []
         for load in loads:
             line = wide.loc[(policy, load)]
-            kind = BEST if len(policies) > 1 and prose.same(100 * line["value"], 100 * top[load], 1) else ""
+            kind = BEST if len(policies) > 1 and same(100 * line["value"], 100 * top[load], 1) else ""
             ends = interval(100 * line["low"], 100 * line["high"], 1)
             cells.append(Cell(_signed(100 * line["value"]), ends, kind))
         lines.append([Cell(policy, kind=HEAD), *cells])

@@ -9,28 +9,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw, plots, tables
+from llmsched_gym.paper import constants
+from llmsched_gym.report import draw, plots, statistics
 from llmsched_gym.theory import experiments
 from llmsched_gym.theory import figures as theory
-
-# chunk, TTFT ms, mean batch ms: Mistral-7B on one RTX 6000 Ada, the SLAI authors' scripts/plot1_results.csv.
-PUBLISHED_SWEEP = (
-    (64, 724.32, 22.717),
-    (128, 386.263, 24.07),
-    (256, 238.84, 28.817),
-    (384, 243.887, 37.796),
-    (512, 212.161, 46.512),
-    (768, 204.894, 57.083),
-    (1024, 201.519, 74.693),
-)
 
 
 @draw.styled
 def against_load(rows: pd.DataFrame, column: str, title: str, label: str, scale: float = 1.0) -> Figure:
     """A column's mean over seeds against load."""
-    means = tables.over_seeds(rows, column)
+    means = statistics.over_seeds(rows, column)
     means[["value", "low", "high"]] *= scale
-    policies = tables.policies_of(rows)
+    policies = statistics.policies_of(rows)
     figure, ax = draw.panel(title)
     for policy, style in draw.policy_styles(policies).items():
         own = means[means["policy"] == policy].sort_values("load")
@@ -49,9 +39,9 @@ def plot_sweep(points: Sequence[dict[str, float]]) -> Figure:
         zip(figure.subplots(1, 2), ("ttft_ms", "batch_ms"), ("Median TTFT (ms)", "Mean batch time (ms)"), strict=True)
     ):
         ax.plot([p["chunk"] for p in points], [p[key] for p in points], color="#0072b2", marker="o", label="cost model")
-        published = [row[1 + i] for row in PUBLISHED_SWEEP]
+        published = [row[1 + i] for row in constants.PUBLISHED_SWEEP]
         kind: dict[str, Any] = dict(linestyle="none", marker="D", markersize=7, color=draw.INK, markerfacecolor="none")
-        ax.plot([row[0] for row in PUBLISHED_SWEEP], published, label="published", **kind)
+        ax.plot([row[0] for row in constants.PUBLISHED_SWEEP], published, label="published", **kind)
         ax.set(xlabel="Token budget", ylabel=label)
         ax.set_ylim(0, None)
         ax.set_xticks([64, 256, 512, 768, 1024])
@@ -97,7 +87,7 @@ def plot_strict(rows: pd.DataFrame) -> Figure:
 def all_figures(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame) -> dict[str, Figure]:
     """The page's figures by name."""
     fluid_qps = data["fluid"][0]["qps"]
-    reduction = tables.ttft_reduction(short)
+    reduction = statistics.ttft_reduction(short)
     slai = reduction[reduction["policy"].str.startswith("slai")]
     bars = ["capacity_qps", "ci_low", "ci_high"]
     found = pd.DataFrame(data["capacity"])
@@ -110,7 +100,7 @@ def all_figures(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame) -
         "batch_time": against_load(long, "mean_batch_s", "Mean batch time", "Mean batch time (ms)", 1e3),
         "kv_use": against_load(long, "kv_cache_usage_max", "Largest KV cache use", "KV cache used (%)", 100),
         "ttft_reduction": plots.plot_ttft_reduction(slai, paper=True),
-        "capacity": plots.plot_capacity(paper, reference=tables.REFERENCE_CAPACITY_QPS, fluid_qps=fluid_qps),
+        "capacity": plots.plot_capacity(paper, reference=constants.REFERENCE_CAPACITY_QPS, fluid_qps=fluid_qps),
         "attainment": plots.plot_attainment(short, fluid_qps=fluid_qps),
         "budget_sweep": plot_sweep(data["budget_sweep"]),
         "batches": plot_batches(data["batches"]),
@@ -123,7 +113,8 @@ def all_figures(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame) -
 
 
 def strict_rows(data: dict[str, Any]) -> pd.DataFrame:
+    """Tidy rows of all shares of strict users."""
     parts = []
     for share in dict.fromkeys(row["strict_share"] for row in data["strict_shares"]):
-        parts.append(tables.tidy([row for row in data["strict_shares"] if row["strict_share"] == share]))
+        parts.append(statistics.tidy([row for row in data["strict_shares"] if row["strict_share"] == share]))
     return pd.concat(parts, ignore_index=True)

@@ -6,17 +6,22 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import distance, plots, prose, tables
-from llmsched_gym.evaluation.bounds import ordinary, shown_capacity
-from llmsched_gym.evaluation.intervals import MIN_SEEDS
-from llmsched_gym.evaluation.prose import Table, names
-from llmsched_gym.evaluation.results import Results
-from llmsched_gym.evaluation.tables import BASELINE
+from llmsched_gym.paper import constants
+from llmsched_gym.report import distance, distributions, plots, statistics, tables
+from llmsched_gym.report.bounds import ordinary, shown_capacity
+from llmsched_gym.report.intervals import MIN_SEEDS
+from llmsched_gym.report.results import Results
+from llmsched_gym.report.statistics import BASELINE
+from llmsched_gym.report.tables import Table
+from llmsched_gym.report.text import load_label, names
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def sections(results: Results) -> list[Section]:
 def _against_load(results: Results) -> Section:
     rows = results.rows
     slo_s = results.ttft_slo()[0]
-    fluid_qps = shown_capacity(results.fluid, tables.binned_loads(rows)["load"])
+    fluid_qps = shown_capacity(results.fluid, statistics.binned_loads(rows)["load"])
     attainment = partial(plots.plot_attainment, rows, fluid_qps=fluid_qps)
     ttft = partial(plots.plot_ttft, rows, slo_s=slo_s, fluid_qps=fluid_qps)
     goodput = partial(plots.plot_goodput, rows, fluid_qps=fluid_qps)
@@ -82,7 +87,7 @@ def _against_load(results: Results) -> Section:
         exhibits.append(_reduction(rows))
     title = "Against load" if results.num_loads > 1 else "At the load that was run"
     text = "Shares and rates are means over seeds, latencies medians."
-    if results.num_seeds >= MIN_SEEDS and tables.has_intervals(rows):
+    if results.num_seeds >= MIN_SEEDS and statistics.has_intervals(rows):
         text += " Bands are 95 % intervals."
     text = "One seed." if results.num_seeds == 1 else text
     if rows["drawn"].any() and results.num_loads > 1:
@@ -95,10 +100,10 @@ def _against_load(results: Results) -> Section:
 def _infinite(rows: pd.DataFrame, percentile: int) -> str:
     """A sentence on the triangles at the upper edge, if the figure has some."""
     column = f"ttft_p{percentile}_s"
-    binned = tables.binned_loads(rows)
+    binned = statistics.binned_loads(rows)
     if column not in rows or binned["load"].nunique() == 1:
         return ""
-    if not np.isposinf(tables.over_seeds(binned, column)["value"]).any():
+    if not np.isposinf(statistics.over_seeds(binned, column)["value"]).any():
         return ""
     share = f"{100 - percentile} % or more" if percentile > 50 else "half or more"
     return f" Triangles on the upper edge: infinite in half of the seeds, as {share} never got a first token."
@@ -116,7 +121,7 @@ def _against_bound(results: Results) -> Section:
 
 
 def _reduction(rows: pd.DataFrame, *, paper: bool = False) -> Exhibit:
-    reduction = tables.ttft_reduction(tables.binned_loads(rows))
+    reduction = statistics.ttft_reduction(statistics.binned_loads(rows))
     text = "How much lower the median TTFT is: the median over seeds of paired runs."
     if reduction["load"].nunique() > 1 and (reduction["value"] < plots.FAR_BELOW / 100).any():
         text += " Triangles on the lower edge stand for far higher ones."
@@ -126,14 +131,14 @@ def _reduction(rows: pd.DataFrame, *, paper: bool = False) -> Exhibit:
 def _against_paper(results: Results) -> Section:
     if not (results.repeats_paper and results.has_baseline):
         return Section("paper", "")
-    lower, more = 100 * tables.PAPER_TTFT_REDUCTION, 100 * tables.PAPER_CAPACITY_GAIN
+    lower, more = 100 * constants.PAPER_TTFT_REDUCTION, 100 * constants.PAPER_CAPACITY_GAIN
     text = (
         f"The paper (arXiv 2508.01002) reports for SLAI against Sarathi-Serve a median TTFT {lower:.0f} % lower and "
         f"{more:.0f} % more capacity. Reference figures are what the authors' own scheduler classes give on a virtual "
         "clock with the same cost formula (1,500 requests, 2 seeds). Beyond Sarathi-Serve's capacity its median TTFT "
         "grows with the length of the run, so figures there depend on it."
     )
-    table = prose.reduction_table(tables.ttft_reduction(results.rows))
+    table = tables.reduction_table(statistics.ttft_reduction(results.rows))
     return Section("paper", "Beside the paper", text, [_reduction(results.rows, paper=True)], [table] if table else [])
 
 
@@ -142,7 +147,7 @@ def _capacity(results: Results) -> Section:
         return Section("capacity", "")
     exhibits, shown = [], []
     for (criterion, suite), own in results.capacity.groupby(["criterion", "suite"], sort=False):
-        reference = tables.REFERENCE_CAPACITY_QPS if (suite, criterion) == ("paper", "ttft-median") else None
+        reference = constants.REFERENCE_CAPACITY_QPS if (suite, criterion) == ("paper", "ttft-median") else None
         other = "" if suite == results.suite else f"-{suite}"
         name = "capacity-" + re.sub(r"[^a-z0-9.]+", "-", f"{criterion}{other}".lower())
         measured = own["measured"].iloc[0]
@@ -150,11 +155,11 @@ def _capacity(results: Results) -> Section:
         fluid = results.fluid if suite == results.suite else None
         plot = partial(plots.plot_capacity, own, reference=reference, fluid_qps=fluid.qps if fluid else None)
         exhibits.append(Exhibit(name, plot, text + distance.above_fluid(own, fluid)))
-        beside = prose.capacity_reference_table(own) if reference else None
+        beside = tables.capacity_reference_table(own) if reference else None
         if beside is not None:
             shown.append(beside)
-        if beside is None or len(own) > own["policy"].isin(tables.REFERENCE_CAPACITY_QPS).sum():
-            shown.append(prose.capacity_table(str(criterion), own))
+        if beside is None or len(own) > own["policy"].isin(constants.REFERENCE_CAPACITY_QPS).sum():
+            shown.append(tables.capacity_table(str(criterion), own))
     text = "The largest arrival rate at which a policy meets the criterion, on seed means."
     return Section("capacity", "Capacity", text, exhibits, shown)
 
@@ -164,33 +169,33 @@ def _at_focus(results: Results) -> Section:
     own = results.requests_at(focus)
     slo = results.ttft_slo() if results.ttft_scales() == [1.0] else None
     drawn = bool(rows["drawn"].any())
-    at = "" if drawn else prose.load_label(rows, focus)
+    at = "" if drawn else load_label(rows, focus)
     tenths = "Each point is a tenth of the requests by prompt length." + (" Dashed: the TTFT SLO." if slo else "")
     exhibits = [
-        Exhibit("ttft-by-prompt-median", partial(plots.plot_ttft_by_prompt, own, 0.5, slo=slo, at=at), tenths),
-        Exhibit("ttft-by-prompt-p90", partial(plots.plot_ttft_by_prompt, own, 0.9, slo=slo, at=at), tenths),
+        Exhibit("ttft-by-prompt-median", partial(distributions.plot_ttft_by_prompt, own, 0.5, slo=slo, at=at), tenths),
+        Exhibit("ttft-by-prompt-p90", partial(distributions.plot_ttft_by_prompt, own, 0.9, slo=slo, at=at), tenths),
     ]
     for load in dict.fromkeys((focus, float(rows["load"].max()))):
         requests, stem = results.requests_at(load), "by-prompt" if load == focus else "by-prompt-highest-load"
-        where = "" if drawn else prose.load_label(rows, load)
-        share = partial(plots.plot_share_by_prompt, requests, at=where)
+        where = "" if drawn else load_label(rows, load)
+        share = partial(distributions.plot_share_by_prompt, requests, at=where)
         exhibits.append(Exhibit(f"attained-{stem}", share, "Whether short or long prompts pay for the attainment."))
         finished = (requests["phase"].astype(str) == "finished").groupby(requests["policy"], observed=True).mean()
         if len(finished) and finished.min() < 0.995:
             exhibits.append(Exhibit(f"served-{stem}", partial(share, "served"), "Who is served at all, late or not."))
     text = "The tail of the distribution. Left of where SLO and p99 cross, 99 % of gaps are in time."
     for name, tbt_s in results.tbt_slos_s().items() if len(results.itl) else ():
-        plot = partial(plots.plot_itl_cdf, results.itl, name, tbt_s, at=at)
+        plot = partial(distributions.plot_itl_cdf, results.itl, name, tbt_s, at=at)
         exhibits.append(Exhibit(f"itl-cdf-{name}", plot, text))
     text = "A line ends below 100 % where requests never got a first token. Dashed: the TTFT SLO of an empty prompt."
-    exhibits.append(Exhibit("ttft-cdf", partial(plots.plot_ttft_cdf, own, results.ttft_slo()[0], at=at), text))
+    exhibits.append(Exhibit("ttft-cdf", partial(distributions.plot_ttft_cdf, own, results.ttft_slo()[0], at=at), text))
     why = ""
     if rows["load"].nunique() > 1:
         best = rows[rows["load"] == focus].groupby("policy")["slo_attainment"].mean().max()
         why = ", the highest load at which some policy attains 90 %"
         why = why if best >= 0.9 else ", the lowest load: no policy attains 90 % at any"
     seeds = own["seed"].nunique()
-    text = f"At {prose.load_label(rows, focus)}{why}; requests of {seeds} seed{'s' if seeds != 1 else ''} together."
+    text = f"At {load_label(rows, focus)}{why}; requests of {seeds} seed{'s' if seeds != 1 else ''} together."
     return Section("distributions", "Distributions", text, exhibits)
 
 
@@ -207,5 +212,5 @@ def _batches(results: Results) -> Section:
     seed, qps = int(results.steps["seed"].iloc[0]), float(results.steps["qps"].iloc[0])
     text = f"The first two minutes of seed {seed} at {qps:.3g} requests/s under {names(chosen)}." if chosen else ""
     caption = "Mean tokens per batch over half-second bins, requests running and waiting, share of KV blocks in use."
-    plot = partial(plots.plot_batches, results.steps, chosen)
+    plot = partial(distributions.plot_batches, results.steps, chosen)
     return Section("batches", "What batches are made of", text, [Exhibit("batches", plot, caption, wide=True)])

@@ -1,162 +1,19 @@
-"""Figures of a report: pure functions from rows, requests, gap distributions or steps to a matplotlib figure.
-
-Rows are tidy ones (:func:`llmsched_gym.evaluation.tables.tidy`). Every figure stands alone, legend and units included,
-and a policy has the same colour, marker and dash in all of them. Nothing here touches pyplot's state.
-"""
+"""Figures of a report at one load, made as in `plots`: of requests, of gaps between tokens, of batches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from llmsched_gym.evaluation import draw, tables
+from llmsched_gym.report import draw, statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PREFILL, DECODE = "#e69f00", "#0072b2"
-PERCENT = (0, 101.5)
-FAR_BELOW = -60.0
-"""A reduction (%) below which a policy is off the scale."""
-FLUID = (0, (7, 2, 1, 2))
-"""Dash of a line at the fluid capacity."""
-
-
-@draw.styled
-def plot_attainment(rows: pd.DataFrame, slo_class: str | None = None, *, fluid_qps: float | None = None) -> Figure:
-    """SLO attainment against load, of all requests or of one class, with the fluid capacity."""
-    column = f"slo_attainment_{slo_class}" if slo_class else "slo_attainment"
-    whose = f", {slo_class} users" if slo_class else ""
-    title, label = f"SLO attainment{whose}", "Requests within all SLOs (%)"
-    return _against_load(rows, column, title, label, percent=True, fluid_qps=fluid_qps)
-
-
-@draw.styled
-def plot_goodput(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
-    """Requests within all SLOs per second against load, with the fluid capacity as a level."""
-    line = (fluid_qps, _fluid_label(fluid_qps)) if fluid_qps else None
-    return _against_load(rows, "request_goodput", "Goodput", "Within all SLOs (requests/s)", line=line, dash=FLUID)
-
-
-@draw.styled
-def plot_throughput(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
-    """Output tokens per second against load, with the fluid capacity."""
-    return _against_load(rows, "throughput_tok_s", "Throughput", "Output (tokens/s)", fluid_qps=fluid_qps)
-
-
-@draw.styled
-def plot_utility(rows: pd.DataFrame) -> Figure:
-    """Mean utility against load: attained less a share for lateness."""
-    return _against_load(rows, "mean_utility", "Mean utility", "Mean utility per request")
-
-
-@draw.styled
-def plot_ttft(
-    rows: pd.DataFrame, percentile: int = 50, slo_s: float = 0.5, *, fluid_qps: float | None = None
-) -> Figure:
-    """A percentile of TTFT against load, on a log scale, with the SLO of an empty prompt and the fluid capacity."""
-    name = "Median" if percentile == 50 else f"p{percentile}"
-    title, label = f"{name} time to first token", f"{name} TTFT (s, log scale)"
-    line = (slo_s, f"TTFT {slo_s:g} s")
-    return _against_load(rows, f"ttft_p{percentile}_s", title, label, log=True, line=line, fluid_qps=fluid_qps)
-
-
-@draw.styled
-def plot_itl(rows: pd.DataFrame, slo_class: str = "strict", slo_s: float = 0.1) -> Figure:
-    """99th percentile of one class's gaps between tokens against load, with the class's TBT SLO."""
-    title = f"p99 inter-token latency, {slo_class} users"
-    line = (slo_s, f"TBT SLO {slo_s:g} s")
-    return _against_load(rows, f"itl_p99_s_{slo_class}", title, "p99 ITL (s, log scale)", log=True, line=line)
-
-
-def _against_load(
-    rows: pd.DataFrame,
-    column: str,
-    title: str,
-    label: str,
-    *,
-    percent: bool = False,
-    log: bool = False,
-    line: tuple[float, str] | None = None,
-    dash: Any = (0, (4, 3)),
-    fluid_qps: float | None = None,
-) -> Figure:
-    """A column against load, or its values at the only load; `line` is a level of the column, `fluid_qps` a load."""
-    if column not in rows:
-        raise draw.NothingToPlot(f"{column}: no such column")
-    means = tables.over_seeds(tables.binned_loads(rows), column)
-    means[["value", "low", "high"]] *= 100 if percent else 1
-    finite = means[np.isfinite(means["value"]) & ((means["value"] > 0) | (not log))]
-    if finite.empty:
-        raise draw.NothingToPlot(f"{column}: no finite value")
-    policies = tables.policies_of(rows)
-    single = means["load"].nunique() == 1
-    if single:
-        figure, ax = draw.panel(title, 1.35 + 0.3 * len(policies))
-        draw.dots(ax, means, policies)
-        ax.set_xlabel(label)
-    else:
-        figure, ax = draw.panel(title)
-        draw.lines(ax, means, policies)
-        ax.set(xlabel="Load (requests/s)", ylabel=label)
-    axis = ax.xaxis if single else ax.yaxis
-    if log:
-        ends = finite[["low", "high"]].to_numpy().ravel() if single else []
-        draw.log_scale(axis, [*finite["value"], *ends, *(line or ())[:1]])
-    elif percent:
-        ax.set(**{f"{axis.axis_name}lim": PERCENT})
-    elif finite["value"].min() >= 0:
-        ax.set(**{f"{axis.axis_name}lim": (0, 1.06 * line[0] if line and line[0] > finite["value"].max() else None)})
-    guides = [draw.guide(ax, *line, vertical=single, dash=dash)] if line else []
-    if fluid_qps and not single:
-        guides.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
-    draw.legend(figure, [] if single else policies, guides)
-    return figure
-
-
-def _fluid_label(qps: float) -> str:
-    return f"fluid capacity, {qps:.2f} requests/s"
-
-
-@draw.styled
-def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = tables.BASELINE, *, paper: bool = False) -> Figure:
-    """Reduction of the median TTFT against `baseline` over load; with `paper` its claim and the reference figures."""
-    means = reduction.assign(**{c: 100 * reduction[c] for c in ("value", "low", "high")})
-    finite = means[np.isfinite(means["value"])]
-    if finite.empty:
-        raise draw.NothingToPlot("no finite reduction")
-    policies = tables.policies_of(means)
-    title, label = f"Median TTFT reduction against {baseline}", "Reduction of median TTFT (%)"
-    low = max(FAR_BELOW, min(0.0, float(finite[["value", "low"]].min().min())) * 1.1)
-    high = min(100.0, max(60.0, float(finite[["value", "high"]].max().max()) + 6))
-    if means["load"].nunique() == 1:
-        figure, ax = draw.panel(title, 1.35 + 0.3 * len(policies))
-        draw.dots(ax, means, policies, floor=low)
-        ax.set_xlabel(label)
-        ax.set_xlim(low, high)
-        ax.axvline(0, color=draw.FAINT, linewidth=1)
-        return figure
-    figure, ax = draw.panel(title)
-    draw.lines(ax, means, policies, floor=low)
-    ax.axhline(0, color=draw.FAINT, linewidth=1)
-    extra = []
-    if paper:
-        claim = 100 * tables.PAPER_TTFT_REDUCTION
-        loads, values = zip(*tables.REFERENCE_TTFT_REDUCTION.items(), strict=True)
-        marks: dict[str, Any] = dict(marker="D", linestyle="none", markerfacecolor="none", color=draw.INK, markersize=7)
-        ax.plot(loads, 100 * np.array(values), zorder=5, **marks)
-        extra = [
-            (Line2D([], [], **marks), "reference figures for slai"),
-            draw.guide(ax, claim, f"the paper's claim ({claim:.0f} %)"),
-        ]
-    ax.set_ylim(low, high)
-    ax.set_xlabel("Load (requests/s)")
-    ax.set_ylabel(label)
-    draw.legend(figure, policies, extra)
-    return figure
 
 
 @draw.styled
@@ -170,7 +27,7 @@ def plot_ttft_by_prompt(
 ) -> Figure:
     """A quantile of TTFT by prompt length, in bins of equally many requests; `slo` = (s, s per prompt token)."""
     edges = _prompt_edges(requests, num_bins)
-    policies = tables.policies_of(requests)
+    policies = statistics.policies_of(requests)
     name = "Median" if quantile == 0.5 else f"p{100 * quantile:g}"
     figure, ax = draw.panel(_titled(f"{name} TTFT by prompt length", at))
     values: list[float] = []
@@ -198,7 +55,7 @@ def plot_ttft_by_prompt(
         x = np.geomspace(*ax.get_xlim(), 100)
         line: dict[str, Any] = dict(color=draw.INK, linewidth=1.1, linestyle=(0, (4, 3)))
         ax.plot(x, slo[0] + slo[1] * x, **line)
-        extra = [(Line2D([], [], **line), "TTFT SLO")]
+        extra = [(draw.mark(**line), "TTFT SLO")]
     draw.log_scale(ax.yaxis, values)
     ax.set_xlabel("Prompt length (tokens, log scale)")
     ax.set_ylabel(f"{name} TTFT (s, log scale)")
@@ -211,7 +68,7 @@ def plot_share_by_prompt(requests: pd.DataFrame, what: str = "attained", *, at: 
     """Share of requests that attained (or were served: finished) by tenth of prompt length."""
     edges = _prompt_edges(requests, 10)
     hit = requests["attained"] if what == "attained" else requests["phase"].astype(str) == "finished"
-    policies = tables.policies_of(requests)
+    policies = statistics.policies_of(requests)
     title = "Within all SLOs by prompt length" if what == "attained" else "Served by prompt length"
     figure, ax = draw.panel(_titled(title, at))
     for policy, style in draw.policy_styles(policies).items():
@@ -221,7 +78,7 @@ def plot_share_by_prompt(requests: pd.DataFrame, what: str = "attained", *, at: 
         ax.plot(shares.index, shares, color=style.colour, marker=style.marker, linestyle=style.dash)
     ax.set_xticks(range(len(edges) - 1), [f"{edge:,.0f}" for edge in edges[1:]])
     ax.tick_params(axis="x", labelsize=8.5)
-    ax.set_ylim(PERCENT)
+    ax.set_ylim(draw.PERCENT)
     ax.set_xlabel("Tenths of requests by prompt length, longest prompt in each (tokens)")
     ax.set_ylabel(f"{'Requests within all SLOs' if what == 'attained' else 'Requests finished'} (%)")
     draw.legend(figure, policies)
@@ -248,7 +105,7 @@ def _bins(lengths: pd.Series, edges: np.ndarray) -> np.ndarray:
 @draw.styled
 def plot_ttft_cdf(requests: pd.DataFrame, slo_s: float = 0.5, *, at: str = "") -> Figure:
     """Distribution of TTFT over all requests: one without a first token never reaches the line's top."""
-    policies = tables.policies_of(requests)
+    policies = statistics.policies_of(requests)
     figure, ax = draw.panel(_titled("Time to first token", at))
     shares = np.unique(np.concatenate([np.linspace(0.002, 0.99, 240), np.linspace(0.99, 1, 21)]))
     seen = []
@@ -270,7 +127,7 @@ def plot_ttft_cdf(requests: pd.DataFrame, slo_s: float = 0.5, *, at: str = "") -
     if not seen:
         raise draw.NothingToPlot("no first token")
     draw.log_scale(ax.xaxis, seen)
-    ax.set_ylim(PERCENT)
+    ax.set_ylim(draw.PERCENT)
     ax.set_xlabel("TTFT (s, log scale)")
     ax.set_ylabel("Requests served that fast (%)")
     draw.legend(figure, policies, [draw.guide(ax, slo_s, f"TTFT {slo_s:g} s", vertical=True)])
@@ -283,7 +140,7 @@ def plot_itl_cdf(itl: pd.DataFrame, slo_class: str = "strict", slo_s: float = 0.
     own = itl[(itl["slo_class"].astype(str) == slo_class) & (itl["itl_s"] > 0)]
     if own.empty:
         raise draw.NothingToPlot(f"no gaps of {slo_class} users")
-    policies = tables.policies_of(itl)
+    policies = statistics.policies_of(itl)
     figure, ax = draw.panel(_titled(f"Gaps between tokens, {slo_class} users", at))
     for policy, style in draw.policy_styles(policies).items():
         mine = own[(own["policy"] == policy) & (own["prob"] < 0.99995)].sort_values("prob")
@@ -311,7 +168,7 @@ def plot_batches(steps: pd.DataFrame, policies: Sequence[str], window_s: float =
     ends = [float((run["start_s"] + run["duration_s"]).iloc[-1]) for run in runs.values()]
     window_s = min(window_s, min(ends))
     bin_s = min(bin_s, window_s / 40)
-    figure = Figure(figsize=(2.0 + 3.2 * len(runs), 5.6), layout="constrained")
+    figure = draw.new_figure(2.0 + 3.2 * len(runs), 5.6)
     grid = figure.subplots(3, len(runs), sharex=True, sharey="row", squeeze=False, height_ratios=[1.6, 1, 0.8])
     edges = np.arange(0, window_s + bin_s / 2, bin_s)
     time_s = edges[:-1] + bin_s / 2
@@ -335,7 +192,7 @@ def plot_batches(steps: pd.DataFrame, policies: Sequence[str], window_s: float =
     for ax, label in zip(grid[:, 0], ("Tokens per batch", "Requests", "KV cache used (%)"), strict=True):
         ax.set_ylabel(label)
         ax.set_ylim(bottom=0)
-        ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        draw.few_ticks(ax.yaxis, 5, integer=True)
     most = 1.15 * max(float(np.quantile(t[t > 0], 0.96)) if (t > 0).any() else 1.0 for t in totals)
     if max(t.max() for t in totals) > 1.6 * most:  # rare spikes would flatten all the rest
         grid[0, 0].set_ylim(0, most)
@@ -362,42 +219,3 @@ def _averaged(run: pd.DataFrame, column: str, edges: np.ndarray) -> np.ndarray:
 
     busy_s = integral(np.ones(len(run)))
     return np.where(busy_s > 1e-9, integral(run[column].to_numpy(float)) / np.maximum(busy_s, 1e-9), 0.0)
-
-
-@draw.styled
-def plot_capacity(
-    capacity: pd.DataFrame, *, reference: Mapping[str, float] | None = None, fluid_qps: float | None = None
-) -> Figure:
-    """Capacity by policy with intervals, for one criterion; dotted: reference figures, dash-dotted: the fluid bound."""
-    own = capacity[np.isfinite(capacity["capacity_qps"].astype(float))].reset_index(drop=True)
-    if own.empty:
-        raise draw.NothingToPlot("no capacity")
-    policies = [str(p) for p in own["policy"]]
-    shown = {p: (reference or {})[p] for p in policies if p in (reference or {})}
-    figure, ax = draw.panel(f"Capacity ({own['criterion'].iloc[0]})", 1.3 + 0.34 * len(own))
-    styles = draw.policy_styles(policies)
-    right = float(max([*own["capacity_qps"], *own["ci_high"].dropna(), *shown.values(), fluid_qps or 0.0]))
-    for y, bar in own.iterrows():
-        ax.barh(y, bar["capacity_qps"], height=0.62, color=styles[bar["policy"]].colour, alpha=0.85, linewidth=0)
-        if np.isfinite(bar["ci_low"]) and np.isfinite(bar["ci_high"]):
-            ax.plot([bar["ci_low"], bar["ci_high"]], [y, y], color=draw.INK, linewidth=1.6, marker="|", markersize=8)
-        ax.text(right * 1.04, y, f"{bar['capacity_qps']:.2f}", va="center", fontweight="bold")
-    dotted: dict[str, Any] = dict(color=draw.INK, linewidth=1.6, linestyle=(0, (1.5, 1)))
-    for policy, qps in shown.items():
-        y = policies.index(policy)
-        ax.plot([qps, qps], [y - 0.4, y + 0.4], **dotted)
-    entries = []
-    if own["ci_low"].notna().any():
-        entries.append((Line2D([], [], color=draw.INK, marker="|", linewidth=1.6), "95 % interval"))
-    if shown:
-        entries.append((Line2D([], [], **dotted), "reference figure"))
-    if fluid_qps:
-        entries.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
-    draw.legend(figure, [], entries)
-    ax.set_yticks(range(len(own)), [draw.name_in_figure(p) for p in policies])
-    ax.tick_params(axis="y", length=0, labelcolor=draw.INK)
-    ax.grid(False, axis="y")
-    ax.set_ylim(len(own) - 0.4, -0.6)
-    ax.set_xlim(0, right * 1.16)
-    ax.set_xlabel("Capacity (requests/s)")
-    return figure

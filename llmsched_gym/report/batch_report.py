@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from llmsched_gym.cost import Profile
 from llmsched_gym.cost.fit import Batch, kind_of
-from llmsched_gym.evaluation.draw import styled
-from llmsched_gym.evaluation.fit_report import KINDS, draw_errors, draw_scale, markdown_table, percent
-from llmsched_gym.evaluation.terminal import new_table
+from llmsched_gym.files import replace_file, write_text
+from llmsched_gym.report import draw
+from llmsched_gym.report.console import new_table
+from llmsched_gym.report.fit_report import KINDS, draw_errors, draw_scale, percent
+from llmsched_gym.text import table as markdown_table
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 NUM_WORST = 5
@@ -101,11 +103,11 @@ def markdown(profile: Profile, batches: pd.DataFrame) -> str:
     )
 
 
-@styled
+@draw.styled
 def heat_map(profile: Profile, batches: pd.DataFrame) -> Figure:
     """Median errors of all batches (of :func:`frame`) by octaves: decodes alone by their number and mean context,
     chunks alone by tokens and prefix, hybrid batches by decodes and chunk."""
-    figure = Figure(figsize=(9.5, 11.0), layout="constrained")
+    figure = draw.new_figure(9.5, 11.0)
     axes = figure.subplots(3, 1)
     image = None
     for ax, kind, (y, x) in zip(axes, KINDS, (("n", "k"), ("c", "p"), ("n", "c")), strict=True):
@@ -127,5 +129,6 @@ def _octave(values: np.ndarray) -> np.ndarray:
 def write(profile: Profile, batches: Sequence[Batch], markdown_file: Path, picture: Path) -> None:
     """The errors as Markdown, and the heat map as PNG."""
     measured = frame(profile, batches)
-    heat_map(profile, measured).savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    markdown_file.write_text(markdown(profile, measured), encoding="utf-8")
+    figure = heat_map(profile, measured)
+    replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=110, metadata={"Software": None}))
+    write_text(markdown_file, markdown(profile, measured))

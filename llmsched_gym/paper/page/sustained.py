@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmsched_gym.results_page.text import number, table
+from llmsched_gym.paper.page.text import number, table
 from llmsched_gym.theory import experiments
 from llmsched_gym.theory import figures as theory
 
 
 def section_theory(data: dict[str, Any], plan: Any) -> str:
+    """Fluid capacities, and which share of them schedulers sustain."""
     bounds = [
         [
             theory.device_title(b["profile"]),
@@ -87,6 +88,7 @@ def _stability_words(data: dict[str, Any]) -> str:
 
 
 def section_ablation(data: dict[str, Any]) -> str:
+    """RAD without one or both of its principles."""
     lines = []
     for row in data["ablation"]:
         change = f"{100 * row['gain']:+.1f} [{100 * row['gain_low']:+.1f}, {100 * row['gain_high']:+.1f}]"

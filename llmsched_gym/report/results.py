@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.evaluation import tables
-from llmsched_gym.evaluation.bounds import fluid_of
-from llmsched_gym.evaluation.tables import BASELINE, ReportError
 from llmsched_gym.fluid import Fluid
+from llmsched_gym.report import statistics
+from llmsched_gym.report.bounds import fluid_of
+from llmsched_gym.report.statistics import BASELINE, ReportError
 
 REQUIRED = ("runs.parquet", "requests.parquet", "config.json")
 REQUEST_COLUMNS = ["policy", "qps", "seed", "prompt_tokens", "phase", "ttft_s", "attained"]
@@ -35,6 +35,7 @@ class Results:
 
     @property
     def suite(self) -> str:
+        """The suites that were run."""
         return _suite(self.rows)
 
     @property
@@ -45,19 +46,21 @@ class Results:
     @property
     def num_loads(self) -> int:
         """Points on an axis of loads."""
-        return int(tables.binned_loads(self.rows)["load"].nunique())
+        return int(statistics.binned_loads(self.rows)["load"].nunique())
 
     @property
     def num_seeds(self) -> int:
         """Seeds behind the best founded point."""
-        return int(tables.binned_loads(self.rows).groupby(["load", "policy"])["seed"].nunique().max())
+        return int(statistics.binned_loads(self.rows).groupby(["load", "policy"])["seed"].nunique().max())
 
     @property
     def has_baseline(self) -> bool:
+        """Whether there is something to compare with the baseline."""
         return BASELINE in set(self.rows["policy"]) and self.rows["policy"].nunique() > 1
 
     @property
     def trace_remarks(self) -> list[str]:
+        """What a reader should know of the trace, a sentence each."""
         return [str(remark) for remark in self.config.get("trace_remarks") or []]
 
     def setting(self, name: str, default: Any) -> Any:
@@ -65,6 +68,7 @@ class Results:
         return (self.config.get("scenario") or {}).get(name, default)
 
     def tbt_slos_s(self) -> dict[str, float]:
+        """TBT SLOs by class, seconds."""
         usual = {"strict": 0.1, "relaxed": 0.5}
         return {name: float(self.setting(f"{name}_tbt_slo_s", slo_s)) for name, slo_s in usual.items()}
 
@@ -73,9 +77,11 @@ class Results:
         return float(self.setting("ttft_slo_s", 0.5)), float(self.setting("ttft_slo_per_token_s", 0.0005))
 
     def ttft_scales(self) -> list[float]:
+        """Factors on the TTFT SLO, one a class of users."""
         return [float(scale) for scale in self.setting("ttft_class_scales", [1.0])]
 
     def requests_at(self, load: float) -> pd.DataFrame:
+        """Requests of the runs at a load."""
         rates = self.rows.loc[self.rows["load"] == load, "qps"].unique()
         return self.requests[self.requests["qps"].isin(rates)]
 
@@ -97,9 +103,9 @@ def read_results(directory: Path) -> Results:
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, got {type(config).__name__}")
         name = "runs.parquet"
-        rows = tables.tidy(pd.read_parquet(directory / name))
+        rows = statistics.tidy(pd.read_parquet(directory / name))
         drawn = bool(rows["drawn"].any())
-        focus, highest = tables.focus_load(rows), rows["load"].max()
+        focus, highest = statistics.focus_load(rows), rows["load"].max()
         rates = rows.loc[rows["load"].isin([focus, highest]), "qps"].unique().tolist()
         name = "requests.parquet"
         wanted = None if drawn else [("qps", "in", rates)]

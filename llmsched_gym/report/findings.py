@@ -1,29 +1,23 @@
-"""What a report says: sentences computed from rows, the settings behind them, how to run it again.
+"""What a report says: sentences computed from rows.
 
 Text marks `code` with backticks and **strong** words with asterisks, in both kinds of report.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.config import SUITES
-from llmsched_gym.cost import Profile, ProfileError, load_profile
-from llmsched_gym.evaluation import distance, prose, tables
-from llmsched_gym.evaluation.bounds import bound_of, is_clairvoyant, ordinary
-from llmsched_gym.evaluation.intervals import MIN_SEEDS
-from llmsched_gym.evaluation.prose import load_label, names, number
-from llmsched_gym.evaluation.results import Results
-from llmsched_gym.evaluation.store import encode
-from llmsched_gym.evaluation.tables import BASELINE, MIN_SAMPLES_BEYOND
+from llmsched_gym.paper import constants
+from llmsched_gym.report import distance, statistics
+from llmsched_gym.report.bounds import is_clairvoyant, ordinary
+from llmsched_gym.report.intervals import MIN_SEEDS
+from llmsched_gym.report.results import Results
+from llmsched_gym.report.statistics import BASELINE, MIN_SAMPLES_BEYOND
+from llmsched_gym.report.text import estimate, load_label, names, number
 
 WORTH_SAYING = 0.02
 """Difference in attainment among strict users that the summary mentions."""
@@ -32,7 +26,7 @@ WORTH_SAYING = 0.02
 def overview(results: Results) -> str:
     """What was run, in one sentence or two."""
     rows = results.rows
-    policies, seeds = tables.policies_of(rows), rows["seed"].nunique()
+    policies, seeds = statistics.policies_of(rows), rows["seed"].nunique()
     counts = sorted({int(n) for n in rows["num_requests"]})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     values = [f"{load:g}" for load in sorted(rows["load"].unique())]
@@ -45,7 +39,7 @@ def overview(results: Results) -> str:
     if len(rows) > 1:
         text += f", {len(rows):,} runs and {int(rows['num_requests'].sum()):,} requests in all"
     text += "."
-    if not tables.has_intervals(rows):
+    if not statistics.has_intervals(rows):
         text += f" {SAME_REQUESTS}"
     elif rows.groupby(["load", "policy"])["seed"].nunique().max() < MIN_SEEDS:
         text += f" With fewer than {MIN_SEEDS} seeds no intervals are given: small differences may be chance."
@@ -57,7 +51,9 @@ def summary(rows: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     means = table.set_index(["load", "metric", "policy"]).sort_index()
     found = []
     for load in sorted(rows["load"].unique()):
-        own = means.loc[(load, "slo_attainment")].reindex(ordinary(tables.policies_of(rows))).dropna(subset=["value"])
+        own = (
+            means.loc[(load, "slo_attainment")].reindex(ordinary(statistics.policies_of(rows))).dropna(subset=["value"])
+        )
         strict = None
         if (load, "slo_attainment_strict") in means.index.droplevel(2):
             strict = means.loc[(load, "slo_attainment_strict")].reindex(own.index)
@@ -97,7 +93,7 @@ def _at_load(own: pd.DataFrame, strict: pd.DataFrame | None, longest: Mapping[st
 
 
 def _percent(line: pd.Series) -> str:
-    return prose.estimate(100 * line["value"], 100 * line["low"], 100 * line["high"], " %", 1)
+    return estimate(100 * line["value"], 100 * line["low"], 100 * line["high"], " %", 1)
 
 
 def _longest(group: pd.DataFrame) -> dict[str, float]:
@@ -121,7 +117,7 @@ def _gaps(results: Results) -> list[str]:
     if not any(rows[column].notna().any() for column in columns.values()):
         return []
     up_to: dict[float, list[str]] = {}  # the last load that all goes well at, -inf if there is none
-    for policy in tables.policies_of(rows):
+    for policy in statistics.policies_of(rows):
         p99 = rows[rows["policy"] == policy].groupby("load")[list(columns.values())].median()
         late = np.any([p99[column] > slos[name] for name, column in columns.items()], axis=0)
         late |= p99.isna().all(axis=1).to_numpy()
@@ -142,7 +138,7 @@ def _lost(results: Results) -> list[str]:
     share = rows[["refused_share", "abandoned_share", "unfinished_share"]].sum(axis=1)
     means = share.groupby([rows["policy"], rows["load"]], sort=False).mean()
     parts = []
-    for policy in tables.policies_of(rows):
+    for policy in statistics.policies_of(rows):
         worst = means[policy].idxmax()
         if means[policy][worst] > 0.01:
             at = f" at {worst:g}" if rows["load"].nunique() > 1 else ""
@@ -158,15 +154,15 @@ def _claims(results: Results) -> list[str]:
     if not (results.repeats_paper and results.has_baseline):
         return []
     found = []
-    reduction = tables.ttft_reduction(results.rows)
+    reduction = statistics.ttft_reduction(results.rows)
     own = reduction[(reduction["policy"] == "slai") & np.isfinite(reduction["value"])]
     parts = [
-        f"{prose.estimate(100 * mean, 100 * low, 100 * high, ' %', 1)} at {load:g}"
+        f"{estimate(100 * mean, 100 * low, 100 * high, ' %', 1)} at {load:g}"
         for load, mean, low, high in own[["load", "value", "low", "high"]].itertuples(index=False)
     ]
     if parts:
         text = f"**The paper's claim on latency:** the median TTFT of `slai` lies below that of `{BASELINE}` by "
-        claim = f"the paper reports {100 * tables.PAPER_TTFT_REDUCTION:.0f} %."
+        claim = f"the paper reports {100 * constants.PAPER_TTFT_REDUCTION:.0f} %."
         found.append(f"{text}{', '.join(parts)} requests/s; {claim}")
     if not results.capacity.empty:
         at = results.capacity.query("criterion == 'ttft-median' and suite == 'paper'").set_index("policy")[
@@ -174,89 +170,14 @@ def _claims(results: Results) -> list[str]:
         ]
         ours, base = at.get("slai", np.nan), at.get(BASELINE, np.nan)
         if np.isfinite(ours) and np.isfinite(base):
-            reference = tables.REFERENCE_CAPACITY_QPS["slai"] / tables.REFERENCE_CAPACITY_QPS[BASELINE] - 1
+            reference = constants.REFERENCE_CAPACITY_QPS["slai"] / constants.REFERENCE_CAPACITY_QPS[BASELINE] - 1
             found.append(
                 f"**The paper's claim on capacity:** with a median TTFT below 0.5 s `slai` carries {ours:.2f} "
                 f"requests/s, {number(100 * (ours / base - 1), 1)} % more than `{BASELINE}` with {base:.2f}; the paper "
-                f"reports {100 * tables.PAPER_CAPACITY_GAIN:.0f} %, the reference figures give {100 * reference:.0f} %."
+                f"reports {100 * constants.PAPER_CAPACITY_GAIN:.0f} %, the reference figures give "
+                f"{100 * reference:.0f} %."
             )
     return found
-
-
-def settings(results: Results) -> list[tuple[str, str]]:
-    """Names and values of what the reader needs to know of the scenario."""
-    rows, get = results.rows, results.setting
-
-    def only(column: str) -> str:
-        return ", ".join(map(str, rows[column].unique())) if column in rows else "unknown"
-
-    seeds = rows["seed"].unique()
-    found = [("Suite", results.suite), ("Cost profile", _profile(only("profile"))), ("Workload", only("workload"))]
-    found += [("Arrivals", _arrivals(results))]
-    found.append(("Seeds", f"{seeds.min()} to {seeds.max()}" if len(seeds) > 1 else str(seeds[0])))
-    found.append(("Requests per run", ", ".join(f"{n:,}" for n in sorted(rows["num_requests"].unique()))))
-    found += [("Trace", remark) for remark in results.trace_remarks]
-    if not results.config.get("scenario"):
-        return found
-    slo_s, per_token_s = results.ttft_slo()
-    scales = "" if results.ttft_scales() == [1.0] else f", times {', '.join(f'{s:g}' for s in results.ttft_scales())}"
-    found.append(("TTFT SLO", f"{slo_s:g} s + {1e3 * per_token_s:g} ms per prompt token{scales}"))
-    tbt = ", ".join(f"{name} {slo_s:g} s" for name, slo_s in results.tbt_slos_s().items())
-    found.append(("TBT SLO", f"{tbt}; rule {get('tbt_rule', 'every-gap')}"))
-    found.append(("Strict users", _range(get("strict_share", 0.05), 100) + " %"))
-    drain, after = get("drain_s", "inf"), "arrivals go on" if get("arrivals_continue", True) else "no arrivals"
-    until = "until all are served" if drain == "inf" else f"for {drain:g} s at most"
-    found.append(("Around them", f"{get('warmup_s', 0.0):g} s of warm-up; {after} behind them, {until}"))
-    profile = _loaded(only("profile"))
-    blocks = get("num_kv_blocks", None) or (profile and profile.num_kv_blocks)
-    seqs = get("max_num_seqs", None) or (profile and profile.device.max_num_seqs)
-    limits = f"max_num_seqs {seqs:,}, " if seqs else ""
-    limits += f"max_num_batched_tokens {get('max_num_batched_tokens', 8192):,}"
-    limits += f", max_model_len {get('max_model_len', 8192):,}"
-    found.append(("Engine", f"{f'{blocks:,} KV blocks, ' if blocks else ''}{limits}"))
-    patience = get("patience_s", "inf")
-    found.append(("Patience", "infinite" if patience == "inf" else f"{patience:g} s late"))
-    times = f"jitter {get('jitter', 0.0):g}, cost scale {_range(get('cost_scale', 1.0), 1)}"
-    if get("backend", "simulated") != "simulated":
-        times = f"measured on {results.config.get('setup', get('model', 'a model'))}; the profile is for predictions"
-        if get("count_host_time", False):
-            times += "; the scheduler's own time counts"
-    found.append(("Batch times", times))
-    return found
-
-
-def _arrivals(results: Results) -> str:
-    """Where arrivals come from, as runs had them."""
-    rows, get = results.rows, results.setting
-    kinds = rows["arrivals"].unique() if "arrivals" in rows else ["unknown"]
-    kind = ", ".join(map(str, kinds))
-    if kind == "trace":
-        scaled = "scaled to the loads asked for" if rows["requested_qps"].notna().any() else "as they are"
-        return f"the trace's own times, {scaled}"
-    if kind == "gamma":
-        kind += f" of shape {get('burstiness', 1.0):g}"
-    if rows["drawn"].any():
-        return f"{kind}, one rate per seed from {_range(get('qps_range', [0.0, 0.0]), 1)} requests/s"
-    if kind in ("mmpp", "switching"):
-        kind += f", rates switching every {_range(get('switch_every_s', [0.0, 0.0]), 1)} s"
-    return f"{kind} at {', '.join(f'{load:.4g}' for load in sorted(rows['load'].unique()))} requests/s"
-
-
-def _profile(name: str) -> str:
-    """The profile's name, with a remark if nobody has measured it."""
-    found = _loaded(name)
-    return name if found is None or found.basis == "measured" else f"{name} ({found.basis})"
-
-
-def _loaded(name: str) -> Profile | None:
-    try:
-        return load_profile(name)
-    except ProfileError:
-        return None  # a file that has gone since
-
-
-def _range(value: Any, scale: float) -> str:
-    return " to ".join(f"{scale * v:g}" for v in (value if isinstance(value, list) else [value]))
 
 
 def remarks(results: Results, table: pd.DataFrame) -> list[str]:
@@ -283,7 +204,7 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
         found.append(
             f"Greyed out (†): a percentile with fewer than {MIN_SAMPLES_BEYOND} samples beyond it in all runs together."
         )
-    told = [p for p in tables.policies_of(rows) if is_clairvoyant(p)]
+    told = [p for p in statistics.policies_of(rows) if is_clairvoyant(p)]
     if told:
         found.append(
             f"{names(told)} (oracle) is told every output length: a bound to compare with, not a policy that can be "
@@ -323,7 +244,7 @@ def _over_seeds(rows: pd.DataFrame) -> str:
         "Shares, utility and rates are means over seeds of the runs' figures; latencies are medians over seeds of the "
         "runs' percentiles, as a few seeds near saturation hold much of their mean."
     )
-    if not tables.has_intervals(rows):
+    if not statistics.has_intervals(rows):
         return f"{text} {SAME_REQUESTS}"
     return (
         f"{text} Ranges are 95 % intervals over seeds, of a mean by Student's t, of a median by order statistics; with "
@@ -335,54 +256,3 @@ SAME_REQUESTS = (
     "No intervals are given: with a trace's own arrival times all seeds have the same requests, so that differences "
     "between seeds say nothing about other requests."
 )
-
-
-FLAGS = frozenset(
-    [
-        "profile",
-        "workload",
-        "trace",
-        "trace_arrivals",
-        "trace_invalid",
-        "strict_share",
-        "jitter",
-        "cost_scale",
-        "length_hint",
-        "tbt_rule",
-        "backend",
-        "model",
-    ]
-)
-"""Fields of a scenario that have an option of their own."""
-
-
-def command(config: Mapping[str, Any], directory: Path) -> str | None:
-    """The `llmsched evaluate` that makes `directory` again, from its config."""
-    if isinstance(config.get("command"), str):
-        return str(config["command"])
-    scenario = config.get("scenario")
-    if not isinstance(scenario, Mapping) or scenario.get("suite") not in SUITES or "policies" not in config:
-        return None
-    usual = json.loads(json.dumps(encode(SUITES[scenario["suite"]].scenario.to_dict())))
-    words = ["llmsched", "evaluate", "--suite", scenario["suite"], "--policy", ",".join(config["policies"])]
-    if bound_of(config["policies"]) is None and scenario.get("backend", "simulated") == "simulated":
-        words += ["--no-bound"]
-    for name, value in scenario.items():
-        if value == usual.get(name) or name in ("suite", "num_requests"):
-            continue
-        if name in FLAGS and isinstance(value, str | int | float):
-            words += [f"--{name.replace('_', '-')}", f"{value}"]
-        elif name == "patience_s":
-            words += ["--patience", f"{value}"]
-        elif name == "allow_refusal":
-            words += ["--allow-refusal"]
-        else:
-            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    if config.get("qps"):
-        words += ["--qps", ",".join(f"{q:.12g}" for q in config["qps"])]
-    if scenario.get("num_requests") is not None:
-        words += ["--num-requests", str(scenario["num_requests"])]
-    words += ["--seeds", str(config.get("seeds", 20))]
-    if config.get("first_seed"):
-        words += ["--first-seed", str(config["first_seed"])]
-    return shlex.join([*words, "--out", directory.resolve().name])

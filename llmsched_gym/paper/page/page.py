@@ -7,19 +7,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmsched_gym.evaluation import tables
-from llmsched_gym.results_page.claims import section_claims
-from llmsched_gym.results_page.figures import all_figures
-from llmsched_gym.results_page.measured import section_bounds, section_main, section_parameters, section_strict
-from llmsched_gym.results_page.sustained import section_ablation, section_theory
-from llmsched_gym.results_page.trust import section_assumption, section_robustness, section_speed
+from llmsched_gym.paper.page.claims import section_claims
+from llmsched_gym.paper.page.figures import all_figures
+from llmsched_gym.paper.page.measured import section_bounds, section_main, section_parameters, section_strict
+from llmsched_gym.paper.page.sustained import section_ablation, section_theory
+from llmsched_gym.paper.page.trust import section_assumption, section_robustness, section_speed
+from llmsched_gym.report import statistics
 
 DPI = 110
 
 
 def write_page(data: dict[str, Any], plan: Any, docs: Path) -> Path:
     """Write docs/results.md and docs/figures; returns the page's path."""
-    long, short = tables.tidy(data["main_table"]), tables.tidy(data["seeds_table"])
+    long, short = statistics.tidy(data["main_table"]), statistics.tidy(data["seeds_table"])
     folder = docs / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in all_figures(data, long, short).items():

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from llmsched_gym.cost import Profile
 from llmsched_gym.cost.fit_errors import LARGE_US
 from llmsched_gym.cost.fit_surface import Attention, kinds
-from llmsched_gym.evaluation.draw import styled
-from llmsched_gym.evaluation.terminal import new_table
+from llmsched_gym.files import replace_file, write_text
+from llmsched_gym.report import draw
+from llmsched_gym.report.console import new_table
+from llmsched_gym.text import number
+from llmsched_gym.text import table as markdown_table
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 KINDS = {"decodes": "decodes alone", "chunks": "chunks alone", "hybrid": "hybrid"}
@@ -108,7 +109,7 @@ def markdown(profile: Profile) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-@styled
+@draw.styled
 def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
     """Median errors: decodes alone and hybrid batches by decodes and context, chunks alone by chunk and prefix.
 
@@ -118,7 +119,7 @@ def heat_map(profile: Profile, cells: pd.DataFrame) -> Figure:
         raise ValueError(f"{profile.name}: has no surface")
     predicted = Attention.of(profile.surface, profile.pair_ms, profile.model.num_layers).predict(cells)
     cells = cells.assign(error=predicted / cells.us - 1.0)
-    figure = Figure(figsize=(9.5, 11.0), layout="constrained")
+    figure = draw.new_figure(9.5, 11.0)
     axes = figure.subplots(3, 1)
     for ax, (kind, mask), (y, x) in zip(axes, kinds(cells).items(), (("n", "k"), ("c", "p"), ("n", "k")), strict=True):
         grid = cells[mask].pivot_table(index=y, columns=x, values="error", aggfunc=lambda e: np.median(np.abs(e)))
@@ -150,6 +151,8 @@ def draw_errors(ax: Axes, grid: pd.DataFrame, y: str, x: str, kind: str) -> Any:
 
 def draw_scale(figure: Figure, image: Any, axes: Any) -> None:
     """The colours of :func:`draw_errors`, in percent as its cells."""
+    from matplotlib.ticker import FuncFormatter
+
     whole = FuncFormatter(lambda share, _: f"{100 * share:.0f}")
     figure.colorbar(image, ax=axes, label="Median error (%)", fraction=0.03, format=whole, extend="max")
 
@@ -157,16 +160,11 @@ def draw_scale(figure: Figure, image: Any, axes: Any) -> None:
 def write(profile: Profile, cells: pd.DataFrame, markdown_file: Path, picture: Path) -> None:
     """The errors as Markdown, and the heat map as PNG."""
     markdown_file.parent.mkdir(parents=True, exist_ok=True)
-    heat_map(profile, cells).savefig(picture, format="png", dpi=110, metadata={"Software": None})
-    markdown_file.write_text(markdown(profile), encoding="utf-8")
+    figure = heat_map(profile, cells)
+    replace_file(picture, lambda path: figure.savefig(path, format="png", dpi=110, metadata={"Software": None}))
+    write_text(markdown_file, markdown(profile))
 
 
-def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of text."""
-    lines = [heads, ("---",) * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def percent(share: float) -> str:
-    """A share as a number of percent."""
-    return f"{100 * share:.1f}"
+def percent(share: float | None) -> str:
+    """A share as a number of percent; a dash for none."""
+    return number(None if share is None else 100 * share, 1)

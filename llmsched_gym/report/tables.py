@@ -1,18 +1,19 @@
-"""Numbers as text, and tables ready to print, for both kinds of report."""
+"""Tables ready to print, for both kinds of report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.evaluation import tables
-from llmsched_gym.evaluation.bounds import ordinary
-from llmsched_gym.evaluation.intervals import MIN_SEEDS
-from llmsched_gym.evaluation.tables import METRICS, Metric
+from llmsched_gym.paper import constants
+from llmsched_gym.report import statistics
+from llmsched_gym.report.bounds import ordinary
+from llmsched_gym.report.statistics import METRICS, Metric
+from llmsched_gym.report.text import decimals, interval, load_label, number, same, seeds_label
 
 BEST, TIED, GREY, HEAD = "best", "tied", "grey", "head"
 
@@ -36,62 +37,6 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def number(value: float | None, digits: int | None = None) -> str:
-    """Three significant digits, or so many decimals; a dash for nothing."""
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{value:,.{decimals(value) if digits is None else digits}f}".replace("-", "−")
-
-
-def same(a: float, b: float, digits: int | None = None) -> bool:
-    """Whether two figures look the same in print: then both are the best, or none."""
-    return number(a, digits) == number(b, digits)
-
-
-def decimals(value: float) -> int:
-    """Decimals that show three significant digits, at most four."""
-    if value == 0 or not math.isfinite(value):
-        return 1
-    return min(4, max(0, 2 - math.floor(math.log10(abs(value)))))
-
-
-def interval(low: float, high: float, digits: int) -> str:
-    """The two ends, of which the upper one may be infinite, or nothing."""
-    if not np.isfinite(low) or math.isnan(high):
-        return ""
-    between = "–" if low >= 0 else " to "
-    return f"{number(low, digits)}{between}{number(high, digits)}"
-
-
-def estimate(mean: float, low: float, high: float, unit: str = "", digits: int | None = None) -> str:
-    """A mean with its interval in brackets, in a sentence."""
-    digits = decimals(mean) if digits is None else digits
-    ends = interval(low, high, digits)
-    return number(mean, digits) + unit + (f" [{ends}]" if ends else "")
-
-
-def names(policies: Iterable[str]) -> str:
-    """`a`, `b` and `c`."""
-    quoted = [f"`{p}`" for p in policies]
-    return quoted[0] if len(quoted) == 1 else ", ".join(quoted[:-1]) + " and " + quoted[-1]
-
-
-def load_label(rows: pd.DataFrame, load: float) -> str:
-    """A load in words."""
-    if rows["drawn"].any():
-        return f"rates drawn per seed ({rows['qps'].min():.2f} to {rows['qps'].max():.2f} requests/s)"
-    if not tables.has_intervals(rows) and rows["requested_qps"].isna().all():
-        return f"the trace's own {load:.3g} requests/s"
-    return f"{load:.4g} request{'s' if load != 1 else ''}/s"
-
-
-def seeds_label(num_seeds: int) -> str:
-    few = f" (n<{MIN_SEEDS}: no interval)" if num_seeds < MIN_SEEDS else ""
-    return f"{num_seeds} seed{'s' if num_seeds != 1 else ''}{few}"
-
-
 def shown_metrics(table: pd.DataFrame) -> list[Metric]:
     """The columns of comparison tables: shares of requests not served only if some run has one that is not 0."""
     used = table.groupby("metric")["value"].max()
@@ -100,7 +45,7 @@ def shown_metrics(table: pd.DataFrame) -> list[Metric]:
 
 def comparison_tables(rows: pd.DataFrame, table: pd.DataFrame) -> list[Table]:
     """One table per load from :func:`tables.comparison_table`."""
-    metrics, policies = shown_metrics(table), tables.policies_of(rows)
+    metrics, policies = shown_metrics(table), statistics.policies_of(rows)
     labels = ["policy", *(f"{m.label} ({m.unit})".strip() for m in metrics)]
     found = []
     for load, own in table.groupby("load"):
@@ -130,8 +75,8 @@ def _cell(metric: Metric, line: pd.Series) -> Cell:
 
 def attainment_matrix(rows: pd.DataFrame) -> Table | None:
     """Mean SLO attainment of every policy at every load; None with a single load."""
-    means = tables.over_seeds(tables.binned_loads(rows), "slo_attainment")
-    wide = means.pivot(index="policy", columns="load", values="value").reindex(tables.policies_of(rows))
+    means = statistics.over_seeds(statistics.binned_loads(rows), "slo_attainment")
+    wide = means.pivot(index="policy", columns="load", values="value").reindex(statistics.policies_of(rows))
     if wide.shape[1] < 2:
         return None
     drawn = bool(rows["drawn"].any())
@@ -151,7 +96,7 @@ def attainment_matrix(rows: pd.DataFrame) -> Table | None:
 def reduction_table(reduction: pd.DataFrame) -> Table | None:
     """SLAI's TTFT reduction beside the reference figures."""
     lines = []
-    against = tables.reduction_against_reference(reduction)
+    against = statistics.reduction_against_reference(reduction)
     for line in against.itertuples():
         ours = Cell(number(100 * line.ours, 1), interval(100 * line.low, 100 * line.high, 1))
         head = f"{line.load:g}{'*' if line.interpolated else ''}"
@@ -166,7 +111,7 @@ def reduction_table(reduction: pd.DataFrame) -> Table | None:
 
 def capacity_reference_table(capacity: pd.DataFrame) -> Table | None:
     """Capacities by the paper's criterion beside the reference figures, and their ratio beside the claim."""
-    against = tables.capacity_against_reference(capacity)
+    against = statistics.capacity_against_reference(capacity)
     if against.empty:
         return None
     lines = []
@@ -177,12 +122,12 @@ def capacity_reference_table(capacity: pd.DataFrame) -> Table | None:
             [Cell(str(line.policy), kind=HEAD), ours, Cell(number(line.reference, 2)), Cell("–"), Cell(difference)]
         )
     at = against.set_index("policy")
-    if {"slai", tables.BASELINE} <= set(at.index):
-        ratio, theirs = (float(at.loc["slai", c] / at.loc[tables.BASELINE, c]) for c in ("ours", "reference"))
-        claim = 1 + tables.PAPER_CAPACITY_GAIN
+    if {"slai", statistics.BASELINE} <= set(at.index):
+        ratio, theirs = (float(at.loc["slai", c] / at.loc[statistics.BASELINE, c]) for c in ("ours", "reference"))
+        claim = 1 + constants.PAPER_CAPACITY_GAIN
         difference = f"{ratio - theirs:+.2f}".replace("-", "−")
         cells = [Cell(number(ratio, 2), _ratio_interval(capacity)), Cell(number(theirs, 2)), Cell(number(claim, 2))]
-        lines.append([Cell(f"slai / {tables.BASELINE}", kind=HEAD), *cells, Cell(difference)])
+        lines.append([Cell(f"slai / {statistics.BASELINE}", kind=HEAD), *cells, Cell(difference)])
     labels = ["policy", "ours (requests/s)", "reference (requests/s)", "the paper", "difference from the reference"]
     return Table("Capacity: largest rate with a median TTFT below 0.5 s", [], labels, lines)
 
@@ -191,7 +136,7 @@ def _ratio_interval(capacity: pd.DataFrame) -> str:
     if "ratio_to" not in capacity:
         return ""
     own = capacity[(capacity["policy"] == "slai") & (capacity["criterion"] == "ttft-median")]
-    own = own[own["ratio_to"] == tables.BASELINE]
+    own = own[own["ratio_to"] == statistics.BASELINE]
     return interval(own["ratio_ci_low"].iloc[0], own["ratio_ci_high"].iloc[0], 2) if len(own) else ""
 
 

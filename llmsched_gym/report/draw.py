@@ -1,24 +1,27 @@
-"""How figures look: the style of each policy, panels, legends, scales, and the marks that several figures share."""
+"""How figures look: the style of each policy, panels, legends, scales, and the marks that several figures share.
+
+matplotlib, which takes as long to import as all else together, is loaded when the first figure is drawn.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from matplotlib.transforms import ScaledTranslation
 
-from llmsched_gym.evaluation.bounds import is_clairvoyant
+from llmsched_gym.report.bounds import is_clairvoyant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 INK, FAINT, GRID = "#1c2733", "#68737f", "#dfe4ea"
+PERCENT = (0, 101.5)  # limits of an axis of percentages, whose marks at 100 are whole
 WIDTH = 5.8  # inches, of a single panel
 LEGEND_LETTERS = 84  # that fit into its legend side by side, handles counted as six
 RC = {
@@ -106,12 +109,41 @@ def policy_styles(policies: Sequence[str]) -> dict[str, Style]:
 
 def styled(function: Any) -> Any:
     """Draw with our settings, whatever the caller's are."""
-    return rc_context(RC)(function)
+
+    @wraps(function)
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        from matplotlib import rc_context
+
+        with rc_context(RC):
+            return function(*args, **kwargs)
+
+    return draw
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, whose layout is its own affair."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def mark(**style: Any) -> Any:
+    """What a legend shows of a line of that style."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **style)
+
+
+def few_ticks(axis: Any, most: int, **settings: Any) -> None:
+    """At most so many ticks, at round numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(most, **settings))
 
 
 def panel(title: str, height: float = 3.55) -> tuple[Figure, Axes]:
     """A figure of one panel; a legend below it adds its own height (inches)."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = new_figure(WIDTH, height)
     ax = figure.subplots()
     ax.set_title(title)
     return figure, ax
@@ -120,7 +152,7 @@ def panel(title: str, height: float = 3.55) -> tuple[Figure, Axes]:
 def legend(figure: Figure, policies: Sequence[str], extra: Sequence[tuple[Any, str]] = ()) -> None:
     """A legend below the figure, which grows by as much."""
     handles = [
-        Line2D([], [], color=s.colour, marker=s.marker, linestyle=s.dash, label=name_in_figure(p))
+        mark(color=s.colour, marker=s.marker, linestyle=s.dash, label=name_in_figure(p))
         for p, s in policy_styles(policies).items()
     ]
     for handle, label in extra:
@@ -147,6 +179,7 @@ def name_in_figure(policy: str) -> str:
 
 
 def short(name: str, most: int = 34) -> str:
+    """A name of at most so many letters, its middle left out."""
     return name if len(name) <= most else f"{name[: most - 12]}…{name[-11:]}"
 
 
@@ -154,7 +187,7 @@ def guide(ax: Axes, value: float, text: str, *, vertical: bool = False, dash: An
     """A line at a limit; returns its legend entry, for a name beside the line would lie on data."""
     style: dict[str, Any] = dict(color=INK, linewidth=1.1, linestyle=dash)
     (ax.axvline if vertical else ax.axhline)(value, zorder=2, **style)
-    return Line2D([], [], **style), text
+    return mark(**style), text
 
 
 def log_scale(axis: Any, values: Iterable[float]) -> None:
@@ -167,6 +200,8 @@ def log_scale(axis: Any, values: Iterable[float]) -> None:
 
 def log_ticks(axis: Any, low: float, high: float, *, whole: bool = False, numbers: Any = None) -> None:
     """Plain numbers at 1, 2, 5 in each decade; only whole decades over a wide range."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
     subs = (1.0,) if whole or high / low > 3e3 else (1.0, 2.0, 5.0)
     axis.set_major_locator(LogLocator(subs=subs, numticks=30))
     axis.set_major_formatter(FuncFormatter(numbers or (lambda v, _: f"{v:g}")))
@@ -174,11 +209,7 @@ def log_ticks(axis: Any, low: float, high: float, *, whole: bool = False, number
     axis.set_minor_formatter(NullFormatter())
     ticks = [t for t in axis.get_major_locator().tick_values(low, high) if low <= t <= high]
     if len(ticks) < 2:
-        axis.set_major_locator(FixedLocator(_round_ticks(low, high)))
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    return [float(t) for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]
+        axis.set_major_locator(FixedLocator([t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high]))
 
 
 def lines(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, floor: float = -math.inf) -> None:
@@ -194,11 +225,13 @@ def lines(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, floor: floa
         below.append((own["load"][own["value"] < floor], style.colour))
     off_scale(ax, above, up=True)
     off_scale(ax, below, up=False)
-    ax.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
+    few_ticks(ax.xaxis, 8, steps=[1, 2, 2.5, 5, 10])
 
 
 def off_scale(ax: Axes, marks: Iterable[tuple[Any, str]], *, up: bool) -> None:
     """Triangles inside the edge of the axes for values beyond it, of several policies (x, colour) side by side."""
+    from matplotlib.transforms import ScaledTranslation
+
     marks = [(x, colour) for x, colour in marks if len(x)]
     for i, (x, colour) in enumerate(marks):
         inside = (-1 if up else 1) * INSIDE_PT / 72

@@ -9,25 +9,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.evaluation import intervals, tables
-from llmsched_gym.results_page.figures import PUBLISHED_SWEEP, strict_rows
-from llmsched_gym.results_page.text import number, percent, seconds, table
+from llmsched_gym.paper.constants import PUBLISHED_SWEEP
+from llmsched_gym.paper.page.figures import strict_rows
+from llmsched_gym.paper.page.text import number, percent, seconds, table
+from llmsched_gym.report import intervals, statistics
 
 
 def section_main(long: pd.DataFrame, plan: Any) -> str:
+    """The main table: every scheduler at every load, in one long run each."""
     loads = [q for q in sorted(long["load"].unique()) if q >= 1.0]
     lines = []
-    for policy in tables.policies_of(long):
+    for policy in statistics.policies_of(long):
         own = long[long["policy"] == policy].set_index("load")
         lines.append([policy, *(number(own["ttft_p50_s"].get(q)) for q in loads)])
     ttft = table(["median TTFT, s", *(f"{q:g}/s" for q in loads)], lines)
     lines = []
-    for policy in tables.policies_of(long):
+    for policy in statistics.policies_of(long):
         own = long[long["policy"] == policy].set_index("load")
         lines.append([policy, *(seconds(own["ttft_p99_s"].get(q)) for q in loads)])
     tail = table(["p99 TTFT, s", *(f"{q:g}/s" for q in loads)], lines)
     lines = []
-    for policy in tables.policies_of(long):
+    for policy in statistics.policies_of(long):
         own = long[long["policy"] == policy].set_index("load")
         cells = (
             f"{number(own['itl_p99_s_strict'].get(q), 3)} / {number(own['itl_p99_s_relaxed'].get(q), 3)}" for q in loads
@@ -55,6 +57,7 @@ those it puts off wait for minutes.
 
 
 def section_parameters(data: dict[str, Any]) -> str:
+    """The cost model beside the authors' chunk sweep."""
     lines = []
     errors = []
     for point, (chunk, ttft_ms, batch_ms) in zip(data["budget_sweep"], PUBLISHED_SWEEP, strict=True):
@@ -88,6 +91,7 @@ Decodes in a batch against its time and running requests against KV use, every 2
 
 
 def section_strict(data: dict[str, Any]) -> str:
+    """Attainment by the share of strict users."""
     rows = strict_rows(data)
     shares = sorted(rows["strict_share"].unique())
     lines = []
@@ -110,9 +114,10 @@ SLO attainment in per cent, of all and of strict users (TTFT within its SLO and 
 
 
 def section_bounds(data: dict[str, Any], short: pd.DataFrame) -> str:
+    """How far schedulers are from what is possible."""
     loads = sorted(short["load"].unique())
     lines = []
-    for policy in tables.policies_of(short):
+    for policy in statistics.policies_of(short):
         own = short[short["policy"] == policy]
         cells = []
         for load in loads:

@@ -5,34 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
+from llmsched_gym import text
+from llmsched_gym.text import between
+
+__all__ = ["between", "number", "percent", "seconds", "table", "verdict"]
 
 AGREES = 0.05  # relative difference up to which two figures are said to agree
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A markdown table, text to the left and numbers to the right."""
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
+    """A Markdown table, text in the first column and numbers in the others."""
+    return text.table(header, rows, 1)
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"
+    """A figure, or a dash where there is none or it is infinite."""
+    return text.number(value, digits, infinite="-")
 
 
 def seconds(value: float | None) -> str:
     """A latency; infinite where that many requests never got a token."""
-    return "infinite" if value is not None and value == np.inf else number(value)
-
-
-def between(low: float | None, high: float | None, digits: int = 2) -> str:
-    return "" if low is None or high is None or not np.isfinite(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return text.number(value, infinite="infinite")
 
 
 def percent(value: float | None, digits: int = 0) -> str:
-    return "-" if value is None or not np.isfinite(value) else f"{100 * value:+.{digits}f} %"
+    """A share as a signed percentage; a dash for nothing."""
+    return "-" if (found := text.number(value, f"+.{digits}%", infinite="-")) == "-" else f"{found[:-1]} %"
 
 
 def verdict(ours: float, theirs: float) -> str:
+    """Whether two figures agree, or by how much ours is off."""
     off = ours / theirs - 1
     return "agrees" if abs(off) <= AGREES else f"{abs(off):.0%} {'higher' if off > 0 else 'lower'}"

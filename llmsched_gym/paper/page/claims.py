@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.evaluation import tables
-from llmsched_gym.results_page.text import between, number, percent, table, verdict
+from llmsched_gym.paper import constants
+from llmsched_gym.paper.page.text import between, number, percent, table, verdict
+from llmsched_gym.report import statistics
 
 
 def section_claims(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame, plan: Any) -> str:
+    """The paper's two claims beside ours."""
     found = {(r["policy"], r["criterion"]): r for r in data["capacity"]}
     lines = []
-    for policy, reference in tables.REFERENCE_CAPACITY_QPS.items():
+    for policy, reference in constants.REFERENCE_CAPACITY_QPS.items():
         own, both = found[policy, "ttft-median"], found[policy, "paper"]
         if own["capacity_qps"] is None:
             continue
@@ -27,7 +29,7 @@ def section_claims(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame
                 percent(own["ratio"] - 1 if own["ratio"] else None)
                 + between(_gain(own["ratio_ci_low"]), _gain(own["ratio_ci_high"]), 0),
                 number(reference),
-                percent(reference / tables.REFERENCE_CAPACITY_QPS["sarathi"] - 1),
+                percent(reference / constants.REFERENCE_CAPACITY_QPS["sarathi"] - 1),
                 verdict(own["capacity_qps"], reference),
                 number(long_capacity(long, policy)),
                 number(both["capacity_qps"]) if both["capacity_qps"] else both["note"] or "-",
@@ -36,15 +38,15 @@ def section_claims(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame
     header = ["capacity, requests/s", "ours", "against sarathi", "reference", "against sarathi", "agreement"]
     capacity = table([*header, f"{plan.num_requests:,} requests", "p99 ITL within SLOs too"], lines)
 
-    reduction = tables.ttft_reduction(short)
+    reduction = statistics.ttft_reduction(short)
     slai = reduction[reduction["policy"] == "slai"].sort_values("load")
-    against = tables.reduction_against_reference(reduction)
+    against = statistics.reduction_against_reference(reduction)
     lines = [
         [f"{r.load:g}", percent(-r.ours) + between(-100 * r.high, -100 * r.low, 0), percent(-r.reference)]
         for r in against.itertuples()
     ]
     ttft = table(["load, requests/s", "ours, SLAI against Sarathi-Serve", "reference"], lines)
-    at = _load_of(slai, tables.PAPER_TTFT_REDUCTION)
+    at = _load_of(slai, constants.PAPER_TTFT_REDUCTION)
     ratio = found["slai", "ttft-median"]["ratio"]
     gain = ratio - 1 if ratio else None
     reached = f"is reached at {at:.2f} requests/s" if at else "is not reached up to 2.0 requests/s"
@@ -76,7 +78,7 @@ What explains the differences:
 - **The load.** The reduction has no single value: Sarathi-Serve's queue explodes earlier, so any reduction between a few
   per cent and nearly all can be had by choosing the load. A claim of -53 % is a statement about one load.
 - **The number of runs.** At 1.8 requests/s, where Sarathi-Serve's queue wanders, the reference's two short seeds say
-  {percent(-tables.REFERENCE_TTFT_REDUCTION[1.8])}; our {plan.seeds} say {percent(-_at(slai, 1.8))} and the long run {percent(_long_change(long, 1.8))}.
+  {percent(-constants.REFERENCE_TTFT_REDUCTION[1.8])}; our {plan.seeds} say {percent(-_at(slai, 1.8))} and the long run {percent(_long_change(long, 1.8))}.
 - **The length of the run.** Near its capacity a scheduler's queue is still filling when a short run ends, and seeds differ.
   Sarathi-Serve's capacity is {number(found["sarathi", "ttft-median"]["capacity_qps"])} in runs of {plan.short_requests:,} requests and {number(sarathi)} in the one of {plan.num_requests:,}, SLAI's
   {number(found["slai", "ttft-median"]["capacity_qps"])} and {number(ours)}; the paper's own runs have 16,384.
