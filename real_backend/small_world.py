@@ -11,7 +11,7 @@ import numpy as np
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.workload.lengths import DATA_DIR, WORKLOADS
+from llmsched_gym.workload.lengths import DATA_DIR, length_workloads
 
 REFERENCE_DECODES = 16
 """Decodes of the batch whose time sets the SLOs; prompt tokens fill it up to the token budget."""
@@ -86,9 +86,9 @@ def make_world(profile: Profile, scale: float, folder: Path, num_requests: int, 
 
 def scaled_workload(name: str, scale: float, folder: Path) -> Path:
     """Write a shipped length distribution with all lengths times `scale`; returns the file."""
-    if name not in WORKLOADS or not 0.0 < scale <= 1.0:
+    if name not in length_workloads() or not 0.0 < scale <= 1.0:
         raise ConfigError(
-            f"scale: expected a number > 0 and <= 1 of a workload in {', '.join(WORKLOADS)}, got {scale:g}"
+            f"scale: expected a number > 0 and <= 1 of a workload in {', '.join(length_workloads())}, got {scale:g}"
         )
     data = json.loads((DATA_DIR / f"{name}.json").read_text(encoding="utf-8"))
     data["name"] = f"{name} x {scale:g}"

@@ -24,7 +24,7 @@ from llmsched_gym.workload import (
 )
 from llmsched_gym.workload import fit as fit_module
 from llmsched_gym.workload.lengths import DATA_DIR as TABLES
-from llmsched_gym.workload.lengths import load_lengths
+from llmsched_gym.workload.lengths import length_workloads, load_lengths
 
 DATA_DIR = os.environ.get("LLMSCHED_DATA_DIR")
 TRACES = {"sharegpt": "openchat_sharegpt4.csv", "azure-conv": "azure_llm_2023_conv.csv"}
@@ -102,7 +102,7 @@ def test_published_statistics():
 @given(st.lists(st.tuples(*[st.floats(0.0, 1.0, exclude_max=True)] * 2), min_size=1, max_size=50))
 @settings(max_examples=50, deadline=None)
 def test_lengths_are_legal_and_each_depends_on_its_own_draws(uniforms):
-    for workload in WORKLOADS:
+    for workload in length_workloads():
         table = load_lengths(workload)
         prompt, output = table.draw(np.array(uniforms))
         assert prompt.dtype == output.dtype == np.int32
@@ -129,7 +129,8 @@ def test_quantiles_of_a_trace_made_by_hand(tmp_path):
 
 def test_describe_workloads():
     rows = {row["name"]: row for row in describe_workloads()}
-    assert set(rows) == set(WORKLOADS) == {"sharegpt", "azure-conv"}
+    assert set(rows) == set(WORKLOADS) == {"sharegpt", "azure-conv", "chat", "agents"}
+    assert set(length_workloads()) == {"sharegpt", "azure-conv"}
     assert rows["sharegpt"]["prompt_tokens"]["p50"] == 1730 and "Apache-2.0" in rows["sharegpt"]["source"]
     assert rows["azure-conv"]["output_tokens"]["p90"] == 424 and "CC-BY" in rows["azure-conv"]["source"]
 
@@ -165,7 +166,7 @@ def test_damaged_workload_files(tmp_path, change, message):
 
 
 def test_unknown_workloads(tmp_path):
-    with pytest.raises(ConfigError, match="workload: expected one of azure-conv, sharegpt"):
+    with pytest.raises(ConfigError, match="workload: expected one of agents, azure-conv, chat, sharegpt"):
         make_table(finite(workload="sharegtp"), 0)
     with pytest.raises(ConfigError, match="cannot read"):
         make_table(finite(workload=str(tmp_path / "gone.json")), 0)

@@ -7,7 +7,6 @@ of draws, so request k is the same at every load, in every suite and in a run of
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 
 import numpy as np
@@ -21,15 +20,31 @@ from llmsched_gym.workload.arrivals import (
     random_arrivals,
 )
 from llmsched_gym.workload.lengths import load_lengths
+from llmsched_gym.workload.session_table import make_session_table
+from llmsched_gym.workload.sessions import load_sessions
+from llmsched_gym.workload.streams import (
+    BACKLOG,
+    COST_SCALE,
+    EPISODE_STREAM,
+    FIRST_ROW,
+    GAP_STREAM,
+    HINT_STREAM,
+    HOLD_STREAM,
+    NOISE_STREAM,
+    QPS,
+    REQUEST_STREAM,
+    START_SIDE,
+    STRICT_SHARE,
+    check_seed,
+    rng,
+    uniform,
+)
 from llmsched_gym.workload.table import RequestTable
 from llmsched_gym.workload.traces import Trace, TraceWarning, cached_trace
 
 NOISE_BLOCK = 4096
 """Steps that one block of execution noise covers."""
 
-EPISODE_STREAM, GAP_STREAM, REQUEST_STREAM, HINT_STREAM, HOLD_STREAM, NOISE_STREAM = range(6)
-QPS, START_SIDE, STRICT_SHARE, COST_SCALE, BACKLOG, FIRST_ROW = range(6)
-"""Draws of the episode stream, by position; all are always drawn, so that a setting moves no other's draw."""
 ROUNDED = 0.2
 """Share of gaps of 0 above which a trace's times are taken for rounded."""
 MAX_DRAIN_S = 600.0
@@ -49,13 +64,21 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
     noise), without backlog and from a random row in a continuing one. Drawn arrivals take their lengths from rows drawn
     with replacement.
 
+    A workload with sessions has the columns of sessions, and `qps` sessions per second: see `session_table`.
+
     Raises :class:`ConfigError` for a bad seed or workload and :class:`TraceError` for a bad trace, one line each.
     """
     seed = check_seed(seed)
-    episode = _rng(seed, EPISODE_STREAM).random(6)
+    episode = rng(seed, EPISODE_STREAM).random(6)
     trace = trace_of(scenario)
     kind = arrival_kind(scenario, trace)
     arrivals = _arrivals(scenario, kind, seed, episode, trace)
+
+    drain_s = MAX_DRAIN_S if math.isinf(scenario.drain_s) else float(scenario.drain_s)
+    drain_s = drain_s if scenario.arrivals_continue else 0.0
+    model = load_sessions(scenario.workload) if trace is None else None
+    if model is not None:
+        return make_session_table(scenario, model, seed, episode, arrivals, kind, drain_s)
 
     backlog = 0
     if scenario.num_requests is None:
@@ -64,16 +87,13 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         arrival_s = np.concatenate([np.zeros(backlog), arrivals_until(arrivals, float(scenario.horizon_s))])
         start, stop = 0, len(arrival_s)
     else:
-        drain_s = MAX_DRAIN_S if math.isinf(scenario.drain_s) else float(scenario.drain_s)
-        arrival_s, start, stop = measured_arrivals(
-            arrivals, float(scenario.warmup_s), scenario.num_requests, drain_s if scenario.arrivals_continue else 0.0
-        )
+        arrival_s, start, stop = measured_arrivals(arrivals, float(scenario.warmup_s), scenario.num_requests, drain_s)
 
     n = len(arrival_s)
     if trace is not None and kind == "trace":
         for remark in _replay_remarks(scenario, trace, n):
             warnings.warn(f"{trace.name}: {remark}", TraceWarning, stacklevel=2)
-    uniforms = _rng(seed, REQUEST_STREAM).random((n, 4))  # prompt, output, SLO class, TTFT class
+    uniforms = rng(seed, REQUEST_STREAM).random((n, 4))  # prompt, output, SLO class, TTFT class
     session = np.full(n, -1, np.int64)
     if trace is None:
         prompt, output = load_lengths(scenario.workload).draw(uniforms)
@@ -88,7 +108,7 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         row = (uniforms[:, 0] * len(trace)).astype(np.int64)
         prompt, output = trace.prompt_tokens[row], trace.output_tokens[row]
 
-    relaxed = uniforms[:, 2] >= _uniform(scenario.strict_share, episode[STRICT_SHARE])
+    relaxed = uniforms[:, 2] >= uniform(scenario.strict_share, episode[STRICT_SHARE])
     ttft_slo_s = scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * prompt
     scales = scenario.ttft_class_scales
     if scales != (1.0,):
@@ -105,7 +125,7 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         cohort_start=start,
         cohort_stop=stop,
         qps=arrivals.qps,
-        cost_scale=_uniform(scenario.cost_scale, episode[COST_SCALE]),
+        cost_scale=uniform(scenario.cost_scale, episode[COST_SCALE]),
         seed=seed,
         arrivals=kind,
     )
@@ -161,10 +181,10 @@ def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
     """
     if scenario.jitter == 0.0 and scenario.straggler_share == 0.0:
         return np.ones(1)
-    rng = _rng(check_seed(seed), NOISE_STREAM, block)
-    noise = np.exp(scenario.jitter * rng.standard_normal(NOISE_BLOCK))
+    draws = rng(check_seed(seed), NOISE_STREAM, block)
+    noise = np.exp(scenario.jitter * draws.standard_normal(NOISE_BLOCK))
     if scenario.straggler_share > 0.0:
-        noise[rng.random(NOISE_BLOCK) < scenario.straggler_share] *= scenario.straggler_factor
+        noise[draws.random(NOISE_BLOCK) < scenario.straggler_share] *= scenario.straggler_factor
     return noise
 
 
@@ -172,7 +192,7 @@ def _arrivals(scenario: Scenario, kind: str, seed: int, episode: np.ndarray, tra
     if kind == "trace" and trace is not None:
         first = 0 if scenario.num_requests is not None else int(episode[FIRST_ROW] * len(trace))
         return ReplayArrivals(trace, scenario.qps, first)
-    gaps, holds = _rng(seed, GAP_STREAM), _rng(seed, HOLD_STREAM)
+    gaps, holds = rng(seed, GAP_STREAM), rng(seed, HOLD_STREAM)
     return random_arrivals(kind, scenario, episode[[QPS, START_SIDE]], gaps, holds)
 
 
@@ -182,25 +202,4 @@ def _length_hint(scenario: Scenario, seed: int, output: np.ndarray) -> np.ndarra
         return np.full(len(output), np.nan)
     if sigma == 0.0:
         return output.astype(np.float64)
-    return output * np.exp(sigma * _rng(seed, HINT_STREAM).standard_normal(len(output)))
-
-
-def _uniform(value: float | tuple[float, float], draw: float) -> float:
-    """A fixed setting, or one drawn from its range."""
-    if isinstance(value, tuple | list):
-        low, high = value
-        return float(low + (high - low) * draw)
-    return float(value)
-
-
-def _rng(seed: int, *stream: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
-
-
-def check_seed(seed: int, bits: int | None = None) -> int:
-    """The seed as Python's int; raises :class:`ConfigError` for anything but a whole number of at most `bits` bits."""
-    is_whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
-    if not is_whole or seed < 0 or (bits is not None and seed >= 2**bits):
-        most = "" if bits is None else f" and < 2**{bits}"
-        raise ConfigError(f"seed: expected a whole number >= 0{most}, got {seed!r}")
-    return int(seed)
+    return output * np.exp(sigma * rng(seed, HINT_STREAM).standard_normal(len(output)))

@@ -39,10 +39,7 @@ def check_parents(parent: np.ndarray, think_s: np.ndarray | None) -> None:
     """Raise :class:`ConfigError` unless every turn has a parent before it, and a time to think."""
     if parent.dtype.kind not in "iu" or parent.ndim != 1:
         raise ConfigError(f"parent: expected whole numbers, got {parent.dtype} of shape {parent.shape}")
-    for r in np.flatnonzero((parent < -1) | (parent >= np.arange(len(parent)))).tolist():
-        if parent[r] < -1:
-            raise ConfigError(f"parent: expected a request or -1 for request {r}, got {parent[r]}")
-        _check_parent(parent, r)
+    _check_order(parent)
     root = np.maximum.accumulate(np.where(parent < 0, np.arange(len(parent)), 0))
     apart = np.flatnonzero((parent >= 0) & (parent < root))
     if len(apart):
@@ -101,32 +98,44 @@ def shares_of_turns(
     `parent` is the index of an earlier request, -1 for a session's first. Firsts that have the same `prefix_id` (-1:
     none) begin with the same `prefix_tokens` tokens. All arrays have shape (num_requests,).
     """
-    n = len(parent)
-    shares_with, shared_tokens = _nobody(n)
-    firsts: dict[int, int] = {}
-    for r in range(n):
-        p = int(parent[r])
-        if p >= 0:
-            _check_parent(parent, r)
-            shares_with[r], shared_tokens[r] = p, prompt_tokens[p] + output_tokens[p]
-            if shared_tokens[r] + new_tokens[r] != prompt_tokens[r] or new_tokens[r] < 0:
-                what = f"the {shared_tokens[r]} tokens of its parent and {new_tokens[r]} new ones"
-                raise ConfigError(f"prompt_tokens: expected {what} for request {r}, got {prompt_tokens[r]}")
-        elif p < -1:
-            raise ConfigError(f"parent: expected a request or -1 for request {r}, got {p}")
-        elif prefix_id is not None and prefix_tokens is not None and prefix_id[r] >= 0:
-            first = firsts.setdefault(int(prefix_id[r]), r)
-            most = min(int(prefix_tokens[first]), int(prompt_tokens[r]))
-            if prefix_tokens[r] != prefix_tokens[first] or not 0 <= prefix_tokens[r] <= most:
-                what = f"{prefix_tokens[first]} as of request {first}, in the prompt of request {r}"
-                raise ConfigError(f"prefix_tokens: expected {what}, got {prefix_tokens[r]}")
-            if first != r:
-                shares_with[r], shared_tokens[r] = first, prefix_tokens[r]
+    _check_order(parent)
+    shares_with, shared_tokens = _nobody(len(parent))
+    turns = np.flatnonzero(parent >= 0)
+    p = parent[turns]
+    shares_with[turns] = p
+    shared_tokens[turns] = prompt_tokens[p] + output_tokens[p]
+    bad = turns[(shared_tokens[turns] + new_tokens[turns] != prompt_tokens[turns]) | (new_tokens[turns] < 0)]
+    if len(bad):
+        r = int(bad[0])
+        what = f"the {shared_tokens[r]} tokens of its parent and {new_tokens[r]} new ones"
+        raise ConfigError(f"prompt_tokens: expected {what} for request {r}, got {prompt_tokens[r]}")
+    if prefix_id is None or prefix_tokens is None:
+        return shares_with, shared_tokens
+    firsts = np.flatnonzero((parent < 0) & (prefix_id >= 0))
+    _, place, which = np.unique(prefix_id[firsts], return_index=True, return_inverse=True)
+    first = firsts[place][which]
+    tokens, expected = prefix_tokens[firsts], prefix_tokens[first]
+    bad = firsts[(tokens != expected) | (tokens < 0) | (tokens > prompt_tokens[firsts])]
+    if len(bad):
+        r = int(bad[0])
+        f = int(first[firsts == r][0])
+        what = f"{prefix_tokens[f]} as of request {f}, in the prompt of request {r}"
+        raise ConfigError(f"prefix_tokens: expected {what}, got {prefix_tokens[r]}")
+    again = first != firsts
+    shares_with[firsts[again]], shared_tokens[firsts[again]] = first[again], tokens[again]
     return shares_with, shared_tokens
 
 
 def _nobody(n: int) -> Shares:
     return np.full(n, -1, np.int32), np.zeros(n, np.int32)
+
+
+def _check_order(parent: np.ndarray) -> None:
+    """Raise :class:`ConfigError` for a request whose parent is none before it."""
+    for r in np.flatnonzero((parent < -1) | (parent >= np.arange(len(parent)))).tolist():
+        if parent[r] < -1:
+            raise ConfigError(f"parent: expected a request or -1 for request {r}, got {parent[r]}")
+        _check_parent(parent, r)
 
 
 def _check_parent(parent: np.ndarray, r: int) -> None:

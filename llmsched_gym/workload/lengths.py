@@ -20,7 +20,7 @@ from llmsched_gym.files import version_of
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "workloads"
 WORKLOADS = tuple(sorted(path.stem for path in DATA_DIR.glob("*.json")))
-"""Names of the shipped length distributions."""
+"""Names of the shipped workloads: length distributions, and those of sessions (see `sessions`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,28 +91,54 @@ def parse_lengths(data: dict[str, Any], where: str) -> LengthTable:
 
 def load_lengths(workload: str) -> LengthTable:
     """The table of a shipped workload by name, or of a JSON file by path; cached until the file changes."""
+    data, path = read_workload(workload)
+    if has_sessions(data):
+        raise ConfigError(f"workload: expected a length distribution, got {workload!r}, which has sessions")
+    return _parsed(path, *version_of(path))
+
+
+def read_workload(workload: str) -> tuple[dict[str, Any], Path]:
+    """The JSON object of a shipped workload by name, or of a file by path, and the file; cached until it changes."""
     path = DATA_DIR / f"{workload}.json" if workload in WORKLOADS else Path(workload)
     if workload not in WORKLOADS and path.suffix != ".json":
         known = ", ".join(WORKLOADS)
         raise ConfigError(f"workload: expected one of {known}, or a fitted .json file, got {workload!r}")
     try:
-        return _load(path, *version_of(path))
+        return _read(path, *version_of(path)), path
     except OSError as error:
         raise ConfigError(f"workload: cannot read {path}: {error.strerror}") from None
 
 
+def has_sessions(data: dict[str, Any]) -> bool:
+    """Whether a workload's requests come in sessions, each after the one before it."""
+    return data.get("kind") == "sessions"
+
+
 @functools.lru_cache(maxsize=16)
-def _load(path: Path, absolute: Path, version: tuple[int, ...]) -> LengthTable:
+def _read(path: Path, absolute: Path, version: tuple[int, ...]) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a JSON object")
-    return parse_lengths(data, str(path))
+    return data
+
+
+@functools.lru_cache(maxsize=16)
+def _parsed(path: Path, absolute: Path, version: tuple[int, ...]) -> LengthTable:
+    return parse_lengths(_read(path, absolute, version), str(path))
+
+
+def length_workloads() -> tuple[str, ...]:
+    """Names of the shipped length distributions."""
+    return tuple(name for name in WORKLOADS if not has_sessions(read_workload(name)[0]))
 
 
 def describe_workloads() -> list[dict[str, Any]]:
-    """One row per shipped workload: name, source, and the p50/p90/p99/mean of the trace it was fitted to (tokens)."""
-    tables = [load_lengths(name) for name in WORKLOADS]
-    return [{"name": table.name, "source": table.source, **table.statistics} for table in tables]
+    """One row per shipped workload: name, source, and p50/p90/p99/mean in tokens.
+
+    They are those of the trace that a length distribution was fitted to, and those of the draws of one with sessions.
+    """
+    tables = [read_workload(name)[0] for name in WORKLOADS]
+    return [{"name": table["name"], "source": table["source"], **table["statistics"]} for table in tables]

@@ -1,0 +1,178 @@
+"""The request table of an episode whose requests come in sessions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from llmsched_gym.config import Scenario
+from llmsched_gym.workload.arrivals import Arrivals, arrivals_until, first_guess, measured_arrivals
+from llmsched_gym.workload.identity import shares_of_turns
+from llmsched_gym.workload.sessions import SessionModel, Sessions, SessionStream, join
+from llmsched_gym.workload.streams import (
+    COST_SCALE,
+    PAST_GAP_STREAM,
+    PAST_SESSION_STREAM,
+    SESSION_STREAM,
+    STRICT_SHARE,
+    rng,
+    uniform,
+)
+from llmsched_gym.workload.table import RequestTable
+
+Past = tuple[np.ndarray, Sessions]
+"""Arrivals of what is over, float64 below 0, not decreasing; and as sessions of one turn each."""
+
+
+def make_session_table(
+    scenario: Scenario,
+    model: SessionModel,
+    seed: int,
+    episode: np.ndarray,
+    arrivals: Arrivals,
+    kind: str,
+    drain_s: float,
+) -> RequestTable:
+    """The sessions of one episode, whose first requests arrive by `arrivals`; `episode` are its draws.
+
+    A finite run measures the turns of the sessions that begin at or after `warmup_s`, until they are `num_requests` or
+    more, and sessions go on to begin for `drain_s`. A continuing one measures all that comes, and begins with sessions
+    in mid-life (`_in_mid_life`), without backlog.
+    """
+    stream = SessionStream(model, rng(seed, SESSION_STREAM), scenario.max_model_len)
+    past: Past | None = None
+    if scenario.num_requests is None:
+        root_s = arrivals_until(arrivals, float(scenario.horizon_s))
+        past, (old_s, old) = _in_mid_life(scenario, model, seed, arrivals.qps)
+        order = np.argsort(np.concatenate([old_s, root_s]), kind="stable")
+        sessions = join([old, stream.first(len(root_s))]).select(order)
+        root_s = np.concatenate([old_s, root_s])[order]
+        name = order  # sessions in mid-life are called after what is past of them
+        start, stop = 0, len(root_s)
+    else:
+        _, start, _ = measured_arrivals(arrivals, float(scenario.warmup_s), 1, 0.0)
+        num_measured = _sessions_for(stream, start, scenario.num_requests)
+        root_s, start, stop = measured_arrivals(arrivals, float(scenario.warmup_s), num_measured, drain_s)
+        sessions, name = stream.first(len(root_s)), np.arange(len(root_s))
+    return _table(scenario, seed, episode, sessions, root_s, name, (start, stop), past, arrivals.qps, kind)
+
+
+def _sessions_for(stream: SessionStream, start: int, num_requests: int) -> int:
+    """How many sessions from `start` on have `num_requests` turns."""
+    n = start + first_guess(num_requests / 4)
+    while True:
+        turns = np.cumsum(stream.first(n).num_turns[start:])
+        if turns[-1] >= num_requests:
+            return int(np.searchsorted(turns, num_requests, "left")) + 1
+        n = start + 2 * (n - start)
+
+
+def _in_mid_life(
+    scenario: Scenario, model: SessionModel, seed: int, qps: float
+) -> tuple[Past, tuple[np.ndarray, Sessions]]:
+    """Sessions that began before time 0 and are not over: what is past of them, and when and how each goes on.
+
+    They began at the times of a Poisson process of the episode's mean rate, whatever its arrivals, and went on by a
+    nominal timetable: a turn takes half its TTFT SLO and half the strict TBT SLO for every further token. Whatever came
+    before 0 is over by then; of each session its last such turn is left, whose context has all those before it.
+    """
+    longest_s = model.max_turns * (
+        _nominal_s(scenario, float(max(model.first_tokens.high, model.new_tokens.high)), model.output_tokens.high)
+        + model.think_s.high
+    )
+    n = first_guess(qps * longest_s)
+    began_s = -np.cumsum(rng(seed, PAST_GAP_STREAM).standard_exponential(n)) / qps
+    sessions = SessionStream(model, rng(seed, PAST_SESSION_STREAM), scenario.max_model_len).first(n)
+    first, of = sessions.first, sessions.session
+    lasts_s = _nominal_s(scenario, sessions.new_tokens, sessions.output_tokens)
+    # a turn comes after all that the session's turns before it took
+    since_s = np.cumsum(sessions.think_s + lasts_s) - lasts_s
+    came_s = began_s[of] + since_s - since_s[first][of]
+    over = np.add.reduceat(came_s < 0.0, first) if n else np.zeros(0, np.int64)
+    lives = np.flatnonzero(over < sessions.num_turns)
+    sessions, last, over = sessions.select(lives), first[lives] + over[lives] - 1, over[lives]
+    last_s, next_s = came_s[last], came_s[last + 1]
+
+    order = np.argsort(last_s, kind="stable")
+    sessions, over = sessions.select(order), over[order]
+    gone = sessions.behind(over - 1).heads()
+    return (last_s[order], gone), (next_s[order], sessions.behind(over))
+
+
+def _nominal_s(scenario: Scenario, new_tokens: Any, output_tokens: Any) -> Any:
+    """How long a turn takes by the nominal timetable, seconds."""
+    ttft_slo_s = scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * new_tokens
+    return 0.5 * ttft_slo_s + 0.5 * scenario.strict_tbt_slo_s * (output_tokens - 1)
+
+
+def _table(
+    scenario: Scenario,
+    seed: int,
+    episode: np.ndarray,
+    sessions: Sessions,
+    root_s: np.ndarray,
+    name: np.ndarray,
+    cohort: tuple[int, int],
+    past: Past | None,
+    qps: float,
+    kind: str,
+) -> RequestTable:
+    num_past = 0 if past is None else len(past[0])
+    if past is not None:
+        sessions = join([past[1], sessions])
+        root_s, name = np.concatenate([past[0], root_s]), np.concatenate([np.arange(num_past), name])
+    of, first = sessions.session, sessions.first
+    n = len(of)
+    is_root = np.zeros(n, np.bool_)
+    is_root[first] = True
+    parent = np.where(is_root, -1, np.arange(n) - 1).astype(np.int32)
+    arrival_s = np.full(n, np.nan)
+    arrival_s[first] = root_s
+    # to share with, the past is the parent of what goes on
+    before = parent.copy()
+    goes_on = np.flatnonzero(name[num_past:] < num_past) + num_past
+    before[first[goes_on]] = name[goes_on]
+    prefix_id, prefix_tokens = sessions.prefix_id[of], sessions.prefix_tokens[of]
+    shares_with, shared_tokens = shares_of_turns(
+        before, sessions.new_tokens, sessions.prompt_tokens, sessions.output_tokens, prefix_id, prefix_tokens
+    )
+
+    relaxed = (sessions.slo_draw >= uniform(scenario.strict_share, episode[STRICT_SHARE]))[of]
+    scales = np.asarray(scenario.ttft_class_scales, float)
+    scale = scales[(sessions.ttft_draw * len(scales)).astype(np.int64)][of]
+    ends = np.append(first, n)
+    return RequestTable(
+        arrival_s=arrival_s,
+        prompt_tokens=sessions.prompt_tokens,
+        output_tokens=sessions.output_tokens,
+        slo_class=relaxed.astype(np.int8),
+        ttft_slo_s=scale * (scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * sessions.new_tokens),
+        tbt_slo_s=np.where(relaxed, float(scenario.relaxed_tbt_slo_s), float(scenario.strict_tbt_slo_s)),
+        length_hint=_length_hint(scenario.hint_sigma, sessions),
+        session_id=name[of].astype(np.int64),
+        cohort_start=int(ends[cohort[0] + num_past]),
+        cohort_stop=int(ends[cohort[1] + num_past]),
+        qps=qps,
+        cost_scale=uniform(scenario.cost_scale, episode[COST_SCALE]),
+        seed=seed,
+        arrivals=kind,
+        shares_with=shares_with,
+        shared_tokens=shared_tokens,
+        parent=parent,
+        think_s=np.where(is_root, 0.0, sessions.think_s),
+        new_tokens=sessions.new_tokens,
+        prefix_id=prefix_id,
+        prefix_tokens=prefix_tokens,
+        max_output_tokens=sessions.max_output_tokens,
+        num_past=num_past,
+    )
+
+
+def _length_hint(sigma: float | None, sessions: Sessions) -> np.ndarray:
+    if sigma is None:
+        return np.full(len(sessions.output_tokens), math.nan)
+    if sigma == 0.0:
+        return sessions.output_tokens.astype(np.float64)
+    return np.asarray(sessions.output_tokens * np.exp(sigma * sessions.hint_draw))
