@@ -153,15 +153,25 @@ def listing(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Table:
 def trace_table(found: dict[str, Any]) -> Table:
     """The facts of a trace in words."""
 
+    def seconds_of(name: str) -> str:
+        return f"{number(found[name])} s"
+
     def seconds(name: str) -> str:
-        return f"{number(found[f'gap_{name}_s'])} s"
+        return seconds_of(f"gap_{name}_s")
 
     table = new_table("trace", found["name"], text=2)
     dropped = f", {found['num_dropped']:,} invalid rows left out" if found["num_dropped"] else ""
     table.add_row("format", found["format"])
     table.add_row("requests", f"{found['num_requests']:,}{dropped}")
     if found["num_sessions"]:
-        table.add_row("sessions", f"{found['num_sessions']:,}")
+        turns = f"turns: mean {number(found['turns_mean'], 1)}, max {found['turns_max']:,}"
+        table.add_row("sessions", f"{found['num_sessions']:,}; {turns}")
+    if found["think_p50_s"] is not None:
+        table.add_row("answer to next call", f"p50 {seconds_of('think_p50_s')}, p99 {seconds_of('think_p99_s')}")
+    if found["hit_rate"] is not None:
+        table.add_row("prompt tokens seen before", f"{100 * found['seen_share']:.1f} %")
+        blocks = f"by full blocks of {found['block_tokens']}"
+        table.add_row("hits of an infinite cache", f"{found['hit_rate']:.3f} of prompt tokens, {blocks}")
     if found["num_images"]:
         table.add_row("images, not simulated", f"{found['num_images']:,}")
     if found["duration_s"] is None:
