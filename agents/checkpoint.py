@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmsched_gym.files import replace_file, write_text
+
 _DIGEST = hashlib.sha256().digest_size
 KEPT = 2
 
@@ -26,12 +28,14 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     torch.save(_pack(state), buffer)
     data = zlib.compress(buffer.getvalue(), 1)
     path = folder / f"checkpoint-{step:012d}"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "wb") as file:
-        file.write(hashlib.sha256(data).digest() + data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:
+            file.write(hashlib.sha256(data).digest() + data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    replace_file(path, write)
     for stale in [*checkpoints(folder)[KEPT:], *folder.glob(".checkpoint-*")]:
         stale.unlink(missing_ok=True)
     return path
@@ -62,7 +66,7 @@ def cut_progress(folder: Path, step: int) -> Path:
         except ValueError:  # cut off by a kill
             break
         kept.append(line + "\n")
-    path.write_text("".join(kept))
+    write_text(path, "".join(kept))
     return path
 
 
@@ -73,13 +77,16 @@ def cut_events(folder: Path, step: int) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        partial = path.with_name(f".{path.name}")
-        with open(partial, "wb") as file:
-            writer = RecordWriter(file)
-            for record in RawEventFileLoader(str(path)).Load():  # up to where a kill cut it off
-                if Event.FromString(record).step <= step:
-                    writer.write(record)
-        partial.replace(path)
+        records = list(RawEventFileLoader(str(path)).Load())  # up to where a kill cut it off
+
+        def write(partial: Path, records: list[bytes] = records) -> None:
+            with open(partial, "wb") as file:
+                writer = RecordWriter(file)
+                for record in records:
+                    if Event.FromString(record).step <= step:
+                        writer.write(record)
+
+        replace_file(path, write)
 
 
 def _pack(value: Any) -> Any:

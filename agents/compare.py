@@ -23,8 +23,10 @@ from scipy.stats import trim_mean
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError, scenario
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.grid import evaluate
+from llmsched_gym.report import intervals
+from llmsched_gym.text import between
+from llmsched_gym.text import table as markdown_table
 
 METRIC = "mean_utility"
 
@@ -85,20 +87,19 @@ def winners(found: dict[str, Any], margin: float) -> int:
 
 def markdown(found: dict[str, Any], config: Config) -> str:
     """The table as a page shows it."""
-
-    def bounds(pair: Sequence[float] | None, digits: int) -> str:
-        return "" if pair is None else f" [{pair[0]:.{digits}f}, {pair[1]:.{digits}f}]"
-
     best = found["best_opponent"]
-    text = [f"| policy | mean utility | attainment | against `{best}` |", "|---|---|---|---|"]
+    rows = []
     for line in sorted(found["lines"], key=lambda line: line[METRIC]):
         against = "-"
         if line["policy"] != best:
-            against = f"{line['difference']:+.4f}{bounds(line['difference_interval'], 4)}"
-        utility = f"{line[METRIC]:.4f}{bounds(line['interval'], 3)}"
-        text.append(f"| `{line['policy']}` | {utility} | {line['slo_attainment']:.4f} | {against} |")
+            low, high = line["difference_interval"] or (None, None)
+            against = f"{line['difference']:+.4f}{between(low, high, 4)}"
+        low, high = line["interval"] or (None, None)
+        utility = f"{line[METRIC]:.4f}{between(low, high, 3)}"
+        rows.append((f"`{line['policy']}`", utility, f"{line['slo_attainment']:.4f}", against))
     num_agents = sum(line["agent"] for line in found["lines"])
-    text += [
+    text = [
+        markdown_table(("policy", "mean utility", "attainment", f"against `{best}`"), rows),
         "",
         f"Interquartile mean of the agents' differences: {found['interquartile_mean']:+.4f}; "
         f"{winners(found, config.margin)} of {num_agents} gain {config.margin:g} or more, interval clear of zero.",

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError
-from llmsched_gym.evaluation import draw
+from llmsched_gym.report import draw
 
 SMOOTH = 10  # iterations of a moving average of returns
 

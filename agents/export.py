@@ -164,23 +164,16 @@ def measure_decision_s(scheduler: Any, decisions: int = 2000) -> dict[str, float
 def _busy_engine(config: EnvConfig, running: int, waiting: int) -> Engine:
     """An engine whose state has so many requests in either queue."""
     n = running + waiting
-    prompts = np.linspace(20, 200, n).astype(np.int32)
-    table = RequestTable(
-        arrival_s=np.concatenate([np.zeros(running), np.full(waiting, 0.2)]),
-        prompt_tokens=prompts,
-        output_tokens=np.full(n, 3000, np.int32),
-        slo_class=(np.arange(n) % 20 != 0).astype(np.int8),
-        ttft_slo_s=np.full(n, 1e6),
-        tbt_slo_s=np.full(n, 0.5),
-        length_hint=np.full(n, np.nan),
-        session_id=np.full(n, -1, np.int64),
-        cohort_start=0,
-        cohort_stop=n,
+    table = RequestTable.of(
+        np.concatenate([np.zeros(running), np.full(waiting, 0.2)]),
+        np.linspace(20, 200, n).astype(np.int32),
+        3000,
+        slo_class=np.arange(n) % 20 != 0,
+        ttft_slo_s=1e6,
+        tbt_slo_s=0.5,
         qps=1.0,
-        cost_scale=1.0,
-        seed=0,
     )
-    from llmsched_gym.scheduler import make_scheduler
+    from llmsched_gym.registry import make_scheduler
 
     world = dataclasses.replace(config, jitter=0.0, num_requests=n, warmup_s=0.0)
     engine = Engine(world, n)

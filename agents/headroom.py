@@ -18,9 +18,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,10 @@ from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
-from llmsched_gym.engine.compiling import speak_if_first
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.workers import Workers
+from llmsched_gym.report import intervals
 from llmsched_gym.workload import make_table
 
 CAPS, BUDGETS = (0.75, 0.8, 0.85), (512, 768, 1024)
@@ -85,8 +83,7 @@ def headroom(config: Config) -> dict[str, Any]:
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
-    context = get_context("spawn")
-    with ProcessPoolExecutor(config.workers, context, speak_if_first, (context.Lock(),)) as pool:
+    with Workers(config.workers) as pool:
 
         def run(what: str, told: bool, policies: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
             """Utilities, (len(policies), len(seeds))."""

@@ -22,9 +22,10 @@ from rich.progress import track
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.report import intervals
+from llmsched_gym.text import table
 
 COST_SCALES, JITTERS, STRAGGLERS = (0.8, 1.0, 1.25), (0.0, 0.05, 0.1), (0.0, 0.01)
 MIXINGS = (2, 3, 4)  # factors on the attention of decodes beside a prompt chunk
@@ -125,15 +126,12 @@ def markdown(cells: list[dict[str, Any]], baseline: str) -> str:
             f"- `{policy}` against `{baseline}`: worst {gain(cell, policy):+.4f}{ends} ({place(cell)}); "
             f"below it in {below} of {len(cells)} cells."
         )
-    text += [
-        "",
-        f"| world | `{baseline}` | {' | '.join(f'`{p}`' for p in policies)} |",
-        "|---" * (len(policies) + 2) + "|",
-    ]
+    rows = []
     for name, group in itertools.groupby(cells, lambda cell: (name_of(cell), cell["cost_scale"])):
         own = list(group)
         means = [np.mean([cell["mean_utility"][p] for cell in own]) for p in (baseline, *policies)]
-        text.append(f"| {name[0]}, cost scale {name[1]:g} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+        rows.append((f"{name[0]}, cost scale {name[1]:g}", *(f"{mean:.3f}" for mean in means)))
+    text += ["", table(("world", *(f"`{p}`" for p in (baseline, *policies))), rows)]
     return "\n".join(text) + "\n"
 
 

@@ -47,6 +47,7 @@ from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.files import write_text
 from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
 
 
@@ -311,9 +312,7 @@ def _open_run(config: Config, out: Path) -> Config:
 def _write_config(config: Config, out: Path) -> None:
     """Make the folder a run's; until here nothing is written, so that the same command can be given again."""
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "config.partial"
-    partial.write_text(json.dumps(_plain(config), indent=2) + "\n")
-    partial.replace(out / "config.json")
+    write_text(out / "config.json", json.dumps(_plain(config), indent=2) + "\n")
 
 
 def _bar(total: int) -> Progress:

@@ -19,11 +19,12 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from llmsched_gym import text
 from llmsched_gym.config import scenario
-from llmsched_gym.evaluation import draw
 from llmsched_gym.evaluation.gaps import percentile
 from llmsched_gym.evaluation.metrics import Outcomes
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.report import draw
 from llmsched_gym.theory.experiments import run_cells
 
 AGES_S = (10, 15, 20, 30, 60, 90)
@@ -71,14 +72,11 @@ def measure(qps: float, seeds: Sequence[int], workers: int) -> list[Pooled]:
 
 def table(rows: Sequence[Pooled]) -> str:
     """Markdown: a line for each policy."""
-    lines = [
-        "| scheduler | within all SLOs | median TTFT (s) | p99 | p99.9 | largest |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
+    lines = []
     for row in rows:
-        tails = " | ".join(f"{seconds:.1f}" for seconds in row.tails_s.values())
-        lines.append(f"| `{row.policy}` | {100 * row.attainment:.1f} % | {row.median_s:.2f} | {tails} |")
-    return "\n".join(lines)
+        tails = (f"{seconds:.1f}" for seconds in row.tails_s.values())
+        lines.append((f"`{row.policy}`", f"{100 * row.attainment:.1f} %", f"{row.median_s:.2f}", *tails))
+    return text.table(("scheduler", "within all SLOs", "median TTFT (s)", "p99", "p99.9", "largest"), lines, 1)
 
 
 @draw.styled

@@ -24,7 +24,8 @@ import pandas as pd
 
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.engine import Engine, Execution, ScheduledBatch
-from llmsched_gym.scheduler import PolicyError, install, make_scheduler
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable
 
 MAX_IDLE_STEPS = 10_000
@@ -90,22 +91,13 @@ def read_requests(path: Path) -> RequestTable:
             raise ValueError(f"{path}: line {row + 2}: {name}: expected a number, got {str(frame[name].iloc[row])!r}")
     if not frame["arrival"].is_monotonic_increasing:
         raise ValueError(f"{path}: arrival: expected requests sorted by arrival")
-    n = len(frame)
     strict = frame["strict"] if "strict" in frame else frame["tbt_deadline"] <= 0.1
-    return RequestTable(
-        arrival_s=frame["arrival"].to_numpy(np.float64),
-        prompt_tokens=frame["prompt_tokens"].to_numpy(np.int32),
-        output_tokens=frame["decode_tokens"].to_numpy(np.int32) + 1,
-        slo_class=np.where(strict, 0, 1).astype(np.int8),
-        ttft_slo_s=np.full(n, math.inf),
-        tbt_slo_s=frame["tbt_deadline"].to_numpy(np.float64),
-        length_hint=np.full(n, math.nan),
-        session_id=np.full(n, -1, np.int64),
-        cohort_start=0,
-        cohort_stop=n,
-        qps=math.nan,
-        cost_scale=1.0,
-        seed=0,
+    return RequestTable.of(
+        frame["arrival"],
+        frame["prompt_tokens"],
+        frame["decode_tokens"] + 1,
+        slo_class=np.where(strict, 0, 1),
+        tbt_slo_s=frame["tbt_deadline"],
     )
 
 

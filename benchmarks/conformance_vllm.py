@@ -37,7 +37,8 @@ from benchmarks.prefix_tables import Case, at_random, by_hand, cells, tokens_of
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine import Engine, Execution, ScheduledBatch
-from llmsched_gym.scheduler import PolicyError, install, make_scheduler
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable, make_table
 
 QPS, KV_BLOCKS, SEEDS = (1.2, 1.8, 2.4), (14_733, 2_500), (0, 1, 2)

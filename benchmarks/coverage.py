@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_gym import text
 from llmsched_gym.config import Scenario, scenario
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.capacity import STEP, Search, criterion, ratios
 from llmsched_gym.evaluation.gaps import percentile
 from llmsched_gym.evaluation.metrics import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.report import intervals
 from llmsched_gym.theory.experiments import run_cells
 
 FIRST_SEED = 4000
@@ -175,16 +176,13 @@ def measure(pool_size: int, num_draws: int, workers: int, note: Callable[[str], 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a line for each kind, figure and load."""
-    lines = [
-        "| interval | figure | load | 10 seeds | 20 seeds | lowest of |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    lines = []
     for kind, figure, share in dict.fromkeys((r["kind"], r["figure"], r["share"]) for r in rows):
         own = {r["seeds"]: r for r in rows if (r["kind"], r["figure"], r["share"]) == (kind, figure, share)}
         cells = [f"{100 * own[size]['coverage']:.1f} %" for size in SIZES]
         load = "" if share is None else f"{share:g}"
-        lines.append(f"| {kind} | {figure} | {load} | {cells[0]} | {cells[1]} | {own[SIZES[0]]['among']} |")
-    return "\n".join(lines)
+        lines.append((kind, figure, load, *cells, own[SIZES[0]]["among"]))
+    return text.table(("interval", "figure", "load", "10 seeds", "20 seeds", "lowest of"), lines, 2)
 
 
 def main() -> int:

@@ -27,12 +27,13 @@ from matplotlib.figure import Figure
 
 from llmsched_gym.config import ConfigError, Scenario, scenario
 from llmsched_gym.cost import PROFILES
-from llmsched_gym.evaluation import draw, intervals
 from llmsched_gym.evaluation.grid import evaluate, seed_range
-from llmsched_gym.evaluation.store import make_folder, replace_file, write_text
+from llmsched_gym.files import make_folder, replace_file, write_text
 from llmsched_gym.fluid import fluid_capacity
-from llmsched_gym.results_page.text import between, number, table
-from llmsched_gym.scheduler import PolicyError, make_scheduler
+from llmsched_gym.paper.page.text import between, number, table
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.report import draw, intervals
+from llmsched_gym.scheduler import PolicyError
 from llmsched_gym.theory.experiments import run_cells
 
 CANDIDATE = "on-time[mix=auto]"

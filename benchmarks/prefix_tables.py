@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -26,24 +25,7 @@ def table_of(
     arrival_s: np.ndarray, prompt: np.ndarray, output: np.ndarray, shares: tuple[np.ndarray, np.ndarray]
 ) -> RequestTable:
     """A table of requests without SLOs."""
-    n = len(arrival_s)
-    return RequestTable(
-        arrival_s=np.asarray(arrival_s, np.float64),
-        prompt_tokens=np.asarray(prompt, np.int32),
-        output_tokens=np.asarray(output, np.int32),
-        slo_class=np.ones(n, np.int8),
-        ttft_slo_s=np.full(n, math.inf),
-        tbt_slo_s=np.full(n, 0.5),
-        length_hint=np.full(n, math.nan),
-        session_id=np.full(n, -1, np.int64),
-        cohort_start=0,
-        cohort_stop=n,
-        qps=math.nan,
-        cost_scale=1.0,
-        seed=0,
-        shares_with=shares[0],
-        shared_tokens=shares[1],
-    )
+    return RequestTable.of(arrival_s, prompt, output, tbt_slo_s=0.5, shares_with=shares[0], shared_tokens=shares[1])
 
 
 def _of_ids(rows: list[tuple[float, str, int, int]]) -> RequestTable:

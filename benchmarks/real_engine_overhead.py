@@ -21,7 +21,8 @@ import numpy as np
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.engine import Engine
 from llmsched_gym.real_backend import BackendError, make_backend
-from llmsched_gym.scheduler import PolicyError, install, make_scheduler
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable
 
 PROMPT_TOKENS = 96
@@ -30,21 +31,8 @@ BUDGET_MS = 1.0
 
 def requests(num_requests: int, output_tokens: int) -> RequestTable:
     """Equal requests, all there at time 0."""
-    n = num_requests
-    return RequestTable(
-        arrival_s=np.zeros(n),
-        prompt_tokens=np.full(n, PROMPT_TOKENS, np.int32),
-        output_tokens=np.full(n, output_tokens, np.int32),
-        slo_class=np.ones(n, np.int8),
-        ttft_slo_s=np.full(n, 10.0),
-        tbt_slo_s=np.full(n, 0.5),
-        length_hint=np.full(n, np.nan),
-        session_id=np.full(n, -1, np.int64),
-        cohort_start=0,
-        cohort_stop=n,
-        qps=np.inf,
-        cost_scale=1.0,
-        seed=0,
+    return RequestTable.of(
+        np.zeros(num_requests), PROMPT_TOKENS, output_tokens, ttft_slo_s=10.0, tbt_slo_s=0.5, qps=np.inf
     )
 
 

@@ -26,7 +26,7 @@ from llmsched_gym.agents.export import measure_decision_s
 from llmsched_gym.agents.train import Config, train
 from llmsched_gym.evaluation.bench import machine
 from llmsched_gym.policies import LoadedPolicy
-from llmsched_gym.scheduler import make_scheduler
+from llmsched_gym.registry import make_scheduler
 
 
 def training_frames_per_s(config: Config) -> dict[str, float]:

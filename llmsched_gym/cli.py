@@ -1,7 +1,8 @@
 """The command line: `llmsched COMMAND`, thin over the packages that do the work.
 
 Results go to stdout, progress and remarks to stderr. What cannot be done is said in one line, with exit code 2.
-Modules are imported by the commands that need them, so that listing things is quick.
+Modules are imported by the commands that need them, so that listing things is quick. The file is long because the
+options of all commands are declared here once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import typer
 
 from llmsched_gym.commands import add_commands
 from llmsched_gym.config import SUITES, ConfigError, Scenario, scenario
-from llmsched_gym.evaluation import terminal
+from llmsched_gym.report import console, terminal
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -71,7 +72,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    terminal.print_anywhere()
+    console.print_anywhere()
     with _interrupts() as seen, _remarks():
         try:
             code = typer.main.get_command(app).main(args=argv, prog_name="llmsched", standalone_mode=False)
@@ -195,13 +196,13 @@ def evaluate(
     """Run policies on the same requests, at each rate and seed; with --out, also shortest-total for a bound."""
     world = _scenario(locals())
     rates = None if qps is None else _numbers("qps", qps)
-    from llmsched_gym.evaluation.bounds import with_bound
     from llmsched_gym.evaluation.grid import evaluate as run
+    from llmsched_gym.report.bounds import with_bound
 
     named = split_policies(policy)
     bounded = out is not None and not no_bound and world.backend == "simulated"
     chosen = with_bound(named) if bounded else named
-    with terminal.progress_bar("runs") as progress:
+    with console.progress_bar("runs") as progress:
         rows = run(
             world,
             chosen,
@@ -217,10 +218,10 @@ def evaluate(
             report(out)
     finally:
         if as_json:
-            terminal.print_rows(rows)
+            console.print_rows(rows)
         else:
             for table in terminal.comparison(rows):
-                terminal.print_table(table)
+                console.print_table(table)
     if chosen != named:
         note = f"{chosen[-1]} ran too: a bound that knows every output length (--no-bound leaves it out)"
         print(f"llmsched: {note}", file=sys.stderr)
@@ -259,7 +260,7 @@ def capacity(
         raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
     from llmsched_gym.evaluation import capacity as search
 
-    with terminal.progress_bar("runs") as progress:
+    with console.progress_bar("runs") as progress:
         found = search.capacity(
             world,
             split_policies(policy),
@@ -275,25 +276,27 @@ def capacity(
     for item in found:
         if item.note:
             print(f"llmsched: {item.policy}: {item.criterion} {item.note}", file=sys.stderr)
+    rows = [item.to_row() | ratio for item, ratio in zip(found, ratios, strict=True)]
     if as_json:
-        terminal.print_rows([item.to_row() | ratio for item, ratio in zip(found, ratios, strict=True)])
+        console.print_rows(rows)
     else:
-        terminal.print_table(terminal.capacities(found, ratios))
+        console.print_table(terminal.capacities(rows))
     if any(item.shares for item in found):
-        terminal.print_table(terminal.served(found), sys.stderr)
+        console.print_table(terminal.served(rows), sys.stderr)
 
 
 @app.command()
 def policies(as_json: AsJson = False) -> None:
     """List the schedulers and what they do."""
-    from llmsched_gym.scheduler import Compiled, registry
+    from llmsched_gym.registry import registry
+    from llmsched_gym.scheduler import Compiled
 
     rows = []
     for name, entry in sorted(registry().items()):
         what = getattr(entry, "what", " ".join((entry.__doc__ or "").split()))
         kind = {"compiled": isinstance(entry, Compiled), "clairvoyant": getattr(entry, "clairvoyant", False)}
         rows.append({"name": name, "what": what, **kind})
-    terminal.print_listing(rows, {"name": "policy", "what": "what"}, as_json)
+    console.print_listing(rows, {"name": "policy", "what": "what"}, as_json)
 
 
 @app.command()
@@ -303,7 +306,7 @@ def suites(as_json: AsJson = False) -> None:
     for name, suite in SUITES.items():
         fields = {k: "inf" if v == float("inf") else v for k, v in suite.scenario.to_dict().items()}
         rows.append({"name": name, "what": suite.what, "env_id": suite.env_id, "scenario": fields})
-    terminal.print_listing(rows, {"name": "suite", "env_id": "environment", "what": "what"}, as_json)
+    console.print_listing(rows, {"name": "suite", "env_id": "environment", "what": "what"}, as_json)
 
 
 @app.command()
@@ -316,7 +319,7 @@ def workloads(as_json: AsJson = False) -> None:
         for name in ("prompt_tokens", "output_tokens"):
             row[name] = " / ".join(f"{row[name][figure]:.0f}" for figure in ("mean", "p50", "p90", "p99"))
     heads = {"prompt_tokens": "prompt tokens: mean / p50 / p90 / p99", "output_tokens": "output tokens"}
-    terminal.print_listing(rows, {"name": "workload", **heads, "source": "source"}, as_json)
+    console.print_listing(rows, {"name": "workload", **heads, "source": "source"}, as_json)
 
 
 @app.command()
@@ -331,9 +334,9 @@ def profiles(as_json: AsJson = False) -> None:
         rows.append(profile.to_dict() | {"basis": profile.basis, "attention": kind, "full_batch_ms": full_ms})
     heads = {"name": "profile", "attention": "attention", "tile_tokens": "tile\n(tokens)"}
     heads |= {"full_batch_ms": "512 tokens\n(ms)", "num_kv_blocks": "KV blocks\nof 16"}
-    terminal.print_listing(rows, heads, as_json)
+    console.print_listing(rows, heads, as_json)
     if not as_json:
-        terminal.print_listing(rows, {"name": "profile", "basis": "times", "engine": "engine"})
+        console.print_listing(rows, {"name": "profile", "basis": "times", "engine": "engine"})
         typer.echo("NAME[mixing=FACTOR]: decodes beside a prompt chunk cost FACTOR times as much attention.")
         typer.echo("NAME[additive=true]: a batch costs the sum of its parts, fitted to decodes alone.")
 
@@ -349,7 +352,7 @@ def trace(
     as_json: AsJson = False,
 ) -> None:
     """Say what a trace file is: format, rates, gaps, lengths, and what of it does not fit."""
-    from llmsched_gym.evaluation.trace_facts import facts, plot_trace
+    from llmsched_gym.report.trace_facts import facts, plot_trace
     from llmsched_gym.workload.traces import load_trace
 
     checked = scenario(**({} if trace_invalid is None else {"trace_invalid": trace_invalid}))
@@ -361,9 +364,9 @@ def trace(
         except OSError as error:
             raise ConfigError(f"plot: cannot write to {plot}: {error.strerror}") from None
     if as_json:
-        terminal.print_rows([found])
+        console.print_rows([found])
         return
-    terminal.print_table(terminal.trace_table(found))
+    console.print_table(terminal.trace_table(found))
 
 
 @app.command()
@@ -404,9 +407,11 @@ def replay(
         replays.write(result, out)
     errors = result.errors()
     if as_json:
-        terminal.emit(json.dumps(errors, allow_nan=False) + "\n")
+        console.emit(json.dumps(errors, allow_nan=False) + "\n")
     else:
-        terminal.print_table(terminal.replay_table(result))
+        from llmsched_gym.evaluation.replay_table import replay_table
+
+        console.print_table(replay_table(result))
     over = [] if max_error is None else replays.above(errors, max_error)
     for text in over:
         print(f"llmsched: {text}", file=sys.stderr)
@@ -419,7 +424,7 @@ def report(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `evaluate --out` wrote.")],
 ) -> None:
     """Write report.html and report.md from a folder of results."""
-    from llmsched_gym.evaluation.report import write_report
+    from llmsched_gym.report.write import write_report
 
     print(f"llmsched: wrote {write_report(directory)}", file=sys.stderr)
 
@@ -434,10 +439,10 @@ def bench(
 
     figures = measure(quick, note=lambda text: print(f"llmsched: measuring: {text}", file=sys.stderr))
     if as_json:
-        terminal.emit(json.dumps(figures, allow_nan=False) + "\n")
+        console.emit(json.dumps(figures, allow_nan=False) + "\n")
         return
     flat = [(k, name, v) for k, value in figures.items() for name, v in _entries(value)]
-    terminal.print_listing(
+    console.print_listing(
         [{"figure": f"{k} {name}".strip(), "value": v} for k, name, v in flat], {"figure": "figure", "value": "value"}
     )
 

@@ -28,7 +28,7 @@ def _command(name: str, run: Callable[[str, list[str]], int]) -> Callable[[typer
 
 
 def _reproduce(name: str, args: list[str]) -> int:
-    code: int = importlib.import_module("llmsched_gym.reproduce").main(args)
+    code: int = importlib.import_module("llmsched_gym.paper.reproduce").main(args)
     return code
 
 

@@ -2,6 +2,7 @@
 
 A :class:`Scenario` is everything that fixes the world a scheduler lives in; with a seed it fixes the requests.
 :data:`SUITES` holds the named ones. Times are seconds, lengths are tokens, rates are requests per second.
+Long, as every field has its line, its meaning and its check, and is looked for here.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class ModelSpec:
 
     @property
     def head_params(self) -> int:
+        """Parameters of the output head."""
         return self.hidden_size * self.vocab_size
 
     @property
@@ -100,6 +102,7 @@ class ModelSpec:
 
     @property
     def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that a token takes in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_value
 
 
@@ -212,6 +215,7 @@ class Scenario:
         return 0.0 if self.length_hint == "oracle" else float(self.length_hint.split(":")[1])
 
     def to_dict(self) -> dict[str, Any]:
+        """All fields by name, as they are."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def _check_number(
@@ -330,10 +334,19 @@ class Scenario:
                 raise ConfigError(f"{name}: {what}, got {getattr(self, name)!r}")
 
 
+OF_THE_VECTOR = ("num_envs", "num_threads", "autoreset_mode")
+"""Arguments of the native vector environment that no configuration has."""
+
+
 def check_names(cls: type, fields: dict[str, Any]) -> None:
     """Raise one clear error for a field that `cls` does not have."""
     names = [f.name for f in dataclasses.fields(cls)]
     for name in fields:
+        if name in OF_THE_VECTOR:
+            whose = (
+                "only LLMSchedVectorEnv has it (gym.make_vec with vectorization_mode='vector_entry_point', its default)"
+            )
+            raise UnknownField(f"{cls.__name__} got an unexpected keyword argument {name!r}; {whose}")
         if name not in names:
             close = difflib.get_close_matches(name, names, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

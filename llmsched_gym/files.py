@@ -1,8 +1,16 @@
-"""When a file that was read before is still the same."""
+"""Files: written as a whole or not at all, JSON that other programs read, and when a file is still the same."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from llmsched_gym.config import ConfigError
 
 
 def version_of(path: Path) -> tuple[Path, tuple[int, ...]]:
@@ -12,3 +20,48 @@ def version_of(path: Path) -> tuple[Path, tuple[int, ...]]:
     """
     stat = path.stat()
     return path.absolute(), (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a hidden file beside `path`, then put it in place: a reader never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file; a reader never sees half of it."""
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def make_folder(out: Path) -> None:
+    """Make `out` and try to write there; one line of error otherwise."""
+    trial = out / f"trial.{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ConfigError(f"out: cannot write to {out}: {error.strerror or error}") from None
+
+
+def encode(value: Any) -> Any:
+    """`value` as JSON can hold it: an infinite number becomes the text inf."""
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if isinstance(value, dict):
+        return {k: encode(v) for k, v in value.items()}
+    return [encode(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def digest_of(value: Any, digits: int = 12) -> str:
+    """So many hexadecimal digits that change with `value`, anything that :func:`encode` turns into JSON."""
+    return hashlib.sha256(json.dumps(encode(value), sort_keys=True).encode()).hexdigest()[:digits]
+
+
+def dumps(value: Any) -> str:
+    """`value` as JSON of one field a line, with a last line break; ValueError for what JSON cannot hold."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"

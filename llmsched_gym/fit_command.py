@@ -7,14 +7,18 @@ import importlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, Profile
-from llmsched_gym.evaluation import terminal
-from llmsched_gym.evaluation.store import make_folder
+from llmsched_gym.cost.profile import MOST_WHOLE
+from llmsched_gym.files import make_folder
+from llmsched_gym.report import console as terminal
+
+if TYPE_CHECKING:
+    from llmsched_gym.cost.fit import Batch
 
 
 def fit_command(
@@ -29,7 +33,9 @@ def fit_command(
     batches: Annotated[
         Path | None, typer.Option(help="Instead of tables: measured batches, the CSV of llmsched calibrate.")
     ] = None,
-    kv_blocks: Annotated[int | None, typer.Option(min=1, help="KV blocks of 16; as memory holds unless given.")] = None,
+    kv_blocks: Annotated[
+        int | None, typer.Option(min=1, max=MOST_WHOLE, help="KV blocks of 16; as memory holds unless given.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the profile (OUT without .json).")] = None,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}; no time depends on it.")] = "llama-3.1-8b",
     device: Annotated[
@@ -46,32 +52,38 @@ def fit_command(
         raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
     if out.is_dir():
         raise ConfigError(f"out: expected a file, got the folder {out}")
-    if batches is not None and report is not None:
-        raise ConfigError("report: expected tables; what a fit to --batches is worth goes to the terminal")
     spec, target = _known(model, MODELS, "model"), _known(device, DEVICES, "device")
     spec = dataclasses.replace(spec, num_layers=num_layers or spec.num_layers)
+    text, picture = (out.with_name(f"{out.stem}-fit{end}") for end in (".md", ".png"))
+    if report is not None:
+        text, picture = report / "fit.md", report / "fit.png"
     tables = {"dense": dense, "attention": attention, "per-sequence": per_sequence}
     if batches is not None:
         given = [option for option, file in {**tables, "skew": skew}.items() if file is not None]
         if given:
             raise ConfigError(f"{given[0]}: expected either tables or --batches, got both")
-        _check_place(out.parent)
-        profile = _from_batches(batches, spec, target, kv_blocks, name or out.stem, engine)
-        make_folder(out.parent)
+        for option, folder in (("out", out.parent), ("report", text.parent)):
+            _check_place(option, folder)
+        profile, measured = _from_batches(batches, spec, target, kv_blocks, name or out.stem, engine)
+        from llmsched_gym.report import batch_report
+
+        for folder in (out.parent, text.parent):
+            make_folder(folder)
+        batch_report.write(profile, measured, text, picture)
         profile.to_json(out)
+        for table in batch_report.tables(profile):
+            terminal.print_table(table)
         print(importlib.import_module("llmsched_gym.real_backend.calibrate").describe(profile))
+        print(f"llmsched: wrote {out}, {text}, {picture}", file=sys.stderr)
         return
     if dense is None or attention is None or per_sequence is None:
         missing = next(option for option, file in tables.items() if file is None)
         raise ConfigError(f"{missing}: missing; expected --dense, --attention and --per-sequence, or --batches")
-    text, picture = (out.with_name(f"{out.stem}-fit{end}") for end in (".md", ".png"))
-    if report is not None:
-        text, picture = report / "fit.md", report / "fit.png"
-    for folder in (out.parent, text.parent):
-        _check_place(folder)
+    for option, folder in (("out", out.parent), ("report", text.parent)):
+        _check_place(option, folder)
     from llmsched_gym.cost.fit_tables import fit_tables
     from llmsched_gym.cost.kernel_tables import layers, read_attention
-    from llmsched_gym.evaluation import fit_report
+    from llmsched_gym.report import fit_report
 
     with terminal.progress_bar("levels left out") as progress:
         profile = fit_tables(
@@ -97,20 +109,23 @@ def fit_command(
 
 def _from_batches(
     csv: Path, model: ModelSpec, device: DeviceSpec, kv_blocks: int | None, name: str, engine: str
-) -> Profile:
+) -> tuple[Profile, list[Batch]]:
+    """The profile, and the batches that it was fitted to or judged by."""
+    from llmsched_gym.cost.fit import read_batches
     from llmsched_gym.cost.profile import kv_blocks as blocks_of
 
     blocks = blocks_of(model, device) if kv_blocks is None else kv_blocks
     calibrate = importlib.import_module("llmsched_gym.real_backend.calibrate")
+    sheet = importlib.import_module("llmsched_gym.real_backend.measurements").Sheet
     profile: Profile = calibrate.fit_csv(csv, model, device, blocks, name=name)
-    return dataclasses.replace(profile, engine=engine)
+    return dataclasses.replace(profile, engine=engine), read_batches(sheet.of(csv).medians())
 
 
-def _check_place(folder: Path) -> None:
+def _check_place(option: str, folder: Path) -> None:
     """Whether a file can come to lie in `folder`, before the work that it takes; makes nothing."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"out: cannot write to {folder}")
+        raise ConfigError(f"{option}: cannot write to {folder}")
 
 
 def _known(name: str, known: dict[str, ModelSpec] | dict[str, DeviceSpec], what: str):  # type: ignore[no-untyped-def]

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llmsched_gym import text
+
 TABLES = {
     "bounds": "Batches against their bounds",
     "mixing": "Decodes and a chunk, alone and together",
@@ -45,8 +47,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "none"
     head = list(rows[0])
-    lines = [head, ["---"] * len(head), *([_text(row.get(name)) for name in head] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return text.table(head, [[_text(row.get(name)) for name in head] for row in rows])
 
 
 def _pairs(values: dict[str, Any]) -> str:

@@ -17,9 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llmsched_gym.cost import Profile
-from llmsched_gym.evaluation.draw import policy_styles, styled
 from llmsched_gym.real_backend.agreement import ABSOLUTE, RELATIVE, paired
 from llmsched_gym.real_backend.small_world import SmallWorld
+from llmsched_gym.report.draw import policy_styles, styled
+from llmsched_gym.text import number, table
 
 PREFILL, DECODE, FAINT = "#e69f00", "#0072b2", "#68737f"
 NAMES = {
@@ -136,7 +137,7 @@ def write(
     text, body = ["# Simulator against model", "", *intro, ""], ["<h1>Simulator against model</h1>"]
     body += [f"<p>{html.escape(line)}</p>" for line in intro if line]
     for title, header, lines in tables:
-        text += [f"## {title}", "", _markdown(header, lines), ""]
+        text += [f"## {title}", "", table(header, lines), ""]
         body += [f"<h2>{html.escape(title)}</h2>", _html_table(header, lines)]
     text += ["## Figures", ""]
     for name, (figure, caption) in figures.items():
@@ -154,7 +155,7 @@ def write(
 def introduction(rows: pd.DataFrame, found: dict[str, Any], profile: Profile, world: SmallWorld) -> list[str]:
     """What was compared, and the result in words."""
     step = found["step_time"]
-    utility, attainment, ttft = (_number(tau, ".2f") for tau in found["mean_kendall_tau"].values())
+    utility, attainment, ttft = (number(tau, ".2f") for tau in found["mean_kendall_tau"].values())
     runs, s = len(rows) // 2, world.scenario
     fit = found["calibration"]
     held_out = f" (held-out error of its calibration {fit['mape']:.1%})" if fit else ""
@@ -203,7 +204,7 @@ def order_caption(found: dict[str, Any]) -> str:
 def ranking_table(found: dict[str, Any]) -> Table:
     header = ("Load", "Ranked by", "Kendall tau", "Clearly different pairs in the same order")
     return header, [
-        (f"{r['load']:g}", NAMES[r["by"]], _number(r["tau"], ".2f"), f"{r['clear_kept']} of {r['clear_pairs']}")
+        (f"{r['load']:g}", NAMES[r["by"]], number(r["tau"], ".2f"), f"{r['clear_kept']} of {r['clear_pairs']}")
         for r in found["rankings"]
     ]
 
@@ -213,24 +214,14 @@ def pair_table(pairs: pd.DataFrame) -> Table:
     header = ("Load", "Policy", *(f"{NAMES[n]} (ms)" for n in RELATIVE), *(NAMES[n] for n in ABSOLUTE))
     lines = []
     for _, pair in pairs.sort_values(["load", "policy"], kind="stable").iterrows():
-        cells = [
-            f"{_number(1e3 * pair[f'{n}_real'], ',.1f')} ({_number(pair[f'{n}_error'], '+.1%')})" for n in RELATIVE
-        ]
-        cells += [f"{pair[f'{n}_real']:.3f} ({_number(pair[f'{n}_error'], '+.3f')})" for n in ABSOLUTE]
+        cells = [f"{number(1e3 * pair[f'{n}_real'], ',.1f')} ({number(pair[f'{n}_error'], '+.1%')})" for n in RELATIVE]
+        cells += [f"{pair[f'{n}_real']:.3f} ({number(pair[f'{n}_error'], '+.3f')})" for n in ABSOLUTE]
         lines.append((f"{pair['load']:g}", pair["policy"], *cells))
     return header, lines
 
 
 def _signed(values: dict[str, float], *names: str) -> list[str]:
     return [f"{values[name]:+.1%}" for name in names]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or np.isnan(value) else "inf" if np.isinf(value) else format(value, form)
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
 def _html_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

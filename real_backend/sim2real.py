@@ -27,7 +27,7 @@ from llmsched_gym.real_backend.agreement import summary
 from llmsched_gym.real_backend.calibrate import calibrate, describe, limits_for
 from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.real_backend.small_world import SmallWorld, limits, make_world
-from llmsched_gym.scheduler import make_scheduler
+from llmsched_gym.registry import make_scheduler
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.backend import TransformersBackend

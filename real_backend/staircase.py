@@ -19,9 +19,9 @@ from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.cost.fit import read_batches
 from llmsched_gym.cost.tiles import steps
-from llmsched_gym.evaluation.draw import styled
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.measurements import Sheet
+from llmsched_gym.report.draw import styled
 
 MEASURED, FITTED, EDGE = "#0072b2", "#d55e00", "#68737f"
 LEAST_TOKENS = 64

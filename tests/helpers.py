@@ -23,19 +23,14 @@ def request(arrival_s=0.0, prompt=16, output=2, tbt=0.5, ttft=math.inf, slo_clas
 def table(rows, *, cohort=None, cost_scale=1.0, seed=0):
     """A request table from rows of :func:`request`, in order of arrival."""
     arrival, prompt, output, tbt, ttft, slo_class = (np.array(c) for c in zip(*rows, strict=True))
-    start, stop = cohort or (0, len(rows))
-    return RequestTable(
-        arrival_s=arrival.astype(np.float64),
-        prompt_tokens=prompt.astype(np.int32),
-        output_tokens=output.astype(np.int32),
-        slo_class=slo_class.astype(np.int8),
-        ttft_slo_s=ttft.astype(np.float64),
-        tbt_slo_s=tbt.astype(np.float64),
-        length_hint=np.full(len(rows), math.nan),
-        session_id=np.full(len(rows), -1, np.int64),
-        cohort_start=start,
-        cohort_stop=stop,
-        qps=math.nan,
+    return RequestTable.of(
+        arrival,
+        prompt,
+        output,
+        slo_class=slo_class,
+        ttft_slo_s=ttft,
+        tbt_slo_s=tbt,
+        cohort=cohort,
         cost_scale=cost_scale,
         seed=seed,
     )

@@ -267,7 +267,7 @@ def test_what_a_trace_is(tmp_path, capsys):
 
 
 def test_tables_fit_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("llmsched_gym.evaluation.terminal.PIPE_WIDTH", 80)
+    monkeypatch.setattr("llmsched_gym.report.console.PIPE_WIDTH", 80)
     args = ["--suite", "paper", "--seeds", "10", "--num-requests", "20", "--workers", "1", "--policy"]
     assert main(["evaluate", *args, "slai,faster-transformer", "--qps", "1.8"]) == 0
     assert main(["capacity", *args, "slai,sarathi", "--criterion", "attainment:0.5", "--qps", "0.5,60"]) == 0

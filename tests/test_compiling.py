@@ -26,7 +26,7 @@ os.environ["NUMBA_CACHE_DIR"] = sys.argv[1]
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import cache
 from llmsched_gym.evaluation.store import grid_config
-from llmsched_gym.reproduce import code_digest
+from llmsched_gym.paper.reproduce import code_digest
 
 def digests():
     cache.cache_dir.cache_clear()
@@ -79,8 +79,8 @@ def test_an_edit_of_any_file_that_they_depend_on_changes_the_three_digests(tmp_p
     kernels = under("config", "scheduler", "engine/pack", "env/features", "cost/profile", "workload/table")
     assert which(*kernels, "baselines/slai.py") == [always] * 7
     assert which(*under("evaluation/run", "evaluation/gaps")) == [results] * 2
-    assert which(*under("reproduce", "fluid/mixed", "theory/stability")) == [paper] * 3
-    assert which(*under("results_page/text", "evaluation/plots"), "agents/train.py") == [never] * 3
+    assert which(*under("paper/reproduce", "fluid/mixed", "theory/stability")) == [paper] * 3
+    assert which(*under("paper/page/text", "report/plots"), "agents/train.py") == [never] * 3
 
 
 def test_every_module_with_kernels_counts_for_their_cache():

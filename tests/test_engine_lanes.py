@@ -16,7 +16,7 @@ ROWS = [request(prompt=40, output=4), request(prompt=90, output=6), request(prom
 
 def make(num_replicas, rows, num_envs=1):
     world = scenario("paper", watermark=0.0, num_requests=len(rows))
-    state = allocate(num_envs, len(rows), world, profile(), num_replicas=num_replicas)
+    state = allocate(num_envs, len(rows), world, profile(), num_kv_blocks=100, num_replicas=num_replicas)
     for env in range(num_envs):
         load_table(state, env, table(rows), world, 100)
     state.knobs[:] = default_knobs()

@@ -17,21 +17,8 @@ SERVICE_S = 0.04
 
 def poisson(rate, count, seed):
     """Requests of one batch each."""
-    n = np.ones(count, np.int32)
-    return RequestTable(
-        arrival_s=np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count)),
-        prompt_tokens=10 * n,
-        output_tokens=n,
-        slo_class=n.astype(np.int8),
-        ttft_slo_s=np.full(count, math.inf),
-        tbt_slo_s=np.full(count, 0.5),
-        length_hint=np.full(count, math.nan),
-        session_id=np.full(count, -1, np.int64),
-        cohort_start=0,
-        cohort_stop=count,
-        qps=rate,
-        cost_scale=1.0,
-        seed=seed,
+    return RequestTable.of(
+        np.cumsum(np.random.default_rng(seed).exponential(1 / rate, count)), 10, 1, tbt_slo_s=0.5, qps=rate, seed=seed
     )
 
 

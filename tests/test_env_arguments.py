@@ -1,5 +1,6 @@
 """Arguments of environments and runs: unknown, bad at once, NumPy's own, and a spec that survives JSON."""
 
+import inspect
 import json
 import math
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 
-from llmsched_gym.config import DeviceSpec, EnvConfig, Scenario, UnknownField, env_config, scenario
+from llmsched_gym.config import OF_THE_VECTOR, DeviceSpec, EnvConfig, Scenario, UnknownField, env_config, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.evaluation.capacity import capacity
@@ -40,6 +41,28 @@ def test_an_unknown_field_is_an_unexpected_keyword_argument(make):
         make()
     assert isinstance(error.value, TypeError) and isinstance(error.value, ValueError)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", OF_THE_VECTOR)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **fields: gym.make("LLMSched-v0", **fields),
+        lambda **fields: gym.make_vec("LLMSched-v0", **{"num_envs": 2} | fields, vectorization_mode="sync"),
+        lambda **fields: scenario("default", **fields),
+    ],
+)
+def test_an_argument_of_the_vector_environment_elsewhere_is_told_whose_it_is(make, name):
+    if name == "num_envs" and "make_vec" in make.__code__.co_names:
+        return  # gymnasium's own argument there
+    with pytest.raises(UnknownField, match=f"'{name}'; only LLMSchedVectorEnv has it") as error:
+        make(**{name: 2})
+    assert "did you mean" not in str(error.value)
+
+
+def test_arguments_of_the_vector_environment_are_not_fields():
+    assert not set(OF_THE_VECTOR) & set(env_config().to_dict())
+    assert set(OF_THE_VECTOR) <= set(inspect.signature(LLMSchedVectorEnv).parameters)
 
 
 class NoSpace:

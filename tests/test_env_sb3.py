@@ -14,6 +14,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 
+from llmsched_gym.config import ConfigError
 from llmsched_gym.env import LLMSchedVectorEnv
 from llmsched_gym.env.sb3 import LLMSchedVecEnv
 
@@ -91,3 +92,8 @@ def test_the_ppo_example_runs(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[0] for line in lines] == ["PolicyScheduler", "slai", "sarathi"]
     assert (tmp_path / "out" / "ppo.zip").exists()
+
+
+def test_the_mode_of_resets_is_not_a_choice():
+    with pytest.raises(ConfigError, match="autoreset_mode: expected none"):
+        LLMSchedVecEnv(2, autoreset_mode="next_step")

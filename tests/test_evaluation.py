@@ -19,7 +19,8 @@ from llmsched_gym.evaluation.bench import PlainSarathi
 from llmsched_gym.evaluation.capacity import LOW_QPS, STEP, Search, capacity, criterion, crossing, ratios
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.evaluation.store import read_rows, scenario_from_json
+from llmsched_gym.evaluation.store import read_rows
+from llmsched_gym.report.bounds import scenario_from_json
 
 SMALL = scenario("paper", num_requests=60)
 REQUIRED = """

@@ -11,7 +11,7 @@ import pytest
 
 from llmsched_gym.cli import main
 from llmsched_gym.cost import DEVICES, MODELS, Profile, ProfileError, fit_profile, load_profile
-from llmsched_gym.cost.fit import batch_row
+from llmsched_gym.cost.fit import Batch, batch_row
 from llmsched_gym.cost.fit_errors import held_out
 from llmsched_gym.cost.fit_surface import Attention, fit_attention, kinds
 from llmsched_gym.cost.fit_table import fill, weights
@@ -19,6 +19,7 @@ from llmsched_gym.cost.fit_tables import fit_tables
 from llmsched_gym.cost.kernel_tables import read_attention, read_dense, read_per_sequence
 from llmsched_gym.cost.tiles import off_tile_cost
 from llmsched_gym.real_backend.sweep import Limits, plan
+from llmsched_gym.report import batch_report
 
 VLLM = ("rtx4090-llama-3.1-8b-vllm", "rtx6000ada-mistral-7b-vllm", "rtxpro6000-llama-3.1-8b-vllm")
 COUNTS, CONTEXTS, CHUNKS = (1, 2, 4, 8, 16), (16, 64, 256, 1024), (16, 64, 256)
@@ -163,13 +164,23 @@ def test_fit_attention_needs_all_kinds():
 @pytest.mark.parametrize(
     ("which", "text", "message"),
     [
-        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,2,x\n", "line 3, column 'time_us': expected a time > 0, got 'x'"),
+        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,2,x\n", "line 3, column 'time_us': expected a time from 0.001 to"),
+        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,2,1e300\n", "line 3, column 'time_us': expected a time from 0.001 to"),
+        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,2,1e-300\n", "line 3, column 'time_us': expected a time from 0.001 to"),
+        (0, "layer,tokens,time_us\nqkv,1,5\nqkv,1e300,9\n", "line 3, column 'tokens': expected a whole number from 0"),
+        (
+            1,
+            "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1e18,8,1\n",
+            "line 2, column 'n_decode': expected",
+        ),
+        (2, "layer,sequences,time_us\nhead,1,1e300\n", "line 2, column 'time_us': expected a time from 0.001 to"),
         (0, "layer,tokens,time_us\nqkv,0,5\n", "line 2, column 'tokens': expected a whole number >= 1, got '0'"),
         (0, "layer,tokens,time_us\n,1,5\n", "line 2, column 'layer': expected a layer's name, got ''"),
         (0, "layer,tokens,time_us\na,1,5\na,2,5\nb,1,5\n", "column 'layer': b has no time at tokens 2"),
         (0, "layer,tokens,time_us\na,1,5\n", "column 'tokens': expected at least two different values"),
         (0, "layer,tokens\na,1\n", "line 1: no column 'time_us'"),
         (0, "layer,tokens,time_us\n", "no rows"),
+        (0, "layer,tokens,time_us,tokens\na,1,5,1\n", "line 1: column 'tokens' is there twice"),
         (1, "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,0,0,1\n", "line 2, column 'prefill_chunk'"),
         (1, "prefill_chunk,kv_prefill,n_decode,kv_decode,time_us\n0,0,1,0,1\n", "line 2, column 'kv_decode'"),
         (
@@ -185,7 +196,7 @@ def test_fit_attention_needs_all_kinds():
         (
             2,
             "layer,sequences,time_us\nhead,1,-3\nhead,2,1\n",
-            "line 2, column 'time_us': expected a time > 0, got '-3'",
+            "line 2, column 'time_us': expected a time from 0.001 to 1,000,000,000 us, got '-3'",
         ),
         (2, "", "cannot read"),
     ],
@@ -379,11 +390,11 @@ def batches_file(path, rows):
 HYBRID = [(f"0:{16 + 8 * i}", "100;200", 10.0 + i) for i in range(30)]
 
 
-@pytest.mark.parametrize("ms", ["nan", "abc", "", "-3.0"])
+@pytest.mark.parametrize("ms", ["nan", "abc", "", "-3.0", "1e300", "1e-300"])
 def test_a_bad_time_names_file_and_line(tmp_path, capsys, ms):
     file = batches_file(tmp_path / "b.csv", [HYBRID[0], (*HYBRID[1][:2], ms), *HYBRID[2:]])
     assert main(["fit", "--batches", file, "--out", str(tmp_path / "p.json")]) == 2
-    assert f"{file}: line 3, column 'ms': expected a time > 0" in capsys.readouterr().err
+    assert f"{file}: line 3, column 'ms': expected a time from 1e-06 to" in capsys.readouterr().err
     assert not (tmp_path / "p.json").exists()
 
 
@@ -404,10 +415,58 @@ def test_a_place_that_cannot_be_written_to_is_said_before_the_work(tmp_path, cap
     for options, message in (
         (["--out", str(tmp_path / "folder.json")], "out: expected a file, got the folder"),
         (["--out", str(tmp_path / "file" / "p.json")], "out: cannot write to"),
-        (["--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "file")], "out: cannot write to"),
+        (["--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "file")], "report: cannot write to"),
+        (["--out", str(tmp_path / "p.json"), "--kv-blocks", "99999999999"], "'--kv-blocks'"),
     ):
         assert main(["fit", *tables, *options]) == 2
         assert message in capsys.readouterr().err
     batches = batches_file(tmp_path / "b.csv", HYBRID)
-    assert main(["fit", "--batches", batches, "--out", str(tmp_path / "p.json"), "--report", str(tmp_path)]) == 2
-    assert "report: expected tables" in capsys.readouterr().err
+    for name, options in (
+        ("out", ["--out", str(tmp_path / "file" / "p.json")]),
+        ("report", ["--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "file")]),
+    ):
+        assert main(["fit", "--batches", batches, *options]) == 2
+        assert f"{name}: cannot write to" in capsys.readouterr().err
+
+
+# --- measured batches
+
+
+@pytest.mark.parametrize("report", [None, "report"])
+def test_a_fit_to_batches_has_a_report_too(tmp_path, capsys, report):
+    """One batch of chunks alone takes twice what the others make it take: it is the worst, 50 % too low."""
+    alone = [("", ";".join(["400"] * n), 5.0 + 0.1 * n) for n in range(1, 20)]
+    chunks = [(f"0:{16 * i}", "", 5.0 + 0.5 * i) for i in range(1, 20)]
+    odd = ("0:300", "", 29.0)
+    file = batches_file(tmp_path / "b.csv", [*alone, *chunks, odd])
+    where = [] if report is None else ["--report", str(tmp_path / report)]
+    assert main(["fit", "--batches", file, "--out", str(tmp_path / "p.json"), *where]) == 0
+    out = capsys.readouterr().out
+    text, picture = tmp_path / "p-fit.md", tmp_path / "p-fit.png"
+    if report:
+        text, picture = tmp_path / report / "fit.md", tmp_path / report / "fit.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    written = text.read_text()
+    worst = written[written.index("Worst") :].splitlines()[4].strip("| ").split(" | ")
+    assert worst[:5] == ["1", "300", "0", "0", "29.00"] and -60.0 < float(worst[6]) < -40.0
+    fit_errors = load_profile(str(tmp_path / "p.json")).fit
+    for kind, name in (("decodes", "decodes alone"), ("chunks", "chunks alone")):
+        own = fit_errors["kinds"][kind]
+        assert f"| {name} | {own['rows']} | {100 * own['mape']:.1f} |" in written
+        assert f"{name}" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+def test_errors_of_batches_are_those_of_the_profile():
+    profile = load_profile("rtx6000ada-mistral-7b")
+    batches = [Batch(((0, 300),), (100, 300), 10.0), Batch((), (50,) * 40, 20.0)]
+    found = batch_report.frame(profile, batches)
+    assert found.kind.tolist() == ["hybrid", "decodes"]
+    assert found[["c", "p", "n", "k"]].to_numpy().tolist() == [[300, 0, 2, 200], [0, 0, 40, 50]]
+    expected = [1e3 * profile.predict_s(b.chunks, b.decode_contexts) / b.ms - 1.0 for b in batches]
+    assert found.error.tolist() == pytest.approx(expected)
+    panels = batch_report.heat_map(profile, found).axes
+    assert [t.get_text() for t in panels[0].texts] == [f"{100 * abs(expected[1]):.0f}"]
+    assert [t.get_text() for t in panels[1].texts] == ["none measured"]
+    assert [t.get_text() for t in panels[2].texts] == [f"{100 * abs(expected[0]):.0f}"]
+    assert [t.get_text() for t in panels[2].get_xticklabels()] == ["256"]

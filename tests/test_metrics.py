@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from llmsched_gym.config import scenario
 from llmsched_gym.engine.records import PHASES, REPLICA, REQUEST
-from llmsched_gym.evaluation import intervals
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, percentile, requests_frame, row
 from llmsched_gym.evaluation.run import Episode, simulate
+from llmsched_gym.report import intervals
 from llmsched_gym.workload import RequestTable
 
 CLOCK_S = 20.0
@@ -61,20 +61,15 @@ def episode(clients, *, cohort=None, clock_s=CLOCK_S, **fields):
     sims["clock_s"], sims["num_batches"], sims["mean_batch_s"] = clock_s, 50, 0.2
     sims["batch_tokens_sum"], sims["kv_cache_usage_max"] = 4000, 0.25
     sims["tokens_emitted"] = requests["num_output_tokens"].sum()
-    first, last = cohort or (0, n)
-    table = RequestTable(
-        arrival_s=requests["arrival_s"].copy(),
-        prompt_tokens=requests["prompt_tokens"].copy(),
-        output_tokens=outputs,
-        slo_class=requests["slo_class"].copy(),
-        ttft_slo_s=requests["ttft_slo_s"].copy(),
-        tbt_slo_s=requests["tbt_slo_s"].copy(),
-        length_hint=np.full(n, math.nan),
-        session_id=np.full(n, -1, np.int64),
-        cohort_start=first,
-        cohort_stop=last,
+    table = RequestTable.of(
+        requests["arrival_s"],
+        requests["prompt_tokens"],
+        outputs,
+        slo_class=requests["slo_class"],
+        ttft_slo_s=requests["ttft_slo_s"],
+        tbt_slo_s=requests["tbt_slo_s"],
+        cohort=cohort,
         qps=1.5,
-        cost_scale=1.0,
         seed=3,
     )
     return Episode(world, "hand", 3, table, requests, gaps, np.zeros(0), sims[0], 0.5)

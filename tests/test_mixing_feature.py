@@ -11,7 +11,7 @@ from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv, kernels
 from llmsched_gym.env.arrays import handle_of
 from llmsched_gym.env.core import make_arrays
-from llmsched_gym.env.features import ALL_FEATURES, FEATURES, MIXING, MIXING_TOKENS
+from llmsched_gym.env.features import FEATURES, MIXING, MIXING_TOKENS
 from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import PolicySpec, load_policy, read_folder, write_folder
@@ -19,6 +19,7 @@ from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.scheduler import PolicyError
 from tests.test_policies import edit, mlp_folder, mlp_tensors
 
+WITH_MIXING = (*FEATURES, MIXING)
 SURFACE = "rtx4090-llama-3.1-8b-vllm"
 WORLD = {"qps": 2.5, "num_requests": 80, "warmup_s": 0.0, "num_kv_blocks": 6000}
 
@@ -125,10 +126,10 @@ def test_numpys_layers_see_it_too(tmp_path):
     """Priorities do not run in compiled code."""
     config = EnvConfig(action="priority", profile=SURFACE)
     spec = spec_for(config, {"kind": "mlp", "layers": 1, "activation": "relu"})
-    tensors = mlp_tensors(np.random.default_rng(2), outputs=64, inputs=len(ALL_FEATURES))
+    tensors = mlp_tensors(np.random.default_rng(2), outputs=64, inputs=len(WITH_MIXING))
     tensors["hidden.0.weight"][:, -1] *= 10.0
     policy = load_policy(write_folder(tmp_path / "p", spec, tensors))
-    x = np.random.default_rng(3).random(len(ALL_FEATURES)).astype(np.float32)
+    x = np.random.default_rng(3).random(len(WITH_MIXING)).astype(np.float32)
     without = np.append(x[:-1], np.float32(0))
     assert np.array_equal(policy.policy(x[:-1]), policy.policy(without))
     assert not np.array_equal(policy.policy(x), policy.policy(without))
@@ -145,7 +146,7 @@ def test_where_there_is_no_surface_it_is_nothing(tmp_path):
 
 
 def test_a_function_sees_what_its_configuration_has():
-    for profile, width in ((SURFACE, len(ALL_FEATURES)), ("rtx6000ada-mistral-7b", len(FEATURES))):
+    for profile, width in ((SURFACE, len(WITH_MIXING)), ("rtx6000ada-mistral-7b", len(FEATURES))):
         seen = []
 
         def policy(observation, seen=seen):
@@ -183,5 +184,5 @@ def test_the_vector_environment_has_the_single_ones():
 
 def test_a_spec_names_what_it_was_made_for():
     assert isinstance(spec := spec_for(EnvConfig(profile=SURFACE), {"kind": "constant"}), PolicySpec)
-    assert spec.observation["features"] == [f.name for f in ALL_FEATURES]
+    assert spec.observation["features"] == [f.name for f in WITH_MIXING]
     assert spec_for(EnvConfig(), {"kind": "constant"}).observation["features"] == [f.name for f in FEATURES]

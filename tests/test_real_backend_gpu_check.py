@@ -142,7 +142,7 @@ def test_wrong_sections_are_one_line(tmp_path, capsys):
 
 def test_tables_of_markdown_by_hand():
     assert gpu_report.table([{"a": 1.23456, "b": None}, {"a": "x|y", "b": True}]) == (
-        "| a | b |\n| --- | --- |\n| 1.235 | - |\n| x/y | True |"
+        "| a | b |\n|---|---|\n| 1.235 | - |\n| x/y | True |"
     )
     assert gpu_report.table([]) == "none"
 

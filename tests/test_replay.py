@@ -108,9 +108,14 @@ def test_failed_requests_of_a_benchmark_are_left_out_and_counted(own_bench, serv
         (2, "100,2.5,1,1,2,3", "line 2, column 'output_toks': expected a whole number >= 1, got '2.5'"),
         (2, "1_0,5,1,1,2,3", "line 2, column 'input_toks'"),
         (2, "100,3000000000,1,1,2,3", "line 2, column 'output_toks'"),
-        (2, "100,5,nan,1,2,3", "line 2, column 'queued_s': expected a time in seconds, got 'nan'"),
-        (2, "100,5,1,,2,3", "line 2, column 'scheduled_s': expected a time in seconds, not before queued_s, got ''"),
+        (2, "100,5,nan,1,2,3", "line 2, column 'queued_s': expected a time in seconds, at most 1e+11, got 'nan'"),
+        (2, "100,5,1,,2,3", "line 2, column 'scheduled_s': expected a time in seconds, not before queued_s"),
         (2, "100,5,1,0.5,2,3", "line 2, column 'scheduled_s'"),
+        (2, "100,5,1,1,2,1e300", "line 2, column 'last_token_s': expected a time in seconds, not before first_token_s"),
+        (2, "100,5,-1e300,1,2,3", "line 2, column 'queued_s': expected a time in seconds, at most 1e+11, got '-1e300'"),
+        (2, "100,5,0,1e-320,1e-310,1", "line 2, column 'first_token_s': expected a time after queued_s, got '1e-310'"),
+        (2, "100,5,0,1,2,2e8", "expected a run of at most 1e+08 s, got 2e+08 s up to line 2 of run.csv"),
+        (1, "input_toks,output_toks,queued_s,scheduled_s,first_token_s,last_token_s,input_toks", "is there 2 times"),
         (2, "100,5,1,1,1,3", "line 2, column 'first_token_s': expected a time after queued_s, got '1'"),
         (2, "100,5,1,1,3,2", "line 2, column 'last_token_s': expected a time in seconds, not before first_token_s"),
         (1, "input_toks,output_toks,queued_s,scheduled_s,first_token_s", "line 1: no column 'last_token_s'"),
@@ -131,12 +136,14 @@ def test_bad_rows_are_one_line(line, row, words, tmp_path, capsys):
         ({"itls": None}, "no 'itls': expected what `vllm bench serve --save-result --save-detailed` writes"),
         ({"ttfts": [0.1]}, "'ttfts': expected a list of 2 values, one for each request, got 1"),
         ({"input_lens": 3}, "'input_lens': expected a list"),
-        ({"ttfts": [0.1, 0.0]}, "'ttfts', request 1: expected seconds > 0, got 0.0"),
-        ({"itls": [[0.1], [0.1, -1.0]]}, "'itls', request 1: expected a list of seconds >= 0"),
-        ({"itls": [0.1, [0.1]]}, "'itls', request 0: expected a list of seconds >= 0, got 0.1"),
-        ({"start_times": [True, 1.0]}, "'start_times', request 0: expected a time in seconds, got True"),
+        ({"ttfts": [0.1, 0.0]}, "'ttfts', request 1: expected seconds from 1e-06 to 1e+08, got 0.0"),
+        ({"itls": [[0.1], [0.1, -1.0]]}, "'itls', request 1: expected a list of seconds from 0 to 1e+08"),
+        ({"itls": [0.1, [0.1]]}, "'itls', request 0: expected a list of seconds from 0 to 1e+08, got 0.1"),
+        ({"start_times": [True, 1.0]}, "'start_times', request 0: expected a time in seconds, at most 1e+11, got True"),
+        ({"start_times": [1e300, 1.0]}, "'start_times', request 0: expected a time in seconds, at most 1e+11"),
+        ({"ttfts": [1e300, 1.0]}, "'ttfts', request 0: expected seconds from 1e-06 to 1e+08, got 1e+300"),
         ({"output_lens": [2, 2.5]}, "'output_lens', request 1: expected a whole number >= 1, got 2.5"),
-        ({"errors": ["Bad", "Bad"]}, "all 2 requests failed"),
+        ({"errors": ["Bad", "Bad"]}, "2 requests, and all failed"),
         ({name: [] for name in ("input_lens", "output_lens", "start_times", "ttfts", "itls", "errors")}, "no requests"),
     ],
 )
@@ -336,6 +343,21 @@ def test_too_few_blocks_name_the_request(tmp_path):
     assert replay(run, "vllm-v1", RTX, num_kv_blocks=12).episode.sim.num_finished == 2
     with pytest.raises(ConfigError, match=r"at least 12, for the 177 tokens of line 3 of run\.csv, got 11"):
         replay(run, "vllm-v1", RTX, num_kv_blocks=11)
+
+
+def test_errors_beyond_measure_still_fit_into_80_columns(tmp_path, capsys):
+    path = csv_run(tmp_path / "run.csv", (12, 3, 0, 0, 1e-6, 2e-6), (12, 3, 9e7, 9e7, 9.5e7, 9.9e7))
+    assert main(["replay", str(path), "--profile", RTX]) == 0
+    out = capsys.readouterr().out
+    assert "e+0" in out and max(map(len, out.splitlines())) <= 80
+
+
+def test_one_of_everything_is_in_the_singular(tmp_path, capsys):
+    path = csv_run(tmp_path / "run.csv", (12, 3, 0, 0, 1, 2))
+    limits = ["--max-num-seqs", "1", "--max-num-batched-tokens", "1", "--kv-blocks", "1"]
+    assert main(["replay", str(path), "--profile", RTX, *limits]) == 0
+    title = [line.strip() for line in capsys.readouterr().out.splitlines()[:3]]
+    assert title == ["run.csv: 1 request", f"vllm-v1, {RTX}", "1 sequence, 1 token a batch, 1 KV block"]
 
 
 # The documentation, and a real run

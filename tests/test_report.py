@@ -12,13 +12,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.lines import Line2D
 
 from llmsched_gym.config import scenario
-from llmsched_gym.evaluation import bounds, distance, draw, findings, plots, prose, sections, tables
-from llmsched_gym.evaluation.report import ReportError, write_report
-from llmsched_gym.evaluation.results import read_results
-from llmsched_gym.evaluation.store import encode
+from llmsched_gym.files import encode
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.report import (
+    bounds,
+    distance,
+    distributions,
+    draw,
+    findings,
+    plots,
+    sections,
+    settings,
+    statistics,
+    tables,
+)
+from llmsched_gym.report.results import read_results
+from llmsched_gym.report.text import estimate, load_label, number
+from llmsched_gym.report.write import ReportError, write_report
 
 
 def row(policy, qps, seed, *, ttft_s=0.4, attained=0.9, strict=None, num_requests=100, requested=..., **fields):
@@ -63,14 +76,14 @@ def line(table, policy, metric, load=None):
 
 def test_figures_are_over_seeds_and_need_ten_for_an_interval():
     rows = [row("a", 1.0, s, ttft_s=0.1 * (s + 1)) for s in range(4)]
-    few = line(tables.comparison_table(rows), "a", "ttft_p50_s")
+    few = line(statistics.comparison_table(rows), "a", "ttft_p50_s")
     assert few["value"] == pytest.approx(0.25) and few["num_seeds"] == 4
     assert math.isnan(few["low"]) and math.isnan(few["high"])
     rows = [row("a", 1.0, s, ttft_s=0.1 * (s + 1)) for s in range(10)]
-    many = line(tables.comparison_table(rows), "a", "ttft_p50_s")
+    many = line(statistics.comparison_table(rows), "a", "ttft_p50_s")
     assert many["value"] == pytest.approx(0.55) and (many["low"], many["high"]) == pytest.approx((0.2, 0.9))
     rows = [row("a", 1.0, s, attained=0.1 * s) for s in range(10)]
-    share = line(tables.comparison_table(rows), "a", "slo_attainment")
+    share = line(statistics.comparison_table(rows), "a", "slo_attainment")
     # t(9) = 2.262 times the standard error 0.3028 / sqrt(10)
     assert (share["value"], share["low"], share["high"]) == pytest.approx((0.45, 0.2334, 0.6666), abs=1e-3)
 
@@ -79,19 +92,19 @@ def test_classes_may_be_structs_or_text_and_are_left_out_where_there_is_nobody()
     rows = [row("a", 1.0, 0, strict=0.5), row("a", 1.0, 1)]
     as_text = [r | {k: json.dumps(v) for k, v in r.items() if k.endswith("_by_class")} for r in rows]
     for given in (rows, as_text):
-        strict = line(tables.comparison_table(given), "a", "slo_attainment_strict")
+        strict = line(statistics.comparison_table(given), "a", "slo_attainment_strict")
         assert strict["value"] == 0.5 and strict["num_seeds"] == 1
-    table = tables.comparison_table([row("a", 1.0, 0)])
+    table = statistics.comparison_table([row("a", 1.0, 0)])
     assert "slo_attainment_strict" not in set(table["metric"]) and "slo_attainment_relaxed" in set(table["metric"])
 
 
 def test_a_missing_percentile_of_ttft_is_infinite():
-    table = tables.comparison_table(
+    table = statistics.comparison_table(
         [row("a", 1.0, 0), row("a", 1.0, 1, ttft_s=None), row("b", 1.0, 0), row("b", 1.0, 1)]
     )
     lost = line(table, "a", "ttft_p50_s")
     assert math.isinf(lost["value"]) and not lost["best"]
-    assert prose.number(lost["value"]) == "∞"
+    assert number(lost["value"]) == "∞"
 
 
 def test_a_figure_says_on_how_many_seeds_it_is_infinite():
@@ -108,19 +121,19 @@ def test_a_percentile_is_grey_below_100_samples_beyond_it_in_all_runs(num_reques
         for p, t in (("a", 0.4), ("b", 0.5))
         for s in range(10)
     ]
-    table = tables.comparison_table(rows)
+    table = statistics.comparison_table(rows)
     p99 = line(table, "a", "ttft_p99_s")
     assert p99["grey"] == grey and p99["best"] == (not grey)
     assert not line(table, "a", "ttft_p50_s")["grey"]
     assert line(table, "a", "itl_p99_s_strict")["grey"]  # 5,000 gaps: 50 beyond
     assert not line(table, "a", "itl_p99_s_relaxed")["grey"]  # 200,000
     cells = {label: cell for label, cell in zip(*_printed(rows, "a"), strict=True)}
-    assert (cells["p99 (s)"].kind == prose.GREY) == grey
+    assert (cells["p99 (s)"].kind == tables.GREY) == grey
 
 
 def _printed(rows, policy):
-    df = tables.tidy(rows)
-    table = prose.comparison_tables(df, tables.comparison_table(df))[0]
+    df = statistics.tidy(rows)
+    table = tables.comparison_tables(df, statistics.comparison_table(df))[0]
     return table.labels, next(cells for cells in table.rows if cells[0].text == policy)
 
 
@@ -129,26 +142,26 @@ def test_best_is_emphasised_and_what_cannot_be_told_apart_is_marked():
     rows = [row("best", 1.0, s, attained=0.90 + noise[s]) for s in range(10)]
     rows += [row("same", 1.0, s, attained=0.899 - noise[s]) for s in range(10)]
     rows += [row("worse", 1.0, s, attained=0.88 + noise[s]) for s in range(10)]  # paired: always 0.02 below
-    table = tables.comparison_table(rows)
+    table = statistics.comparison_table(rows)
     found = {p: tuple(line(table, p, "slo_attainment")[["best", "tied"]]) for p in ("best", "same", "worse")}
     assert found == {"best": (True, False), "same": (False, True), "worse": (False, False)}
     assert not line(table, "best", "kv_cache_usage_max")["best"]  # neither more nor less is better
     assert not table[table["metric"] == "itl_p99_s_relaxed"]["best"].any()  # all the same
-    text = findings.summary(tables.tidy(rows), table)[0]
+    text = findings.summary(statistics.tidy(rows), table)[0]
     assert "`best` has the highest SLO attainment, 90.0 %" in text and "`same` cannot be told apart" in text
 
 
 def test_ttft_reduction_is_the_ratio_of_means_over_common_seeds():
     rows = [row("sarathi", 1.0, s, ttft_s=1.0 + s) for s in range(3)]
     rows += [row("slai", 1.0, s, ttft_s=0.5 * (1.0 + s)) for s in range(4)]
-    found = tables.ttft_reduction(tables.tidy(rows))
+    found = statistics.ttft_reduction(statistics.tidy(rows))
     assert found["policy"].tolist() == ["slai"]
     assert found["value"].iloc[0] == pytest.approx(0.5) and found["num_seeds"].iloc[0] == 3
 
 
 def test_figures_beside_the_paper():
     rows = [row(p, q, 0, ttft_s=t) for q, t in ((1.6, 0.5), (1.8, 0.3)) for p, t in (("sarathi", 1.0), ("slai", t))]
-    beside = tables.reduction_against_reference(tables.ttft_reduction(tables.tidy(rows))).set_index("load")
+    beside = statistics.reduction_against_reference(statistics.ttft_reduction(statistics.tidy(rows))).set_index("load")
     assert beside.index.tolist() == [1.6, 1.73, 1.8]  # 1.0 and 1.36 lie outside what was run
     assert beside.loc[1.6, "difference"] == pytest.approx(0.5 - 0.44)
     assert beside.loc[1.73, "ours"] == pytest.approx(0.5 + 0.2 * 0.65) and beside.loc[1.73, "interpolated"]
@@ -158,7 +171,7 @@ def test_figures_beside_the_paper():
             for p, q in (("sarathi", 1.4), ("slai", 1.68), ("mine", 2.0))
         ]
     )
-    table = prose.capacity_reference_table(capacity)
+    table = tables.capacity_reference_table(capacity)
     assert [[cell.text for cell in cells] for cells in table.rows] == [
         ["sarathi", "1.40", "1.36", "–", "+0.04"],
         ["slai", "1.68", "1.68", "–", "+0.00"],
@@ -168,15 +181,15 @@ def test_figures_beside_the_paper():
 
 def test_rates_drawn_per_seed_are_one_load_in_tables_and_bins_in_figures():
     rates = np.linspace(1.0, 2.2, 12)
-    drawn = tables.tidy([row(p, rates[s], s, requested=None) for p in "ab" for s in range(12)])
+    drawn = statistics.tidy([row(p, rates[s], s, requested=None) for p in "ab" for s in range(12)])
     assert drawn["load"].nunique() == 1
-    bins = tables.binned_loads(drawn)
+    bins = statistics.binned_loads(drawn)
     assert bins.groupby("load")["seed"].nunique().tolist() == [3, 3, 3, 3]
     assert bins["load"].min() == pytest.approx(rates[:3].mean())
     without = [{k: v for k, v in r.items() if k != "requested_qps"} for r in drawn.to_dict("records")]
-    assert tables.tidy(without)["drawn"].all()
-    given = tables.tidy([row("a", q, s) for q in (1.0, 2.0) for s in range(3)])
-    assert sorted(given["load"].unique()) == [1.0, 2.0] and tables.binned_loads(given) is given
+    assert statistics.tidy(without)["drawn"].all()
+    given = statistics.tidy([row("a", q, s) for q in (1.0, 2.0) for s in range(3)])
+    assert sorted(given["load"].unique()) == [1.0, 2.0] and statistics.binned_loads(given) is given
 
 
 @pytest.mark.parametrize(
@@ -185,15 +198,15 @@ def test_rates_drawn_per_seed_are_one_load_in_tables_and_bins_in_figures():
 )
 def test_rows_that_make_no_table(rows, what):
     with pytest.raises(ReportError, match=what):
-        tables.comparison_table(rows)
+        statistics.comparison_table(rows)
 
 
 def test_numbers_as_text():
-    assert [prose.number(v) for v in (0.09512, 0.4567, 12.34, 345.6, 12345.0, -0.5, math.nan)] == [
+    assert [number(v) for v in (0.09512, 0.4567, 12.34, 345.6, 12345.0, -0.5, math.nan)] == [
         "0.0951", "0.457", "12.3", "346", "12,345", "−0.500", "–",
     ]  # fmt: skip
-    assert prose.estimate(94.94, 93.8, 95.9, " %", 1) == "94.9 % [93.8–95.9]"
-    assert prose.estimate(1.0, -0.5, math.nan, "", 1) == "1.0"
+    assert estimate(94.94, 93.8, 95.9, " %", 1) == "94.9 % [93.8–95.9]"
+    assert estimate(1.0, -0.5, math.nan, "", 1) == "1.0"
 
 
 def test_every_policy_has_a_style_of_its_own():
@@ -207,17 +220,17 @@ def test_the_command_names_all_that_differs_from_the_suite(tmp_path):
     world = scenario("paper", num_requests=300, strict_share=0.2, patience_s=30.0, watermark=0.02, jitter=0.1)
     config = {"scenario": encode(world.to_dict()), "policies": ["slai[limit=6500,hold=true]", "sarathi"]}
     config |= {"qps": [1.0, 1.65], "seeds": 3, "first_seed": 7}
-    command = findings.command(json.loads(json.dumps(config)), tmp_path / "out")
+    command = settings.command(json.loads(json.dumps(config)), tmp_path / "out")
     assert command == (
         "llmsched evaluate --suite paper --policy 'slai[limit=6500,hold=true],sarathi' --no-bound --strict-share 0.2 "
         "--patience 30.0 --jitter 0.1 --set watermark=0.02 --qps 1,1.65 --num-requests 300 --seeds 3 "
         "--first-seed 7 --out out"
     )
     on_model = config | {"scenario": config["scenario"] | {"backend": "transformers", "model": "random:tiny"}}
-    assert "--backend transformers --model random:tiny" in findings.command(on_model, tmp_path)
-    assert "--no-bound" not in findings.command(on_model, tmp_path)
+    assert "--backend transformers --model random:tiny" in settings.command(on_model, tmp_path)
+    assert "--no-bound" not in settings.command(on_model, tmp_path)
     config["policies"].append("shortest-total[cap=0.9]")
-    assert "--no-bound" not in findings.command(config, tmp_path)
+    assert "--no-bound" not in settings.command(config, tmp_path)
 
 
 def requests_of(rows, num_requests, seed=0):
@@ -386,21 +399,21 @@ def test_a_policy_that_never_serves_alone_at_one_load_is_still_a_report_and_alwa
 
 
 def test_figures_draw_what_there_is_and_say_when_there_is_nothing():
-    one = tables.tidy([row("a", 1.0, 0), row("never", 1.0, 0, ttft_s=None)])
+    one = statistics.tidy([row("a", 1.0, 0), row("never", 1.0, 0, ttft_s=None)])
     assert [t.get_text() for t in plots.plot_ttft(one).axes[0].get_yticklabels()] == ["a", "never"]
-    two = tables.tidy([row(p, q, 0, ttft_s=t) for q in (1.0, 2.0) for p, t in (("a", 0.3), ("never", None))])
+    two = statistics.tidy([row(p, q, 0, ttft_s=t) for q in (1.0, 2.0) for p, t in (("a", 0.3), ("never", None))])
     axes = plots.plot_ttft(two, 99).axes[0]
     assert axes.get_yscale() == "log" and axes.get_xlabel() == "Load (requests/s)" and "(s" in axes.get_ylabel()
     assert sum(artist.get_marker() == "^" for artist in axes.lines) >= 1  # infinite values, on the upper edge
     for make in (
-        lambda: plots.plot_ttft(tables.tidy([row("never", 1.0, 0, ttft_s=None)])),
+        lambda: plots.plot_ttft(statistics.tidy([row("never", 1.0, 0, ttft_s=None)])),
         lambda: plots.plot_attainment(one, "strict"),
         lambda: plots.plot_itl(one, "strict"),
-        lambda: plots.plot_ttft_cdf(requests_of([row("never", 1.0, 0)], 20)),
-        lambda: plots.plot_ttft_by_prompt(requests_of([row("never", 1.0, 0)], 20)),
-        lambda: plots.plot_itl_cdf(itl_of(["a"], 1.0, ["relaxed"]), "strict"),
-        lambda: plots.plot_batches(steps_of(["a"], 1.0), []),
-        lambda: plots.plot_ttft_reduction(tables.ttft_reduction(tables.tidy([row("sarathi", 1.0, 0)]))),
+        lambda: distributions.plot_ttft_cdf(requests_of([row("never", 1.0, 0)], 20)),
+        lambda: distributions.plot_ttft_by_prompt(requests_of([row("never", 1.0, 0)], 20)),
+        lambda: distributions.plot_itl_cdf(itl_of(["a"], 1.0, ["relaxed"]), "strict"),
+        lambda: distributions.plot_batches(steps_of(["a"], 1.0), []),
+        lambda: plots.plot_ttft_reduction(statistics.ttft_reduction(statistics.tidy([row("sarathi", 1.0, 0)]))),
     ):
         with pytest.raises(draw.NothingToPlot):
             make()
@@ -448,7 +461,7 @@ def test_a_scheduler_may_attain_more_than_the_clairvoyant_one(tmp_path):
     results = read_results(make_folder(tmp_path / "out", [r for r in bounded_rows(0.05) if r["seed"] < 3]))
     text = findings.overall(results)[1]
     assert "attains 1.0 points more at 2.2 requests/s (`slai`). More than `shortest-total` is possible" in text
-    gaps = tables.attainment_gap(results.rows)
+    gaps = statistics.attainment_gap(results.rows)
     assert gaps["policy"].tolist() == ["sarathi", "slai"] * 2
     assert gaps["value"].tolist() == pytest.approx([-0.24, 0.01] * 2)
 
@@ -479,7 +492,7 @@ def test_figures_show_the_fluid_capacity_near_their_loads():
     assert bounds.shown_capacity(fluid, [1.0, 1.8]) == fluid.qps
     assert bounds.shown_capacity(fluid, [1.0, 1.6]) is bounds.shown_capacity(fluid, [3.0]) is None
     assert bounds.shown_capacity(None, [1.8]) is None
-    two = tables.tidy([row(p, q, 0) for q in (1.0, 1.8) for p in ("a", "shortest-total")])
+    two = statistics.tidy([row(p, q, 0) for q in (1.0, 1.8) for p in ("a", "shortest-total")])
     for plot in (plots.plot_attainment, plots.plot_ttft, plots.plot_throughput, plots.plot_goodput):
         figure = plot(two, fluid_qps=2.0)
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -495,16 +508,16 @@ def test_figures_show_the_fluid_capacity_near_their_loads():
 def test_shares_by_prompt_length_are_of_tenths():
     lengths = np.arange(1, 101)
     requests = pd.DataFrame({"policy": "a", "prompt_tokens": lengths, "attained": lengths <= 25, "phase": "finished"})
-    shares = plots.plot_share_by_prompt(requests).axes[0].lines[0].get_ydata()
+    shares = distributions.plot_share_by_prompt(requests).axes[0].lines[0].get_ydata()
     assert shares == pytest.approx([100, 100, 50, 0, 0, 0, 0, 0, 0, 0])
     same = requests.assign(prompt_tokens=7)
-    assert plots.plot_share_by_prompt(same).axes[0].lines[0].get_ydata() == pytest.approx([25])
+    assert distributions.plot_share_by_prompt(same).axes[0].lines[0].get_ydata() == pytest.approx([25])
 
 
 def test_batches_are_averaged_over_busy_time():
     steps = pd.DataFrame({"start_s": [0.0, 1.5], "duration_s": [1.0, 0.5], "decode_tokens": [10, 30]})
-    assert plots._averaged(steps, "decode_tokens", np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx([10, 30, 0])
-    assert plots._averaged(steps, "decode_tokens", np.array([0.0, 2.0])) == pytest.approx([(10 + 15) / 1.5])
+    assert distributions._averaged(steps, "decode_tokens", np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx([10, 30, 0])
+    assert distributions._averaged(steps, "decode_tokens", np.array([0.0, 2.0])) == pytest.approx([(10 + 15) / 1.5])
 
 
 @pytest.mark.parametrize("missing", ["runs.parquet", "requests.parquet", "config.json"])
@@ -534,7 +547,7 @@ def test_broken_files_and_no_folder_are_one_line(tmp_path):
 
 
 def settings_of(folder):
-    return dict(findings.settings(read_results(folder)))
+    return dict(settings.settings(read_results(folder)))
 
 
 def test_the_head_says_what_was_run_not_what_the_suite_would_do(tmp_path):
@@ -551,7 +564,7 @@ def test_the_head_says_what_was_run_not_what_the_suite_would_do(tmp_path):
     assert found["Arrivals"] == "the trace's own times, as they are" and found["Engine"].startswith("2,000 KV blocks")
     assert found["Cost profile"] == "a100-mistral-7b (linear layers measured, attention a roofline)"
     assert found["Trace"] == "its 20 requests start over"
-    assert prose.load_label(read_results(folder).rows, 5.9) == "the trace's own 5.9 requests/s"
+    assert load_label(read_results(folder).rows, 5.9) == "the trace's own 5.9 requests/s"
 
 
 def test_there_are_no_intervals_where_all_seeds_have_the_same_requests(tmp_path):
@@ -560,19 +573,19 @@ def test_there_are_no_intervals_where_all_seeds_have_the_same_requests(tmp_path)
         for p, t in (("sarathi", 0.5), ("slai", 0.4))
         for s in range(10)
     ]
-    assert tables.comparison_table(rows)[["low", "high"]].isna().all(axis=None)
-    assert tables.ttft_reduction(tables.tidy(rows))[["low", "high"]].isna().all(axis=None)
+    assert statistics.comparison_table(rows)[["low", "high"]].isna().all(axis=None)
+    assert statistics.ttft_reduction(statistics.tidy(rows))[["low", "high"]].isna().all(axis=None)
     folder = make_folder(tmp_path / "out", rows)
     text = write_report(folder).with_suffix(".md").read_text()
     assert "all seeds have the same requests" in text and "bootstrap" not in text and "Ranges are 95 %" not in text
-    drawn = tables.comparison_table([r | {"arrivals": "poisson"} for r in rows])
+    drawn = statistics.comparison_table([r | {"arrivals": "poisson"} for r in rows])
     assert drawn["low"].notna().any()
 
 
 def test_rejections_name_the_setting(tmp_path):
     rows = [row("a", 1.0, s, num_rejected=3, num_too_long=2) for s in range(2)]
     results = read_results(make_folder(tmp_path / "out", rows, max_model_len=4000))
-    text = " ".join(findings.remarks(results, tables.comparison_table(results.rows)))
+    text = " ".join(findings.remarks(results, statistics.comparison_table(results.rows)))
     assert "3.00 % of requests were rejected on arrival" in text and "p99 TTFT is infinite" in text
     assert "2.00 % are longer than `max_model_len=4000`; 1.00 % need more KV blocks than there are" in text
 
@@ -594,7 +607,7 @@ def test_a_capacity_above_the_fluid_one_is_remarked_on(tmp_path):
 
 def test_equal_figures_are_emphasised_alike(tmp_path):
     rows = [row(p, q, 0, attained=a) for q in (1.0, 2.0) for p, a in (("a", 0.90001), ("b", 0.90004), ("c", 0.8))]
-    matrix = prose.attainment_matrix(tables.tidy(rows))
+    matrix = tables.attainment_matrix(statistics.tidy(rows))
     assert [[cell.kind for cell in cells[1:]] for cells in matrix.rows] == [["best"] * 2, ["best"] * 2, [""] * 2]
     bounded = [*rows, *(row("shortest-total", q, 0, attained=0.95) for q in (1.0, 2.0))]
     gaps = distance.gap_table(read_results(make_folder(tmp_path / "out", bounded)))
@@ -603,8 +616,8 @@ def test_equal_figures_are_emphasised_alike(tmp_path):
 
 def test_marks_beyond_the_axes_stand_inside_them_and_captions_speak_of_no_others():
     rows = [row(p, q, 0, ttft_s=t) for q in (1.0, 2.0) for p, t in (("sarathi", 0.3), ("never", None), ("slow", 9.0))]
-    two = tables.tidy(rows)
-    for figure in (plots.plot_ttft(two, 99), plots.plot_ttft_reduction(tables.ttft_reduction(two))):
+    two = statistics.tidy(rows)
+    for figure in (plots.plot_ttft(two, 99), plots.plot_ttft_reduction(statistics.ttft_reduction(two))):
         figure.draw_without_rendering()
         ax = figure.axes[0]
         low, high = ax.get_window_extent().intervaly
@@ -615,21 +628,23 @@ def test_marks_beyond_the_axes_stand_inside_them_and_captions_speak_of_no_others
             half = line.get_markersize() / 2 / 72 * figure.dpi
             assert (middle + half <= high + 1).all() and (middle - half >= low - 1).all()
     assert "Triangles" in sections._infinite(two, 99) and "Triangles" in sections._reduction(two).caption
-    fine = tables.tidy([r for r in rows if r["policy"] == "sarathi"] + [row("slai", q, 0) for q in (1.0, 2.0)])
+    fine = statistics.tidy([r for r in rows if r["policy"] == "sarathi"] + [row("slai", q, 0) for q in (1.0, 2.0)])
     assert sections._infinite(fine, 99) == "" and "Triangles" not in sections._reduction(fine).caption
 
 
 def test_a_figure_of_one_load_shows_whole_marks_and_intervals():
     shares = {"all": 1.0, "none": 0.0}
-    one = tables.tidy([row(p, 1.0, s, attained=a, ttft_s=0.3 + 0.3 * s) for p, a in shares.items() for s in range(10)])
+    one = statistics.tidy(
+        [row(p, 1.0, s, attained=a, ttft_s=0.3 + 0.3 * s) for p, a in shares.items() for s in range(10)]
+    )
     axes = plots.plot_attainment(one).axes[0]
-    assert all(not line.get_clip_on() for line in axes.lines if line.get_marker() in draw.Line2D.filled_markers)
+    assert all(not line.get_clip_on() for line in axes.lines if line.get_marker() in Line2D.filled_markers)
     axes = plots.plot_ttft(one).axes[0]
     low, high = axes.get_xlim()
     ends = [x for line in axes.lines for x in line.get_xdata()]
     assert low < min(ends) and max(ends) < high
     slow = [row("sarathi", 1.0, 0, ttft_s=0.1), row("slow", 1.0, 0, ttft_s=90.0), row("slai", 1.0, 0, ttft_s=0.05)]
-    axes = plots.plot_ttft_reduction(tables.ttft_reduction(tables.tidy(slow))).axes[0]
+    axes = plots.plot_ttft_reduction(statistics.ttft_reduction(statistics.tidy(slow))).axes[0]
     assert axes.get_xlim()[0] >= -66 and "◂ −89,900" in [t.get_text().replace("-", "−") for t in axes.texts]
 
 

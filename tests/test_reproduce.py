@@ -3,13 +3,15 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 
-from llmsched_gym import reproduce as rep
 from llmsched_gym.config import scenario
-from llmsched_gym.evaluation import tables
-from llmsched_gym.results_page import claims, figures, page, text
+from llmsched_gym.paper import constants
+from llmsched_gym.paper import reproduce as rep
+from llmsched_gym.paper.page import claims, page, text, trust
+from llmsched_gym.report import statistics
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def toy(tmp_path_factory):
         patch.setattr(rep, "STRICT_POLICIES", ("sarathi", "slai"))
         waves = partial(rep.experiments.ablation, devices=(rep.experiments.WAVES,))
         patch.setattr(rep.experiments, "ablation", waves)
-        patch.setattr(claims.tables, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
+        patch.setattr(claims.constants, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
         plan = rep.Plan(
             scenario("paper"),
             tmp_path_factory.mktemp("paper"),
@@ -106,14 +108,14 @@ def test_the_page_repeats(written):
 
 def test_the_sweep_is_near_the_published_one():
     points = rep.budget_sweep(None, lambda text: None)
-    for point, (chunk, ttft_ms, _) in zip(points, figures.PUBLISHED_SWEEP, strict=True):
+    for point, (chunk, ttft_ms, _) in zip(points, constants.PUBLISHED_SWEEP, strict=True):
         assert point["chunk"] == chunk
         assert point["ttft_ms"] == pytest.approx(ttft_ms, rel=0.06)
 
 
 def test_a_long_runs_capacity_lies_between_its_loads():
     rows = [dict(policy="sarathi", load=q, ttft_p50_s=t) for q, t in ((1.0, 0.3), (1.2, 0.4), (1.4, 0.8))]
-    frame = tables.pd.DataFrame(rows)
+    frame = statistics.pd.DataFrame(rows)
     assert claims.long_capacity(frame, "sarathi") == pytest.approx(1.25)
     assert claims.long_capacity(frame[:2], "sarathi") is None
 
@@ -122,6 +124,34 @@ def test_agreement_in_words():
     assert text.verdict(1.40, 1.36) == "agrees"
     assert text.verdict(1.70, 1.36) == "25% higher"
     assert text.verdict(1.02, 1.36) == "25% lower"
+
+
+def test_what_is_assumed_of_the_engine_is_a_table_of_worlds_with_differences():
+    """By hand: SLAI leads by 20 points as modelled and by 40 where mixing costs; a hidden price costs on-time 30."""
+    known, hidden = next(iter(trust.COSTLY.items()))
+    worlds = {
+        trust.MODELLED: {"sarathi": [0.7, 0.9], "slai": [1.0, 1.0], "on-time": [1.0, 1.0]},
+        known: {"sarathi": [0.2, 0.4], "slai": [0.7, 0.7], "on-time": [0.9, 0.9]},
+        hidden: {"sarathi": [0.2, 0.4], "slai": [0.7, 0.7], "on-time": [0.6, 0.6]},
+    }
+    found = trust.section_assumption({"robustness": [{"world": w, "attainment": a} for w, a in worlds.items()]})
+    assert "| world | sarathi | slai | on-time |" in found
+    assert f"| {trust.MODELLED} | 80.0 | 100.0 | 100.0 |" in found
+    assert f"| {known} | 30.0 | 70.0 | 90.0 |" in found
+    assert "20.0 points as modelled, 40.0 where" in found and "on-time 30.0." in found
+    assert max(map(len, found.splitlines())) < 140
+    assert trust.section_assumption({"robustness": [{"world": trust.MODELLED, "attainment": {}}]}) == ""
+
+
+def test_the_page_at_hand_says_the_same_of_the_engine_at_the_top_and_in_the_section_on_robustness():
+    lines = (Path(__file__).parents[1] / "docs" / "results.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    full = {row[0]: row[-1].split(" / ") for row in rows if row[-1].count(" / ") == 2}
+    start = rows.index(["world", *trust.FALLEN])
+    top = rows[start + 2 : start + 3 + 2 * len(trust.COSTLY)]
+    assert [row[0] for row in top] == [trust.MODELLED, *(w for pair in trust.COSTLY.items() for w in pair)]
+    for world, sarathi, slai, capped, _ in top:
+        assert full[world] == [slai, sarathi, capped], world
 
 
 @pytest.mark.parametrize("argv", [["--pieces", "nothing"], ["--seeds", "0"], ["--workers", "x"]])

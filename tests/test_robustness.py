@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from llmsched_gym import reproduce as rep
 from llmsched_gym.agents import robustness
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile
+from llmsched_gym.paper import reproduce as rep
 
 
 def test_every_pair_of_profiles_is_run_both_ways():

@@ -2,6 +2,7 @@
 
 import math
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from helpers import Run, request
 
+from llmsched_gym import scheduler as low
 from llmsched_gym.engine import Batch, IllegalBatch
 from llmsched_gym.engine.pack import ORDERS
 from llmsched_gym.engine.step import VICTIMS
-from llmsched_gym.scheduler import Compiled, PolicyError, Scheduler, install, make_scheduler, registry
+from llmsched_gym.registry import make_scheduler, registry
+from llmsched_gym.report.bounds import CLAIRVOYANT
+from llmsched_gym.scheduler import Compiled, PolicyError, Scheduler, install
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "rad", "rad-512"]
@@ -60,6 +64,21 @@ def test_every_name_of_the_design_is_registered():
         scheduler = make_scheduler(name)
         assert isinstance(scheduler, Compiled | Scheduler)
         assert registry()[name].what and "\n" not in registry()[name].what
+
+
+def test_names_are_resolved_above_all_that_they_may_mean():
+    """Not by what a scheduler is, which baselines and policies import; from there they can still be asked for."""
+    code = "import sys, llmsched_gym.scheduler; print(*(m for m in sys.modules if m.startswith('llmsched_gym.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[1] for name in done.stdout.split()}
+    assert "engine" in loaded and not loaded & {"baselines", "policies", "env", "registry"}
+    assert low.registry() is registry()
+    assert low.make_scheduler("slai[limit=7]").settings == make_scheduler("slai[limit=7]").settings
+
+
+def test_reports_know_which_schedulers_are_told_output_lengths():
+    told = {name for name, entry in registry().items() if getattr(entry, "clairvoyant", False)}
+    assert told == set(CLAIRVOYANT)
 
 
 def test_only_the_needed_ones_are_clairvoyant_and_decide_at_a_cost():

@@ -11,7 +11,7 @@ from test_traces import BAILIAN, BURSTGPT, COPILOT, MOONCAKE, SIMULATED, TRACELA
 
 from llmsched_gym.cli import main
 from llmsched_gym.config import ConfigError, Scenario, scenario
-from llmsched_gym.evaluation.trace_facts import facts
+from llmsched_gym.report.trace_facts import facts
 from llmsched_gym.workload import TraceError, TraceWarning, load_trace, make_table
 from llmsched_gym.workload.identity import found_share, shares_of_chains
 from llmsched_gym.workload.trace_sessions import write_sessions

@@ -321,7 +321,7 @@ def test_dropping_is_asked_for_and_counted(tmp_path):
     trace = load_trace(write(tmp_path, text), on_invalid="drop")
     assert trace.num_dropped == 2 and trace.prompt_tokens.tolist() == [472, 417]
     assert trace.arrival_s.tolist() == [0.0, 113.0] and trace.session_id.tolist() == [0, 0]
-    with pytest.raises(TraceError, match="all 1 rows are invalid"):
+    with pytest.raises(TraceError, match="1 row, and all are invalid"):
         load_trace(write(tmp_path, "num_prefill_tokens,num_decode_tokens\n0,0\n"), on_invalid="drop")
     with pytest.raises(ValueError, match="on_invalid"):
         load_trace(write(tmp_path, VIDUR), on_invalid="ignore")

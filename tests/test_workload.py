@@ -1,5 +1,6 @@
 """The request table: lengths, arrivals, classes, noise; and that nothing but the seed and the setting moves them."""
 
+import dataclasses
 import json
 import math
 import os
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from llmsched_gym.config import SUITES, ConfigError, Scenario, scenario
-from llmsched_gym.workload import NOISE_BLOCK, WORKLOADS, describe_workloads, load_trace, make_table, noise_block
+from llmsched_gym.workload import (
+    NOISE_BLOCK,
+    WORKLOADS,
+    RequestTable,
+    describe_workloads,
+    load_trace,
+    make_table,
+    noise_block,
+)
 from llmsched_gym.workload import fit as fit_module
 from llmsched_gym.workload.lengths import DATA_DIR as TABLES
 from llmsched_gym.workload.lengths import length_workloads, load_lengths
@@ -503,3 +512,17 @@ def test_the_azure_trace_replayed():
     gaps = np.diff(table.arrival_s)
     assert gaps.std() / gaps.mean() == pytest.approx(1.09, abs=0.01)
     assert table.prompt_tokens[:2].tolist() == [374, 396] and table.output_tokens[:2].tolist() == [44, 109]
+
+
+def test_a_table_of_given_requests_takes_one_number_for_all_or_one_each():
+    table = RequestTable.of([0.0, 1.5, 2.0], 10, [3, 4, 5], slo_class=[0, 1, 1], tbt_slo_s=0.5, cohort=(1, 3), seed=7)
+    assert table.prompt_tokens.tolist() == [10, 10, 10] and table.output_tokens.tolist() == [3, 4, 5]
+    assert table.slo_class.tolist() == [0, 1, 1] and table.tbt_slo_s.tolist() == [0.5] * 3
+    assert np.isinf(table.ttft_slo_s).all() and np.isnan(table.length_hint).all()
+    assert (table.cohort_start, table.cohort_stop, table.seed, table.arrivals) == (1, 3, 7, "given")
+    made = make_table(scenario("paper", num_requests=3), 0)
+    for field in dataclasses.fields(RequestTable):
+        ours, theirs = getattr(table, field.name), getattr(made, field.name)
+        assert not isinstance(theirs, np.ndarray) or (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+    with pytest.raises(ConfigError, match=r"^output_tokens: expected one number or 3, got an array of shape \(2,\)$"):
+        RequestTable.of([0.0, 1.5, 2.0], 10, [3, 4])

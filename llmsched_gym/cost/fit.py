@@ -17,12 +17,15 @@ import numpy as np
 from llmsched_gym.config import DeviceSpec, ModelSpec
 from llmsched_gym.cost.fit_batches import with_surface
 from llmsched_gym.cost.profile import Profile, ProfileError, TableLinear
+from llmsched_gym.words import shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("prefill", "decode", "ms")
 MIN_ROWS = 20
+LEAST_MS, MOST_MS, MOST_TOKENS = 1e-6, 1e6, 1 << 24
+"""What one batch may take, and the tokens of one number: anything else is a fault of the file."""
 HELD_OUT_SHARE = 0.2
 ROWS_PER_KNOT = 3
 HUBER_SIGMAS = 1.345  # residuals beyond so many sigmas count linearly, not squared
@@ -200,6 +203,8 @@ def read_batches(measurements: str | Path | pd.DataFrame) -> list[Batch]:
     for column in COLUMNS:
         if column not in table.columns:
             raise ProfileError(f"{where}: no column {column!r}; expected {', '.join(COLUMNS)}")
+        if f"{column}.1" in table.columns:  # which is what pandas calls a second one
+            raise ProfileError(f"{where}: column {column!r} is there twice")
     batches = []
     for i, (prefill, decode, ms) in enumerate(zip(*(table[column] for column in COLUMNS), strict=True)):
         at = f"{where}: {unit} {first + i}"
@@ -215,8 +220,9 @@ def _parse_chunks(text: Any, at: str) -> tuple[tuple[int, int], ...]:
         chunks = tuple((int(computed), int(n)) for computed, n in (item.split(":") for item in _items(text)))
     except ValueError:
         chunks = ((-1, 0),)
-    if any(computed < 0 or n < 1 for computed, n in chunks):
-        raise ProfileError(f"{at}, column 'prefill': expected items computed:n joined by ';', got {text!r}")
+    if any(not (0 <= computed <= MOST_TOKENS and 1 <= n <= MOST_TOKENS) for computed, n in chunks):
+        what = f"expected items computed:n of at most {MOST_TOKENS:,} tokens joined by ';'"
+        raise ProfileError(f"{at}, column 'prefill': {what}, got {shown(text)}")
     return chunks
 
 
@@ -225,8 +231,9 @@ def _parse_contexts(text: Any, at: str) -> tuple[int, ...]:
         contexts = tuple(int(item) for item in _items(text))
     except ValueError:
         contexts = (0,)
-    if any(context < 1 for context in contexts):
-        raise ProfileError(f"{at}, column 'decode': expected context lengths joined by ';', got {text!r}")
+    if any(not 1 <= context <= MOST_TOKENS for context in contexts):
+        what = f"expected context lengths of at most {MOST_TOKENS:,} tokens joined by ';'"
+        raise ProfileError(f"{at}, column 'decode': {what}, got {shown(text)}")
     return contexts
 
 
@@ -235,8 +242,10 @@ def _parse_ms(text: Any, at: str) -> float:
         ms = float(text)
     except (TypeError, ValueError):
         ms = np.nan
-    if not (0.0 < ms < np.inf):
-        raise ProfileError(f"{at}, column 'ms': expected a time > 0, got {text!r}")
+    if not (LEAST_MS <= ms <= MOST_MS):
+        raise ProfileError(
+            f"{at}, column 'ms': expected a time from {LEAST_MS:g} to {MOST_MS:,.0f} ms, got {shown(text)}"
+        )
     return ms
 
 

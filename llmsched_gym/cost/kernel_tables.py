@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmsched_gym.cost.surface import ProfileError
+from llmsched_gym.words import shown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 ATTENTION = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
 DENSE = ("layer", "tokens", "time_us")
 PER_SEQUENCE = ("layer", "sequences", "time_us")
+MOST = 1 << 24
+"""Tokens or sequences that a row may speak of: more is a fault of the file."""
+LEAST_US, MOST_US = 1e-3, 1e9
+"""Microseconds that one kernel may take: a nanosecond or a quarter of an hour is a fault of the file, too."""
+TIME = f"a time from {LEAST_US:g} to {MOST_US:,.0f} us"
 SKEW = ("n", "pc", "kp", "kv_big", "kv_mean", "t_mean_us", "t_skew_us")
 
 
@@ -62,8 +68,9 @@ def read_skew(path: str | Path) -> pd.DataFrame:
     """Columns c, p, n, longest and mean (KV tokens of the decodes), ratio (to equal contexts of the mean)."""
     table = _read(path, SKEW, whole=("n", "pc", "kp"))
     _check(path, table, "n", table.n > 0, "decodes")
-    for name in ("kv_mean", "t_mean_us", "t_skew_us"):
-        _check(path, table, name, table[name] > 0, "a number > 0")
+    _check(path, table, "kv_mean", table.kv_mean > 0, "a number > 0")
+    for name in ("t_mean_us", "t_skew_us"):
+        _check(path, table, name, table[name].between(LEAST_US, MOST_US), TIME)
     _check(path, table, "kv_big", table.kv_big >= table.kv_mean, "at least kv_mean")
     out = table[["pc", "kp", "n", "kv_big", "kv_mean"]].set_axis(["c", "p", "n", "longest", "mean"], axis=1)
     return out.assign(ratio=table.t_skew_us / table.t_mean_us)
@@ -95,6 +102,8 @@ def _read(path: str | Path, columns: Sequence[str], whole: Sequence[str] | None 
     for column in columns:
         if column not in table.columns:
             raise ProfileError(f"{path}: line 1: no column {column!r}; expected {', '.join(columns)}")
+        if f"{column}.1" in table.columns:  # which is what pandas calls a second one
+            raise ProfileError(f"{path}: line 1: column {column!r} is there twice")
     if table.empty:
         raise ProfileError(f"{path}: no rows")
     parsed = {}
@@ -105,15 +114,15 @@ def _read(path: str | Path, columns: Sequence[str], whole: Sequence[str] | None 
             continue
         values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=np.float64)
         if column == "time_us":
-            _check(path, table, column, np.isfinite(values) & (values > 0), "a time > 0")
+            _check(path, table, column, (values >= LEAST_US) & (values <= MOST_US), TIME)
         else:
-            ok = np.isfinite(values) & (values >= 0)
+            ok = (values >= 0) & (values <= (MOST_US if column.endswith("_us") else MOST))
             if whole is None or column in whole:
                 ok &= np.equal(np.mod(values, 1.0), 0.0, where=ok, out=np.zeros(len(values), bool))
-                _check(path, table, column, ok, "a whole number >= 0")
+                _check(path, table, column, ok, f"a whole number from 0 to {MOST:,}")
                 values = values.astype(np.int64)
             else:
-                _check(path, table, column, ok, "a number >= 0")
+                _check(path, table, column, ok, TIME if column.endswith("_us") else f"a number from 0 to {MOST:,}")
         parsed[column] = values
     return pd.DataFrame(parsed)
 
@@ -123,4 +132,4 @@ def _check(path: str | Path, table: pd.DataFrame, column: str, ok: pd.Series | n
     if len(bad):
         i = int(bad[0])
         got = str(table[column].iloc[i])
-        raise ProfileError(f"{path}: line {i + 2}, column {column!r}: expected {expected}, got {got!r}")
+        raise ProfileError(f"{path}: line {i + 2}, column {column!r}: expected {expected}, got {shown(got)}")

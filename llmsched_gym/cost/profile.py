@@ -7,7 +7,7 @@ A batch of N tokens takes
 where a prefill chunk computes n tokens behind c computed ones, and a decode reads a context of len tokens. (In the
 published runs that the default profile is fitted to, len counts the KV tokens present before the decode.) That suits
 engines whose attention kernels are separate by phase; where one kernel serves both, a :class:`Surface` takes the place
-of the last two terms.
+of the last two terms. Long, for the formula, its file and the checks of both are changed together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ import numpy as np
 from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec, plain_fields
 from llmsched_gym.cost.surface import ProfileError, Sums, Surface
 from llmsched_gym.cost.variants import Variant, split_name
-from llmsched_gym.files import version_of
+from llmsched_gym.files import version_of, write_text
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "profiles"
 
@@ -97,6 +96,10 @@ class SmoothLinear:
         return np.asarray((self.weight_ms**self.power + (self.token_ms * n) ** self.power) ** (1.0 / self.power))
 
 
+MOST_WHOLE = 2**31 - 1
+"""What the engine's records hold."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """What batches of one model cost on one device."""
@@ -120,15 +123,19 @@ class Profile:
         for name in ("tile_tokens", "num_kv_blocks"):
             if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ProfileError(f"{name}: expected a whole number >= 1, got {getattr(self, name)!r}")
+            if getattr(self, name) > MOST_WHOLE:
+                raise ProfileError(f"{name}: expected a whole number <= {MOST_WHOLE:,}, got {getattr(self, name)!r}")
         for name in ("overhead_ms", "pair_ms", "kv_ms"):
             _check_number(name, getattr(self, name))
 
     @property
     def pair_s(self) -> float:
+        """Seconds per pair of a prompt token and a token that it attends to."""
         return self.pair_ms / 1e3
 
     @property
     def kv_s(self) -> float:
+        """Seconds per token of context read."""
         return self.kv_ms / 1e3
 
     def coefficients(self, max_num_seqs: int) -> np.ndarray:
@@ -217,12 +224,7 @@ class Profile:
         """Write the profile; a reader never sees half a file."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(_dumps(self.to_dict()), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_text(path, _dumps(self.to_dict()))
 
     @classmethod
     def from_json(cls, path: str | Path) -> Profile:
@@ -240,6 +242,7 @@ class Profile:
             raise ProfileError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
+        """The profile as its JSON file holds it."""
         data = {"format": 1 if self.surface is None else 2, **dataclasses.asdict(self)}
         if self.surface is None:
             del data["surface"]

@@ -21,7 +21,19 @@ from llmsched_gym.engine.blocks import (
     owner_of,
 )
 from llmsched_gym.engine.queue import rank
-from llmsched_gym.engine.records import ABANDONED, FINISHED, NONE, PENDING, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import (
+    ABANDONED,
+    CANCELLED,
+    FINISHED,
+    NONE,
+    PENDING,
+    PHASES,
+    REFUSED,
+    REJECTED,
+    RUNNING,
+    WAITING,
+    has_come,
+)
 from llmsched_gym.engine.state import State
 
 
@@ -45,19 +57,23 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
 
     require(sim.clock_s >= previous_clock_s, f"the clock went back from {previous_clock_s:.6f} s")
 
-    counts = {p: int(np.sum(phase == p)) for p in range(7)}
+    counts = {p: int(np.sum(phase == p)) for p in range(len(PHASES))}
     require(counts[WAITING] == sim.num_waiting, "waiting count differs from the phases")
     require(counts[RUNNING] == sim.num_running, "running count differs from the phases")
     require(counts[FINISHED] == sim.num_finished, "finished count differs from the phases")
     require(counts[REJECTED] == episode.num_rejected, "rejected count differs from the phases")
     require(counts[REFUSED] == sim.num_refused, "refused count differs from the phases")
     require(counts[ABANDONED] == sim.num_abandoned, "abandoned count differs from the phases")
-    arrived, arrival_s = phase != PENDING, state.arrivals[env][: world.num_requests]["arrival_s"]
+    require(counts[CANCELLED] == episode.num_cancelled, "cancelled count differs from the phases")
+    arrived, arrival_s = has_come(phase), state.arrivals[env][: world.num_requests]["arrival_s"]
     require(episode.num_arrived == arrived.sum(), "arrived != waiting + running + resolved")
-    require(arrived[: world.next_arrival], "an arrived request is pending")
+    is_root = state.arrivals[env]["parent"][world.num_past : world.next_arrival] == NONE
+    require(arrived[world.num_past : world.next_arrival] | ~is_root, "an arrived request is pending")
     require(requests["arrival_s"][arrived] == arrival_s[arrived], "a request's arrival has changed")
     require(arrival_s[arrived] <= sim.clock_s, "a request came before its arrival")
-    require(arrival_s[~arrived] > sim.clock_s, "an arrival was overlooked")
+    to_come = phase[world.num_past :] == PENDING
+    require(~(arrival_s[world.num_past :][to_come] <= sim.clock_s), "an arrival was overlooked")
+    _check_turns(state, env, require)
     require(requests["prompt_tokens"][~arrived] == 0, "a request can be read before its arrival")
 
     waiting = state.waiting[env][: sim.num_waiting]
@@ -86,7 +102,9 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require((emitted >= 0) & (emitted <= outputs), "a request emitted more than its output")
     require(emitted[phase == FINISHED] == outputs[phase == FINISHED], "a finished request lacks tokens")
     require(emitted[phase == RUNNING] < outputs[phase == RUNNING], "a complete request still runs")
-    require(emitted[np.isin(phase, (PENDING, REJECTED, REFUSED))] == 0, "a request out of service emitted tokens")
+    require(
+        emitted[np.isin(phase, (PENDING, REJECTED, REFUSED, CANCELLED))] == 0, "a request out of service emitted tokens"
+    )
     require(computed[phase == WAITING] == 0, "a waiting request holds KV")
     decoding = running[computed[running] >= prefill[running]]
     total = requests["prompt_tokens"][decoding] + emitted[decoding] - 1
@@ -104,9 +122,27 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     listed = np.sort(state.resolved[env][: episode.num_resolved])
     require(np.array_equal(listed, np.flatnonzero(resolved)), "list of resolved requests and phases differ")
     cohort = slice(world.cohort_start, world.cohort_stop)
-    require(np.sum(~resolved[cohort]) == world.num_unresolved, "unresolved count differs from the phases")
+    over = resolved | (phase == CANCELLED)
+    require(np.sum(~over[cohort]) == world.num_unresolved, "unresolved count differs from the phases")
     _check_index(state, env, require)
     return float(sim.clock_s)
+
+
+def _check_turns(state: State, env: int, require: Callable[[Any, str], None]) -> None:
+    """Who of a session has come, is due, or never will; see `engine.turns`."""
+    world = state.worlds[env]
+    phase = state.requests[env]["phase"][: world.num_requests]
+    arrivals = state.arrivals[env][: world.num_requests]
+    turns = np.flatnonzero(arrivals["parent"] != NONE)
+    parent = phase[arrivals["parent"][turns]]
+    due = state.due[env][: world.num_due]
+    require(has_come(phase[turns]) <= (parent == FINISHED), "a turn came before its parent had finished")
+    lost = np.isin(parent, (REJECTED, REFUSED, ABANDONED, CANCELLED))
+    require((phase[turns] == CANCELLED) == lost, "a turn is cancelled if and only if its parent will not finish")
+    waits = turns[(parent == FINISHED) & (phase[turns] == PENDING)]
+    require(np.array_equal(np.sort(due), waits), "the due turns are not those whose parents have finished")
+    times = arrivals["arrival_s"][due]
+    require(times[(np.arange(1, len(due)) - 1) // 2] <= times[1:], "the due turns are no heap")
 
 
 def _check_places(state: State, k: int, require: Any) -> None:

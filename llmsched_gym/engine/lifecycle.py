@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.engine.blocks import free
+from llmsched_gym.engine.blocks import allocate, blocks_for, free
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.queue import expire, join_waiting, leave_waiting, return_to_waiting
-from llmsched_gym.engine.records import ABANDONED, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import ABANDONED, NONE, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.state import Episode
+from llmsched_gym.engine.turns import first_to_come, follow, pop_due, skip_turns
 
 
 @kernel()
@@ -41,6 +42,15 @@ def resolve(of, world, r, phase, now_s):
 
 
 @kernel()
+def tell_prefix(of, r):
+    """What the prompt of `r` begins with becomes known."""
+    prefix, given = of.prefixes[r], of.arrivals[r]
+    prefix.shares_with = given.shares_with
+    prefix.shared_tokens = given.shared_tokens
+    prefix.turn = given.turn
+
+
+@kernel()
 def enter(of, r):
     """Request `r` `of` an Episode comes: its row is written, and what can never fit is rejected (rule 7).
 
@@ -55,9 +65,9 @@ def enter(of, r):
     request.slo_class = given.slo_class
     request.prompt_tokens = given.prompt_tokens
     request.prefill_tokens = given.prompt_tokens
+    request.max_output_tokens = given.max_output_tokens
     if of.prefixes.shape[0] > 0:
-        of.prefixes[r].shares_with = given.shares_with
-        of.prefixes[r].shared_tokens = given.shared_tokens
+        tell_prefix(of, r)
     episode.num_arrived += 1
     episode.arrived_tokens += given.prompt_tokens
     if given.prompt_tokens + of.output_tokens[r] > episode.largest_request:
@@ -81,6 +91,9 @@ def deliver(lane, r):
 def let_in(lane, of, now_s):
     """All requests of the table that are due by `now_s` enter and, there being one replica, are delivered to it."""
     world = of.world
+    if world.has_turns:
+        _let_turns_in(lane, of, now_s)
+        return
     for r in range(world.next_arrival, world.table_size):
         world.next_arrival_s = of.arrivals[r].arrival_s
         if world.next_arrival_s > now_s:
@@ -89,6 +102,41 @@ def let_in(lane, of, now_s):
         if enter(of, r):
             deliver(lane, r)
     world.next_arrival_s = math.inf
+
+
+@kernel()
+def _let_turns_in(lane, of, now_s):
+    """:func:`let_in` for roots and turns, in the order in which they come."""
+    world = of.world
+    skip_turns(of)
+    for _ in range(world.table_size + 1):
+        r = first_to_come(of)
+        if r == NONE or world.next_arrival_s > now_s:
+            break
+        if of.arrivals[r].parent == NONE:
+            world.next_arrival += 1
+            skip_turns(of)
+        else:
+            pop_due(of)
+        if enter(of, r):
+            deliver(lane, r)
+    follow(of)  # who is rejected takes its turns with it
+
+
+@kernel()
+def remember(lane, of):
+    """Let the cache of a replica hold what requests that are past have left there, as far as memory goes."""
+    sim = lane.sim
+    for r in range(of.world.num_past):
+        tell_prefix(of, r)
+        request = lane.requests[r]
+        known = of.arrivals[r].prompt_tokens + of.output_tokens[r] - 1  # nobody has computed its last token
+        if blocks_for(sim, known) <= min(sim.total_blocks, sim.row_blocks):
+            request.prefill_tokens = known
+            allocate(lane, r, known)
+            request.num_computed_tokens = known
+            free(lane, r)
+        request.prefill_tokens = request.num_computed_tokens = request.num_cached_tokens = 0
 
 
 @kernel()
@@ -185,16 +233,20 @@ def average(episode, arrivals, tokens, now_s):
 
 
 @kernel(inline="always")
-def pass_time(lane, world, arrivals, output_tokens, now_s):
+def pass_time(lane, world, arrivals, output_tokens, due, now_s):
     """Set a replica's clock: the one place where time passes; clients come and leave."""
     episode = lane.episode
     lane.sim.clock_s = now_s
     before, tokens_before = episode.num_arrived, episode.arrived_tokens
+    of = Episode(episode, world, lane.requests, lane.resolved, lane.prefixes, arrivals, output_tokens, due)
+    if world.has_turns:
+        follow(of)
     if now_s >= world.next_arrival_s:
-        of = Episode(episode, world, lane.requests, lane.resolved, lane.prefixes, arrivals, output_tokens)
         let_in(lane, of, now_s)
     if now_s >= lane.sim.next_departure_s:
         depart(lane, world)  # after it: who came early in a long batch may have left again
+        if world.has_turns:
+            follow(of)
     if now_s >= lane.sim.next_expiry_s:
         expire(lane)
     average(episode, episode.num_arrived - before, episode.arrived_tokens - tokens_before, now_s)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-# Phases of a request. The first is of those that have not arrived; the last four are resolved.
-PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED = range(7)
-PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned")
+# Phases of a request. The first is of those that have not arrived, the last of turns that never will: somebody before
+# them in their session did not finish. The four before it are resolved.
+PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED, CANCELLED = range(8)
+PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned", "cancelled")
 
 NONE = -1  # no request, no block, no row
 CACHE_LINE = 64  # bytes
+
+
+def has_come(phase: Any) -> Any:
+    """Whether a request of that phase, or each of an array of phases, has arrived."""
+    return (phase != PENDING) & (phase != CANCELLED)
 
 
 def record_dtype(fields: list[tuple[str, str]]) -> np.dtype:
@@ -55,7 +63,7 @@ REQUEST = record_dtype(
         ("earlier", "i4"),  # the one before it in its part of the line; -1: it is the first
         ("shorter", "i4"),  # children in the tree of expired requests; -1: none
         ("longer", "i4"),
-        ("padding", "i4"),  # makes the size a multiple of a cache line
+        ("max_output_tokens", "i4"),  # the most that its client accepts; with it the size is a multiple of a cache line
     ]
 )
 
@@ -65,6 +73,7 @@ PREFIX = record_dtype(
         ("shares_with", "i4"),  # the request with whose tokens the prompt begins; NONE
         ("shared_tokens", "i4"),  # so many of them
         ("row", "i4"),  # where the blocks that it holds are listed; NONE
+        ("turn", "i4"),  # how many requests of its session came before it
         ("num_recached_tokens", "i4"),  # found in the cache at admissions after a preemption
         ("found_version", "i4"),  # of the lane's blocks, when it was last looked up what is cached
         ("found_blocks", "i4"),  # what was found
@@ -83,6 +92,13 @@ ARRIVAL = record_dtype(
         ("prompt_tokens", "i4"),
         ("shares_with", "i4"),
         ("shared_tokens", "i4"),
+        ("max_output_tokens", "i4"),
+        # sessions, see engine.turns; requests, -1: none
+        ("think_s", "f8"),  # from the end of its parent to its arrival
+        ("parent", "i4"),
+        ("turn", "i4"),  # how many of its session came before it
+        ("first_turn", "i4"),  # whose parent it is
+        ("next_turn", "i4"),  # the next of the same parent
         ("slo_class", "i1"),
     ]
 )
@@ -102,6 +118,7 @@ EPISODE = record_dtype(
         ("num_arrived", "i4"),
         ("num_rejected", "i4"),
         ("num_resolved", "i4"),
+        ("num_cancelled", "i4"),
         ("num_settled", "i4"),  # resolved requests whose utility has been paid as reward
     ]
 )
@@ -173,7 +190,11 @@ WORLD = record_dtype(
         ("stop_s", "f8"),  # the run ends when the clock reaches this
         ("num_requests", "i4"),  # rows in use: those of the table, then those that were entered at run time
         ("table_size", "i4"),  # requests of the table
-        ("next_arrival", "i4"),  # the next of the table to arrive
+        ("next_arrival", "i4"),  # the next of the table to arrive; with sessions, of their roots
+        ("num_past", "i4"),  # the first so many are over when the episode starts
+        ("num_due", "i4"),  # turns whose arrival is known
+        ("num_followed", "i4"),  # resolved requests whose turns are due or cancelled
+        ("has_turns", "i1"),  # whether there are sessions
         ("cohort_start", "i4"),
         ("cohort_stop", "i4"),
         ("num_unresolved", "i4"),  # of the cohort

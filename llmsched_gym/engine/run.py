@@ -12,7 +12,7 @@ from numba import types
 
 from llmsched_gym.engine.batch import batch_s
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
-from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time
+from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time, remember
 from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, env_of, episode_of, lane_of, unpack
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
 from llmsched_gym.engine.surface import ID, has_surface, predicted_s, recount
@@ -69,7 +69,7 @@ def book(s, k, lane, world, duration_s):
         end_s = commit(lane, world, output_tokens, s.gaps[env], arrivals, duration_s + lane.sim.decision_s)
     else:
         end_s = idle(lane, world)
-    pass_time(lane, world, arrivals, output_tokens, end_s)
+    pass_time(lane, world, arrivals, output_tokens, s.due[env], end_s)
     if ran and s.steps.shape[1] > 0:
         log_step(s, k, lane, start_s, duration_s)
     return ran
@@ -85,8 +85,11 @@ def advance(s, k, lane):
 
 @entry()
 def start(s, k):
-    """Let the requests of time 0 in."""
-    let_in(lane_of(s, k), episode_of(s, env_of(s, k)), 0.0)
+    """Fill the cache with what is past, and let the requests of time 0 in."""
+    lane, of = lane_of(s, k), episode_of(s, env_of(s, k))
+    if lane.sim.prefix_caching:
+        remember(lane, of)
+    let_in(lane, of, 0.0)
 
 
 @entry()

@@ -16,7 +16,7 @@ from numba import types
 from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
-from llmsched_gym.config import ADMISSIONS, Scenario
+from llmsched_gym.config import ADMISSIONS, MOST, Scenario
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.blocks import NUM_COLUMNS, load_blocks, num_records, table_size
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
@@ -24,6 +24,7 @@ from llmsched_gym.engine.records import (
     ARRIVAL,
     BATCH,
     CACHE_LINE,
+    CANCELLED,
     EPISODE,
     ITEM,
     KNOBS,
@@ -44,6 +45,8 @@ MIN_SCRATCH = 64  # an environment sorts its visible slots there
 
 TABLE_COLUMNS = ("arrival_s", "ttft_slo_s", "tbt_slo_s", "length_hint", "session_id", "prompt_tokens", "slo_class")
 IDENTITY_COLUMNS = ("shares_with", "shared_tokens")
+TURN_COLUMNS = ("parent", "think_s", "turn", "first_turn", "next_turn")
+ROOT = (NONE, 0.0, 0, NONE, NONE)  # of a request that stands alone
 """Of a request table and of ARRIVAL: what becomes known of a request when it arrives."""
 
 
@@ -57,7 +60,7 @@ def _to_come() -> np.ndarray:
 
 
 TO_COME = _to_come()
-NOTHING_SHARED = np.array((NONE, 0, NONE, 0, 0, 0), PREFIX)
+NOTHING_SHARED = np.array((NONE, 0, NONE, 0, 0, 0, 0), PREFIX)
 
 
 class State(NamedTuple):
@@ -70,6 +73,7 @@ class State(NamedTuple):
     prefixes: Any  # (num_envs, capacity; without prefix caching 0) PREFIX
     arrivals: Any  # (num_envs, capacity) ARRIVAL, hidden
     output_tokens: Any  # (num_envs, capacity) int32, hidden
+    due: Any  # (num_envs, capacity) int32, turns to come, see engine.turns; hidden
     waiting: Any  # (num_lanes, capacity) int32; by arrival, preempted ones at the head
     running: Any  # (num_lanes, max_num_seqs) int32; by admission
     knobs: Any  # (num_lanes,) KNOBS
@@ -125,6 +129,7 @@ class Episode(NamedTuple):
     prefixes: Any  # (capacity or 0,) PREFIX
     arrivals: Any  # (capacity,) ARRIVAL
     output_tokens: Any  # (capacity,) int32
+    due: Any  # (capacity,) int32
 
 
 _F8, _I4 = types.float64, types.int32
@@ -136,6 +141,7 @@ _STATE_FIELDS = {
     "prefixes": (PREFIX, 2),
     "arrivals": (ARRIVAL, 2),
     "output_tokens": (_I4, 2),
+    "due": (_I4, 2),
     "waiting": (_I4, 2),
     "running": (_I4, 2),
     "knobs": (KNOBS, 1),
@@ -207,7 +213,7 @@ HANDLE_TYPE = HandleType([(name, _array_type(name)) for name in State._fields])
 def _make_handle(state):
     s = structref.new(HANDLE_TYPE)
     s.sims, s.episodes, s.worlds, s.requests = state.sims, state.episodes, state.worlds, state.requests
-    s.prefixes, s.arrivals, s.output_tokens = state.prefixes, state.arrivals, state.output_tokens
+    s.prefixes, s.arrivals, s.output_tokens, s.due = state.prefixes, state.arrivals, state.output_tokens, state.due
     s.waiting, s.running, s.knobs, s.memory = state.waiting, state.running, state.knobs, state.memory
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
     s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
@@ -233,6 +239,7 @@ def unpack(s):
         s.prefixes,
         s.arrivals,
         s.output_tokens,
+        s.due,
         s.waiting,
         s.running,
         s.knobs,
@@ -304,6 +311,7 @@ def episode_of(s, env):
         s.prefixes[env],
         s.arrivals[env],
         s.output_tokens[env],
+        s.due[env],
     )
 
 
@@ -351,6 +359,7 @@ def allocate(
         prefixes=np.zeros((num_envs, capacity if scenario.prefix_caching else 0), PREFIX),
         arrivals=np.zeros((num_envs, capacity), ARRIVAL),
         output_tokens=np.zeros((num_envs, capacity), np.int32),
+        due=np.zeros((num_envs, capacity), np.int32),
         waiting=np.zeros((lanes, capacity), np.int32),
         running=np.zeros((lanes, seqs), np.int32),
         knobs=np.zeros(lanes, KNOBS),
@@ -376,7 +385,7 @@ def allocate(
 def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
     """The same state with room for `capacity` requests and `num_gaps` recorded gaps an environment."""
     fields = state._asdict()
-    names = ("requests", "arrivals", "output_tokens", "waiting", "refuse", "resolved")
+    names = ("requests", "arrivals", "output_tokens", "due", "waiting", "refuse", "resolved")
     sizes = dict.fromkeys(names, capacity) | {"gaps": num_gaps}
     if state.prefixes.shape[1] > 0:
         sizes["prefixes"] = capacity
@@ -404,10 +413,28 @@ def load_table(
         arrivals[name][:n] = column
     arrivals["gap_start"][:n] = table.gap_start
     state.output_tokens[env, :n] = table.output_tokens
+    turns: tuple[Any, ...] = ROOT if table.parent is None else _turns(table)
+    for name, values in zip(TURN_COLUMNS, turns, strict=True):
+        arrivals[name][:n] = values
+    arrivals["max_output_tokens"][:n] = MOST if table.max_output_tokens is None else table.max_output_tokens
     _load_episode(state, env, table, scenario, record_gaps)
     num_replicas = len(state.sims) // len(state.episodes)
     for k in range(env * num_replicas, (env + 1) * num_replicas):
         _load_replica(state, k, env, scenario, num_kv_blocks)
+
+
+def _turns(table: RequestTable) -> tuple[np.ndarray, ...]:
+    """TURN_COLUMNS of a table with sessions; each of shape (num_requests,)."""
+    parent, n = table.parent, len(table)
+    turn, first, following = np.zeros(n, np.int32), np.full(n, NONE, np.int32), np.full(n, NONE, np.int32)
+    assert parent is not None
+    for r in range(n - 1, -1, -1):  # from the last, so that each parent's first turn is linked first
+        if parent[r] >= 0:
+            following[r] = first[parent[r]]
+            first[parent[r]] = r
+    for r in np.flatnonzero(parent >= 0).tolist():
+        turn[r] = turn[parent[r]] + 1
+    return parent, np.zeros(n) if table.think_s is None else table.think_s, turn, first, following
 
 
 def _load_episode(state: State, env: int, table: RequestTable, scenario: Scenario, record_gaps: bool) -> None:
@@ -418,8 +445,10 @@ def _load_episode(state: State, env: int, table: RequestTable, scenario: Scenari
     episode.strict_tbt_slo_s = scenario.strict_tbt_slo_s
     world.cost_scale = table.cost_scale
     world.num_requests = world.table_size = n
-    world.next_arrival = 0
-    world.next_arrival_s = table.arrival_s[0] if n else math.inf
+    world.next_arrival = world.num_past = table.num_past
+    world.has_turns = table.parent is not None
+    world.num_due = world.num_followed = 0
+    world.next_arrival_s = table.arrival_s[table.num_past] if n > table.num_past else math.inf
     world.records_gaps = record_gaps
     world.cohort_start, world.cohort_stop = table.cohort_start, table.cohort_stop
     world.num_unresolved = table.cohort_stop - table.cohort_start
@@ -427,7 +456,7 @@ def _load_episode(state: State, env: int, table: RequestTable, scenario: Scenari
     if scenario.num_requests is None:
         world.stop_s = scenario.horizon_s
     else:
-        world.stop_s = table.arrival_s[table.cohort_stop - 1] + scenario.drain_s
+        world.stop_s = table.last_root_s + table.longest_session_s + scenario.drain_s
 
 
 def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blocks: int) -> None:
@@ -465,6 +494,9 @@ def append_request(state: State, env: int, request: Request, arrival_s: float) -
     state.prefixes[env, r : r + 1] = NOTHING_SHARED
     for name in (*TABLE_COLUMNS, *IDENTITY_COLUMNS):
         arrivals[name][r] = getattr(request, name)
+    for name, value in zip(TURN_COLUMNS, ROOT, strict=True):
+        arrivals[name][r] = value
+    arrivals["max_output_tokens"][r] = MOST
     arrivals[r].arrival_s = arrival_s
     arrivals[r].gap_start = arrivals[r - 1].gap_start + outputs[r - 1] - 1 if r > 0 else 0
     outputs[r] = request.output_tokens
@@ -479,6 +511,7 @@ def rows_of(state: State, env: int, table: RequestTable) -> np.ndarray:
     """Copies of the records of the requests of `table`, those to come included; shape (num_requests,) REQUEST."""
     rows = state.requests[env, : len(table)].copy()
     to_come = rows["phase"] == PENDING
+    to_come |= rows["phase"] == CANCELLED
     for name in TABLE_COLUMNS:
         rows[name][to_come] = getattr(table, name)[to_come]
     rows["prefill_tokens"][to_come] = rows["prompt_tokens"][to_come]

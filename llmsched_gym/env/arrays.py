@@ -25,7 +25,7 @@ class Arrays(NamedTuple):
     rules: Any  # (1,) RULES
     outcomes: Any  # (num_envs, FIRST_TERM + number of terms) float64
     features: Any  # (num_envs, number of features) float32
-    rows: Any  # (num_envs or 0, NUM_SLOTS, number of SLOT_FEATURES) float32
+    rows: Any  # (num_envs or 0, NUM_SLOTS, number of slot_features_of) float32
     in_use: Any  # (num_envs or 0, NUM_SLOTS) int8
 
 

@@ -155,6 +155,7 @@ class EnvCore:
             self.kind.reopen(self.engine.handle, self.handle, env)
 
     def observe(self, env: int) -> None:
+        """Fill the observation arrays of environment `env`."""
         kernels.observe_env(self.engine.handle, self.handle, env)
         self._observe_more(env, env + 1)
 

@@ -1,4 +1,7 @@
-"""docs/environment.md, made from the environment itself: `python -m llmsched_gym.env.docs > docs/environment.md`."""
+"""docs/environment.md, made from the environment itself: `python -m llmsched_gym.env.docs > docs/environment.md`.
+
+It is long as it holds the page's own text.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from llmsched_gym.env.actions.knobs import KNOBS, TOKEN_BUDGET
 from llmsched_gym.env.core import INFOS
 from llmsched_gym.env.episode import METRICS
 from llmsched_gym.env.features import ALL_FEATURES, Feature
-from llmsched_gym.env.markdown import table
 from llmsched_gym.env.observations import OBSERVATIONS
 from llmsched_gym.env.single import LLMSchedEnv
+from llmsched_gym.text import table
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 WORKED: dict[str, Any] = {"qps": 2.0, "jitter": 0.0, "max_backlog": 4}
@@ -44,15 +47,18 @@ def suites() -> str:
 
 
 def actions() -> str:
+    """The table of action spaces."""
     rows = [[f"`{a.name}`", f"`{a.space(EnvConfig(action=a.name))}`", a.what] for a in ACTIONS.values()]
     return table(["`action=`", "space", "one action"], rows)
 
 
 def action_sections() -> str:
+    """A section for each kind of action."""
     return "\n\n".join(f"### {a.name.capitalize()}\n\n{a.docs()}" for a in ACTIONS.values())
 
 
 def features(entries: tuple[Feature, ...]) -> str:
+    """The table of the entries of an observation, by index."""
     rows = [[str(i), f"`{f.name}`", f"{f.low:g} to {f.high:g}", f.meaning] for i, f in enumerate(entries)]
     return table(["#", "name", "range", "meaning"], rows)
 
@@ -170,6 +176,7 @@ def worked_steps() -> str:
 
 
 def example(name: str) -> str:
+    """A file of examples/ as a code block."""
     return f"```python\n{(EXAMPLES / name).read_text().rstrip()}\n```"
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, REJECTED, RUNNING, WAITING, has_come
 from llmsched_gym.engine.state import State
 from llmsched_gym.workload import RequestTable
 
@@ -29,7 +29,7 @@ def episode_metrics(state: State, env: int, table: RequestTable, *, has_gaps: bo
     """
     sim = state.sims[env]
     requests, clock_s = state.requests[env, table.cohort_start : table.cohort_stop], float(sim.clock_s)
-    arrived = requests["phase"] != PENDING
+    arrived = has_come(requests["phase"])
     requests, gap_start = requests[arrived], table.gap_start[table.cohort_start : table.cohort_stop][arrived]
     figures = dict.fromkeys(METRICS, math.nan)
     if clock_s > 0.0:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmsched_gym.config import EnvConfig
+from llmsched_gym.config import MOST, EnvConfig
 from llmsched_gym.cost import load_profile
-from llmsched_gym.engine.batch import can_make_ttft, is_prefill
+from llmsched_gym.engine.batch import can_make_ttft, is_prefill, uncached_prefill
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
@@ -142,8 +142,26 @@ MIXING = _share(
     "their own",
     "0 without decodes or prompts",
 )
-ALL_FEATURES = (*FEATURES, MIXING)
-"""With those that only some profiles have, which come last."""
+CACHE: tuple[Feature, ...] = (
+    _log("waiting_uncached_tokens", 1e6, "prompt tokens waiting that are not cached"),
+    _share("waiting_hit", 1, "", "of the prompt tokens waiting, those that are cached", "0 if none waits"),
+    Feature(
+        "shortest_uncached",
+        0,
+        1,
+        "least tokens of a waiting prompt that are not cached",
+        32768,
+        "tokens",
+        log=True,
+        otherwise="1 if none waits",
+    ),
+    _count("waiting_turns", "waiting requests that go on with a session"),
+    _count("running_turns", "running requests that go on with a session"),
+)
+ALL_FEATURES = (*FEATURES, MIXING, *CACHE)
+"""With those that only some environments have, which come last: MIXING and, with prefix caching, CACHE."""
+WIDTHS = (NUM_FEATURES, NUM_FEATURES + 1, len(ALL_FEATURES))
+"""How many features there may be."""
 AT = places(ALL_FEATURES)
 _PER_STEP, _PER_LOG, _SCALES = scales(ALL_FEATURES)
 _FIRST_CLASS, _PER_CLASS = AT.strict_decodes_overdue, AT.relaxed_decodes_overdue - AT.strict_decodes_overdue
@@ -152,14 +170,16 @@ _COUNTS = np.minimum(1.0, np.log1p(np.arange(129)) / math.log1p(_COUNT_SCALE)).a
 
 
 def features_of(config: EnvConfig, num_features: int | None = None) -> tuple[Feature, ...]:
-    """The features of an environment: MIXING is one where the scheduler's own profile knows what mixing costs.
+    """The features of an environment: all with prefix caching; MIXING where the own profile knows what mixing costs.
 
     With `num_features` the first so many, whatever the profile: a policy sees on every profile what it was made for.
     """
     if num_features is not None:
         return ALL_FEATURES[:num_features]
+    if config.prefix_caching:
+        return ALL_FEATURES
     own = load_profile(config.scheduler_profile or config.profile)
-    return FEATURES if own.surface is None else ALL_FEATURES
+    return FEATURES if own.surface is None else (*FEATURES, MIXING)
 
 
 @kernel()
@@ -181,8 +201,37 @@ def share(place, x):
 
 
 @kernel()
+def is_turn(lane, r):
+    """Whether `r` goes on with a session, as far as the engine tells: with prefix caching."""
+    return lane.sim.prefix_caching and lane.prefixes[r].turn > 0
+
+
+@kernel(outline=True)
+def _observe_cache(lane, out):
+    """Fill the features of CACHE."""
+    sim = lane.sim
+    turns = uncached = 0
+    least = MOST
+    for i in range(sim.num_waiting):
+        r = lane.waiting[i]
+        n = uncached_prefill(lane, r)
+        uncached += n
+        least = min(least, n)
+        turns += is_turn(lane, r)
+    out[AT.waiting_uncached_tokens] = logarithm(AT.waiting_uncached_tokens, uncached)
+    cached = sim.waiting_tokens - uncached
+    out[AT.waiting_hit] = cached / sim.waiting_tokens if sim.waiting_tokens > 0 else 0.0
+    out[AT.shortest_uncached] = logarithm(AT.shortest_uncached, least) if sim.num_waiting > 0 else 1.0
+    out[AT.waiting_turns] = _COUNTS[min(turns, 128)]
+    turns = 0
+    for i in range(sim.num_running):
+        turns += is_turn(lane, lane.running[i])
+    out[AT.running_turns] = _COUNTS[min(turns, 128)]
+
+
+@kernel()
 def observe_features(lane, out, pays, world, rules, terms):
-    """Fill ``out`` (float32, of NUM_FEATURES, or one more for MIXING) with the features, in their order.
+    """Fill ``out`` (float32, as long as one of WIDTHS) with the features, in their order.
 
     If `pays`, what the utility of the measured live requests has changed is booked on the same way through the lists
     and returned: a second pass over them would cost as much as the step's decision.
@@ -283,4 +332,6 @@ def observe_features(lane, out, pays, world, rules, terms):
     if out.shape[0] > AT.price_of_mixing:
         price = price_of_mixing(lane, min(MIXING_TOKENS, sim.max_num_batched_tokens))
         out[AT.price_of_mixing] = share(AT.price_of_mixing, price)
+    if out.shape[0] > AT.waiting_uncached_tokens:
+        _observe_cache(lane, out)
     return paid

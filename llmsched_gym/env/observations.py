@@ -10,9 +10,9 @@ import numpy as np
 from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
-from llmsched_gym.env.features import ALL_FEATURES, MIXING, Feature, features_of
+from llmsched_gym.env.features import MIXING, WIDTHS, Feature, features_of
 from llmsched_gym.env.kernels import observe_slots_of
-from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
+from llmsched_gym.env.slots import NUM_SLOTS, slot_features_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Part:
     num_rows: int | None = None  # None: there is one, which has no axis of rows
 
     def space(self, config: EnvConfig, num_features: int | None = None) -> spaces.Space:
+        """Box of float32 (num_rows, num_entries) or (num_entries,); masks are MultiBinary (num_rows,)."""
         rows = () if self.num_rows is None else (self.num_rows,)
         if self.entries is None:
             return spaces.MultiBinary(rows)
@@ -62,9 +63,10 @@ class Observation:
 FEATURES_PART = Part("features", features_of)
 OBSERVATIONS: dict[str, Observation] = {
     "features": Observation(
-        f"The state as a whole, in numbers; `Box({len(ALL_FEATURES)})` where the profile behind the scheduler's\n"
+        f"The state as a whole, in numbers; `Box({WIDTHS[1]})` where the profile behind the scheduler's\n"
         "predictions has a surface ([formats.md](formats.md)). Only there it can take longer to mix decodes and\n"
-        f"prompts than to keep them apart; the last entry, `{MIXING.name}`, says whether it does (over 0.5).\n"
+        f"prompts than to keep them apart; `{MIXING.name}` says whether it does (over 0.5). `Box({WIDTHS[2]})` with\n"
+        "`prefix_caching`: the entries behind it say what of the waiting prompts is cached.\n"
         "`feature_names` has an environment's names.",
         {"features": FEATURES_PART},
     ),
@@ -73,7 +75,7 @@ OBSERVATIONS: dict[str, Observation] = {
         "says which rows hold one; `features`, as above, sums up the rest. It is no mask of actions: that is\n"
         "`action_masks()`.",
         {
-            "slots": Part("rows", lambda config, num_features: SLOT_FEATURES, NUM_SLOTS),
+            "slots": Part("rows", slot_features_of, NUM_SLOTS),
             "in_use": Part("in_use", None, NUM_SLOTS),
             "features": FEATURES_PART,
         },

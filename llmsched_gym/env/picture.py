@@ -26,6 +26,7 @@ SLACK_STYLES = ("bold red", "magenta", "yellow", "green")
 
 @cache
 def font_of(size: int, bold: bool = False) -> Any:
+    """The font of that size (pixels), which matplotlib brings along."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
@@ -40,10 +41,12 @@ class Box(NamedTuple):
 
     @property
     def width(self) -> int:
+        """Pixels from left to right."""
         return self.right - self.left
 
     @property
     def height(self) -> int:
+        """Pixels from top to bottom."""
         return self.bottom - self.top
 
     def y(self, share: float) -> int:
@@ -51,6 +54,7 @@ class Box(NamedTuple):
         return round(self.bottom - share * self.height)
 
     def x(self, share: float) -> int:
+        """Pixel of a share of the axis, 0 on the left."""
         return round(self.left + share * self.width)
 
 
@@ -72,10 +76,12 @@ class Canvas:
         self._draw = ImageDraw.Draw(self.image)
 
     def rect(self, left: float, top: float, right: float, bottom: float, fill: str, outline: str | None = None) -> None:
+        """A rectangle; none narrower than a pixel."""
         if right - left >= 1 and bottom - top >= 1:
             self._draw.rectangle((round(left), round(top), round(right) - 1, round(bottom) - 1), fill, outline)
 
     def line(self, points: list[tuple[float, float]], fill: str, width: int = 1) -> None:
+        """A line through points (x, y) in pixels."""
         self._draw.line(points, fill, width)
 
     def text(
@@ -87,6 +93,7 @@ class Canvas:
         return x + font.getlength(text)
 
     def diamond(self, x: float, y: float, radius: int, fill: str) -> None:
+        """A diamond about (x, y)."""
         self._draw.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill)
 
     def ticks(self, box: Box, ticks: list[tuple[float, str]]) -> None:
@@ -102,6 +109,7 @@ def axis_top(value: float) -> int:
 
 
 def draw_memory(canvas: Canvas, shot: Snapshot) -> None:
+    """The KV cache as a bar that fills up."""
     total = max(1, shot.total_blocks)
     used = shot.used_blocks / total
     end = canvas.text(KV.left, KV.top - 10, "KV cache ", bold=True)
@@ -117,6 +125,7 @@ def draw_memory(canvas: Canvas, shot: Snapshot) -> None:
 
 
 def draw_batch(canvas: Canvas, shot: Snapshot, is_idle: bool, top: int) -> None:
+    """Tokens of the last batch, decodes and prompts, as a bar of up to `top` tokens."""
     end = canvas.text(BATCH.left, BATCH.top - 10, "Batch ", bold=True)
     tokens = shot.decode_tokens + shot.prefill_tokens
     if shot.num_batches == 0:
@@ -149,6 +158,7 @@ def draw_batch(canvas: Canvas, shot: Snapshot, is_idle: bool, top: int) -> None:
 
 
 def draw_legend(canvas: Canvas, y: int) -> None:
+    """What the colours of decodes mean."""
     x: float = WIDTH - 16
     filled = [(label, colour, None) for label, colour in zip(SLACK_LABELS, SLACK_COLOURS, strict=True)]
     for label, fill, outline in (("can no longer attain", WHITE, SPOILED), *filled):
@@ -162,6 +172,7 @@ def draw_legend(canvas: Canvas, y: int) -> None:
 
 
 def draw_running(canvas: Canvas, shot: Snapshot, places: dict[int, int]) -> None:
+    """Decodes as columns at their `places`, by their slack."""
     box = DECODES
     end = canvas.text(16, box.top - 20, "Decodes ", bold=True)
     canvas.text(
@@ -188,6 +199,7 @@ def draw_running(canvas: Canvas, shot: Snapshot, places: dict[int, int]) -> None
 
 
 def draw_prompts(canvas: Canvas, shot: Snapshot) -> None:
+    """Prompts under way and waiting, as columns of what is left of them."""
     box = PROMPTS
     end = canvas.text(16, box.top - 20, "Prompts ", bold=True)
     canvas.text(
@@ -226,6 +238,8 @@ class Run(NamedTuple):
 def draw_history(
     canvas: Canvas, clock_s: float, runs: list[Run], attainment: list[tuple[float, float]], top: int
 ) -> None:
+    """Tokens per batch (`runs`, an axis of up to `top`) and attainment over the last seconds."""
+
     def x(time_s: float) -> float:
         return TOKENS.x(max(0.0, 1.0 - (clock_s - time_s) / HISTORY_S))
 

@@ -174,6 +174,7 @@ class PolicyScheduler:
         self._asked: Any = None  # when and where `action_now` was asked for an action that no batch has used yet
 
     def reset(self, seed: int) -> None:
+        """Forget held actions; tells the policy of the new run."""
         self._left, self._asked = 0, None
         if hasattr(self.policy, "reset"):
             self.policy.reset()

@@ -32,6 +32,8 @@ class LLMSchedVecEnv(VecEnv):
     def __init__(
         self, num_envs: int = 64, suite: str = "default", render_mode: str | None = None, **fields: Any
     ) -> None:
+        if "autoreset_mode" in fields:
+            raise ConfigError("autoreset_mode: expected none; it is 'same_step', as Stable-Baselines3 has it")
         self.env = LLMSchedVectorEnv(num_envs, suite, render_mode, "same_step", **fields)
         self._has_masks = action_of(self.env.config).has_masks
         self._returns = np.zeros(num_envs)
@@ -57,9 +59,11 @@ class LLMSchedVecEnv(VecEnv):
         return self._options[0]
 
     def step_async(self, actions: np.ndarray) -> None:
+        """Keep the actions, (num_envs, ...), for `step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        """One step: observations, rewards (num_envs,) float32, dones (num_envs,) bool, an info each."""
         observations, rewards, terminated, truncated, info = self.env.step(self._actions)
         self._returns += rewards
         self._lengths += 1
@@ -86,6 +90,7 @@ class LLMSchedVecEnv(VecEnv):
         return self.env.action_masks()
 
     def close(self) -> None:
+        """Close the vector environment."""
         self.env.close()
 
     def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
@@ -97,14 +102,17 @@ class LLMSchedVecEnv(VecEnv):
         return [getattr(self.env.envs[i], method_name)(*args, **kwargs) for i in rows]
 
     def has_attr(self, attr_name: str) -> bool:
+        """Whether environments have the attribute; `action_masks` only where actions can be illegal."""
         if attr_name == "action_masks":
             return self._has_masks
         return hasattr(self.env.envs[0], attr_name)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """An attribute of each environment."""
         return [getattr(self.env.envs[i], attr_name) for i in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """AttributeError: nothing of an environment can be set."""
         raise AttributeError(f"{attr_name}: settings of an environment do not change after it is made")
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
@@ -112,6 +120,7 @@ class LLMSchedVecEnv(VecEnv):
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
     def get_images(self) -> Sequence[np.ndarray | None]:
+        """A frame (height, width, 3) uint8 of each environment, None where none is drawn."""
         return self.env.render() if self.render_mode == "rgb_array" else [None] * self.num_envs
 
 

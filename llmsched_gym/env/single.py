@@ -117,6 +117,7 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         return [feature.name for feature in features_of(self.config)]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode; the same `seed` and options give the same one. ConfigError for bad ones."""
         self.restart(None if seed is None else check_seed(seed, SEED_BITS), **check_options(options))
         if self.render_mode == "human":
             self.render()
@@ -132,6 +133,7 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         self._is_over = False
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One batch, or `action_repeat` of them, under `action`. ResetNeeded where no episode is under way."""
         if self._is_over:
             raise gym.error.ResetNeeded(NO_EPISODE)
         scheduler = self._next_scheduler or getattr(action, "scheduler", None)
@@ -196,6 +198,7 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         return self.core.action_masks()[self._index]
 
     def render(self) -> Any:
+        """Show the state as `render_mode` says: text, an array (height, width, 3) uint8, or a panel that stays."""
         if self.render_mode is None:
             gym.logger.warn("render() needs a render_mode: ansi, rgb_array or human")
             return None
@@ -206,6 +209,7 @@ class LLMSchedEnv(JsonSpec, gym.Env):
         return self._viewer.render(self.render_mode)
 
     def close(self) -> None:
+        """Close the viewer, if there is one."""
         if self._viewer is not None:
             self._viewer.close()
             self._viewer = None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.config import BLOCK_SIZE
-from llmsched_gym.engine.batch import can_make_ttft, is_prefill
+from llmsched_gym.config import BLOCK_SIZE, EnvConfig
+from llmsched_gym.engine.batch import can_make_ttft, is_prefill, uncached_prefill
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import WAITING
-from llmsched_gym.env.features import Feature, places, scales, squash
+from llmsched_gym.env.features import ALL_FEATURES, Feature, places, scales, squash
 
 NUM_SLOTS = 64
 
@@ -37,8 +37,28 @@ SLOT_FEATURES: tuple[Feature, ...] = (
     _tokens("length_hint", "predicted output tokens", "0 without a hint"),
 )
 NUM_SLOT_FEATURES = len(SLOT_FEATURES)
-AT = places(SLOT_FEATURES)
-_PER_STEP, _PER_LOG, _ = scales(SLOT_FEATURES)
+
+
+def _context(name: str, what: str) -> Feature:
+    return Feature(name, 0, 1, what, 32768, "tokens", log=True)
+
+
+ALL_SLOT_FEATURES: tuple[Feature, ...] = (
+    *SLOT_FEATURES,
+    _context("cached", "tokens found in the prefix cache, of a waiting one those that it would find"),
+    _context("uncached", "prompt tokens left to compute behind what is cached"),
+    Feature("hit", 0, 1, "share of its prompt that is cached"),
+    Feature("turn", 0, 1, "requests of its session before it", 64, log=True),
+)
+"""With those that only environments with prefix caching have, which come last."""
+AT = places(ALL_SLOT_FEATURES)
+_PER_STEP, _PER_LOG, _ = scales(ALL_SLOT_FEATURES)
+
+
+def slot_features_of(config: EnvConfig, num_features: int | None = None) -> tuple[Feature, ...]:
+    """The columns of a row: all with prefix caching, or in an observation with all features."""
+    cached = config.prefix_caching if num_features is None else num_features == len(ALL_FEATURES)
+    return ALL_SLOT_FEATURES if cached else SLOT_FEATURES
 
 
 @kernel()
@@ -49,6 +69,7 @@ def logarithm(place, x):
 
 @kernel()
 def num_visible(lane):
+    """How many slots have a request."""
     return min(NUM_SLOTS, lane.sim.num_running + lane.sim.num_waiting)
 
 
@@ -59,9 +80,21 @@ def slot_request(lane, slot):
     return lane.running[slot] if slot < running else lane.waiting[slot - running]
 
 
+@kernel(outline=True)
+def _observe_cached(lane, row, r):
+    """Fill the columns that only environments with prefix caching have."""
+    request, uncached = lane.requests[r], uncached_prefill(lane, r)
+    waits = request.phase == WAITING
+    cached = request.prefill_tokens - uncached if waits else request.num_cached_tokens
+    row[AT.cached] = logarithm(AT.cached, cached)
+    row[AT.uncached] = logarithm(AT.uncached, max(0, uncached))
+    row[AT.hit] = min(1.0, cached / request.prompt_tokens)
+    row[AT.turn] = logarithm(AT.turn, lane.prefixes[r].turn) if lane.sim.prefix_caching else 0.0
+
+
 @kernel()
 def observe_slots(lane, rows, in_use):
-    """Fill ``rows`` (NUM_SLOTS, NUM_SLOT_FEATURES) float32 and ``in_use`` (NUM_SLOTS,) int8."""
+    """Fill ``rows`` (NUM_SLOTS, number of columns) float32 and ``in_use`` (NUM_SLOTS,) int8."""
     sim, patience_s = lane.sim, lane.episode.patience_s
     visible = num_visible(lane)
     rows[visible:] = 0.0
@@ -96,3 +129,5 @@ def observe_slots(lane, rows, in_use):
         row[AT.blocks] = logarithm(AT.blocks, request.num_blocks)
         row[AT.scheduled] = logarithm(AT.scheduled, max(0, request.num_scheduled_tokens))
         row[AT.length_hint] = 0.0 if math.isnan(request.length_hint) else logarithm(AT.length_hint, request.length_hint)
+        if rows.shape[1] > NUM_SLOT_FEATURES:
+            _observe_cached(lane, row, r)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmsched_gym.engine.jit import entry
-from llmsched_gym.engine.records import FINISHED, PENDING, RUNNING, WAITING
+from llmsched_gym.engine.records import FINISHED, RUNNING, WAITING, has_come
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.reward import attains
@@ -62,6 +62,7 @@ class Snapshot(NamedTuple):
 
     @property
     def prefill_tokens(self) -> int:
+        """Prompt tokens in the last batch."""
         return sum(self.chunks)
 
 
@@ -78,7 +79,7 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
     sim, batch, episode = state.sims[env], state.batches[env], state.episodes[env]
     clock_s = float(sim.clock_s)
     rows = state.requests[env, : state.worlds[env].num_requests]
-    arrived = rows["phase"] != PENDING
+    arrived = has_come(rows["phase"])
     attaining = np.zeros(len(rows))
     _attaining(core.engine.handle, env, core.arrays.rules, attaining)
     on_time = attaining > 0.0

@@ -17,6 +17,7 @@ class JsonSpec:
 
     @property
     def spec(self) -> EnvSpec | None:
+        """What gym.make made the environment from."""
         return self._spec
 
     @spec.setter

@@ -219,6 +219,7 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
             setattr(env, name, value)
 
     def close_extras(self, **kwargs: Any) -> None:
+        """Close what single environments and threads hold."""
         for env in self.envs:
             env.close()
         self.core.close()

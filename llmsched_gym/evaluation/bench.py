@@ -15,10 +15,8 @@ from llmsched_gym.config import scenario
 from llmsched_gym.engine import Batch, View
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES
 
-POLICIES = ("sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "vllm-v0")
-GRID_QPS = tuple(round(0.2 * k, 1) for k in range(1, 11))
-GRID_REQUESTS = 16_384
 ENGINE_QPS = 1.4  # about 30 requests run at a time
 ENGINE_REQUESTS = 4000
 REPEATS = 10
@@ -57,18 +55,23 @@ def bench(quick: bool = False, note: Note = lambda text: None) -> dict[str, Any]
     """All figures as one object; `quick` shrinks the grid and says so in its keys. `note` hears what is going on."""
     note("engine")
     figures: dict[str, Any] = {
-        "engine_iterations_per_s": {policy: _engine(policy) for policy in POLICIES},
+        "engine_iterations_per_s": {policy: _engine(policy) for policy in PAPER_POLICIES},
         "engine_setting": {"suite": "paper", "qps": ENGINE_QPS, "mean_running": _mean_running(), "cores": 1},
         "machine": machine(),
         "reference": {"plain_python_scheduler_iterations_per_s": _engine(PlainSarathi(), requests=100, repeats=3)},
     }
-    rates, requests = ((1.0, 1.8), 4096) if quick else (GRID_QPS, GRID_REQUESTS)
+    rates, requests = ((1.0, 1.8), 4096) if quick else (LOADS, NUM_REQUESTS)
     note("evaluation grid")
     start = time.perf_counter()
-    evaluate(scenario("paper", num_requests=requests), POLICIES, qps=rates, seeds=1, workers=None)
+    evaluate(scenario("paper", num_requests=requests), PAPER_POLICIES, qps=rates, seeds=1, workers=None)
     key = "evaluate_quick" if quick else "evaluate"
     figures[f"{key}_wall_s"] = time.perf_counter() - start
-    figures[f"{key}_grid"] = {"policies": len(POLICIES), "loads": len(rates), "num_requests": requests, "seeds": 1}
+    figures[f"{key}_grid"] = {
+        "policies": len(PAPER_POLICIES),
+        "loads": len(rates),
+        "num_requests": requests,
+        "seeds": 1,
+    }
     note("environments")
     environments, reference = _environments(quick)
     figures |= environments

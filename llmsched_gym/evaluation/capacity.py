@@ -3,7 +3,7 @@
 Rates lie on one fixed grid, 1.02**k requests per second, searched coarse to fine. At each rate a criterion's conditions
 are averaged over the seeds; a non-decreasing fit through these means crosses each condition's limit somewhere, and the
 capacity is the smallest crossing. Intervals resample the seeds, the same ones for every policy, so that ratios of
-capacities are paired.
+capacities are paired. Search and intervals are one procedure and stand in one file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numpy as np
 from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario, plain
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.grid import check, finite, seed_range
-from llmsched_gym.evaluation.intervals import MIN_SEEDS, resample_quantiles
 from llmsched_gym.evaluation.run import make_backend
-from llmsched_gym.evaluation.store import dumps, grid_config, make_folder, write_text
+from llmsched_gym.evaluation.store import grid_config
+from llmsched_gym.files import dumps, make_folder, write_text
+from llmsched_gym.report.intervals import MIN_SEEDS, resample_quantiles
 
 STEP = 1.02
 LOW_QPS, HIGH_QPS = 0.1, 16.0
@@ -43,6 +44,8 @@ class Condition:
 
 @dataclass(frozen=True)
 class Criterion:
+    """What a run must meet: all of the conditions."""
+
     name: str
     conditions: tuple[Condition, ...]
 
@@ -117,6 +120,7 @@ class Capacity:
     resamples: np.ndarray | None = None  # (NUM_RESAMPLES,) capacities of resampled seeds
 
     def to_row(self) -> Row:
+        """The capacity as a row of figures; None where there is none."""
         found = {"policy": self.policy, "criterion": self.criterion, "capacity_qps": self.qps}
         return found | {
             "ci_low": self.ci_low,

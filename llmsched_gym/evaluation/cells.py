@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
-import signal
-import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.engine import Backend
-from llmsched_gym.engine.compiling import speak_if_first
 from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.scheduler import Compiled, make_scheduler
-from llmsched_gym.workload import TraceWarning
+from llmsched_gym.evaluation.workers import Workers
+from llmsched_gym.files import replace_file
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import Compiled
 
 LOGGED_STEPS = 3000
 """Batches of a run kept for plots of what happens over time."""
@@ -73,15 +69,13 @@ def run_cell(
 
 
 def part_path(folder: Path, kind: str, index: int) -> Path:
+    """Where a cell's frame of that kind lies."""
     return folder / f"{kind}-{index:06d}.parquet"
 
 
 def write_part(folder: Path, kind: str, index: int, frame: Any) -> None:
-    """Write a cell's frame; a reader never sees half a file."""
-    path = part_path(folder, kind, index)
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    frame.to_parquet(partial, index=False, compression="zstd")
-    os.replace(partial, path)
+    """Write a cell's frame."""
+    replace_file(part_path(folder, kind, index), lambda path: frame.to_parquet(path, index=False, compression="zstd"))
 
 
 class Runner:
@@ -99,28 +93,21 @@ class Runner:
     ) -> None:
         self.scenario, self.folder, self.backend = scenario, folder, backend
         self.workers = 1 if backend is not None else workers or os.cpu_count() or 1
-        self._pool: ProcessPoolExecutor | None = None
-        self._before: set[Any] = set()
+        self._processes: Workers | None = None
         self._each_s: dict[str, float] = {}  # seconds a request costs, by policy
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self._pool is None:
-            return
-        if kind is None:
-            self._pool.shutdown()
-            return
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(multiprocessing.active_children()) - self._before:
-            child.terminate()
+        if self._processes is not None:
+            self._processes.__exit__(kind, error, trace)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
         """(cell, row) of each cell, as they are done."""
         each_s = [self._estimate_s(cell) for cell in cells]
         total_s = sum(each_s)
-        gain_s = total_s * (1 - 1 / self.workers) - (SPAWN_S if self._pool is None else 0.0)
+        gain_s = total_s * (1 - 1 / self.workers) - (SPAWN_S if self._processes is None else 0.0)
         if gain_s <= 0 or len(cells) < 2:
             for cell in cells:
                 yield cell, run_cell(self.scenario, cell, self.folder, self.backend)
@@ -139,13 +126,9 @@ class Runner:
             yield from future.result()
 
     def _executor(self) -> ProcessPoolExecutor:
-        if self._pool is None:
-            self._before = set(multiprocessing.active_children())
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                self.workers, mp_context=context, initializer=_start_worker, initargs=(context.Lock(),)
-            )
-        return self._pool
+        if self._processes is None:
+            self._processes = Workers(self.workers)
+        return self._processes.pool
 
     def _estimate_s(self, cell: Cell) -> float:
         scenario, qps = self.scenario, cell.qps or self.scenario.qps or max(self.scenario.qps_range)
@@ -157,18 +140,3 @@ class Runner:
 
 def _run_chunk(scenario: Scenario, cells: list[Cell], folder: Path | None) -> list[tuple[Cell, dict[str, Any]]]:
     return [(cell, run_cell(scenario, cell, folder)) for cell in cells]
-
-
-def _start_worker(speaker: Any) -> None:
-    """Leave interrupts and remarks on traces to the parent, and do not outlive it; one of all tells of compiling."""
-    speak_if_first(speaker)
-    warnings.simplefilter("ignore", TraceWarning)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            connection.wait([parent.sentinel])
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -55,6 +55,7 @@ class Gaps:
                 yield chunk, chunk.view(np.uint32) >> _SHIFT, owner[i : i + _CHUNK]
 
     def num_gaps(self, slo_class: int) -> int:
+        """Gaps between tokens of a class of requests."""
         return int(self.counts[slo_class].sum())
 
     def percentile(self, q: float, slo_class: int | None = None) -> float | None:

@@ -12,8 +12,9 @@ from llmsched_gym.config import ConfigError, Scenario, plain
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.run import make_backend
-from llmsched_gym.evaluation.store import Store, digest, grid_config
-from llmsched_gym.scheduler import make_scheduler
+from llmsched_gym.evaluation.store import Store, grid_config
+from llmsched_gym.files import digest_of
+from llmsched_gym.registry import make_scheduler
 from llmsched_gym.workload import make_table
 from llmsched_gym.workload.generate import trace_remarks
 
@@ -36,6 +37,7 @@ MOST_SEEDS = 1_000_000
 
 
 def seed_range(seeds: int, first_seed: int) -> range:
+    """The seeds from `first_seed` on; ConfigError where they are no whole numbers or too many."""
     seeds, first_seed = plain((seeds, first_seed))
     for name, value, low in (("seeds", seeds, 1), ("first_seed", first_seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -121,7 +123,7 @@ def _run_grid(
 ) -> list[dict[str, Any]]:
     """Run the cells that the store lacks and keep them there; returns all rows in the order of the cells."""
     done = {} if store is None else store.open()
-    label = digest({k: v for k, v in dataclasses.asdict(scenario).items() if k != "qps"})
+    label = digest_of({k: v for k, v in dataclasses.asdict(scenario).items() if k != "qps"})
     left = [cell for cell in cells if cell.index not in done]
     if progress is not None:
         progress(len(done), len(cells))

@@ -82,6 +82,7 @@ class Outcomes:
         self.utility = utility(self.attained, lost, scenario.beta)
 
     def count(self, *phases: int) -> int:
+        """Measured requests that ended in one of these phases."""
         return int(np.isin(self.phase, phases).sum())
 
     @cached_property

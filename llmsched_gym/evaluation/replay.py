@@ -12,8 +12,9 @@ import pandas as pd
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.run import Episode, scenario_for, simulate
-from llmsched_gym.evaluation.store import make_folder, replace_file, write_text
-from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled, make_scheduler
+from llmsched_gym.files import make_folder, replace_file, write_text
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled
 from llmsched_gym.workload import RequestTable
 from llmsched_gym.workload.served_runs import ServedRun
 

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw
 from llmsched_gym.evaluation.replay import Replay
+from llmsched_gym.report import draw
+from llmsched_gym.words import counted
 
 PANELS = {
     "ttft": ("Time to first token", "TTFT", "s", 1.0),
@@ -24,7 +25,8 @@ def plot_replay(result: Replay) -> Figure:
     """A dot per request on log scales, with the line of equality, a band around it, and the means."""
     figure = Figure(figsize=(12.6, 4.9), layout="constrained")
     errors = result.errors()
-    title = f"{draw.short(result.measured.name)}: {len(result.measured):,} requests, {draw.short(result.policy)}"
+    requests = counted(len(result.measured), "request")
+    title = f"{draw.short(result.measured.name)}: {requests}, {draw.short(result.policy)}"
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     for ax, (latency, (what, short, unit, factor)) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
         measured, simulated = (factor * seconds for seconds in result.seconds(latency))

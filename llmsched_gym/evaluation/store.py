@@ -8,7 +8,6 @@ While a grid runs, ``partial/`` holds one JSON line per finished cell, and the c
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -28,6 +27,7 @@ from llmsched_gym import sources
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import split_name
 from llmsched_gym.evaluation.cells import part_path
+from llmsched_gym.files import dumps, encode, make_folder, replace_file, write_text
 from llmsched_gym.fluid import fluid_capacity
 
 ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.log10(0.02), -5.0, 105)[1:], [1.0]])
@@ -36,25 +36,6 @@ ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.
 ITL_COLUMNS = ("prob", "itl_s", "num_gaps", "policy", "requested_qps", "qps", "slo_class")
 
 _ROW_GROUP = 200_000
-
-
-def encode(value: Any) -> Any:
-    """`value` as JSON can hold it: an infinite number becomes the text inf."""
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    if isinstance(value, dict):
-        return {k: encode(v) for k, v in value.items()}
-    return [encode(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def scenario_from_json(fields: dict[str, Any]) -> Scenario:
-    """The scenario that ``config.json`` holds."""
-    decoded = {k: math.inf if v == "inf" else tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return Scenario().replace(**decoded)
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(encode(value), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def grid_config(scenario: Scenario, policies: Sequence[str], **settings: Any) -> dict[str, Any]:
@@ -129,6 +110,7 @@ class Store:
 
     @property
     def complete(self) -> bool:
+        """Whether all tables are in place."""
         return (self.out / "runs.parquet").exists() and not self.partial.exists()
 
     def _check_config(self) -> None:
@@ -218,17 +200,6 @@ class Store:
         return pd.concat(frames) if frames else pd.DataFrame(columns=ITL_COLUMNS)
 
 
-def make_folder(out: Path) -> None:
-    """Make `out` and try to write there; one line of error otherwise."""
-    trial = out / f"trial.{os.getpid()}"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ConfigError(f"out: cannot write to {out}: {error.strerror or error}") from None
-
-
 def lock_folder(out: Path) -> int:
     """Keep other processes from writing to `out` while the file descriptor returned is open, or its process lives.
 
@@ -256,15 +227,6 @@ def read_rows(out: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def dumps(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file; a reader never sees half of it."""
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
 def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -272,13 +234,3 @@ def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
     table = pa.Table.from_pylist(list(rows))
     known = [field.with_type(pa.float64()) if pa.types.is_null(field.type) else field for field in table.schema]
     pq.write_table(table.cast(pa.schema(known)), path, compression="zstd")
-
-
-def replace_file(path: Path, write: Any) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: a reader never sees half of it."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

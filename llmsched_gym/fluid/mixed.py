@@ -36,6 +36,7 @@ class Compositions:
 
     @property
     def seconds(self) -> np.ndarray:
+        """Time of a batch of each composition, of the shape of the compositions."""
         return self.linear_s + self.attention_s
 
 

@@ -26,6 +26,7 @@ class Fluid:
 
     @property
     def mean_batch_tokens(self) -> float:
+        """Mean tokens of a batch."""
         return float(np.dot(self.batch_tokens, self.batch_share))
 
     @property

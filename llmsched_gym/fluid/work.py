@@ -29,6 +29,7 @@ class Work:
 
     @property
     def tokens(self) -> float:
+        """Tokens a request, prompt and decodes together."""
         return self.prefill_tokens + self.decode_tokens
 
 

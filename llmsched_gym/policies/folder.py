@@ -30,8 +30,8 @@ from safetensors.numpy import load, save
 
 from llmsched_gym.config import ADMISSIONS, EnvConfig, plain
 from llmsched_gym.env.actions import ACTIONS, action_of
-from llmsched_gym.env.features import ALL_FEATURES, features_of
-from llmsched_gym.env.slots import SLOT_FEATURES
+from llmsched_gym.env.features import ALL_FEATURES, WIDTHS, features_of
+from llmsched_gym.env.slots import ALL_SLOT_FEATURES, NUM_SLOT_FEATURES, slot_features_of
 from llmsched_gym.scheduler import PolicyError
 
 FORMAT = "llmsched-policy/1"
@@ -82,8 +82,18 @@ def spec_for(
         action[config.action] = {choice.name: list(choice.labels) for choice in choices}
     observation: dict[str, Any] = {"kind": config.observation, "features": [f.name for f in seen]}
     if config.observation == "slots":
-        observation["slots"] = [f.name for f in SLOT_FEATURES]
+        observation["slots"] = [f.name for f in slot_features_of(config, num_features)]
     return PolicySpec(architecture, action, observation, **fields)
+
+
+def width_of(observation: Mapping[str, Any]) -> int:
+    """The fewest features with which an environment shows all that a policy's `observation` names."""
+    names = [f.name for f in ALL_FEATURES]
+    last = max(names.index(name) for name in observation["features"])
+    slots = [f.name for f in ALL_SLOT_FEATURES]
+    if any(slots.index(name) >= NUM_SLOT_FEATURES for name in observation.get("slots", ())):
+        return WIDTHS[-1]
+    return next(width for width in WIDTHS if last < width)
 
 
 def write_folder(folder: str | Path, spec: PolicySpec, tensors: Mapping[str, np.ndarray]) -> Path:
@@ -182,7 +192,7 @@ def _check(where: str, raw: Any) -> PolicySpec:
 
     names = {"features": [f.name for f in ALL_FEATURES]}
     if wanted == "slots":
-        names["slots"] = [f.name for f in SLOT_FEATURES]
+        names["slots"] = [f.name for f in ALL_SLOT_FEATURES]
     for name, known in names.items():
         _check_names(where, f"observation.{name}", observation.get(name), known)
     if choices := action_of(config).choices(config):

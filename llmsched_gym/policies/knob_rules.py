@@ -23,6 +23,7 @@ class KnobScores:
         self.num_scores = sum(self.widths)
 
     def actions(self, scores: np.ndarray) -> np.ndarray:
+        """Knobs actions (..., num_knobs), int64, of `scores` (..., num_scores): a knob by its size, the best order."""
         chosen, first = [], 0
         for ranks, width in zip(self.ranks, self.widths, strict=True):
             part = scores[..., first : first + width]

@@ -16,12 +16,12 @@ from llmsched_gym.engine.run import clear_batch_env
 from llmsched_gym.engine.view import Batch, View
 from llmsched_gym.env.actions import action_of
 from llmsched_gym.env.actions.knobs import Knob, knobs_for, set_knobs
-from llmsched_gym.env.features import ALL_FEATURES, MIXING, NUM_FEATURES
+from llmsched_gym.env.features import ALL_FEATURES
 from llmsched_gym.env.network import ACTION as COMPILED_ACTION
 from llmsched_gym.env.network import Network, choose_knobs, make_network, run_network
 from llmsched_gym.env.policy import PolicyScheduler
-from llmsched_gym.env.slots import SLOT_FEATURES
-from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder
+from llmsched_gym.env.slots import ALL_SLOT_FEATURES
+from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder, width_of
 from llmsched_gym.policies.knob_rules import KnobScores
 from llmsched_gym.policies.networks import BadTensors, Mlp, Rows
 from llmsched_gym.scheduler import Compiled, PolicyError, default_knobs, with_options
@@ -41,7 +41,7 @@ class LoadedPolicy(PolicyScheduler):
     ) -> None:
         policy = make_policy(spec, tensors)
         # as many on every profile, so that the layout of the policy's arrays is its own
-        seen = len(ALL_FEATURES) if MIXING.name in spec.observation["features"] else NUM_FEATURES
+        seen = width_of(spec.observation)
         super().__init__(policy, spec.config, spec.decision_s if decision_s is None else decision_s, seen)
         self.network = policy.network if isinstance(policy, Knobs) and JIT_ENABLED else None
         self.spec, self.name = spec, name
@@ -86,8 +86,8 @@ class Knobs:
 
 
 def complete(features: np.ndarray) -> np.ndarray:
-    """One observation of features with MIXING where its profile lacks it: 0, which is what it would say there."""
-    return np.append(features, np.zeros(1, features.dtype)) if len(features) == NUM_FEATURES else features
+    """One observation of features with zeros for those that its environment lacks, as they would be there."""
+    return np.append(features, np.zeros(len(ALL_FEATURES) - len(features), features.dtype))
 
 
 def load_policy(path: str | Path, **options: Any) -> Any:
@@ -175,7 +175,7 @@ def make_policy(spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Callable[..
             return Knobs(make_network(columns, mlp.mean, mlp.scale, layers, activation, widths, tables))
         return lambda observation, mask=None: decode(mlp(complete(observation)[columns]), mask)
 
-    slot_names = [f.name for f in SLOT_FEATURES]
+    slot_names = [f.name for f in ALL_SLOT_FEATURES]
     slot_columns = np.array([slot_names.index(name) for name in spec.observation["slots"]])
     rows = Rows(spec.architecture, tensors, len(slot_columns), len(columns), others, per_row=num_slots > 0)
 

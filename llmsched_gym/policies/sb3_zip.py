@@ -17,7 +17,7 @@ from gymnasium import spaces
 from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.env.actions import ACTIONS
 from llmsched_gym.env.core import action_space, space_settings
-from llmsched_gym.env.features import ALL_FEATURES, NUM_FEATURES
+from llmsched_gym.env.features import WIDTHS
 from llmsched_gym.env.observations import observation_space
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.scheduler import PolicyError
@@ -140,7 +140,7 @@ def zip_config(name: str, model: Any, options: dict[str, str]) -> EnvConfig:
         if settings and "observation" not in settings:
             raise ConfigError("it was trained on observations of its own, which only its environment can make")
         for config in [EnvConfig(**{**settings, **given})] if settings else _guesses(model, given):
-            known = [observation_space(config, number) for number in (NUM_FEATURES, len(ALL_FEATURES))]
+            known = [observation_space(config, number) for number in WIDTHS]
             if action_space(config) == model.action_space and model.observation_space in known:
                 return config
     except ConfigError as error:
@@ -202,6 +202,7 @@ def zip_normaliser(path: Path, model: Any, wanted: str | None) -> Callable[[Any]
 
 
 def as_it_is(observation: Any) -> Any:
+    """The observation, unscaled: what a model without statistics of its own sees."""
     return observation
 
 

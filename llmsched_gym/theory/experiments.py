@@ -6,16 +6,14 @@ no figure depends on how many there are.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile, load_profile, roofline
-from llmsched_gym.engine.compiling import speak_if_first
+from llmsched_gym.evaluation.workers import Workers
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.theory.stability import NUM_REQUESTS, SEEDS, Drift, boundary, drift, trajectory
 
@@ -51,8 +49,7 @@ def run_cells(function: Callable[..., Any], cells: Sequence[tuple], workers: int
             found.append(function(*cell))
             note(f"{i + 1}/{len(cells)}")
         return found
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, speak_if_first, (context.Lock(),)) as pool:
+    with Workers(workers) as pool:
         for i, future in enumerate([pool.submit(function, *cell) for cell in cells]):
             found.append(future.result())
             note(f"{i + 1}/{len(cells)}")
@@ -60,6 +57,7 @@ def run_cells(function: Callable[..., Any], cells: Sequence[tuple], workers: int
 
 
 def as_row(found: Drift, capacity: float) -> dict[str, Any]:
+    """The drift at one rate as plain figures, with the rate as a share of the capacity."""
     return {
         "share": found.qps / capacity,
         "qps": found.qps,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from llmsched_gym.evaluation import draw
+from llmsched_gym.report import draw
 
 SHORT = {
     "rtx6000ada-mistral-7b": "RTX 6000 Ada, smooth",
@@ -19,6 +19,7 @@ COLOURS = ("#0072b2", "#d55e00", "#117733", "#aa4499", "#68737f")
 
 
 def device_title(name: str) -> str:
+    """What figures call a device."""
     return SHORT.get(name, "A100, roofline with waves" if "waves" in name else name)
 
 

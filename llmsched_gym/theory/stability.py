@@ -18,7 +18,8 @@ from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine import Engine
 from llmsched_gym.evaluation.run import scenario_for
-from llmsched_gym.scheduler import install, make_scheduler
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.scheduler import install
 from llmsched_gym.workload import make_table
 
 WARMUP = 0.25  # share of the horizon that is not regressed: the way from an empty system to its usual backlog
@@ -67,6 +68,7 @@ class Boundary:
 
     @property
     def qps(self) -> float:
+        """The middle of the bracket, requests/s."""
         return 0.5 * (self.bounded_qps + self.unbounded_qps)
 
 

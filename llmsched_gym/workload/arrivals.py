@@ -39,6 +39,7 @@ class RandomArrivals:
         self._gaps = np.empty(0)
 
     def times(self, n: int) -> np.ndarray:
+        """The first `n` arrival times, seconds, float64 (n,); more are drawn where needed."""
         if n > len(self._gaps):
             self._gaps = np.concatenate([self._gaps, self._draw_gaps(n - len(self._gaps))])
         return self._to_seconds(np.cumsum(self._gaps[:n]))
@@ -63,6 +64,7 @@ class ReplayArrivals:
         self._scale = 1.0 if qps is None else rate / qps
 
     def times(self, n: int) -> np.ndarray:
+        """The first `n` arrival times, seconds, float64 (n,): the trace's, lap after lap."""
         lap, row = np.divmod(np.arange(self.first, self.first + n), len(self._arrival_s))
         since: np.ndarray = self._arrival_s[row] + lap * self._period_s - self._arrival_s[self.first]
         # Rounding at the seam between two laps must not turn the clock back.

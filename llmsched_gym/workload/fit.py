@@ -9,7 +9,6 @@ as `workload="FILE.json"`.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import typer
 
 from llmsched_gym.config import ConfigError
+from llmsched_gym.files import write_text
 from llmsched_gym.workload.lengths import LengthTable, load_lengths, parse_lengths
 from llmsched_gym.workload.traces import Trace, TraceError, load_trace
 
@@ -152,9 +152,7 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(_dumps(table), encoding="utf-8")
-    os.replace(partial, out)
+    write_text(out, _dumps(table))
     if report is not None:
         typer.echo(json.dumps(fit_report(file, str(out), report), indent=2))
 

@@ -176,7 +176,8 @@ def _replay_remarks(scenario: Scenario, trace: Trace, num_requests: int) -> list
             "come in bursts that nobody sent (trace_arrivals=poisson draws other gaps)"
         )
     if scenario.num_requests is not None and num_requests > len(trace):
-        notes.append(f"its {len(trace):,} requests are too few for the run and start over")
+        few = "request is" if len(trace) == 1 else "requests are"
+        notes.append(f"its {len(trace):,} {few} too few for the run and start over")
     return notes
 
 

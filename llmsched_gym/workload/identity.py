@@ -40,6 +40,12 @@ def check_parents(parent: np.ndarray, think_s: np.ndarray | None) -> None:
     if parent.dtype.kind not in "iu" or parent.ndim != 1:
         raise ConfigError(f"parent: expected whole numbers, got {parent.dtype} of shape {parent.shape}")
     _check_order(parent)
+    root = np.maximum.accumulate(np.where(parent < 0, np.arange(len(parent)), 0))
+    apart = np.flatnonzero((parent >= 0) & (parent < root))
+    if len(apart):
+        r = int(apart[0])
+        what = f"its parent, request {parent[r]}, and request {root[r]} of another one between them"
+        raise ConfigError(f"parent: expected a session's requests side by side, got request {r} with {what}")
     if think_s is None or think_s.shape != parent.shape:
         got = "None" if think_s is None else f"shape {think_s.shape}"
         raise ConfigError(f"think_s: expected {len(parent)} times with parent, got {got}")

@@ -18,12 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.workload.traces import MAX_TOKENS, TraceError, TraceWarning, csv_rows, open_text
+from llmsched_gym.words import counted, shown
+from llmsched_gym.workload.trace_columns import MAX_TOKENS
+from llmsched_gym.workload.traces import TraceError, TraceWarning, csv_rows, open_text
 
 CSV_COLUMNS = ("input_toks", "output_toks", "queued_s", "scheduled_s", "first_token_s", "last_token_s")
 TOKEN_COLUMNS = CSV_COLUMNS[:2]
 BENCH_KEYS = ("input_lens", "output_lens", "start_times", "ttfts", "itls")
 BENCH = "vllm bench serve --save-result --save-detailed"
+CLOCK_S, SPAN_S, LEAST_TTFT_S = 1e11, 1e8, 1e-6
+"""What a clock may show at most, the longest that a run may last, the least TTFT: others are no seconds."""
 EXPECTED = f"expected a CSV file with {','.join(CSV_COLUMNS)}, or the JSON of `{BENCH}`"
 
 
@@ -54,10 +58,12 @@ class ServedRun:
 
     @property
     def ttft_s(self) -> np.ndarray:
+        """Arrival to first token, (num_requests,)."""
         return self.first_token_s - self.arrival_s
 
     @property
     def queue_time_s(self) -> np.ndarray:
+        """Arrival to first scheduled, (num_requests,)."""
         return self.scheduled_s - self.arrival_s
 
     @property
@@ -69,6 +75,7 @@ class ServedRun:
 
     @property
     def e2e_latency_s(self) -> np.ndarray:
+        """Arrival to last token, (num_requests,)."""
         return self.last_token_s - self.arrival_s
 
     @property
@@ -92,7 +99,10 @@ def load_run(path: str | Path) -> ServedRun:
     run = _from_bench(path, text) if text.lstrip()[0] in "{[" else _from_csv(path, text)
     if run.num_failed:
         many = f"{run.num_failed:,} of its {len(run) + run.num_failed:,} requests failed"
-        message = f"{path}: {many}: they are left out, and so is the load that they were"
+        left = "it is left out, and so is the load that it was"
+        if run.num_failed > 1:
+            left = "they are left out, and so is the load that they were"
+        message = f"{path}: {many}: {left}"
         warnings.warn(message, TraceWarning, stacklevel=2)
     return run
 
@@ -104,24 +114,26 @@ def _from_csv(path: Path, text: str) -> ServedRun:
     for name in CSV_COLUMNS:
         if name not in header:
             raise TraceError(f"{path}: line {before}: no column {name!r}; {EXPECTED}")
+        if header.count(name) > 1:
+            raise TraceError(f"{path}: line {before}: column {name!r} is there {header.count(name)} times")
     columns: dict[str, list[float]] = {name: [] for name in CSV_COLUMNS}
     row = []
     for line, fields in csv_rows(path, header, lines, before):
         if not fields:
             raise TraceError(f"{path}: line {line}, column {header[-1]!r}: more or fewer fields than in the header")
         values = dict(zip(header, fields, strict=True))
-        earlier, earlier_s = "", -math.inf
+        earlier, earlier_s = "", -CLOCK_S
         for name, column in columns.items():
             where = f"{path}: line {line}, column {name!r}"
             if name in TOKEN_COLUMNS:
                 column.append(_tokens(where, values[name]))
                 continue
             time_s = _number(values[name])
-            if time_s is None or time_s < earlier_s:
-                what = f"a time in seconds{f', not before {earlier}' if earlier else ''}"
-                raise TraceError(f"{where}: expected {what}, got {_shown(values[name])}")
-            if name == "first_token_s" and time_s <= columns["queued_s"][-1]:
-                raise TraceError(f"{where}: expected a time after queued_s, got {_shown(values[name])}")
+            if time_s is None or not earlier_s <= time_s <= CLOCK_S:
+                what = f"a time in seconds{f', not before {earlier}' if earlier else ''}, at most {CLOCK_S:g}"
+                raise TraceError(f"{where}: expected {what}, got {shown(values[name])}")
+            if name == "first_token_s" and time_s - columns["queued_s"][-1] < LEAST_TTFT_S:
+                raise TraceError(f"{where}: expected a time after queued_s, got {shown(values[name])}")
             column.append(time_s)
             earlier, earlier_s = name, time_s
         row.append(line)
@@ -143,20 +155,21 @@ def _from_bench(path: Path, text: str) -> ServedRun:
         where = {key: f"{path}: {key!r}, request {i}" for key in BENCH_KEYS}
         prompt, output = (_tokens(where[key], lists[key][i]) for key in ("input_lens", "output_lens"))
         begin_s, ttft_s = _number(lists["start_times"][i]), _number(lists["ttfts"][i])
-        if begin_s is None:
-            raise TraceError(
-                f"{where['start_times']}: expected a time in seconds, got {_shown(lists['start_times'][i])}"
-            )
-        if ttft_s is None or ttft_s <= 0.0:
-            raise TraceError(f"{where['ttfts']}: expected seconds > 0, got {_shown(lists['ttfts'][i])}")
+        if begin_s is None or abs(begin_s) > CLOCK_S:
+            what = f"expected a time in seconds, at most {CLOCK_S:g}"
+            raise TraceError(f"{where['start_times']}: {what}, got {shown(lists['start_times'][i])}")
+        if ttft_s is None or not LEAST_TTFT_S <= ttft_s <= SPAN_S:
+            what = f"expected seconds from {LEAST_TTFT_S:g} to {SPAN_S:g}"
+            raise TraceError(f"{where['ttfts']}: {what}, got {shown(lists['ttfts'][i])}")
         given = lists["itls"][i]
         gaps = [_number(gap) for gap in given] if isinstance(given, list) else [None]
-        if not all(gap is not None and gap >= 0.0 for gap in gaps):
-            raise TraceError(f"{where['itls']}: expected a list of seconds >= 0, got {_shown(given)}")
+        if not all(gap is not None and 0.0 <= gap <= SPAN_S for gap in gaps):
+            what = f"expected a list of seconds from 0 to {SPAN_S:g}"
+            raise TraceError(f"{where['itls']}: {what}, got {shown(given)}")
         rows.append(i)
         columns.append((prompt, output, begin_s, ttft_s, math.fsum(gap for gap in gaps if gap is not None)))
     if not rows:
-        failed = f"all {len(lists['errors']):,} requests failed" if lists["errors"] else "no requests"
+        failed = f"{counted(len(lists['errors']), 'request')}, and all failed" if lists["errors"] else "no requests"
         raise TraceError(f"{path}: {failed}")
     prompts, outputs, begin, ttft, decoding = np.array(columns, np.float64).T
     arrival_s = begin - begin.min()
@@ -193,7 +206,7 @@ def _bench_result(path: Path, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets as deep
         raise TraceError(f"{path}: not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise TraceError(f"{path}: expected a JSON object, got {_shown(data)}; {EXPECTED}")
+        raise TraceError(f"{path}: expected a JSON object, got {shown(data)}; {EXPECTED}")
     return data
 
 
@@ -203,7 +216,7 @@ def _run(
     """The run from columns as the file has them; times as in ServedRun."""
     order = np.argsort(times[0], kind="stable")
     arrival_s, scheduled_s, first_token_s, last_token_s = (time_s[order] for time_s in times)
-    return ServedRun(
+    run = ServedRun(
         name=path.name,
         row=np.array(row, np.int64)[order],
         prompt_tokens=prompt[order].astype(np.int32),
@@ -214,6 +227,10 @@ def _run(
         last_token_s=last_token_s,
         **fields,
     )
+    if run.end_s > SPAN_S:
+        last = run.where(int(np.argmax(last_token_s)))
+        raise TraceError(f"{path}: expected a run of at most {SPAN_S:g} s, got {run.end_s:g} s up to {last}")
+    return run
 
 
 def _number(value: Any) -> float | None:
@@ -230,10 +247,5 @@ def _number(value: Any) -> float | None:
 def _tokens(where: str, value: Any) -> int:
     number = _number(value)
     if number is None or not number.is_integer() or not 1 <= number <= MAX_TOKENS:
-        raise TraceError(f"{where}: expected a whole number >= 1, got {_shown(value)}")
+        raise TraceError(f"{where}: expected a whole number >= 1, got {shown(value)}")
     return int(number)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -21,6 +21,7 @@ LAST_WINDOW_S = 600.0  # a client's last window has no end
 
 
 def is_servegen(path: Path) -> bool:
+    """Whether the folder holds ServeGen's chunks."""
     return path.is_dir() and any(path.glob("chunk-*-trace.csv"))
 
 

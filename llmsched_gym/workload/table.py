@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from llmsched_gym.config import MOST, SLO_CLASSES, ConfigError
 from llmsched_gym.workload.identity import Shares, check_parents, check_shares
@@ -99,10 +100,78 @@ class RequestTable:
     def __len__(self) -> int:
         return len(self.arrival_s)
 
+    @classmethod
+    def of(
+        cls,
+        arrival_s: ArrayLike,
+        prompt_tokens: ArrayLike,
+        output_tokens: ArrayLike,
+        *,
+        slo_class: ArrayLike = 1,
+        ttft_slo_s: ArrayLike = math.inf,
+        tbt_slo_s: ArrayLike = math.inf,
+        length_hint: ArrayLike = math.nan,
+        cohort: tuple[int, int] | None = None,
+        qps: float = math.nan,
+        cost_scale: float = 1.0,
+        seed: int = 0,
+        shares_with: ArrayLike | None = None,
+        shared_tokens: ArrayLike | None = None,
+    ) -> RequestTable:
+        """A table of given requests: `arrival_s` has shape (num_requests,), all else has it too or is one for all.
+
+        `cohort` is (start, stop), all requests unless given. ConfigError names an argument of another shape.
+        """
+        arrivals = np.asarray(arrival_s, np.float64)
+        n = len(arrivals)
+
+        def column(name: str, given: ArrayLike, dtype: type) -> np.ndarray:
+            if np.shape(given) not in ((), (n,)):
+                raise ConfigError(f"{name}: expected one number or {n:,}, got an array of shape {np.shape(given)}")
+            return np.full(n, given, dtype)
+
+        start, stop = cohort or (0, n)
+        return cls(
+            arrival_s=column("arrival_s", arrivals, np.float64),
+            prompt_tokens=column("prompt_tokens", prompt_tokens, np.int32),
+            output_tokens=column("output_tokens", output_tokens, np.int32),
+            slo_class=column("slo_class", slo_class, np.int8),
+            ttft_slo_s=column("ttft_slo_s", ttft_slo_s, np.float64),
+            tbt_slo_s=column("tbt_slo_s", tbt_slo_s, np.float64),
+            length_hint=column("length_hint", length_hint, np.float64),
+            session_id=np.full(n, -1, np.int64),
+            cohort_start=start,
+            cohort_stop=stop,
+            qps=qps,
+            cost_scale=cost_scale,
+            seed=seed,
+            shares_with=None if shares_with is None else column("shares_with", shares_with, np.int32),
+            shared_tokens=None if shared_tokens is None else column("shared_tokens", shared_tokens, np.int32),
+        )
+
     @property
     def is_root(self) -> np.ndarray:
         """Whether a request comes by itself, rather than after another one; bool (num_requests,)."""
         return np.ones(len(self), np.bool_) if self.parent is None else np.asarray(self.parent < 0)
+
+    @property
+    def last_root_s(self) -> float:
+        """When the last session of the cohort begins, seconds."""
+        roots = self.arrival_s[self.cohort_start : self.cohort_stop]
+        return float(roots[~np.isnan(roots)][-1])
+
+    @property
+    def longest_session_s(self) -> float:
+        """The longest that a session of the cohort lasts whose SLOs are just met, seconds; 0 without sessions.
+
+        Behind its root's arrival: all times to think, TTFT SLOs, and outputs at their TBT SLOs.
+        """
+        if self.parent is None:
+            return 0.0
+        cohort = slice(self.cohort_start, self.cohort_stop)
+        spans = np.zeros(len(self)) if self.think_s is None else self.think_s.copy()
+        spans += self.ttft_slo_s + (self.output_tokens - 1) * self.tbt_slo_s
+        return float(np.bincount(np.cumsum(self.is_root[cohort]) - 1, spans[cohort]).max(initial=0.0))
 
     @property
     def gap_start(self) -> np.ndarray:

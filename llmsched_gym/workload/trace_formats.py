@@ -144,6 +144,7 @@ def json_rows(
 
 
 def json_columns(fmt: TraceFormat, ids: bool) -> list[str]:
+    """The fields that a trace of that format is read from."""
     return [*fmt.columns, *([fmt.session] if fmt.session else []), *fmt.made, *([IDS] if ids else [])]
 
 

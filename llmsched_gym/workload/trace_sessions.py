@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from llmsched_gym.config import ConfigError
+from llmsched_gym.files import replace_file
 from llmsched_gym.workload.identity import Shares, shares_of_ids
 from llmsched_gym.workload.sessions import Sessions
 from llmsched_gym.workload.streams import HINT_STREAM, SESSION_STREAM, rng
@@ -104,25 +104,26 @@ def write_sessions(table: RequestTable, path: str | Path) -> None:
     """
     if table.parent is None or table.think_s is None:
         raise ConfigError("table: expected one with sessions, got one without parents")
-    roots = np.flatnonzero(table.parent < 0)
-    ends = np.append(roots[1:], len(table))
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    path, parent, think_s = Path(path), table.parent, table.think_s
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            for start, end in zip(roots[table.num_past :].tolist(), ends[table.num_past :].tolist(), strict=True):
-                pause_s = np.append(table.think_s[start + 1 : end], 0.0)
-                calls = zip(table.prompt_tokens[start:end], table.output_tokens[start:end], pause_s, strict=True)
-                session = {
-                    "session_id": str(table.session_id[start]),
-                    "arrival_time_ns": round(1e9 * float(table.arrival_s[start])),
-                    "sub_requests": [
-                        {"input_toks": int(p), "output_toks": int(o), "tool_duration_ns": round(1e9 * float(s))}
-                        for p, o, s in calls
-                    ],
-                }
-                file.write(json.dumps(session) + "\n")
-        os.replace(partial, path)
+        replace_file(path, lambda partial: _write(table, parent, think_s, partial))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ConfigError(f"out: cannot write to {path}: {error.strerror}") from None
+
+
+def _write(table: RequestTable, parent: np.ndarray, think_s: np.ndarray, path: Path) -> None:
+    roots = np.flatnonzero(parent < 0)
+    ends = np.append(roots[1:], len(table))
+    with path.open("w", encoding="utf-8") as file:
+        for start, end in zip(roots[table.num_past :].tolist(), ends[table.num_past :].tolist(), strict=True):
+            pause_s = np.append(think_s[start + 1 : end], 0.0)
+            calls = zip(table.prompt_tokens[start:end], table.output_tokens[start:end], pause_s, strict=True)
+            session = {
+                "session_id": str(table.session_id[start]),
+                "arrival_time_ns": round(1e9 * float(table.arrival_s[start])),
+                "sub_requests": [
+                    {"input_toks": int(p), "output_toks": int(o), "tool_duration_ns": round(1e9 * float(s))}
+                    for p, o, s in calls
+                ],
+            }
+            file.write(json.dumps(session) + "\n")

@@ -2,7 +2,7 @@
 
 Lengths are whole numbers >= 1. A row that breaks a rule is an error that names file, line and column; rows go only when
 the caller asks for it (`on_invalid="drop"`), and are counted then. Blank lines are no rows. Files may be gzipped, and
-are read a part at a time.
+are read a part at a time. That accounting runs through all of the reading, hence one long file.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import numpy as np
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.files import version_of
+from llmsched_gym.words import counted
 from llmsched_gym.workload.identity import Shares, shares_of_chains, shares_of_ids
 from llmsched_gym.workload.servegen import SPAN_S, draw_requests, is_servegen
+from llmsched_gym.workload.trace_columns import parse_column, parse_ids, wrong_ids
 from llmsched_gym.workload.trace_formats import (
     CACHED,
     CSV_FORMATS,
@@ -43,7 +45,6 @@ from llmsched_gym.workload.trace_formats import (
     json_rows,
 )
 
-MAX_TOKENS = 2**31 - 1
 CHUNK_ROWS = 100_000  # rows held as text at a time
 
 OnInvalid = Literal["raise", "drop"]
@@ -266,26 +267,24 @@ def _collect(
             if fmt.keys:
                 raise TraceError(f"{path}: line {line}: a call that did not succeed; leave such out with drop")
             raise TraceError(f"{path}: line {line}, column {names[-1]!r}: {what}")
-        parsed = [_parse_column(fmt, name, [row[j] for _, row in whole]) for j, name in enumerate(names) if name != IDS]
+        parsed = [parse_column(fmt, name, [row[j] for _, row in whole]) for j, name in enumerate(names) if name != IDS]
         if names[-1] == IDS:
             prompts, known, _ = parsed[names.index(fmt.prompt)]
-            parsed.append(_parse_ids(fmt, [row[-1] for _, row in whole], np.where(known, prompts, 1.0)))
+            parsed.append(parse_ids(fmt, [row[-1] for _, row in whole], np.where(known, prompts, 1.0)))
         valid = np.logical_and.reduce([ok for _, ok, _ in parsed])
         if not valid.all() and not drop:
             row = int(np.argmin(valid))
             j = next(j for j, (_, ok, _) in enumerate(parsed) if not ok[row])
             line, fields = whole[row]
             if names[j] == IDS:
-                raise TraceError(
-                    f"{path}: line {line}, column {IDS!r}: {_wrong_ids(fmt, fields[j], int(prompts[row]))}"
-                )
+                raise TraceError(f"{path}: line {line}, column {IDS!r}: {wrong_ids(fmt, fields[j], int(prompts[row]))}")
             got = fields[j] if len(fields[j]) <= 40 else fields[j][:37] + "..."
             raise TraceError(f"{path}: line {line}, column {names[j]!r}: expected {parsed[j][2]}, got {got!r}")
         num_dropped += len(chunk) - int(valid.sum())
         for column, (array, _, _) in zip(values, parsed, strict=True):
             column.append(array[valid])
     if num_rows == num_dropped:
-        what = f"all {num_rows} rows are invalid" if num_rows else "no rows behind the header"
+        what = f"{counted(num_rows, 'row')}, and all are invalid" if num_rows else "no rows behind the header"
         raise TraceError(f"{path}: {what}")
     columns = {name: np.concatenate(column) for name, column in zip(names, values, strict=True)}
     return _trace(path, fmt, columns, num_dropped)
@@ -346,52 +345,3 @@ def _rows_before(session_id: np.ndarray) -> np.ndarray:
     same = (session_id[rows[1:]] == session_id[rows[:-1]]) & (session_id[rows[1:]] >= 0)
     parent[rows[1:][same]] = rows[:-1][same]
     return parent
-
-
-def _parse_ids(fmt: TraceFormat, fields: list[Any], prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
-    """The ids of each row's blocks (object), and a mask of the valid ones."""
-    values, valid = np.empty(len(fields), object), np.zeros(len(fields), bool)
-    for row, given in enumerate(fields):
-        if not isinstance(given, list) or len(given) != -(-int(prompts[row]) // fmt.block_tokens):
-            continue
-        ids = np.asarray(given)
-        if ids.dtype.kind in "iu" and ids.ndim == 1:
-            values[row], valid[row] = ids.astype(np.int64), True
-    return values, valid, "ids"
-
-
-def _wrong_ids(fmt: TraceFormat, given: Any, prompt: int) -> str:
-    """What is wrong with the ids of a prompt's blocks."""
-    need = -(-prompt // fmt.block_tokens)
-    what = f"expected {need} ids for {prompt} tokens in blocks of {fmt.block_tokens}"
-    if not isinstance(given, list):
-        return f"{what}, got {given!r:.40}"
-    if len(given) > need:
-        return f"{what}, got {len(given)}: blocks of another size, which this file does not say"
-    return f"{what}, got {len(given)}" if len(given) < need else f"{what}, all of them whole numbers"
-
-
-def _parse_column(fmt: TraceFormat, name: str, fields: list[str]) -> tuple[np.ndarray, np.ndarray, str]:
-    """Values, a mask of the valid ones, and what was expected."""
-    import pandas as pd  # here, because importing it takes longer than everything else in this package
-
-    text = np.array(fields, dtype=object)
-    if name == fmt.session:
-        text[np.array([not field.strip() for field in fields], bool)] = None
-        return text, np.ones(len(text), bool), "anything"
-    if name == THINK:
-        seconds = np.asarray(pd.to_numeric(text, errors="coerce"), dtype=np.float64)
-        return seconds, (seconds >= 0.0) & (seconds < np.inf) | (text == ""), "seconds >= 0"
-    if name == CACHED:
-        text = np.array([field or "0" for field in fields], dtype=object)
-    if name == fmt.time and fmt.time_kind == "datetime":
-        moments = pd.to_datetime(text, utc=True, format="ISO8601", errors="coerce")
-        valid = np.asarray((moments.year >= 1700) & (moments.year <= 2200))  # what nanoseconds can count
-        return pd.DatetimeIndex(moments.where(valid)).as_unit("ns").asi8, valid, "a date and time (ISO 8601)"
-    numbers = np.asarray(pd.to_numeric(text, errors="coerce"), dtype=np.float64)
-    if name == fmt.time:
-        return numbers, np.isfinite(numbers), f"a finite time in {fmt.time_kind}"
-    least = 0.0 if name in (fmt.images, CACHED) else 1.0
-    with np.errstate(invalid="ignore"):
-        valid = (numbers >= least) & (numbers <= MAX_TOKENS) & (numbers == np.floor(numbers))
-    return numbers, valid, f"a whole number >= {least:g}"

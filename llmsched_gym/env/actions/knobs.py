@@ -17,7 +17,7 @@ from llmsched_gym.engine.step import LATEST_ARRIVAL, LATEST_LST
 from llmsched_gym.env.actions.action import Action, Choice
 from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.kernels import decide_one, step_all
-from llmsched_gym.env.markdown import table
+from llmsched_gym.text import table
 
 NO_LIMIT = np.iinfo(np.int32).max
 

@@ -1,0 +1,30 @@
+"""Numbers, intervals and tables in plain text, for pages and the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def number(value: float | None, form: int | str = 2, none: str = "-", infinite: str = "inf") -> str:
+    """A figure with so many decimals, or in a format such as ``+.1%``; `none` for None and nan, `infinite` if it is."""
+    if value is None or math.isnan(value):
+        return none
+    if math.isinf(value):
+        return infinite if value > 0 else f"-{infinite}"
+    return format(value, f".{form}f" if isinstance(form, int) else form)
+
+
+def between(low: float | None, high: float | None, form: int | str = 2) -> str:
+    """An interval in brackets behind a figure; nothing where its lower end is none or not finite."""
+    if low is None or high is None or not math.isfinite(low):
+        return ""
+    return f" [{number(low, form)}, {number(high, form)}]"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], text: int | None = None) -> str:
+    """A Markdown table; the columns behind the first `text` ones hold numbers and stand to the right."""
+    text = len(header) if text is None else text
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * text + "---:|" * (len(header) - text)]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])

@@ -1,0 +1,69 @@
+"""Worker processes end with the process that started them, killed or interrupted, whatever they are at."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = '''
+import os, re, sys, time
+from llmsched_gym.theory.experiments import run_cells
+
+
+def sleep(folder):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    time.sleep(60)
+
+
+def compute(folder):
+    """Holds Python's lock for longer than anybody waits, as a compiled run does."""
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    re.match("(a+)+$", 40 * "a" + "b")
+
+
+if __name__ == "__main__":
+    function = {"sleep": sleep, "compute": compute}[sys.argv[1]]
+    run_cells(function, [(sys.argv[2],)] * 2, 2, print)
+'''
+
+
+def alive(pid):
+    """Whether it runs: one that has ended and that nobody has waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("work", ["sleep", "compute"])
+def test_workers_do_not_outlive_their_parent(how, work, tmp_path):
+    script, folder = tmp_path / "script.py", tmp_path / "pids"
+    script.write_text(SCRIPT)
+    folder.mkdir()
+    process = subprocess.Popen([sys.executable, str(script), work, str(folder)], stderr=subprocess.PIPE, text=True)
+    pids = []
+    try:
+        assert wait_for(lambda: len(list(folder.iterdir())) == 2, 60)
+        pids = [int(path.name) for path in folder.iterdir()]
+        assert all(map(alive, pids))
+        process.send_signal(how)
+        assert wait_for(lambda: not any(map(alive, pids)), 5)
+        _, said = process.communicate(timeout=5)
+        assert said.count("Traceback") <= 1  # an interrupt's, the parent's own
+    finally:
+        for pid in filter(alive, [process.pid, *pids]):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
