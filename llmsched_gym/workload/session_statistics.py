@@ -51,6 +51,7 @@ def session_statistics(table: RequestTable, block_size: int = BLOCK_SIZE) -> dic
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
+    """Percentiles and mean, as a JSON object."""
     p50, p90, p99 = np.percentile(values, [50, 90, 99])
     mean = float(np.mean(values))
     return {"p50": round(p50, 2), "p90": round(p90, 2), "p99": round(p99, 2), "mean": round(mean, 2)}
