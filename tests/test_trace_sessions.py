@@ -13,6 +13,7 @@ from llmsched_gym.cli import main
 from llmsched_gym.config import ConfigError, Scenario, scenario
 from llmsched_gym.report.trace_facts import facts
 from llmsched_gym.workload import TraceError, TraceWarning, load_trace, make_table
+from llmsched_gym.workload.generate import trace_remarks
 from llmsched_gym.workload.identity import found_share, shares_of_chains
 from llmsched_gym.workload.trace_sessions import write_sessions
 
@@ -119,6 +120,8 @@ def test_a_replayed_trace_shares_and_its_ttft_slo_counts_what_is_new(tmp_path):
         again = kept(path, 5, ttft_slo_s=1.0, ttft_slo_per_token_s=0.01)
     assert again.shares_with.tolist() == [-1, 0, 1, -1, 3] and again.shared_tokens.tolist() == [0, 512, 700, 0, 512]
     drawn = kept(path, 5, trace_arrivals="poisson", ttft_slo_s=1.0, ttft_slo_per_token_s=0.01)
+    (remark,) = trace_remarks(scenario("paper", trace=str(path), trace_arrivals="poisson"), 0)
+    assert "no two prompts have anything in common" in remark
     assert drawn.shares_with is None
     np.testing.assert_allclose(drawn.ttft_slo_s, 1.0 + 0.01 * drawn.prompt_tokens)
 

@@ -156,8 +156,11 @@ def trace_remarks(scenario: Scenario, seed: int) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TraceWarning)
         table = make_table(scenario, seed)
-    replayed = _replay_remarks(scenario, trace, len(table)) if table.arrivals == "trace" else []
-    return [*dropped, *trace.remarks(), *replayed]
+    kept = table.arrivals == "trace"
+    replayed = _replay_remarks(scenario, trace, len(table)) if kept else []
+    apart = trace.shares is not None and trace.think_s is None and not kept
+    lost = ["requests are random rows of it, so that no two prompts have anything in common"] * apart
+    return [*dropped, *trace.remarks(), *replayed, *lost]
 
 
 def _warn_of_replay(scenario: Scenario, trace: Trace | None, kind: str, num_requests: int) -> None:
