@@ -36,7 +36,7 @@ def device(surface, **fields):
 
 
 def one_length(monkeypatch, p, d):
-    monkeypatch.setattr(capacity, "lengths", lambda scenario: (np.array([p]), np.array([d])))
+    monkeypatch.setattr(capacity, "work_of", lambda *world: mean_work(np.array([p]), np.array([d]), *world))
 
 
 def test_by_hand(monkeypatch):

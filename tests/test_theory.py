@@ -44,7 +44,7 @@ def test_rejected_requests_need_nothing():
 
 
 def one_length(monkeypatch, p, d):
-    monkeypatch.setattr(capacity, "lengths", lambda scenario: (np.array([p]), np.array([d])))
+    monkeypatch.setattr(capacity, "work_of", lambda *world: mean_work(np.array([p]), np.array([d]), *world))
 
 
 def test_prompts_alone_run_in_the_fastest_batches(monkeypatch):

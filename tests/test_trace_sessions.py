@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from test_traces import BAILIAN, BURSTGPT, COPILOT, MOONCAKE, SIMULATED, TRACELAB, copilot, write
+from typer.testing import CliRunner
 
 from llmsched_gym.cli import main
 from llmsched_gym.config import ConfigError, Scenario, scenario
+from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.report.trace_facts import facts
 from llmsched_gym.workload import TraceError, TraceWarning, load_trace, make_table
 from llmsched_gym.workload.generate import trace_remarks
 from llmsched_gym.workload.identity import found_share, shares_of_chains
+from llmsched_gym.workload.trace_sessions import main as write_main
 from llmsched_gym.workload.trace_sessions import write_sessions
 
 DATA_DIR = os.environ.get("LLMSCHED_DATA_DIR")
@@ -244,6 +248,30 @@ def test_written_sessions_are_read_again(tmp_path, workload):
     roots_s = table.arrival_s[~turn]
     np.testing.assert_allclose(again.arrival_s[~turn], roots_s - roots_s[0], atol=1e-6)
     assert [p.name for p in tmp_path.iterdir()] == ["sessions.jsonl"]
+
+
+def test_the_command_writes_what_it_draws(tmp_path):
+    app = typer.Typer()
+    app.command()(write_main)
+    path = tmp_path / "s.jsonl"
+    done = CliRunner().invoke(app, ["chat", "--out", str(path), "--qps", "2", "--num-requests", "50", "--seed", "3"])
+    assert done.exit_code == 0, done.output
+    table = make_table(scenario("paper", workload="chat", qps=2.0, num_requests=50), 3)
+    np.testing.assert_array_equal(kept(path, len(table)).prompt_tokens, table.prompt_tokens)
+    for bad in (["sharegpt", "--out", str(path)], ["chat", "--out", str(tmp_path / "gone" / "s.jsonl")]):
+        done = CliRunner().invoke(app, bad)
+        assert done.exit_code == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_written_sessions_are_served_alike(tmp_path):
+    """Without a cache it is the same work at the same times."""
+    fields = {"num_requests": 120, "patience_s": math.inf}
+    table = make_table(scenario("paper", workload="chat", qps=0.4, **fields), 0)
+    write_sessions(table, tmp_path / "s.jsonl")
+    drawn = simulate(scenario("paper", workload="chat", qps=0.4, **fields), "sarathi", 0).sim
+    read = simulate(scenario("paper", trace=str(tmp_path / "s.jsonl"), qps=None, **fields), "sarathi", 0).sim
+    assert drawn.num_finished == read.num_finished == len(table)
+    assert read.clock_s + table.arrival_s[0] == pytest.approx(drawn.clock_s, rel=1e-6)
 
 
 def test_only_what_is_to_come_is_written(tmp_path):

@@ -1,14 +1,21 @@
-"""Sessions of a trace: what its prompts have in common, and turns that come after the answer before them."""
+"""Sessions of a trace: what its prompts have in common, and turns that come after the answer before them.
+
+    python -m llmsched_gym.workload.trace_sessions WORKLOAD --out FILE.jsonl --qps RATE
+
+writes drawn sessions as a trace in LLMServingSim's form.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
-from llmsched_gym.config import ConfigError
+from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.files import replace_file
 from llmsched_gym.workload.identity import Shares, shares_of_ids
 from llmsched_gym.workload.sessions import Sessions
@@ -127,3 +134,33 @@ def _write(table: RequestTable, parent: np.ndarray, think_s: np.ndarray, path: P
                 ],
             }
             file.write(json.dumps(session) + "\n")
+
+
+def main(
+    workload: Annotated[str, typer.Argument(help="A workload of sessions: a name or a JSON file.")],
+    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],
+    qps: Annotated[float, typer.Option(help="Sessions per second, Poisson.")] = 1.0,
+    num_requests: Annotated[int, typer.Option(min=1, help="Turns, up to the end of a session.")] = 1000,
+    max_model_len: Annotated[int, typer.Option(min=1, help="Longest prompt + output, tokens.")] = 8192,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write drawn sessions as a trace."""
+    from llmsched_gym.workload.generate import make_table  # which stands on this module
+
+    try:
+        scenario = Scenario(
+            workload=workload,
+            qps=qps,
+            num_requests=num_requests,
+            max_model_len=max_model_len,
+            warmup_s=0.0,
+            arrivals_continue=False,
+        )
+        write_sessions(make_table(scenario, seed), out)
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)
