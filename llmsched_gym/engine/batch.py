@@ -14,6 +14,7 @@ from llmsched_gym.engine.blocks import (
     blocks_to_hold,
     free,
     known_computed,
+    stays_within,
     take,
 )
 from llmsched_gym.engine.jit import entry, kernel
@@ -222,7 +223,7 @@ def add_decode(lane, r):
         batch.longest = max(batch.longest, request.num_computed_tokens + 1)
     batch.free_blocks -= request.num_computed_tokens >= request.num_blocks << lane.sim.block_bits
     request.num_scheduled_tokens = 1
-    if lane.sim.prefix_caching:
+    if lane.sim.prefix_caching and not stays_within(lane.sim, request, 1):
         take(lane, r, 1)
 
 
@@ -250,7 +251,8 @@ def add_decodes(lane, count):
     batch.free_blocks -= new_blocks
     if lane.sim.prefix_caching:
         for i in range(count):
-            take(lane, lane.scratch[i], 1)
+            if not stays_within(lane.sim, lane.requests[lane.scratch[i]], 1):
+                take(lane, lane.scratch[i], 1)
 
 
 @kernel()

@@ -76,12 +76,12 @@ def blocks_to_take(lane, r, num_tokens):
     return blocks_to_hold(sim, request, num_tokens) - request.num_blocks
 
 
-@kernel(outline=True)
+@kernel()
 def _unshared(sim, prompt, prefixes, blocks, r, num_tokens, whole):
     """Free KV blocks of the first `num_tokens` that waiting request `r` has to compute, or of its `whole` prompt."""
     found = find(sim, prompt, prefixes, blocks, r)
     tokens = prompt if whole else min((found << sim.block_bits) + num_tokens, prompt)
-    return blocks_for(sim, tokens) - num_in_use(sim, prefixes, blocks, r, found)
+    return blocks_for(sim, tokens) - prefixes[r].found_in_use
 
 
 @kernel()
@@ -181,40 +181,36 @@ def _empty_slot(blocks, mask, gap):
 
 @kernel(outline=True)
 def find(sim, prompt, prefixes, blocks, r):
-    """Number of cached blocks that waiting request `r`, of `prompt` tokens, would share, from its first one on."""
+    """Number of cached blocks that waiting request `r`, of `prompt` tokens, would share, from its first one on.
+
+    Of these ``prefixes[r].found_in_use`` are held by somebody, and cost no free block. Both are looked up once for
+    each state of the cache. All found but the first are noted in the list that nobody has, for who looked last.
+    """
     prefix = prefixes[r]
     if prefix.found_version == sim.blocks_version:
         return prefix.found_blocks
     found = stop = (prompt - 1) >> sim.block_bits
-    owner = r
+    owner, in_use = r, 0
     for _ in range(r + 1):  # from its own tokens back to those of the root: the first block that is missing counts
         first = prefixes[owner].shared_tokens >> sim.block_bits
+        used = 0
         for position in range(first, stop):
-            if blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED] == NONE:
-                found = position
+            b = blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED]
+            if b == NONE:
+                found, in_use = position, 0
                 break
+            used += blocks[b, USERS] > 0
+            if position > 0:
+                _list(sim, blocks, sim.free_row, position, b)
+        in_use += used
         stop = min(stop, first)
         if stop == 0:
             break
         owner = prefixes[owner].shares_with
+    sim.last_to_find = r
     prefix.found_version = sim.blocks_version
-    prefix.found_blocks = found
+    prefix.found_blocks, prefix.found_in_use = found, in_use
     return found
-
-
-@kernel()
-def num_in_use(sim, prefixes, blocks, r, found):
-    """How many of the first `found` blocks of `r`, which are cached, somebody uses: they cost no free block."""
-    count, owner, stop = 0, r, found
-    for _ in range(r + 1):
-        first = prefixes[owner].shared_tokens >> sim.block_bits
-        for position in range(first, stop):
-            count += blocks[blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED], USERS] > 0
-        stop = min(stop, first)
-        if stop == 0:
-            break
-        owner = prefixes[owner].shares_with
-    return count
 
 
 # --- places
@@ -258,13 +254,17 @@ def _share(sim, requests, prefixes, blocks, r):
     """Give request `r`, which holds nothing, a row and the cached blocks that it finds."""
     request, prefix, row = requests[r], prefixes[r], sim.free_row
     found = find(sim, request.prefill_tokens, prefixes, blocks, r)
+    is_noted = sim.last_to_find == r
     sim.free_row = listed(sim, blocks, row, 0)
     prefix.row = row
     owner, stop = r, found
     for _ in range(r + 1):
         first = prefixes[owner].shared_tokens >> sim.block_bits
         for position in range(first, stop):
-            b = blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED]
+            if is_noted and position > 0:
+                b = listed(sim, blocks, row, position)
+            else:
+                b = blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED]
             if blocks[b, USERS] == 0:
                 _unlink(blocks, b)
                 sim.free_blocks -= 1
@@ -324,6 +324,14 @@ def take(lane, r, num_tokens):
     if need <= lane.sim.free_blocks:
         allocate(lane, r, num_tokens)
     return need
+
+
+@kernel()
+def stays_within(sim, request, num_tokens):
+    """Whether to compute `num_tokens` more takes no block and fills none, so that there is nothing to allocate."""
+    computed, bits = request.num_computed_tokens, sim.block_bits
+    fills = (computed + num_tokens) >> bits > computed >> bits
+    return computed + num_tokens <= request.num_blocks << bits and not (sim.prefix_caching and fills)
 
 
 @kernel()
@@ -414,8 +422,8 @@ def table_size(num_blocks: int) -> int:
 
 
 def num_records(num_blocks: int, max_num_seqs: int, row_blocks: int) -> int:
-    """Rows of a lane's array of blocks: its table's, and those where running requests list up to `row_blocks` each."""
-    return table_size(num_blocks) + -(-max_num_seqs * row_blocks // NUM_COLUMNS)
+    """Rows of a lane's array of blocks: its table's, and of lists of up to `row_blocks`, one more than may be held."""
+    return table_size(num_blocks) + -(-(max_num_seqs + 1) * row_blocks // NUM_COLUMNS)
 
 
 def load_blocks(blocks: np.ndarray, num_blocks: int, max_num_seqs: int, row_blocks: int) -> None:

@@ -77,6 +77,7 @@ PREFIX = record_dtype(
         ("num_recached_tokens", "i4"),  # found in the cache at admissions after a preemption
         ("found_version", "i4"),  # of the lane's blocks, when it was last looked up what is cached
         ("found_blocks", "i4"),  # what was found
+        ("found_in_use", "i4"),  # of that, what somebody holds
     ]
 )
 
@@ -167,6 +168,7 @@ REPLICA = record_dtype(
         ("block_bits", "i4"),  # its logarithm: a division takes longer than all else that a decode costs
         ("blocks_version", "i4"),  # with prefix caching: changes with every block that is taken, left or named
         ("free_row", "i4"),  # likewise: the first list of held blocks that nobody has
+        ("last_to_find", "i4"),  # likewise: the request whose cached blocks were looked up last
         ("table_mask", "i4"),  # likewise: slots of the table of identities, less one
         ("row_blocks", "i4"),  # likewise: most blocks of a request, length of each list
         # of the waiting list's index, see engine.queue; requests, -1: nobody

@@ -60,7 +60,7 @@ def _to_come() -> np.ndarray:
 
 
 TO_COME = _to_come()
-NOTHING_SHARED = np.array((NONE, 0, NONE, 0, 0, 0, 0), PREFIX)
+NOTHING_SHARED = np.array((NONE, 0, NONE, 0, 0, 0, 0, 0), PREFIX)
 
 
 class State(NamedTuple):

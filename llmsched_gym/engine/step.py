@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.engine.batch import clear_sums, is_prefill, predicted_s
-from llmsched_gym.engine.blocks import allocate, blocks_to_take, give_back, shares_uncomputed
+from llmsched_gym.engine.blocks import allocate, blocks_to_take, give_back, shares_uncomputed, stays_within
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import (
     admit,
@@ -100,7 +100,7 @@ def _leave_out_cached(lane, i):
 @kernel()
 def apply_batch(lane, world):
     """Preempt, refuse, admit and take blocks; where a running request finds none, evict until it does."""
-    sim, batch, requests, block_bits = lane.sim, lane.batch, lane.requests, lane.sim.block_bits
+    sim, batch, requests = lane.sim, lane.batch, lane.requests
     for i in range(batch.num_preempt):
         requests[lane.preempt[i]].num_scheduled_tokens = 0
         preempt(lane, lane.preempt[i])
@@ -115,7 +115,7 @@ def apply_batch(lane, world):
             continue  # evicted for an earlier item
         if request.phase == WAITING:
             admit(lane, r)
-        elif not sim.prefix_caching and request.num_computed_tokens + n <= request.num_blocks << block_bits:
+        elif stays_within(sim, request, n):
             continue
         need = blocks_to_take(lane, r, n)
         for _ in range(sim.max_num_seqs):
