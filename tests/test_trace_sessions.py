@@ -315,3 +315,42 @@ def test_hits_of_the_public_traces(name, hits, capsys):
         pytest.skip(f"needs {name} below the folder named by LLMSCHED_DATA_DIR")
     assert main(["trace", str(path)]) == 0
     assert f"{hits} of prompt tokens, by full blocks of 512" in capsys.readouterr().out
+
+
+ODD = (None, 5, -1, 0.5, "x", True, [], [1], {}, {"a": 1}, 1e300, 10**30, "2026-06-01T00:00:10Z")
+
+
+def oddities(item):
+    """The object with each of its values replaced by each of the odd ones, and without it."""
+    for key in item if isinstance(item, dict) else range(len(item)):
+        for odd in ODD:
+            copy = json.loads(json.dumps(item))
+            copy[key] = odd
+            yield copy
+        if isinstance(item[key], dict | list):
+            for changed in oddities(item[key]):
+                copy = json.loads(json.dumps(item))
+                copy[key] = changed
+                yield copy
+        if isinstance(item, dict):
+            yield {name: value for name, value in item.items() if name != key}
+
+
+@pytest.mark.filterwarnings("ignore::llmsched_gym.workload.TraceWarning")
+@pytest.mark.parametrize("text", [MOONCAKE, BAILIAN, COPILOT, TRACELAB, SIMULATED], ids=lambda text: text[:20])
+def test_a_damaged_row_is_one_line_of_error_or_a_trace(tmp_path, text):
+    first, *others = text.strip().splitlines()
+    read = refused = 0
+    for changed in oddities(json.loads(others[0])):
+        path = write(tmp_path, "\n".join([first, json.dumps(changed)]))
+        try:
+            trace = load_trace(path)
+        except TraceError as error:
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+            refused += 1
+        else:
+            read += 1
+            assert len(trace) >= 1 and (trace.think_s is None or (trace.think_s >= 0.0).all())
+            if trace.shares is not None:
+                assert (trace.shares[1] <= trace.prompt_tokens).all()
+    assert read > 5 and refused > 5

@@ -17,9 +17,8 @@ def parse_ids(fmt: TraceFormat, fields: list[Any], prompts: np.ndarray) -> tuple
     for row, given in enumerate(fields):
         if not isinstance(given, list) or len(given) != -(-int(prompts[row]) // fmt.block_tokens):
             continue
-        ids = np.asarray(given)
-        if ids.dtype.kind in "iu" and ids.ndim == 1:
-            values[row], valid[row] = ids.astype(np.int64), True
+        if all(type(one) is int and abs(one) < 2**63 for one in given):
+            values[row], valid[row] = np.array(given, np.int64), True
     return values, valid, "ids"
 
 
@@ -31,7 +30,7 @@ def wrong_ids(fmt: TraceFormat, given: Any, prompt: int) -> str:
         return f"{what}, got {given!r:.40}"
     if len(given) > need:
         return f"{what}, got {len(given)}: blocks of another size, which this file does not say"
-    return f"{what}, got {len(given)}" if len(given) < need else f"{what}, all of them whole numbers"
+    return f"{what}, got {len(given)}" if len(given) < need else f"{what}, all of them whole numbers of 64 bits"
 
 
 def parse_column(fmt: TraceFormat, name: str, fields: list[str]) -> tuple[np.ndarray, np.ndarray, str]:

@@ -122,6 +122,12 @@ def _field(item: Any, name: str) -> str:
     return text(item[name]) if isinstance(item, dict) and name in item else ""
 
 
+def _items(item: Any, name: str) -> list[Any]:
+    """A list of an object; empty where there is none."""
+    found = item.get(name) if isinstance(item, dict) else None
+    return found if isinstance(found, list) else []
+
+
 def json_rows(
     fmt: TraceFormat, items: Iterator[tuple[int, dict[str, Any]]], ids: bool, counts: Counter[str]
 ) -> Iterator[Row]:
@@ -185,10 +191,7 @@ def _copilot(item: dict[str, Any]) -> Iterator[list[str]]:
 
     A call's duration, their queueing among it, ends with its answer; the tools that follow take the time to the next.
     """
-    turns = item.get("turns")
-    calls: list[Any] = []
-    for turn in turns if isinstance(turns, list) else []:
-        calls += (turn.get("llm_calls") or []) if isinstance(turn, dict) else []
+    calls = [call for turn in _items(item, "turns") for call in _items(turn, "llm_calls")]
     over_s = math.nan
     for call in sorted(calls, key=lambda call: _field(call, "timestamp")):
         tokens = call.get("tokens") if isinstance(call, dict) else None
@@ -212,7 +215,7 @@ class _Rounds:
         self._over_s: dict[str, float] = {}  # when each session's last round had written its answer
 
     def row(self, item: dict[str, Any]) -> Iterator[list[str]]:
-        events = [e for e in item.get("timing_events") or [] if isinstance(e, dict) and e.get("timestamp")]
+        events = [e for e in _items(item, "timing_events") if isinstance(e, dict) and e.get("timestamp")]
         started = _field(events[0], "timestamp") if events else ""
         for event in events:
             if event.get("event_type") not in INPUTS:
