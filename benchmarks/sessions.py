@@ -1,6 +1,6 @@
 """Who is best where prompts are mostly cached, what the cache is worth, and what a long miss does to short hits.
 
-    python -m benchmarks.sessions [--section suites,memory,misses] [--seeds 5] [--num-requests 2000] [--workers N]
+    python -m benchmarks.sessions [--section suites,memory,misses] [--seeds 10] [--num-requests 2000] [--workers N]
                                   [--policy NAME]... [--out out/sessions]
 
 suites: the suites chat and agents at shares of their fluid capacity at the hit rate of an infinite cache. memory: hit
@@ -42,10 +42,10 @@ MISS_TOKENS, MISS_EVERY_S = 24_000, 10.0
 
 def estimated(rows: list[dict[str, Any]], column: str, unit: float = 1.0, *, latency: bool = False) -> str:
     """Mean (of a latency the median) over seeds with its interval, in `unit`."""
-    values = [unit * (math.inf if row[column] is None else row[column]) for row in rows]
+    values = [None if row[column] is None else unit * row[column] for row in rows]
     middle = (intervals.median if latency else intervals.mean)(values)
     around = (intervals.median_interval if latency else intervals.interval)(values)
-    return number(middle) + (between(*around) if around else "")
+    return number(middle, none="inf") + (between(*around) if around else "")
 
 
 def suites(args: argparse.Namespace) -> None:
@@ -201,7 +201,7 @@ SECTIONS = {"suites": suites, "memory": memory, "misses": misses}
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--section", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--num-requests", type=int, default=2000, help="measured turns of a run")
     parser.add_argument("--policy", action="append", help=f"by default {', '.join(POLICIES)}")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
