@@ -690,6 +690,13 @@ def test_what_is_not_there_is_left_out_of_the_table_of_sessions():
     assert tables.session_table(statistics.tidy([row("a", 0.5, 0)])) is None  # rows made before there were such columns
 
 
+def test_loads_at_which_everything_is_infinite_are_within_the_axes():
+    rows = statistics.tidy([row("a", 1.0, 0), row("a", 8.0, 0, ttft_s=None), row("b", 1.0, 0), row("b", 8.0, 0)])
+    for given in (rows, rows[rows["policy"] == "a"]):
+        low, high = plots.plot_ttft(given).axes[0].get_xlim()
+        assert low < 1.0 and 8.0 < high < 9.0
+
+
 def test_loads_of_sessions_are_sessions_per_second():
     rows = statistics.tidy([of_sessions("a", q, s) for q in (0.5, 1.0) for s in range(2)])
     assert load_label(rows, 0.5) == "0.5 sessions/s" and load_label(rows, 1.0) == "1 session/s"
