@@ -229,6 +229,11 @@ def test_the_command_names_all_that_differs_from_the_suite(tmp_path):
     on_model = config | {"scenario": config["scenario"] | {"backend": "transformers", "model": "random:tiny"}}
     assert "--backend transformers --model random:tiny" in settings.command(on_model, tmp_path)
     assert "--no-bound" not in settings.command(on_model, tmp_path)
+    cached = config | {"scenario": config["scenario"] | {"prefix_caching": True}}
+    assert " --prefix-caching " in settings.command(cached, tmp_path)
+    uncached = config | {"scenario": encode(scenario("chat", prefix_caching=False, num_requests=9).to_dict())}
+    assert "--suite chat " in settings.command(uncached, tmp_path)
+    assert " --no-prefix-caching " in settings.command(uncached, tmp_path)
     config["policies"].append("shortest-total[cap=0.9]")
     assert "--no-bound" not in settings.command(config, tmp_path)
 
