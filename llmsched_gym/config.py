@@ -445,6 +445,29 @@ SUITES: dict[str, Suite] = {
         "share of strict users drawn from 0-50 %, three TTFT classes (0.5x, 1x, 3x)",
         "LLMSched-Tenants-v0",
     ),
+    # sessions/s: 0.6 to 1.1 of the fluid capacity with the hit rate of an infinite cache, 0.94 and 0.205
+    "chat": Suite(
+        Scenario(
+            suite="chat", workload="chat", prefix_caching=True, qps_range=(0.57, 1.04), warmup_s=600.0, horizon_s=1800.0
+        ),
+        "conversations with prefix caching, sessions drawn at 0.57-1.04/s, jitter 0.05, patience 60 s",
+        "LLMSched-Chat-v0",
+    ),
+    "agents": Suite(
+        Scenario(
+            suite="agents",
+            workload="agents",
+            profile="h100-mistral-7b",
+            prefix_caching=True,
+            max_model_len=32768,
+            max_num_seqs=256,
+            qps_range=(0.12, 0.23),
+            warmup_s=600.0,
+            horizon_s=1800.0,
+        ),
+        "agents that call tools, contexts to 32,768 tokens on an H100, sessions drawn at 0.12-0.23/s, else as chat",
+        "LLMSched-Agents-v0",
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from helpers import profile
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import PROFILES, load_profile
 from llmsched_gym.cost.surface import Surface
-from llmsched_gym.fluid import capacity, exclusive_capacity, exclusive_factor, fluid_capacity, mean_work
+from llmsched_gym.fluid import exclusive_capacity, exclusive_factor, fluid_capacity, mean_work, work
 from llmsched_gym.fluid.mixed import attention, by_composition, compositions, numbers_of_decodes
 from llmsched_gym.theory import stability
 
@@ -36,7 +36,7 @@ def device(surface, **fields):
 
 
 def one_length(monkeypatch, p, d):
-    monkeypatch.setattr(capacity, "lengths", lambda scenario: (np.array([p]), np.array([d])))
+    monkeypatch.setattr(work, "lengths", lambda scenario: (np.array([p]), np.array([d])))
 
 
 def test_by_hand(monkeypatch):

@@ -8,7 +8,7 @@ from helpers import Run, profile, request
 
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile, roofline
-from llmsched_gym.fluid import capacity, fluid_capacity, mean_work
+from llmsched_gym.fluid import fluid_capacity, mean_work, work
 from llmsched_gym.scheduler import make_scheduler
 from llmsched_gym.theory import Drift, experiments, figures, stability
 
@@ -43,8 +43,33 @@ def test_rejected_requests_need_nothing():
 # --- the linear program
 
 
+def test_a_cached_prompt_needs_only_what_is_behind_it():
+    # of 100 tokens 64 are cached, 32 of them a system prompt that all hold together
+    found = mean_work(np.array([100]), np.array([3]), PAPER, 1000, np.array([64]), np.array([32]))
+    whole = mean_work(np.array([100]), np.array([3]), PAPER, 1000)
+    assert (found.prefill_tokens, found.decode_tokens) == (36, 2)
+    assert found.pairs == sum(range(65, 101)) and found.own_pairs == sum(range(1, 37))
+    assert found.kv_tokens == whole.kv_tokens  # whoever computes a token reads all before it
+    assert found.held_blocks == whole.held_blocks - 3 * 2
+
+
+def test_a_session_is_an_arrival_of_several_requests():
+    twice = mean_work(np.array([100, 100]), np.array([3, 3]), PAPER, 1000, num_arrivals=1)
+    once = mean_work(np.array([100]), np.array([3]), PAPER, 1000)
+    assert twice.tokens == 2 * once.tokens and twice.held_blocks == 2 * once.held_blocks
+
+
+@pytest.mark.parametrize("suite", ["chat", "agents"])
+def test_caching_raises_the_capacity_of_sessions(suite):
+    world = scenario(suite)
+    cached, computed = (fluid_capacity(world.replace(prefix_caching=on)).qps for on in (True, False))
+    low, high = world.qps_range
+    assert computed < low < cached < high
+    assert low / cached == pytest.approx(0.6, abs=0.02) and high / cached == pytest.approx(1.1, abs=0.03)
+
+
 def one_length(monkeypatch, p, d):
-    monkeypatch.setattr(capacity, "lengths", lambda scenario: (np.array([p]), np.array([d])))
+    monkeypatch.setattr(work, "lengths", lambda scenario: (np.array([p]), np.array([d])))
 
 
 def test_prompts_alone_run_in_the_fastest_batches(monkeypatch):

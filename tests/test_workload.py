@@ -204,14 +204,16 @@ def test_tables_keep_their_contract(suite, seed):
     table = make_table(scenario(suite), seed)
     n = len(table)
     assert n > 100 and table.seed == seed
-    assert (np.diff(table.arrival_s) >= 0.0).all() and table.arrival_s[0] >= 0.0
+    roots = table.arrival_s[table.is_root]
+    assert (np.diff(roots[table.num_past :]) >= 0.0).all() and (roots[table.num_past :] >= 0.0).all()
+    assert np.isnan(table.arrival_s[~table.is_root]).all() and (roots[: table.num_past] < 0.0).all()
     dtypes = {"prompt_tokens": "int32", "output_tokens": "int32", "slo_class": "int8", "session_id": "int64"}
     for name in (*ARRAYS, "session_id"):
         assert getattr(table, name).shape == (n,)
         assert getattr(table, name).dtype == dtypes.get(name, "float64"), name
     assert table.prompt_tokens.min() >= 1 and table.output_tokens.min() >= 1
     assert 0 <= table.cohort_start < table.cohort_stop <= n
-    assert (table.session_id == -1).all() and np.isnan(table.length_hint).all()
+    assert ((table.session_id == -1) == (table.parent is None)).all() and np.isnan(table.length_hint).all()
     np.testing.assert_array_equal(table.tbt_slo_s, np.where(table.slo_class == 0, 0.1, 0.5))
 
 

@@ -16,12 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import SUITES, scenario
+from llmsched_gym import config
+from llmsched_gym.config import scenario
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.records import PENDING
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.scheduler import install, make_scheduler, registry
 from llmsched_gym.workload import make_table
+
+SUITES = tuple(name for name, suite in config.SUITES.items() if not suite.scenario.prefix_caching)
+"""Those of single requests."""
 
 FILE = Path(__file__).parent / "data" / "trajectories.json"
 SEEDS = (0, 1, 2)
@@ -121,7 +125,7 @@ def engine_hash(policy: str, suite: str, seed: int, num_requests: int, steps: in
     scheduler = make_scheduler(policy)
     fields: dict[str, Any] = {"num_requests": num_requests, "warmup_s": 0.0, "qps_range": (2.0, 4.0)}
     fields |= {"switch_every_s": (5.0, 15.0), "allow_refusal": True}
-    if SUITES[suite].scenario.drain_s < math.inf:
+    if config.SUITES[suite].scenario.drain_s < math.inf:
         fields |= {"drain_s": 20.0, "patience_s": 15.0}
     if getattr(scheduler, "clairvoyant", False):
         fields["length_hint"] = "oracle"

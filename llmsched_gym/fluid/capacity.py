@@ -7,7 +7,7 @@ from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.fluid.additive import by_size
 from llmsched_gym.fluid.mixed import by_composition
 from llmsched_gym.fluid.solution import Fluid
-from llmsched_gym.fluid.work import lengths, mean_work
+from llmsched_gym.fluid.work import scenario_work
 
 MOST_MIXING = 64.0  # factors on the price of mixing are sought up to this
 SAME = 1e-6  # relative difference of rates that is none
@@ -26,19 +26,21 @@ def fluid_capacity(scenario: Scenario, profile: Profile | None = None) -> Fluid:
     (Jensen), unequal contexts cost more, so the bound holds; where it is concave, among few short decodes, a scheduler
     that sorts them into batches by context could gain the little that the curve leaves between its chords.
 
+    Of a workload of sessions it is in sessions per second; with prefix caching at the hit rate of an infinite cache.
+
     A profile other than the scenario's may be given.
     """
     profile = profile or load_profile(scenario.profile)
     blocks = scenario.blocks(profile.num_kv_blocks)
     program = by_size if profile.surface is None else by_composition
-    return program(scenario, profile, mean_work(*lengths(scenario), scenario, blocks), blocks)
+    return program(scenario, profile, scenario_work(scenario, blocks), blocks)
 
 
 def exclusive_capacity(scenario: Scenario, profile: Profile | None = None) -> Fluid:
     """The largest rate with batches of one phase only, which pay no price of mixing."""
     profile = (profile or load_profile(scenario.profile)).with_mixing(1.0)
     blocks = scenario.blocks(profile.num_kv_blocks)
-    return by_composition(scenario, profile, mean_work(*lengths(scenario), scenario, blocks), blocks, exclusive=True)
+    return by_composition(scenario, profile, scenario_work(scenario, blocks), blocks, exclusive=True)
 
 
 def exclusive_factor(scenario: Scenario, profile: Profile | None = None, resolution: float = 0.01) -> float:
@@ -49,7 +51,7 @@ def exclusive_factor(scenario: Scenario, profile: Profile | None = None, resolut
     """
     profile = profile or load_profile(scenario.profile)
     blocks = scenario.blocks(profile.num_kv_blocks)
-    work = mean_work(*lengths(scenario), scenario, blocks)
+    work = scenario_work(scenario, blocks)
 
     def qps(factor: float, exclusive: bool = False) -> float:
         settings = {"exclusive": exclusive, "priced": False}
