@@ -154,26 +154,33 @@ def _not_negative(text: str) -> float:
     return value
 
 
+Option = tuple[str, Callable[[str], Any], str]
+
+
+def _one_of(knob: str, names: tuple[str, ...]) -> Option:
+    return knob, names.index, f"one of {', '.join(names)}"
+
+
 MIXES = ("together", "auto")
 """Whether decodes and prompts share a batch: always; or where one batch takes no longer than two."""
 
 # bracket parameter: (knob, reader, what is expected)
-OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+OPTIONS: dict[str, Option] = {
     "budget": ("token_budget", _positive_int, "whole number of tokens >= 1"),
     "hold": ("hold", lambda text: _level(text, HOLDS), "true, false or always"),
     "limit": ("limit", _positive_int, "whole number of tokens >= 1"),
     "cap": ("cap", _positive, "share of the smallest TBT SLO, > 0"),
     "refuse": ("refuse", _boolean, "true or false"),
-    "order": ("order", lambda text: ORDERS.index(text), f"one of {', '.join(ORDERS)}"),
+    "order": _one_of("order", ORDERS),
     "offset": ("offset", _not_negative, "mean batches >= 0, inf for no deferral"),
     "offset_full": ("offset_full", _not_negative, "mean batches >= 0"),
     "usage_switch": ("usage_switch", _not_negative, "KV use from which offset_full applies"),
     "margin": ("margin", _not_negative, "capped batches >= 0"),
     "quiet": ("quiet", _positive_int, "whole number of running requests >= 1"),
     "stretch": ("stretch", _positive, "factor on predicted prefill times, > 0"),
-    "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
+    "victim": _one_of("victim", VICTIMS),
     "age": ("age", _not_negative, "seconds since arrival >= 0, inf for no aging"),
-    "mix": ("mix", lambda text: MIXES.index(text), f"one of {', '.join(MIXES)}"),
+    "mix": _one_of("mix", MIXES),
     "threshold": ("threshold", _not_negative_int, "whole number of tokens, 0 for none"),
     "chunk": ("token_budget", _positive_int, "whole number of tokens >= 1"),
     "consecutive": ("consecutive", _not_negative_int, "whole number of batches, 0 for no limit"),
@@ -195,20 +202,17 @@ PACK_OPTIONS = tuple(
 def with_options(spec: str, entry: Compiled, options: Mapping[str, str]) -> Compiled:
     """The scheduler with its parameters in brackets applied, under the name `spec`."""
     settings, admission, decision_s = dict(entry.settings), entry.admission, entry.decision_s
+    readers = OPTIONS | {"order": _one_of("order", entry.orders)}
     known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options)
     for key, text in options.items():
         if key not in known:
             raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(known)}")
-        expected = ADMISSION_OPTIONS[key][1] if key in ADMISSION_OPTIONS else OPTIONS[key][2]
-        if key == "order":
-            expected = f"one of {', '.join(entry.orders)}"
+        expected = ADMISSION_OPTIONS[key][1] if key in ADMISSION_OPTIONS else readers[key][2]
         try:
-            if key == "order":
-                settings["order"] = entry.orders.index(text)
-            elif key in ADMISSION_OPTIONS:
+            if key in ADMISSION_OPTIONS:
                 admission = ADMISSION_OPTIONS[key][0](text)
             else:
-                settings[OPTIONS[key][0]] = OPTIONS[key][1](text)
+                settings[readers[key][0]] = readers[key][1](text)
         except (ValueError, KeyError):
             raise PolicyError(f"policy {spec!r}: {key}: expected {expected}, got {text!r}") from None
     return replace(entry, name=spec, settings=settings, admission=admission, decision_s=decision_s)
