@@ -187,6 +187,16 @@ def test_other_models_share_as_well(name):
     assert_generated(ledger.backend, given, name)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", ["two equal prompts in one batch", "turns behind generated tokens"])
+def test_the_paged_kernel_shares_as_well(name, graphs):
+    pytest.importorskip("triton", reason="the paged kernel needs triton")
+    given = CASES[name][0]
+    _, found, ledger = play("vllm-v1", given, True, options={"attention": "triton", "graphs": graphs})
+    assert found.requests["num_cached_tokens"].sum() > 0
+    assert_generated(ledger.backend, given)
+
+
 def test_a_plan_from_the_first_token_on_is_shortened():
     given = prompts_of((0, "abcd", 60, 2), (0, "abcx", 60, 2))
     world = scenario("paper", **LIMITS, num_kv_blocks=40, prefix_caching=True, num_requests=2, qps=1.0)
