@@ -137,6 +137,14 @@ class DeviceSpec:
             return 16_384
         return 8192 if self.is_large else 2048
 
+    @property
+    def sglang_chunk_tokens(self) -> int:
+        """Prompt tokens in a batch of SGLang's server on it unless told otherwise (0.5.23, `memory_hook.py`)."""
+        for gib, tokens in ((20, 2048), (60, 4096), (160, 8192)):
+            if self.memory_bytes < gib * 2**30:
+                return tokens
+        return 16_384
+
 
 @dataclass(frozen=True)
 class Scenario:

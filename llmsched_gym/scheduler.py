@@ -25,6 +25,10 @@ from llmsched_gym.engine.view import Batch, View
 
 VLLM_TOKEN_BUDGET = 0
 """As a token budget: vLLM's for the device of the scheduler's cost profile."""
+SGLANG_CHUNK = -1
+"""Likewise SGLang's."""
+BY_DEVICE = {VLLM_TOKEN_BUDGET: 3, SGLANG_CHUNK: 4}
+"""Token budgets that the device decides, and their place among the profile's coefficients."""
 
 
 class PolicyError(ValueError):
@@ -77,6 +81,7 @@ class Compiled:
     decision_s: float = 0.0
     name: str = ""
     options: tuple[str, ...] = ()  # bracket parameters beyond those that all compiled schedulers honour
+    orders: tuple[str, ...] = ORDERS  # what its `order` may be
     plan: Callable | None = None  # entry (handle, env) that sets the knobs of the batch to come, if they change
 
     @cached_property
@@ -97,8 +102,9 @@ class Compiled:
     def install(self, state: State, env: int) -> None:
         """Write the settings into the engine; call it after the engine's reset."""
         knobs = self.knobs.copy()
-        if knobs["token_budget"] == VLLM_TOKEN_BUDGET:
-            knobs["token_budget"] = state.own_coef_s[state.sims[env].profile, 3]
+        place = BY_DEVICE.get(int(knobs["token_budget"]))
+        if place is not None:
+            knobs["token_budget"] = state.own_coef_s[state.sims[env].profile, place]
         state.knobs[env] = knobs
 
 
@@ -169,6 +175,9 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "age": ("age", _not_negative, "seconds since arrival >= 0, inf for no aging"),
     "mix": ("mix", lambda text: MIXES.index(text), f"one of {', '.join(MIXES)}"),
     "threshold": ("threshold", _not_negative_int, "whole number of tokens, 0 for none"),
+    "chunk": ("token_budget", _positive_int, "whole number of tokens >= 1"),
+    "consecutive": ("consecutive", _not_negative_int, "whole number of batches, 0 for no limit"),
+    "starvation": ("starvation", _not_negative_int, "whole number of batches, 0 for none"),
 }
 # bracket parameter: (reader of the admission rule, what is expected)
 ADMISSION_OPTIONS: dict[str, tuple[Callable[[str], str], str]] = {
@@ -177,7 +186,9 @@ ADMISSION_OPTIONS: dict[str, tuple[Callable[[str], str], str]] = {
 }
 COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
 PACK_OPTIONS = tuple(
-    name for name in (*OPTIONS, "admission") if name not in ("quiet", "stretch", "age", "mix", "threshold")
+    name
+    for name in (*OPTIONS, "admission")
+    if name not in ("quiet", "stretch", "age", "mix", "threshold", "chunk", "consecutive", "starvation")
 )
 
 
@@ -189,8 +200,12 @@ def with_options(spec: str, entry: Compiled, options: Mapping[str, str]) -> Comp
         if key not in known:
             raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(known)}")
         expected = ADMISSION_OPTIONS[key][1] if key in ADMISSION_OPTIONS else OPTIONS[key][2]
+        if key == "order":
+            expected = f"one of {', '.join(entry.orders)}"
         try:
-            if key in ADMISSION_OPTIONS:
+            if key == "order":
+                settings["order"] = entry.orders.index(text)
+            elif key in ADMISSION_OPTIONS:
                 admission = ADMISSION_OPTIONS[key][0](text)
             else:
                 settings[OPTIONS[key][0]] = OPTIONS[key][1](text)

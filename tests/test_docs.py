@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmsched_gym.env import LLMSchedEnv
-from llmsched_gym.env.actions.knobs import KNOBS
+from llmsched_gym.env.actions.knobs import WITH_CACHING
 from llmsched_gym.env.docs import fields, page, worked_steps
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.slots import SLOT_FEATURES
@@ -26,9 +26,9 @@ def test_every_setting_entry_and_value_is_on_the_page():
     listed, text = fields(), page()
     for name in LLMSchedEnv().config.to_dict():
         assert f"`{name}`" in listed, name
-    for entry in (*FEATURES, *SLOT_FEATURES, *KNOBS):
+    for entry in (*FEATURES, *SLOT_FEATURES, *WITH_CACHING):
         assert f"| `{entry.name}` |" in text, entry.name
-    for knob in KNOBS:
+    for knob in WITH_CACHING:
         assert f"{len(knob.values) - 1}: {knob.label(len(knob.values) - 1)} |" in text, knob.name
 
 

@@ -18,6 +18,7 @@ from llmsched_gym.engine.pack import (
     EDF,
     FCFS,
     FEASIBLE,
+    LPM,
     ORDERS,
     SPF,
     _any_feasible,
@@ -50,7 +51,7 @@ def line(lane):
 def key(lane, r, order):
     """A prompt's sort key as docs/schedulers.md words the orders."""
     row = lane.requests[r]
-    if order == FCFS:
+    if order in (FCFS, LPM):  # without prefix caching
         return 0.0
     if order == SPF:
         return row.prefill_tokens
@@ -67,7 +68,7 @@ def first_in_line(lane, order, hold, limit):
     free = [r for r, row in line(lane) if row.num_scheduled_tokens == 0]
     free = [r for r in free if not limit or lane.requests[r].prefill_tokens <= lane.batch.limit]
     free = [r for r in free if not hold or can_make_ttft(lane, r)]
-    if order == FCFS:
+    if order in (FCFS, LPM):
         return free[0] if free else -1
     return min(free, key=lambda r: (key(lane, r, order), r), default=-1)
 

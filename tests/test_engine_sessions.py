@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmsched_gym.config import ConfigError
 from llmsched_gym.engine import check
 from llmsched_gym.engine.records import CANCELLED, FINISHED, PHASES, REFUSED
-from llmsched_gym.workload import shares_of_turns
+from llmsched_gym.workload import shares_of_ids, shares_of_turns
 
 
 def sessions(*rows, cohort=None, num_past=0, **columns):
@@ -170,3 +170,35 @@ def test_everybody_is_served_or_accounted_for(rows, policy, prefix_caching, pati
     assert (phase != REFUSED).all()
     assert found.episode.num_arrived + found.episode.num_cancelled == len(rows)
     assert found.engine.is_over()
+
+
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 90), st.integers(1, 7))
+@settings(max_examples=30, deadline=None)
+def test_the_hit_rate_of_one_session_in_closed_form(first, output, new, num_turns):
+    """Of a turn's prompt all full blocks are cached that its parent's prompt and output but the last token fill."""
+    prompts = [first + k * (output + new) for k in range(num_turns)]
+    rows = [root(0.0, first, output)] + [turn(k, 1.0, prompts[k + 1], output) for k in range(num_turns - 1)]
+    found = Run("vllm-v1", sessions(*rows), prefix_caching=True, num_kv_blocks=1000)
+    found.drain()
+    expected = [0] + [16 * ((prompt + output - 1) // 16) for prompt in prompts[:-1]]
+    assert found.requests["num_cached_tokens"][:num_turns].tolist() == expected
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_hit_rate_of_a_tree_of_forks_in_closed_form(depth):
+    """Three forks of each node, every edge two blocks: each edge is computed once."""
+    words, fresh = [""], iter(range(33, 10_000))
+    leaves = [""]
+    for _ in range(depth):
+        leaves = [word + 2 * chr(next(fresh)) for word in leaves for _ in range(3)]
+        words += leaves
+    prompts = words[1:]
+    ids = [[ord(letter) for letter in word] for word in prompts]
+    tokens = np.array([16 * len(word) for word in prompts], np.int32)
+    given = table([request(10.0 * i, int(n), 1) for i, n in enumerate(tokens)])
+    shares = shares_of_ids(ids, tokens, 16)
+    found = Run("vllm-v1", replace(given, shares_with=shares[0], shared_tokens=shares[1]), prefix_caching=True)
+    found.drain()
+    cached = found.requests["num_cached_tokens"][: len(prompts)]
+    assert (cached == tokens - 32).all()  # a prompt finds its parent, whole
+    assert 1 - cached.sum() / tokens.sum() == pytest.approx(32 * len(prompts) / tokens.sum())

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from helpers import Run, profile
 
-from llmsched_gym.config import scenario
+from llmsched_gym.config import env_config, scenario
 from llmsched_gym.engine import Batch
 from llmsched_gym.engine.pack import pack
-from llmsched_gym.engine.records import PENDING
+from llmsched_gym.engine.records import PENDING, has_come
 from llmsched_gym.engine.state import Lane, State, lane_of
 from llmsched_gym.engine.view import VISIBLE, View
+from llmsched_gym.env.features import ALL_FEATURES, observe_features
+from llmsched_gym.env.reward import rules_of
 from llmsched_gym.scheduler import Compiled, registry
 from llmsched_gym.workload import make_table
 
@@ -22,7 +24,7 @@ HIDDEN_NAMES = {"output_tokens", "worlds", "world", "cost_scale", "gap_start", "
 
 
 def test_a_lane_lacks_what_is_hidden():
-    hidden = {"worlds", "arrivals", "output_tokens", "noise", "gaps", "steps"}
+    hidden = {"worlds", "arrivals", "output_tokens", "due", "noise", "gaps", "steps"}
     assert hidden <= set(State._fields)
     assert not {name.rstrip("s") for name in hidden} & {name.rstrip("s") for name in Lane._fields}
     run = Run("slai", make_table(scenario("paper", num_requests=5, qps=1.0), 1), own_profile=profile(7.0))
@@ -199,3 +201,37 @@ def test_the_perturbation_would_be_noticed():
     expected = run.decide()
     perturb(run.engine.state, np.random.default_rng(3))
     assert run.decide() != expected
+
+
+def test_turns_to_come_do_not_show():
+    """All that schedulers and agents may read is the same, whatever the sessions' later turns will be."""
+    world = scenario("chat", qps=0.5, num_requests=60, warmup_s=0.0)
+    first = make_table(world, 1)
+    turns = ~first.is_root
+    second = replace(
+        first,
+        output_tokens=np.where(turns, first.output_tokens + 7, first.output_tokens),
+        ttft_slo_s=np.where(turns, 9.0, first.ttft_slo_s),
+        think_s=np.where(turns, first.think_s + 1.0, 0.0),
+        max_output_tokens=np.where(turns, 9, first.max_output_tokens),
+    )
+    seen = []
+    for given in (first, second):
+        run = Run("sarathi", given, prefix_caching=True, patience_s=60.0)
+        out = np.zeros((1, len(ALL_FEATURES)), np.float32)
+        for _ in range(400):
+            run.step()
+            if has_come(run.requests["phase"][: len(given)])[turns].any():
+                raise AssertionError("a turn came: nothing was compared behind it")
+            lane = lane_of(run.engine.state, 0)
+            rules, terms = rules_of(env_config("chat"))[0], np.zeros(8)
+            observe_features(lane, out[0], False, run.engine.state.worlds[0], rules, terms)
+        state = run.engine.state
+        rows = state.requests[0][: len(given)].copy()
+        seen.append((out.copy(), rows, state.prefixes[0][: len(given)].copy(), state.blocks.copy(), run.sim.clock_s))
+    assert (seen[0][1]["phase"] != PENDING).sum() > 3
+    for ours, theirs in zip(*seen, strict=True):
+        for name in getattr(getattr(ours, "dtype", None), "names", None) or [...]:
+            np.testing.assert_array_equal(*((x if name is ... else x[name]) for x in (ours, theirs)), err_msg=str(name))
+    unseen = seen[0][1]["phase"] == PENDING
+    assert (seen[0][2]["shares_with"][unseen] == -1).all() and (seen[0][2]["turn"][unseen] == 0).all()

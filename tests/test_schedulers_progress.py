@@ -53,7 +53,6 @@ VALUES = {
     "victim": VICTIMS,
     "admission": ADMISSIONS,
     "refuse": ["true"],
-    "order": ORDERS,
     "offset": ["0", "2", "10"],
     "offset_full": ["0", "10"],
     "usage_switch": ["0.5"],
@@ -62,6 +61,9 @@ VALUES = {
     "stretch": ["0.5", "3"],
     "age": ["0", "0.05", "1"],
     "threshold": ["7", "40"],
+    "chunk": ["1", "16", "40", "512"],
+    "consecutive": ["1", "3"],
+    "starvation": ["1", "20"],
     "mix": MIXES,
     "reserve": ["true", "false"],
 }
@@ -94,7 +96,8 @@ def rows_of(drawn):
 def options_of(name):
     entry = registry()[name]
     known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options)
-    return st.fixed_dictionaries({}, optional={option: st.sampled_from(VALUES[option]) for option in known})
+    values = VALUES | {"order": entry.orders}
+    return st.fixed_dictionaries({}, optional={option: st.sampled_from(values[option]) for option in known})
 
 
 def most_steps(engine):

@@ -307,6 +307,14 @@ def test_what_sessions_cannot_be_used_for(tmp_path):
     assert load_sessions("sharegpt") is None
 
 
+def test_a_large_table_is_small():
+    """Bytes a turn as docs/workloads.md says: 200,000 turns are 17 MB."""
+    table = make_table(finite("chat", num_requests=200_000), 0)
+    assert len(table) >= 200_000
+    size = sum(column.nbytes for column in vars(table).values() if isinstance(column, np.ndarray))
+    assert size / len(table) == pytest.approx(85.0, abs=0.5)
+
+
 def test_an_empty_horizon_has_only_what_was_there_before():
     table = make_table(continuing("chat", qps=0.02, horizon_s=0.001), 0)
     assert table.cohort_stop == len(table) and table.num_past == np.count_nonzero(table.arrival_s < 0.0)

@@ -141,10 +141,12 @@ class Profile:
     def coefficients(self, max_num_seqs: int) -> np.ndarray:
         """What kernels know of the profile beside :meth:`linear_table_s`, float64.
 
-        Seconds per query-key pair, seconds per KV token, `tile_tokens`, `vllm_token_budget`, and 0; with a surface a
-        number that only an equal profile has instead of the 0, and behind it the surface (:meth:`Surface.packed`).
+        Seconds per query-key pair, seconds per KV token, `tile_tokens`, the device's `vllm_token_budget` and
+        `sglang_chunk_tokens`, and 0; with a surface a number that only an equal profile has instead of the 0, and
+        behind it the surface (:meth:`Surface.packed`).
         """
-        plain = [self.pair_s, self.kv_s, float(self.tile_tokens), float(self.device.vllm_token_budget)]
+        budgets = self.device.vllm_token_budget, self.device.sglang_chunk_tokens
+        plain = [self.pair_s, self.kv_s, float(self.tile_tokens), *map(float, budgets)]
         if self.surface is None:
             return np.array([*plain, 0.0])
         return np.concatenate([plain, [1.0 + hash(self) % (1 << 52)], self.surface.packed(max_num_seqs)])

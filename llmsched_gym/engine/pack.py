@@ -24,23 +24,28 @@ from llmsched_gym.engine.batch import (
     smallest_tbt_slo_s,
     uncached_prefill,
 )
+from llmsched_gym.engine.blocks import known_computed
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.queue import is_shorter, shortest_expired
 from llmsched_gym.engine.records import NONE, RUNNING
 from llmsched_gym.engine.surface import has_surface, with_decodes_s
 
-ORDERS = ("fcfs", "spf", "class", "srpt", "edf", "feasible")
-FCFS, SPF, CLASS, SRPT, EDF, FEASIBLE = range(6)
+ORDERS = ("fcfs", "spf", "class", "srpt", "edf", "feasible", "lpm")
+FCFS, SPF, CLASS, SRPT, EDF, FEASIBLE, LPM = range(len(ORDERS))
+"""Orders of prompts. Without prefix caching the longest cached prefix (LPM) is nobody's, and it is FCFS."""
 HOLDS = ("false", "true", "always")
 """Whether prompts that cannot make their TTFT SLO any more wait: never; for those that can; for decodes as well.
 
 The last holds for prompts above the limit too.
 """
 HOLD_ALWAYS = 2
-# From here on a waiting prompt may overtake a started one between two chunks.
-_FIRST_PREEMPTIVE_ORDER = SRPT
-
 _LATER = 1e12  # added to a key: behind everything without it
+
+
+@kernel()
+def _is_preemptive(order):
+    """Whether a waiting prompt may overtake a started one between two chunks."""
+    return SRPT <= order <= FEASIBLE
 
 
 @kernel()
@@ -192,6 +197,8 @@ def _key_if_feasible(lane, r, order):
         if request.num_output_tokens > 0:  # preempted: its next token is due
             return request.last_token_s + request.tbt_slo_s
         return request.arrival_s + request.ttft_slo_s
+    if order == LPM:
+        return -float(known_computed(lane, r))
     return float(uncached_prefill(lane, r))  # SPF, SRPT, FEASIBLE
 
 
@@ -247,7 +254,7 @@ def next_started(lane, order, hold):
     batch = lane.batch
     if batch.num_started == 0:
         return -1
-    if batch.num_started == 1 or (batch.num_started > 0 and order < _FIRST_PREEMPTIVE_ORDER and not hold):
+    if batch.num_started == 1 or (batch.num_started > 0 and not _is_preemptive(order) and not hold):
         r = batch.first_started
         if lane.requests[r].num_scheduled_tokens == 0:
             return -1 if hold and not can_make_ttft(lane, r) else r
@@ -262,7 +269,7 @@ def next_started(lane, order, hold):
             continue
         if hold and not can_make_ttft(lane, r):
             continue
-        if order < _FIRST_PREEMPTIVE_ORDER:
+        if not _is_preemptive(order):
             return r
         key = _key(lane, r, order)
         if best < 0 or key < best_key or (key == best_key and r < best):
@@ -273,6 +280,8 @@ def next_started(lane, order, hold):
 @kernel()
 def next_waiting(lane, order, hold, limit):
     """The waiting prompt at the head of the line under `order`, -1 if there is none."""
+    if order == LPM and not lane.sim.prefix_caching:
+        order = FCFS
     if order == FCFS and not hold:
         for i in range(lane.sim.num_waiting):
             r = lane.waiting[i]
@@ -374,7 +383,7 @@ def add_prompts(lane, order):
             return
         started = next_started(lane, order, hold)
         r = started
-        if admitting and (started < 0 or order >= _FIRST_PREEMPTIVE_ORDER):
+        if admitting and (started < 0 or _is_preemptive(order)):
             waiting = -1
             if lane.sim.num_running + batch.num_admitted < lane.sim.max_num_seqs:
                 waiting = next_waiting(lane, order, hold, limit)

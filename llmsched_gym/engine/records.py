@@ -30,7 +30,7 @@ REQUEST = record_dtype(
         # what every step reads comes first: it fits two of three cache lines
         ("last_token_s", "f8"),  # nan until emitted
         ("tbt_slo_s", "f8"),
-        ("lst_s", "f8"),  # SLAI's last schedulable time; nan until keyed
+        ("lst_s", "f8"),  # SLAI's last schedulable time; nan until keyed; of who waits, its scheduler's own note
         ("num_computed_tokens", "i4"),  # tokens whose KV is held
         ("prefill_tokens", "i4"),  # prompt to compute: the prompt, after a preemption with the emitted tokens
         ("num_output_tokens", "i4"),  # emitted so far
@@ -220,6 +220,8 @@ KNOBS = record_dtype(
         ("usage_switch", "f8"),
         ("margin", "f8"),  # in capped batches: a decode is critical so long before its deadline; nan: use the LST
         ("quiet", "i4"),  # on-time: with so few running requests hopeless prompts need not wait for decodes
+        ("consecutive", "i4"),  # sglang: most batches of prompts in a row while there are decodes; 0: no limit
+        ("starvation", "i4"),  # trtllm: batches that a prompt may wait before it goes first; 0: no limit
         ("threshold", "i4"),  # vllm-v1: largest chunk of a prompt while there is another request; 0: none
         ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
         ("age", "f8"),  # on-time: seconds since arrival after which a hopeless prompt has a share of each batch

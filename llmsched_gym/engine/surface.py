@@ -12,10 +12,10 @@ import numpy as np
 
 from llmsched_gym.engine.jit import kernel
 
-ID = 4  # 0 without a surface, else a number that only an equal profile has
-SEQUENCES, CONTEXTS, CHUNKS, PREFIXES, CONTEXT_LOG, CHUNK_LOG, PREFIX_LOG = range(5, 12)
-TAIL_ALONE, TAIL_HYBRID, LAUNCH, CHUNK_BATCH, COUNTS = range(12, 17)
-TABLES = 17
+ID = 5  # 0 without a surface, else a number that only an equal profile has
+SEQUENCES, CONTEXTS, CHUNKS, PREFIXES, CONTEXT_LOG, CHUNK_LOG, PREFIX_LOG = range(6, 13)
+TAIL_ALONE, TAIL_HYBRID, LAUNCH, CHUNK_BATCH, COUNTS = range(13, 18)
+TABLES = 18
 
 EXPONENT_AT, EXPONENT_BIAS = 52, 1023
 MANTISSA, ONE = (1 << EXPONENT_AT) - 1, EXPONENT_BIAS << EXPONENT_AT

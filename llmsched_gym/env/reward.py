@@ -35,6 +35,7 @@ RULES = record_dtype(
         ("at_finish", "i4"),
         ("action_repeat", "i4"),
         ("token_budget", "i4"),
+        ("prefix_caching", "i4"),  # whether prompts can go by what of them is cached
     ]
 )
 
@@ -46,6 +47,7 @@ def rules_of(config: EnvConfig) -> np.ndarray:
     row.beta, row.scale, row.tau_s = config.beta, config.reward_scale, config.tau_s
     row.at_finish = config.credit == "finish"
     row.action_repeat, row.token_budget = config.action_repeat, config.token_budget
+    row.prefix_caching = config.prefix_caching
     rule = config.tbt_rule.partition(":")[0]
     row.tbt_rule = {"every-gap": EVERY_GAP, "fraction": FRACTION, "deadline": DEADLINE, "mean": MEAN}[rule]
     row.late_share = late_share(config.tbt_rule)

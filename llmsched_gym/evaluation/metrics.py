@@ -3,6 +3,10 @@
 Counts and percentiles are over the measured cohort, rates over the time in which it arrived; batches and KV use are
 over the whole run. A request without a first token has an infinite TTFT; an infinite figure is None in a row, and so is
 one of nothing.
+
+A turn of a session that never came asked for nothing: it has no latency. If it was cancelled, as somebody before it did
+not finish, it is a miss of utility 0 in every share of requests; if it was still to come when the run ended, it is in
+none.
 """
 
 from __future__ import annotations
@@ -15,10 +19,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmsched_gym.config import SLO_CLASSES
-from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, PHASES, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import (
+    ABANDONED,
+    CANCELLED,
+    FINISHED,
+    PENDING,
+    PHASES,
+    REFUSED,
+    REJECTED,
+    RUNNING,
+    WAITING,
+)
 from llmsched_gym.engine.utility import gaps_in_time, late_share, mean_in_time, utility
 from llmsched_gym.evaluation.gaps import Gaps, percentile
 from llmsched_gym.evaluation.run import Episode
+from llmsched_gym.evaluation.sessions import cache_figures, session_figures, turn_columns
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +52,10 @@ def attains_tbt(rule: str, requests: np.ndarray, num_gaps: np.ndarray, num_late:
 
 
 class Outcomes:
-    """What became of each request of the cohort; arrays have shape (num_requests,)."""
+    """What became of each request of the cohort; arrays have shape (num_requests,).
+
+    Latencies of turns that never came are nan.
+    """
 
     def __init__(self, episode: Episode) -> None:
         scenario, requests = episode.scenario, episode.requests[episode.cohort]
@@ -47,11 +65,15 @@ class Outcomes:
         self.prompt_tokens = requests["prompt_tokens"]
         tokens = requests["num_output_tokens"]
         self.served = tokens > 0
+        self.came = ~np.isnan(requests["arrival_s"])  # only turns that never came have no arrival
+        self.counts = self.came | (self.phase == CANCELLED)  # in shares of requests
         self.too_long = self.prompt_tokens + episode.table.output_tokens[episode.cohort] > scenario.max_model_len
+        self.too_long &= self.came
         self.finished = self.phase == FINISHED
-        self.ttft_s = _or_inf(requests["first_token_s"] - requests["arrival_s"])
-        self.queue_time_s = _or_inf(requests["first_scheduled_s"] - requests["arrival_s"])
-        self.e2e_latency_s = np.where(self.finished, _or_inf(requests["resolved_s"] - requests["arrival_s"]), np.inf)
+        self.ttft_s = self._since_arrival(requests, "first_token_s")
+        self.queue_time_s = self._since_arrival(requests, "first_scheduled_s")
+        self.e2e_latency_s = self._since_arrival(requests, "resolved_s")
+        self.e2e_latency_s[self.came & ~self.finished] = np.inf
         self.tpot_s = np.full(len(requests), np.nan)  # nan below two tokens
         many = tokens > 1
         self.tpot_s[many] = (requests["last_token_s"] - requests["first_token_s"])[many] / (tokens[many] - 1)
@@ -81,9 +103,19 @@ class Outcomes:
         lost[self.phase == REFUSED] = 1.0
         self.utility = utility(self.attained, lost, scenario.beta)
 
+    def _since_arrival(self, requests: np.ndarray, event: str) -> np.ndarray:
+        """Seconds from each arrival to an event, infinite if it never happened; nan for who never came."""
+        seconds = requests[event] - requests["arrival_s"]
+        return np.where(self.came & np.isnan(seconds), np.inf, seconds)
+
     def count(self, *phases: int) -> int:
         """Measured requests that ended in one of these phases."""
         return int(np.isin(self.phase, phases).sum())
+
+    def share(self, mask: np.ndarray, among: np.ndarray | None = None) -> float | None:
+        """Share of the requests for which `mask` holds, among those where `among` does; None of nobody."""
+        counts = self.counts if among is None else self.counts & among
+        return float(mask[counts].mean()) if counts.any() else None
 
     @cached_property
     def decile_edges(self) -> np.ndarray:
@@ -97,11 +129,7 @@ class Outcomes:
 
     def by_decile(self, mask: np.ndarray) -> list[float | None]:
         """Share of each tenth for which `mask` holds; None for an empty tenth."""
-        return _shares(mask, self.decile, NUM_DECILES)
-
-
-def _or_inf(seconds: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(seconds), np.inf, seconds)
+        return _shares(mask[self.counts], self.decile[self.counts], NUM_DECILES)
 
 
 def _shares(mask: np.ndarray, group: np.ndarray, num_groups: int) -> list[float | None]:
@@ -144,22 +172,24 @@ def tokens_between(episode: Episode, start_s: float, stop_s: float) -> int:
 def rates(episode: Episode, outcomes: Outcomes) -> dict[str, float | None]:
     """Requests within their SLOs and tokens, per second.
 
-    Over the span of the cohort's arrivals, at which load is offered: never the warm-up or the drain. vLLM's benchmark
-    divides by the time until its last request is done, and counts the tokens of finished requests.
+    Over the span of the cohort's arrivals, at which load is offered: never the warm-up or the drain. With sessions load
+    is sessions, and the span that of their first requests. vLLM's benchmark divides by the time until its last request
+    is done, and counts the tokens of finished requests.
     """
-    arrival_s = episode.table.arrival_s[episode.cohort]
+    arrival_s = episode.table.arrival_s[episode.cohort][episode.table.is_root[episode.cohort]]
     n, attained = len(arrival_s), outcomes.attained
     start_s, stop_s = (float(arrival_s[0]), float(arrival_s[-1])) if n else (0.0, 0.0)
     span_s = stop_s - start_s
     known = n > 1 and span_s > 0.0
     resolved_s = episode.requests["resolved_s"][episode.cohort]
-    done_s = float(np.where(np.isnan(resolved_s), float(episode.sim.clock_s), resolved_s).max(initial=0.0)) - start_s
+    done_s = np.where(np.isnan(resolved_s), float(episode.sim.clock_s), resolved_s)[outcomes.phase != CANCELLED]
+    lasted_s = float(done_s.max(initial=0.0)) - start_s
     tokens = int(episode.requests["num_output_tokens"][episode.cohort][outcomes.finished].sum())
     return {
-        "request_goodput": float(attained.mean()) * (n - 1) / span_s if known else None,
+        "request_goodput": int(attained.sum()) / n * (n - 1) / span_s if known else None,
         "throughput_tok_s": tokens_between(episode, start_s, stop_s) / span_s if known else None,
-        "vllm_request_goodput": int(attained.sum()) / done_s if done_s > 0.0 else None,
-        "vllm_output_throughput": tokens / done_s if done_s > 0.0 else None,
+        "vllm_request_goodput": int(attained.sum()) / lasted_s if lasted_s > 0.0 else None,
+        "vllm_output_throughput": tokens / lasted_s if lasted_s > 0.0 else None,
     }
 
 
@@ -179,6 +209,7 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         return 1.0 - int(o.num_late_gaps[mine].sum()) / total if total else None
 
     tpot_s = o.tpot_s[~np.isnan(o.tpot_s)]
+    ttft_s, queue_time_s, e2e_s = o.ttft_s[o.came], o.queue_time_s[o.came], o.e2e_latency_s[o.came]
     return {
         "policy": episode.policy,
         "suite": scenario.suite,
@@ -196,22 +227,24 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "num_too_long": int(o.too_long.sum()),  # of the rejected: longer than max_model_len
         "num_refused": o.count(REFUSED),
         "num_abandoned": o.count(ABANDONED),
-        "num_unfinished": o.count(PENDING, WAITING, RUNNING),
+        "num_cancelled": o.count(CANCELLED),
+        "num_unfinished": int((np.isin(o.phase, (PENDING, WAITING, RUNNING)) & o.came).sum()),
+        "num_to_come": n - int(o.counts.sum()),
         "num_attained": int(o.attained.sum()),
-        "ttft_p50_s": percentile(o.ttft_s, 0.5),
-        "ttft_p90_s": percentile(o.ttft_s, 0.9),
-        "ttft_p99_s": percentile(o.ttft_s, 0.99),
+        "ttft_p50_s": percentile(ttft_s, 0.5),
+        "ttft_p90_s": percentile(ttft_s, 0.9),
+        "ttft_p99_s": percentile(ttft_s, 0.99),
         "ttft_mean_s": float(o.ttft_s[o.served].mean()) if o.served.any() else None,
-        "ttft_p50_s_by_class": by_class(lambda c: percentile(o.ttft_s[o.slo_class == c], 0.5)),
-        "ttft_p99_s_by_class": by_class(lambda c: percentile(o.ttft_s[o.slo_class == c], 0.99)),
+        "ttft_p50_s_by_class": by_class(lambda c: percentile(o.ttft_s[o.came & (o.slo_class == c)], 0.5)),
+        "ttft_p99_s_by_class": by_class(lambda c: percentile(o.ttft_s[o.came & (o.slo_class == c)], 0.99)),
         "itl_p50_s": g.percentile(0.5),
         "itl_p99_s": g.percentile(0.99),
         "itl_p50_s_by_class": by_class(lambda c: g.percentile(0.5, c)),
         "itl_p99_s_by_class": by_class(lambda c: g.percentile(0.99, c)),
         "itl_on_time_by_class": by_class(on_time),
-        "slo_attainment": float(o.attained.mean()) if n else None,
-        "slo_attainment_by_class": by_class(lambda c: float(o.attained[o.slo_class == c].mean())),
-        "mean_utility": float(o.utility.mean()) if n else None,
+        "slo_attainment": o.share(o.attained),
+        "slo_attainment_by_class": by_class(lambda c: o.share(o.attained, o.slo_class == c)),
+        "mean_utility": o.share(o.utility),
         **rates(episode, o),
         "mean_batch_s": float(sim.mean_batch_s) if sim.num_batches else None,
         "mean_batch_tokens": float(sim.batch_tokens_sum / sim.num_batches) if sim.num_batches else None,
@@ -220,10 +253,10 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "iterations": int(sim.num_batches),
         "sim_time_s": float(sim.clock_s),
         "wall_time_s": float(episode.wall_time_s),
-        "e2e_p50_s": percentile(o.e2e_latency_s, 0.5),
-        "e2e_p99_s": percentile(o.e2e_latency_s, 0.99),
-        "queue_time_p50_s": percentile(o.queue_time_s, 0.5),
-        "queue_time_p99_s": percentile(o.queue_time_s, 0.99),
+        "e2e_p50_s": percentile(e2e_s, 0.5),
+        "e2e_p99_s": percentile(e2e_s, 0.99),
+        "queue_time_p50_s": percentile(queue_time_s, 0.5),
+        "queue_time_p99_s": percentile(queue_time_s, 0.99),
         "tpot_p50_s": percentile(tpot_s, 0.5),
         "tpot_p99_s": percentile(tpot_s, 0.99),
         "num_requests_by_class": {name: int((o.slo_class == c).sum()) for c, name in enumerate(SLO_CLASSES)},
@@ -237,6 +270,8 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "length_hint": scenario.length_hint,  # an oracle's where a clairvoyant policy was given one
         "jitter": float(scenario.jitter),
         "cost_scale": float(table.cost_scale),
+        **cache_figures(episode),
+        **session_figures(episode, o.attained),
     }
 
 
@@ -275,5 +310,6 @@ def requests_frame(episode: Episode, outcomes: Outcomes | None = None) -> pd.Dat
             "utility": o.utility,
             "attained": o.attained,
             "num_preemptions": requests["num_preemptions"],
+            **turn_columns(episode),
         }
     )

@@ -14,7 +14,7 @@ from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.run import Episode, scenario_for, simulate
 from llmsched_gym.files import make_folder, replace_file, write_text
 from llmsched_gym.registry import make_scheduler
-from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled
+from llmsched_gym.scheduler import SGLANG_CHUNK, VLLM_TOKEN_BUDGET, Compiled
 from llmsched_gym.workload import RequestTable
 from llmsched_gym.workload.served_runs import ServedRun
 
@@ -117,6 +117,9 @@ def replay(
         budget = int(scheduler.knobs["token_budget"])
         if budget == VLLM_TOKEN_BUDGET:
             budget = max_num_batched_tokens or device.vllm_token_budget
+        elif budget == SGLANG_CHUNK:
+            budget = device.sglang_chunk_tokens
+        if budget != scheduler.knobs["token_budget"]:
             scheduler = replace(scheduler, settings={**scheduler.settings, "token_budget": budget})
     total_tokens = run.prompt_tokens.astype(np.int64) + run.output_tokens
     world = scenario(

@@ -34,6 +34,8 @@ class Episode:
     steps: np.ndarray  # (num_steps,) engine.state.STEP: the first batches
     sim: np.record  # engine.records.REPLICA: clock and counters
     wall_time_s: float
+    # (num_requests,) int32: of each request, found in the prefix cache after preemptions; None without prefix caching
+    recached_tokens: np.ndarray | None = None
 
     @property
     def cohort(self) -> slice:
@@ -123,4 +125,5 @@ def simulate(
         steps=state.steps[0, : min(num_steps, int(state.sims[0].num_batches))],
         sim=state.sims[0],
         wall_time_s=wall_time_s,
+        recached_tokens=state.prefixes[0, : len(table)]["num_recached_tokens"] if scenario.prefix_caching else None,
     )

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmsched_gym.config import Scenario
+from llmsched_gym.workload.generate import arrival_kind, trace_of
 from llmsched_gym.workload.lengths import load_lengths
 from llmsched_gym.workload.sessions import SessionModel, Sessions, SessionStream, load_sessions
-from llmsched_gym.workload.traces import cached_trace
+from llmsched_gym.workload.traces import Trace, cached_trace
 
 LATTICE = 1 << 18
 """Points at which a fitted length distribution is evaluated."""
@@ -47,7 +48,10 @@ class Work:
 
 def scenario_work(scenario: Scenario, num_blocks: int) -> Work:
     """What an arrival of the scenario needs on a machine of so many KV blocks."""
-    model = None if scenario.trace is not None else load_sessions(scenario.workload)
+    trace = trace_of(scenario)
+    if trace is not None and trace.shares is not None:
+        return _trace_work(scenario, trace, num_blocks)
+    model = None if trace is not None else load_sessions(scenario.workload)
     if model is None:
         return mean_work(*lengths(scenario), scenario, num_blocks)
     drawn = _drawn(model, scenario.max_model_len)
@@ -59,6 +63,18 @@ def scenario_work(scenario: Scenario, num_blocks: int) -> Work:
     system = np.repeat(drawn.prefix_tokens, drawn.num_turns) // size * size
     system = np.minimum(system, cached)
     return mean_work(prompt, drawn.output_tokens, scenario, num_blocks, cached, system, num_arrivals=len(drawn))
+
+
+def _trace_work(scenario: Scenario, trace: Trace, num_blocks: int) -> Work:
+    """Of a trace that says what its prompts have in common; where clients wait for answers, of a session."""
+    waits = trace.parent is not None
+    num_arrivals = int((trace.parent < 0).sum()) if trace.parent is not None else None
+    prompt, cached = trace.prompt_tokens, np.zeros(len(trace))
+    if trace.shares is not None and scenario.prefix_caching and (waits or arrival_kind(scenario, trace) == "trace"):
+        cached = np.minimum(trace.shares[1], prompt - 1) // scenario.block_size * scenario.block_size
+    # the file does not say who else holds the blocks that rows have in common; a session's are its own
+    common = 0.0 if waits else cached
+    return mean_work(prompt, trace.output_tokens, scenario, num_blocks, cached, common, num_arrivals)
 
 
 @functools.lru_cache(maxsize=4)

@@ -119,14 +119,21 @@ def trace_table(found: dict[str, Any]) -> Table:
     """The facts of a trace in words."""
 
     def seconds(name: str) -> str:
-        return f"{number(found[f'gap_{name}_s'], 3)} s"
+        return f"{number(found[f'{name}_s'], 3)} s"
 
     table = new_table("trace", found["name"], text=2)
     dropped = f", {counted(found['num_dropped'], 'invalid row')} left out" if found["num_dropped"] else ""
     table.add_row("format", found["format"])
     table.add_row("requests", f"{found['num_requests']:,}{dropped}")
     if found["num_sessions"]:
-        table.add_row("sessions", f"{found['num_sessions']:,}")
+        turns = f"turns: mean {number(found['turns_mean'], 1)}, max {found['turns_max']:,}"
+        table.add_row("sessions", f"{found['num_sessions']:,}; {turns}")
+    if found["think_p50_s"] is not None:
+        table.add_row("answer to next call", f"p50 {seconds('think_p50')}, p99 {seconds('think_p99')}")
+    if found["hit_rate"] is not None:
+        table.add_row("prompt tokens seen before", f"{100 * found['seen_share']:.1f} %")
+        blocks = f"by full blocks of {found['block_tokens']}"
+        table.add_row("hits of an infinite cache", f"{found['hit_rate']:.3f} of prompt tokens, {blocks}")
     if found["num_images"]:
         table.add_row("images, not simulated", f"{found['num_images']:,}")
     if found["duration_s"] is None:
@@ -136,7 +143,7 @@ def trace_table(found: dict[str, Any]) -> Table:
         table.add_row("lasts", f"{found['duration_s']:,.0f} s")
         table.add_row("rate", f"{number(found['qps'], 2)} requests/s{peak}")
         table.add_row(
-            "gaps", f"p50 {seconds('p50')}, p99 {seconds('p99')}; CV {number(found['gap_cv'], 2)} (Poisson: 1)"
+            "gaps", f"p50 {seconds('gap_p50')}, p99 {seconds('gap_p99')}; CV {number(found['gap_cv'], 2)} (Poisson: 1)"
         )
         table.add_row("dispersion, a minute", f"{number(found['dispersion'], 1)} (Poisson: 1)")
         table.add_row("gaps that are 0", f"{100 * found['zero_gaps']:.1f} %")

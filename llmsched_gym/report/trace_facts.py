@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.report import draw
 from llmsched_gym.words import counted
+from llmsched_gym.workload.identity import found_share
 from llmsched_gym.workload.traces import Trace
 
 if TYPE_CHECKING:
@@ -32,12 +34,32 @@ def facts(trace: Trace, max_model_len: int) -> dict[str, Any]:
         "num_dropped": trace.num_dropped,
         "num_images": trace.num_images,
         "num_sessions": len(np.unique(sessions)) or None,
+        "turns_mean": len(sessions) / len(np.unique(sessions)) if len(sessions) else None,
+        "turns_max": int(np.bincount(sessions).max()) if len(sessions) else None,
+        **_reuse(trace),
         **_times(trace),
         **{f"prompt_tokens_{name}": value for name, value in _lengths(trace.prompt_tokens).items()},
         **{f"output_tokens_{name}": value for name, value in _lengths(trace.output_tokens).items()},
         "max_model_len": max_model_len,
         "over_max_model_len": float((total > max_model_len).mean()),
     }
+
+
+def _reuse(trace: Trace) -> dict[str, Any]:
+    """What prompts have in common: None where the file does not say."""
+    names = ("block_tokens", "seen_share", "hit_rate", "think_p50_s", "think_p99_s")
+    if trace.shares is None:
+        return dict.fromkeys(names)
+    block = trace.block_tokens or BLOCK_SIZE
+    shared = trace.shares[1].astype(np.int64)
+    waits = trace.think_s[trace.parent >= 0] if trace.think_s is not None and trace.parent is not None else np.empty(0)
+    values = (
+        block,
+        float(shared.sum() / trace.prompt_tokens.sum(dtype=np.int64)),
+        found_share(shared, trace.prompt_tokens, block),
+        *(float(np.percentile(waits, q)) if len(waits) else None for q in (50, 99)),
+    )
+    return dict(zip(names, values, strict=True))
 
 
 def _times(trace: Trace) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from llmsched_gym.workload.arrivals import (
     random_arrivals,
 )
 from llmsched_gym.workload.lengths import load_lengths
-from llmsched_gym.workload.session_table import make_session_table
-from llmsched_gym.workload.sessions import load_sessions
+from llmsched_gym.workload.session_table import in_mid_life, make_session_table
+from llmsched_gym.workload.sessions import SessionStream, load_sessions
 from llmsched_gym.workload.streams import (
     BACKLOG,
     COST_SCALE,
@@ -33,6 +33,7 @@ from llmsched_gym.workload.streams import (
     NOISE_STREAM,
     QPS,
     REQUEST_STREAM,
+    SESSION_STREAM,
     START_SIDE,
     STRICT_SHARE,
     check_seed,
@@ -40,6 +41,7 @@ from llmsched_gym.workload.streams import (
     uniform,
 )
 from llmsched_gym.workload.table import RequestTable
+from llmsched_gym.workload.trace_sessions import TraceSessions, of_sessions, shares_of_rows
 from llmsched_gym.workload.traces import Trace, TraceWarning, cached_trace
 
 NOISE_BLOCK = 4096
@@ -62,9 +64,12 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
     A trace that has times keeps them unless `trace_arrivals` says otherwise. Kept arrivals take the rows in order and
     repeat the trace where it is too short: from row 0 in a finite run (a seed then moves only classes, hints and
     noise), without backlog and from a random row in a continuing one. Drawn arrivals take their lengths from rows drawn
-    with replacement.
+    with replacement. What prompts of a trace have in common is known where its times are kept, and counts as new in the
+    TTFT SLO only where the file has it first.
 
-    A workload with sessions has the columns of sessions, and `qps` sessions per second: see `session_table`.
+    A workload with sessions has the columns of sessions, and `qps` sessions per second: see `session_table`. So has a
+    trace that tells how long clients think (`Trace.think_s`): its sessions begin when the file says, or at drawn
+    arrivals, each a random one of the file.
 
     Raises :class:`ConfigError` for a bad seed or workload and :class:`TraceError` for a bad trace, one line each.
     """
@@ -78,7 +83,15 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
     drain_s = drain_s if scenario.arrivals_continue else 0.0
     model = load_sessions(scenario.workload) if trace is None else None
     if model is not None:
-        return make_session_table(scenario, model, seed, episode, arrivals, kind, drain_s)
+        drawn = SessionStream(model, rng(seed, SESSION_STREAM), scenario.max_model_len)
+        mid_life = in_mid_life(scenario, model, seed, arrivals.qps) if scenario.num_requests is None else None
+        return make_session_table(scenario, drawn, seed, episode, arrivals, kind, drain_s, mid_life)
+    if trace is not None and trace.think_s is not None:
+        first = arrivals.first if isinstance(arrivals, ReplayArrivals) else None
+        stream = TraceSessions(trace, seed, scenario.max_model_len, first)
+        table = make_session_table(scenario, stream, seed, episode, arrivals, kind, drain_s)
+        _warn_of_replay(scenario, trace, kind, len(table))
+        return table
 
     backlog = 0
     if scenario.num_requests is None:
@@ -90,11 +103,9 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         arrival_s, start, stop = measured_arrivals(arrivals, float(scenario.warmup_s), scenario.num_requests, drain_s)
 
     n = len(arrival_s)
-    if trace is not None and kind == "trace":
-        for remark in _replay_remarks(scenario, trace, n):
-            warnings.warn(f"{trace.name}: {remark}", TraceWarning, stacklevel=2)
+    _warn_of_replay(scenario, trace, kind, n)
     uniforms = rng(seed, REQUEST_STREAM).random((n, 4))  # prompt, output, SLO class, TTFT class
-    session = np.full(n, -1, np.int64)
+    session, shares, new_tokens = np.full(n, -1, np.int64), None, None
     if trace is None:
         prompt, output = load_lengths(scenario.workload).draw(uniforms)
     elif isinstance(arrivals, ReplayArrivals):
@@ -104,12 +115,15 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
             # A session of a repeated trace is another session.
             apart = lap * (trace.session_id.max() + 1)
             session = np.where(trace.session_id[row] < 0, -1, trace.session_id[row] + apart)
+        if trace.shares is not None:
+            shares = shares_of_rows(trace, arrivals.first, n)
+            new_tokens = prompt - trace.shares[1][row]
     else:
         row = (uniforms[:, 0] * len(trace)).astype(np.int64)
         prompt, output = trace.prompt_tokens[row], trace.output_tokens[row]
 
     relaxed = uniforms[:, 2] >= uniform(scenario.strict_share, episode[STRICT_SHARE])
-    ttft_slo_s = scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * prompt
+    ttft_slo_s = scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * (prompt if new_tokens is None else new_tokens)
     scales = scenario.ttft_class_scales
     if scales != (1.0,):
         ttft_slo_s = ttft_slo_s * np.asarray(scales, float)[(uniforms[:, 3] * len(scales)).astype(np.int64)]
@@ -128,6 +142,8 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         cost_scale=uniform(scenario.cost_scale, episode[COST_SCALE]),
         seed=seed,
         arrivals=kind,
+        shares_with=shares[0] if shares else None,
+        shared_tokens=shares[1] if shares else None,
     )
 
 
@@ -140,16 +156,26 @@ def trace_remarks(scenario: Scenario, seed: int) -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TraceWarning)
         table = make_table(scenario, seed)
-    replayed = _replay_remarks(scenario, trace, len(table)) if table.arrivals == "trace" else []
-    return [*dropped, *trace.remarks(), *replayed]
+    kept = table.arrivals == "trace"
+    replayed = _replay_remarks(scenario, trace, len(table)) if kept else []
+    apart = trace.shares is not None and trace.think_s is None and not kept
+    lost = ["requests are random rows of it, so that no two prompts have anything in common"] * apart
+    return [*dropped, *trace.remarks(), *replayed, *lost]
+
+
+def _warn_of_replay(scenario: Scenario, trace: Trace | None, kind: str, num_requests: int) -> None:
+    if trace is not None and kind == "trace":
+        for remark in _replay_remarks(scenario, trace, num_requests):
+            warnings.warn(f"{trace.name}: {remark}", TraceWarning, stacklevel=3)
 
 
 def _replay_remarks(scenario: Scenario, trace: Trace, num_requests: int) -> list[str]:
     """What a run on a trace's own times is not."""
     notes = []
-    if trace.zero_gaps > ROUNDED:
+    zero_gaps = of_sessions(trace).zero_gaps
+    if zero_gaps > ROUNDED:
         notes.append(
-            f"{100 * trace.zero_gaps:.0f} % of the gaps between arrivals are 0, as its times are rounded: requests "
+            f"{100 * zero_gaps:.0f} % of the gaps between arrivals are 0, as its times are rounded: requests "
             "come in bursts that nobody sent (trace_arrivals=poisson draws other gaps)"
         )
     if scenario.num_requests is not None and num_requests > len(trace):
@@ -190,6 +216,7 @@ def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
 
 def _arrivals(scenario: Scenario, kind: str, seed: int, episode: np.ndarray, trace: Trace | None) -> Arrivals:
     if kind == "trace" and trace is not None:
+        trace = of_sessions(trace)
         first = 0 if scenario.num_requests is not None else int(episode[FIRST_ROW] * len(trace))
         return ReplayArrivals(trace, scenario.qps, first)
     gaps, holds = rng(seed, GAP_STREAM), rng(seed, HOLD_STREAM)

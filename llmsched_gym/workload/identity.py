@@ -126,6 +126,34 @@ def shares_of_turns(
     return shares_with, shared_tokens
 
 
+def shares_of_chains(
+    parent: np.ndarray, prompt_tokens: np.ndarray, output_tokens: np.ndarray, cached_tokens: np.ndarray | None = None
+) -> Shares:
+    """From the calls of a session, of whose prompts only the lengths are known.
+
+    A call that is at least as long as its parent's prompt and output continues both; one that is at least as long as
+    that prompt continues it. A shorter one begins a new chain, behind as much of it as was cached when it was served.
+    """
+    _check_order(parent)
+    shares_with, shared_tokens = _nobody(len(parent))
+    turns = np.flatnonzero(parent >= 0)
+    p, prompt = parent[turns], prompt_tokens[turns].astype(np.int64)
+    before = prompt_tokens[p].astype(np.int64)
+    whole = before + output_tokens[p]
+    cached = np.zeros(len(turns)) if cached_tokens is None else cached_tokens[turns]
+    shared = np.where(prompt >= whole, whole, np.where(prompt >= before, before, np.minimum(cached, prompt)))
+    shares_with[turns] = np.where(shared > 0, p, -1)
+    shared_tokens[turns] = shared
+    return shares_with, shared_tokens
+
+
+def found_share(shared_tokens: np.ndarray, prompt_tokens: np.ndarray, block_tokens: int) -> float:
+    """Share of all prompt tokens that a cache of any size finds: full blocks, the last token never among them."""
+    prompt = prompt_tokens.astype(np.int64)
+    found = np.minimum(shared_tokens, prompt - 1) // block_tokens * block_tokens
+    return float(found.sum() / prompt.sum())
+
+
 def _nobody(n: int) -> Shares:
     return np.full(n, -1, np.int32), np.zeros(n, np.int32)
 

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.words import counted, shown
-from llmsched_gym.workload.traces import MAX_TOKENS, TraceError, TraceWarning, csv_rows, open_text
+from llmsched_gym.workload.trace_columns import MAX_TOKENS
+from llmsched_gym.workload.traces import TraceError, TraceWarning, csv_rows, open_text
 
 CSV_COLUMNS = ("input_toks", "output_toks", "queued_s", "scheduled_s", "first_token_s", "last_token_s")
 TOKEN_COLUMNS = CSV_COLUMNS[:2]

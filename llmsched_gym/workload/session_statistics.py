@@ -16,6 +16,7 @@ import typer
 
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario
 from llmsched_gym.workload.generate import make_table
+from llmsched_gym.workload.identity import found_share
 from llmsched_gym.workload.table import RequestTable
 
 DRAWS = 100_000
@@ -31,7 +32,6 @@ def session_statistics(table: RequestTable, block_size: int = BLOCK_SIZE) -> dic
     cohort = slice(table.cohort_start, table.cohort_stop)
     prompt, output = table.prompt_tokens[cohort].astype(np.int64), table.output_tokens[cohort]
     shared = table.identity()[1][cohort].astype(np.int64)
-    found = np.minimum(shared, prompt - 1) // block_size * block_size
     root = table.is_root[cohort]
     turns = np.diff(np.append(np.flatnonzero(root), len(root)))
     figures = {
@@ -41,7 +41,7 @@ def session_statistics(table: RequestTable, block_size: int = BLOCK_SIZE) -> dic
         "prompt_tokens": spread(prompt),
         "output_tokens": spread(output),
         "seen_share": round(float(shared.sum() / prompt.sum()), 4),
-        "hit_rate": round(float(found.sum() / prompt.sum()), 4),
+        "hit_rate": round(found_share(shared, prompt, block_size), 4),
     }
     if table.new_tokens is not None and table.think_s is not None:
         figures["new_tokens"] = spread(table.new_tokens[cohort])
@@ -51,6 +51,7 @@ def session_statistics(table: RequestTable, block_size: int = BLOCK_SIZE) -> dic
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
+    """Percentiles and mean, as a JSON object."""
     p50, p90, p99 = np.percentile(values, [50, 90, 99])
     mean = float(np.mean(values))
     return {"p50": round(p50, 2), "p90": round(p90, 2), "p99": round(p99, 2), "mean": round(mean, 2)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from llmsched_gym.workload.streams import (
     COST_SCALE,
     PAST_GAP_STREAM,
     PAST_SESSION_STREAM,
-    SESSION_STREAM,
     STRICT_SHARE,
     rng,
     uniform,
@@ -26,29 +25,43 @@ Past = tuple[np.ndarray, Sessions]
 """Arrivals of what is over, float64 below 0, not decreasing; and as sessions of one turn each."""
 
 
+Coming = tuple[np.ndarray, Sessions]
+"""When sessions come or go on, float64, >= 0, and what is to come of them."""
+
+
+class Stream(Protocol):
+    """An endless stream of sessions; a longer call repeats a shorter one exactly."""
+
+    def first(self, n: int) -> Sessions:
+        """The first n sessions."""
+        ...
+
+
 def make_session_table(
     scenario: Scenario,
-    model: SessionModel,
+    stream: Stream,
     seed: int,
     episode: np.ndarray,
     arrivals: Arrivals,
     kind: str,
     drain_s: float,
+    mid_life: tuple[Past, Coming] | None = None,
 ) -> RequestTable:
     """The sessions of one episode, whose first requests arrive by `arrivals`; `episode` are its draws.
 
     A finite run measures the turns of the sessions that begin at or after `warmup_s`, until they are `num_requests` or
-    more, and sessions go on to begin for `drain_s`. A continuing one measures all that comes, and begins with sessions
-    in mid-life (`_in_mid_life`), without backlog.
+    more, and sessions go on to begin for `drain_s`. A continuing one measures all that comes, without backlog;
+    `mid_life` are sessions that began before it, see `in_mid_life`.
     """
-    stream = SessionStream(model, rng(seed, SESSION_STREAM), scenario.max_model_len)
-    past: Past | None = None
+    past = None
     if scenario.num_requests is None:
         root_s = arrivals_until(arrivals, float(scenario.horizon_s))
-        past, (old_s, old) = _in_mid_life(scenario, model, seed, arrivals.qps)
-        order = np.argsort(np.concatenate([old_s, root_s]), kind="stable")
-        sessions = join([old, stream.first(len(root_s))]).select(order)
-        root_s = np.concatenate([old_s, root_s])[order]
+        sessions = stream.first(len(root_s))
+        if mid_life is not None:
+            past, (old_s, old) = mid_life
+            root_s, sessions = np.concatenate([old_s, root_s]), join([old, sessions])
+        order = np.argsort(root_s, kind="stable")
+        root_s, sessions = root_s[order], sessions.select(order)
         name = order  # sessions in mid-life are called after what is past of them
         start, stop = 0, len(root_s)
     else:
@@ -59,7 +72,7 @@ def make_session_table(
     return _table(scenario, seed, episode, sessions, root_s, name, (start, stop), past, arrivals.qps, kind)
 
 
-def _sessions_for(stream: SessionStream, start: int, num_requests: int) -> int:
+def _sessions_for(stream: Stream, start: int, num_requests: int) -> int:
     """How many sessions from `start` on have `num_requests` turns."""
     n = start + first_guess(num_requests / 4)
     while True:
@@ -69,9 +82,7 @@ def _sessions_for(stream: SessionStream, start: int, num_requests: int) -> int:
         n = start + 2 * (n - start)
 
 
-def _in_mid_life(
-    scenario: Scenario, model: SessionModel, seed: int, qps: float
-) -> tuple[Past, tuple[np.ndarray, Sessions]]:
+def in_mid_life(scenario: Scenario, model: SessionModel, seed: int, qps: float) -> tuple[Past, Coming]:
     """Sessions that began before time 0 and are not over: what is past of them, and when and how each goes on.
 
     They began at the times of a Poisson process of the episode's mean rate, whatever its arrivals, and went on by a
@@ -135,9 +146,14 @@ def _table(
     goes_on = np.flatnonzero(name[num_past:] < num_past) + num_past
     before[first[goes_on]] = name[goes_on]
     prefix_id, prefix_tokens = sessions.prefix_id[of], sessions.prefix_tokens[of]
+    goes_before = before >= 0
     shares_with, shared_tokens = shares_of_turns(
-        before, sessions.new_tokens, sessions.prompt_tokens, sessions.output_tokens, prefix_id, prefix_tokens
+        np.full(n, -1),
+        *(sessions.new_tokens, sessions.prompt_tokens, sessions.output_tokens),
+        *(np.where(goes_before, -1, prefix_id), prefix_tokens),
     )
+    shared_tokens[goes_before] = (sessions.prompt_tokens - sessions.new_tokens)[goes_before]
+    shares_with[goes_before] = np.where(shared_tokens > 0, before, -1)[goes_before]
 
     relaxed = (sessions.slo_draw >= uniform(scenario.strict_share, episode[STRICT_SHARE]))[of]
     scales = np.asarray(scenario.ttft_class_scales, float)

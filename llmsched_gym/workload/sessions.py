@@ -76,6 +76,7 @@ class SessionModel:
 
     @property
     def max_turns(self) -> int:
+        """The most model calls of a session."""
         return int(self.turns.high)
 
     @property

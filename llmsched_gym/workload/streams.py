@@ -15,6 +15,7 @@ QPS, START_SIDE, STRICT_SHARE, COST_SCALE, BACKLOG, FIRST_ROW = range(6)
 
 
 def rng(seed: int, *stream: int) -> np.random.Generator:
+    """The generator of a stream, by its purpose and, where it has parts, which."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=stream)))
 
 

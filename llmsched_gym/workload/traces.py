@@ -8,12 +8,14 @@ are read a part at a time. That accounting runs through all of the reading, henc
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import gzip
 import io
 import json
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -25,18 +27,24 @@ import numpy as np
 from llmsched_gym.config import ConfigError
 from llmsched_gym.files import version_of
 from llmsched_gym.words import counted
+from llmsched_gym.workload.identity import Shares, shares_of_chains, shares_of_ids
 from llmsched_gym.workload.servegen import SPAN_S, draw_requests, is_servegen
+from llmsched_gym.workload.trace_columns import parse_column, parse_ids, wrong_ids
 from llmsched_gym.workload.trace_formats import (
+    CACHED,
     CSV_FORMATS,
+    IDS,
     JSON_FORMATS,
     SECONDS,
     TEXTS,
+    THINK,
+    BadRow,
     TraceFormat,
+    has_ids,
     json_columns,
     json_rows,
 )
 
-MAX_TOKENS = 2**31 - 1
 CHUNK_ROWS = 100_000  # rows held as text at a time
 
 OnInvalid = Literal["raise", "drop"]
@@ -63,6 +71,14 @@ class Trace:
     num_dropped: int = 0  # invalid rows left out because the caller asked for it
     num_steps_back: int = 0  # rows of the file whose time lies before the row above
     num_images: int = 0  # that came with the requests; nothing simulates them
+    num_outside: int = 0  # requests that continue one which the file does not have
+    # what prompts have in common, see workload.identity; None: the file does not say
+    shares: Shares | None = None
+    ids: tuple[np.ndarray, ...] | None = None  # of each prompt's blocks
+    block_tokens: int = 0  # tokens in one of them; 0 without ids
+    # a session's requests, each after the one before it has been answered; None: they come at times of their own
+    parent: np.ndarray | None = None  # int32, the row before it in its session, -1 for its first
+    think_s: np.ndarray | None = None  # float64, seconds from that row's answer; 0 for the first
 
     def __len__(self) -> int:
         return len(self.prompt_tokens)
@@ -82,6 +98,9 @@ class Trace:
             found.append(f"time runs backwards {many}, as where files were joined; the rows are sorted by time")
         if self.num_images:
             found.append(f"{self.num_images:,} images are not simulated; prompts have the tokens of ContextTokens only")
+        if self.num_outside:
+            many = f"{self.num_outside:,} request{'s continue' if self.num_outside > 1 else ' continues'}"
+            found.append(f"{many} a chat that began outside the file; what it had there counts as new")
         return found
 
     @property
@@ -155,6 +174,7 @@ def open_text(path: Path) -> io.TextIOBase:
 
 def _parse(path: Path, file: Iterable[str], drop: bool) -> Trace:
     first, lines = "", iter(file)
+    counts: Counter[str] = Counter()
     header_line = 0
     while not first.strip():
         header_line += 1
@@ -166,7 +186,8 @@ def _parse(path: Path, file: Iterable[str], drop: bool) -> Trace:
         items = _json_items(path, first, lines, header_line)
         line, item = next(items)
         fmt = _detect_json(path, item, line)
-        rows, names = json_rows(fmt, chain([(line, item)], items)), json_columns(fmt)
+        ids = has_ids(fmt, item)
+        rows, names = json_rows(fmt, chain([(line, item)], items), ids, counts), json_columns(fmt, ids)
     else:
         header = [name.strip() for name in next(csv.reader([first]))]
         fmt = _detect(path, header, header_line)
@@ -174,7 +195,11 @@ def _parse(path: Path, file: Iterable[str], drop: bool) -> Trace:
         names = [*fmt.columns, *([fmt.session] if fmt.session in header else [])]
         pick = [header.index(name) for name in names]
         rows = ((line, [row[i] for i in pick] if row else row) for line, row in rows)
-    return _collect(path, fmt, names, rows, drop)
+    try:
+        trace = _collect(path, fmt, names, rows, drop)
+    except BadRow as error:
+        raise TraceError(f"{path}: {error}") from None
+    return dataclasses.replace(trace, num_outside=counts["outside"])
 
 
 def _detect(path: Path, header: list[str], line: int) -> TraceFormat:
@@ -229,7 +254,7 @@ def _json_items(path: Path, first: str, lines: Iterator[str], before: int) -> It
 
 
 def _collect(
-    path: Path, fmt: TraceFormat, names: list[str], rows: Iterator[tuple[int, list[str]]], drop: bool
+    path: Path, fmt: TraceFormat, names: list[str], rows: Iterator[tuple[int, list[Any]]], drop: bool
 ) -> Trace:
     values: list[list[np.ndarray]] = [[] for _ in names]  # per column, one array per chunk
     num_rows = num_dropped = 0
@@ -242,12 +267,17 @@ def _collect(
             if fmt.keys:
                 raise TraceError(f"{path}: line {line}: a call that did not succeed; leave such out with drop")
             raise TraceError(f"{path}: line {line}, column {names[-1]!r}: {what}")
-        parsed = [_parse_column(fmt, name, [row[j] for _, row in whole]) for j, name in enumerate(names)]
+        parsed = [parse_column(fmt, name, [row[j] for _, row in whole]) for j, name in enumerate(names) if name != IDS]
+        if names[-1] == IDS:
+            prompts, known, _ = parsed[names.index(fmt.prompt)]
+            parsed.append(parse_ids(fmt, [row[-1] for _, row in whole], np.where(known, prompts, 1.0)))
         valid = np.logical_and.reduce([ok for _, ok, _ in parsed])
         if not valid.all() and not drop:
             row = int(np.argmin(valid))
             j = next(j for j, (_, ok, _) in enumerate(parsed) if not ok[row])
             line, fields = whole[row]
+            if names[j] == IDS:
+                raise TraceError(f"{path}: line {line}, column {IDS!r}: {wrong_ids(fmt, fields[j], int(prompts[row]))}")
             got = fields[j] if len(fields[j]) <= 40 else fields[j][:37] + "..."
             raise TraceError(f"{path}: line {line}, column {names[j]!r}: expected {parsed[j][2]}, got {got!r}")
         num_dropped += len(chunk) - int(valid.sum())
@@ -275,29 +305,43 @@ def _trace(path: Path, fmt: TraceFormat, columns: dict[str, np.ndarray], num_dro
 
         session_id = pd.factorize(columns[fmt.session][order])[0].astype(np.int64)
     prompt, output = (columns[name][order].astype(np.int32) for name in (fmt.prompt, fmt.output))
-    for array in (arrival_s, prompt, output, session_id):
+    ids = parent = think_s = shares = None
+    if IDS in columns:
+        ids = tuple(columns[IDS][order])
+        shares = shares_of_ids(ids, prompt, fmt.block_tokens)
+    elif fmt.chained and session_id is not None:
+        gaps = columns[THINK][order] if fmt.closed else None
+        parent = _rows_before(session_id)
+        if gaps is not None:
+            parent = np.where(np.isnan(gaps), -1, parent).astype(np.int32)  # those that come at times of their own
+        shares = shares_of_chains(parent, prompt, output, columns[CACHED][order] if CACHED in columns else None)
+        if gaps is not None and (parent >= 0).any():
+            think_s = np.where(parent < 0, 0.0, gaps)
+    for array in (arrival_s, prompt, output, session_id, parent, think_s, *(shares or ())):
         if array is not None:
             array.setflags(write=False)
-    images = int(columns[fmt.images].sum()) if fmt.images else 0
-    return Trace(path.name, arrival_s, prompt, output, session_id, fmt.name, num_dropped, steps_back, images)
+    return Trace(
+        name=path.name,
+        arrival_s=arrival_s,
+        prompt_tokens=prompt,
+        output_tokens=output,
+        session_id=session_id,
+        format=fmt.name,
+        num_dropped=num_dropped,
+        num_steps_back=steps_back,
+        num_images=int(columns[fmt.images].sum()) if fmt.images else 0,
+        shares=shares,
+        ids=ids,
+        block_tokens=fmt.block_tokens if ids is not None else 0,
+        parent=parent if think_s is not None else None,
+        think_s=think_s,
+    )
 
 
-def _parse_column(fmt: TraceFormat, name: str, fields: list[str]) -> tuple[np.ndarray, np.ndarray, str]:
-    """Values, a mask of the valid ones, and what was expected."""
-    import pandas as pd  # here, because importing it takes longer than everything else in this package
-
-    text = np.array(fields, dtype=object)
-    if name == fmt.session:
-        text[np.array([not field.strip() for field in fields], bool)] = None
-        return text, np.ones(len(text), bool), "anything"
-    if name == fmt.time and fmt.time_kind == "datetime":
-        moments = pd.to_datetime(text, utc=True, format="ISO8601", errors="coerce")
-        valid = np.asarray((moments.year >= 1700) & (moments.year <= 2200))  # what nanoseconds can count
-        return pd.DatetimeIndex(moments.where(valid)).as_unit("ns").asi8, valid, "a date and time (ISO 8601)"
-    numbers = np.asarray(pd.to_numeric(text, errors="coerce"), dtype=np.float64)
-    if name == fmt.time:
-        return numbers, np.isfinite(numbers), f"a finite time in {fmt.time_kind}"
-    least = 0.0 if name == fmt.images else 1.0
-    with np.errstate(invalid="ignore"):
-        valid = (numbers >= least) & (numbers <= MAX_TOKENS) & (numbers == np.floor(numbers))
-    return numbers, valid, f"a whole number >= {least:g}"
+def _rows_before(session_id: np.ndarray) -> np.ndarray:
+    """The row before each one in its session, -1 for its first, int32."""
+    rows = np.argsort(session_id, kind="stable")
+    parent = np.full(len(rows), -1, np.int32)
+    same = (session_id[rows[1:]] == session_id[rows[:-1]]) & (session_id[rows[1:]] >= 0)
+    parent[rows[1:][same]] = rows[:-1][same]
+    return parent

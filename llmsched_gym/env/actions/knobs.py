@@ -10,7 +10,7 @@ from gymnasium import spaces
 
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine.jit import entry, kernel
-from llmsched_gym.engine.pack import ORDERS, pack
+from llmsched_gym.engine.pack import FCFS, LPM, ORDERS, pack
 from llmsched_gym.engine.run import run_lane
 from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import LATEST_ARRIVAL, LATEST_LST
@@ -58,7 +58,7 @@ KNOBS = (
         (math.nan, 1, 1.5, 2, 3),
         "instead of the offset: decodes wait until so many capped batches before their deadline (with no cap: never)",
     ),
-    Knob("order", tuple(range(len(ORDERS))), "order of prompts"),
+    Knob("order", tuple(range(LPM)), "order of prompts"),
     Knob(
         "hold",
         (0, 1, 2),
@@ -72,18 +72,21 @@ KNOBS = (
     Knob("refuse", (0, 1), "refuse waiting prompts that can no longer make their TTFT SLO"),
 )
 TOKEN_BUDGET, CAP, OFFSET, MARGIN, ORDER, HOLD, LIMIT, REFUSE = range(len(KNOBS))
-_COUNTS = np.array([len(k.values) for k in KNOBS])
+WITH_CACHING = tuple(k._replace(values=tuple(range(len(ORDERS)))) if k.name == "order" else k for k in KNOBS)
+"""The knobs with prefix caching: prompts can go by what of them is cached, too."""
+_COUNTS = np.array([len(k.values) for k in WITH_CACHING])
 
 
 def knobs_for(config: EnvConfig) -> tuple[Knob, ...]:
-    """The knobs of an environment: refusal only where it is allowed."""
-    return KNOBS if config.allow_refusal else KNOBS[:REFUSE]
+    """The knobs of an environment: refusal only where it is allowed, order `lpm` only with prefix caching."""
+    knobs = WITH_CACHING if config.prefix_caching else KNOBS
+    return knobs if config.allow_refusal else knobs[:REFUSE]
 
 
 def knob_values() -> np.ndarray:
     """All values as one table, float64 of shape (num_knobs, most values); rows are padded with their first value."""
-    width = max(len(k.values) for k in KNOBS)
-    return np.array([[*k.values, *[k.values[0]] * (width - len(k.values))] for k in KNOBS], np.float64)
+    width = max(len(k.values) for k in WITH_CACHING)
+    return np.array([[*k.values, *[k.values[0]] * (width - len(k.values))] for k in WITH_CACHING], np.float64)
 
 
 _VALUES = knob_values()
@@ -96,7 +99,7 @@ def legal(a, env):
     legal = True
     for k in range(action.shape[0]):
         legal &= 0 <= action[k] < _COUNTS[k]
-    return legal
+    return legal and (a.rules[0].prefix_caching or action[ORDER] != LPM)
 
 
 @kernel()
@@ -175,6 +178,8 @@ def knobs_action(settings: Any, kv_cache_usage: float, config: EnvConfig) -> np.
     action = []
     for knob in knobs_for(config):
         value = wanted[knob.name]
+        if knob.name == "order" and value == LPM and not config.prefix_caching:
+            value = FCFS  # which it is there
         if knob.name == "limit" and value >= config.max_model_len:
             value = NO_LIMIT
         matches = [i for i, v in enumerate(knob.values) if v == value or (math.isnan(v) and math.isnan(value))]
@@ -198,7 +203,13 @@ def choices(config: EnvConfig) -> tuple[Choice, ...]:
 
 
 def adapt(action: np.ndarray, theirs: EnvConfig, ours: EnvConfig) -> np.ndarray:
-    """The action with or without the knob of refusal, as `ours` has it; ValueError if it refuses and cannot."""
+    """The action with or without the knob of refusal, as `ours` has it; ValueError if it refuses and cannot.
+
+    Order `lpm` becomes what it is without prefix caching, where `ours` has none.
+    """
+    if action[ORDER] == LPM and not ours.prefix_caching:
+        action = np.array(action)
+        action[ORDER] = FCFS
     if theirs.allow_refusal == ours.allow_refusal:
         return action
     if theirs.allow_refusal and action[REFUSE]:
@@ -208,7 +219,7 @@ def adapt(action: np.ndarray, theirs: EnvConfig, ours: EnvConfig) -> np.ndarray:
 
 def docs() -> str:
     rows = []
-    for i, knob in enumerate(KNOBS):
+    for i, knob in enumerate(WITH_CACHING):
         values = ", ".join(f"{k}: {knob.label(k).replace('nan', 'off')}" for k in range(len(knob.values)))
         rows.append([str(i), f"`{knob.name}`", knob.what, values])
     return f"""Every combination is legal, so the mask is all true. All zeros is Sarathi-Serve; `order` = spf with
@@ -217,7 +228,8 @@ in step t + 1 keys the tokens emitted in batch t, once.
 
 {table(["#", "knob", "meaning", "index: value"], rows)}
 
-`refuse` is there only with `allow_refusal=True`."""
+`refuse` is there only with `allow_refusal=True`, and the order `lpm` (longest cached prefix first) only with
+`prefix_caching=True`."""
 
 
 ACTION = Action(
