@@ -34,7 +34,7 @@ from llmsched_gym.engine.records import (
     WAITING,
     has_come,
 )
-from llmsched_gym.engine.state import State
+from llmsched_gym.engine.state import State, phases_of
 
 
 class InvariantError(AssertionError):
@@ -49,7 +49,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     sim, episode, world = state.sims[env], state.episodes[env], state.worlds[env]
     requests = state.requests[env][: world.num_requests]
     outputs = state.output_tokens[env][: world.num_requests]
-    phase = requests["phase"]
+    phase = phases_of(state, env, int(world.num_requests))
 
     def require(condition: Any, rule: str) -> None:
         if not np.all(condition):
@@ -64,7 +64,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(counts[REJECTED] == episode.num_rejected, "rejected count differs from the phases")
     require(counts[REFUSED] == sim.num_refused, "refused count differs from the phases")
     require(counts[ABANDONED] == sim.num_abandoned, "abandoned count differs from the phases")
-    require(counts[CANCELLED] == episode.num_cancelled, "cancelled count differs from the phases")
+    require(counts[CANCELLED] == world.num_cancelled, "cancelled count differs from the phases")
     arrived, arrival_s = has_come(phase), state.arrivals[env][: world.num_requests]["arrival_s"]
     require(episode.num_arrived == arrived.sum(), "arrived != waiting + running + resolved")
     is_root = state.arrivals[env]["parent"][world.num_past : world.next_arrival] == NONE
@@ -131,7 +131,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
 def _check_turns(state: State, env: int, require: Callable[[Any, str], None]) -> None:
     """Who of a session has come, is due, or never will; see `engine.turns`."""
     world = state.worlds[env]
-    phase = state.requests[env]["phase"][: world.num_requests]
+    phase = phases_of(state, env, int(world.num_requests))
     arrivals = state.arrivals[env][: world.num_requests]
     turns = np.flatnonzero(arrivals["parent"] != NONE)
     parent = phase[arrivals["parent"][turns]]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 # Phases of a request. The first is of those that have not arrived, the last of turns that never will: somebody before
-# them in their session did not finish. The four before it are resolved.
+# them in their session did not finish. The four before it are resolved. To schedulers the last is the first: how many
+# turns a lost session would have had is nothing that they may know.
 PENDING, WAITING, RUNNING, FINISHED, REJECTED, REFUSED, ABANDONED, CANCELLED = range(8)
 PHASES = ("pending", "waiting", "running", "finished", "rejected", "refused", "abandoned", "cancelled")
 
@@ -100,6 +101,7 @@ ARRIVAL = record_dtype(
         ("turn", "i4"),  # how many of its session came before it
         ("first_turn", "i4"),  # whose parent it is
         ("next_turn", "i4"),  # the next of the same parent
+        ("is_cancelled", "i1"),  # whether it will never come
         ("slo_class", "i1"),
     ]
 )
@@ -119,7 +121,6 @@ EPISODE = record_dtype(
         ("num_arrived", "i4"),
         ("num_rejected", "i4"),
         ("num_resolved", "i4"),
-        ("num_cancelled", "i4"),
         ("num_settled", "i4"),  # resolved requests whose utility has been paid as reward
     ]
 )
@@ -194,6 +195,7 @@ WORLD = record_dtype(
         ("table_size", "i4"),  # requests of the table
         ("next_arrival", "i4"),  # the next of the table to arrive; with sessions, of their roots
         ("num_past", "i4"),  # the first so many are over when the episode starts
+        ("num_cancelled", "i4"),  # turns that will never come
         ("num_due", "i4"),  # turns whose arrival is known
         ("num_followed", "i4"),  # resolved requests whose turns are due or cancelled
         ("has_turns", "i1"),  # whether there are sessions

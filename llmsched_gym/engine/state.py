@@ -416,6 +416,7 @@ def load_table(
     turns: tuple[Any, ...] = ROOT if table.parent is None else _turns(table)
     for name, values in zip(TURN_COLUMNS, turns, strict=True):
         arrivals[name][:n] = values
+    arrivals["is_cancelled"][:n] = 0
     arrivals["max_output_tokens"][:n] = MOST if table.max_output_tokens is None else table.max_output_tokens
     _load_episode(state, env, table, scenario, record_gaps)
     num_replicas = len(state.sims) // len(state.episodes)
@@ -447,7 +448,7 @@ def _load_episode(state: State, env: int, table: RequestTable, scenario: Scenari
     world.num_requests = world.table_size = n
     world.next_arrival = world.num_past = table.num_past
     world.has_turns = table.parent is not None
-    world.num_due = world.num_followed = 0
+    world.num_due = world.num_followed = world.num_cancelled = 0
     world.next_arrival_s = table.arrival_s[table.num_past] if n > table.num_past else math.inf
     world.records_gaps = record_gaps
     world.cohort_start, world.cohort_stop = table.cohort_start, table.cohort_stop
@@ -496,6 +497,7 @@ def append_request(state: State, env: int, request: Request, arrival_s: float) -
         arrivals[name][r] = getattr(request, name)
     for name, value in zip(TURN_COLUMNS, ROOT, strict=True):
         arrivals[name][r] = value
+    arrivals["is_cancelled"][r] = 0
     arrivals["max_output_tokens"][r] = MOST
     arrivals[r].arrival_s = arrival_s
     arrivals[r].gap_start = arrivals[r - 1].gap_start + outputs[r - 1] - 1 if r > 0 else 0
@@ -507,12 +509,18 @@ def append_request(state: State, env: int, request: Request, arrival_s: float) -
     return r
 
 
+def phases_of(state: State, env: int, count: int) -> np.ndarray:
+    """Phases of the first `count` requests, CANCELLED for turns that will never come; int8 of shape (count,)."""
+    cancelled = state.arrivals[env]["is_cancelled"][:count] != 0
+    return np.where(cancelled, np.int8(CANCELLED), state.requests[env]["phase"][:count])
+
+
 def rows_of(state: State, env: int, table: RequestTable) -> np.ndarray:
     """Copies of the records of the requests of `table`, those to come included; shape (num_requests,) REQUEST."""
     rows = state.requests[env, : len(table)].copy()
     to_come = rows["phase"] == PENDING
-    to_come |= rows["phase"] == CANCELLED
     for name in TABLE_COLUMNS:
         rows[name][to_come] = getattr(table, name)[to_come]
     rows["prefill_tokens"][to_come] = rows["prompt_tokens"][to_come]
+    rows["phase"] = phases_of(state, env, len(table))
     return rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.records import CANCELLED, FINISHED, NONE
+from llmsched_gym.engine.records import FINISHED, NONE
 
 
 @kernel()
@@ -57,14 +57,14 @@ def pop_due(of):
 @kernel()
 def _cancel_turns(of, r):
     """Cancel all descendants of `r`: a session's requests stand side by side, parents before their turns."""
-    world, requests, arrivals = of.world, of.requests, of.arrivals
+    world, arrivals = of.world, of.arrivals
     for turn in range(r + 1, world.table_size):
         parent = arrivals[turn].parent
         if parent == NONE:
             break
-        if parent == r or requests[parent].phase == CANCELLED:
-            requests[turn].phase = CANCELLED
-            of.episode.num_cancelled += 1
+        if parent == r or arrivals[parent].is_cancelled:
+            arrivals[turn].is_cancelled = 1
+            world.num_cancelled += 1
             if world.cohort_start <= turn < world.cohort_stop:
                 world.num_unresolved -= 1
 

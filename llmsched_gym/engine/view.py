@@ -13,7 +13,7 @@ import numpy as np
 
 from llmsched_gym.engine.batch import batch_s, can_make_ttft_env, uncached_prefill
 from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed
-from llmsched_gym.engine.records import REQUEST, RUNNING, WAITING, has_come
+from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
 from llmsched_gym.engine.state import State, lane_of
 from llmsched_gym.engine.surface import chunk_s, has_surface, recount, surface_s
 
@@ -142,7 +142,7 @@ class View:
 
 def has_arrived(state: State, env: int, r: int) -> bool:
     """Whether `r` is the index of a request that has arrived in environment `env`."""
-    return 0 <= r < state.worlds[env].num_requests and bool(has_come(state.requests[env][r].phase))
+    return 0 <= r < state.worlds[env].num_requests and bool(state.requests[env][r].phase != PENDING)
 
 
 def whole_number(n: Any) -> int:

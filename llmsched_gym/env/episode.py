@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from llmsched_gym.engine.records import ABANDONED, CANCELLED, FINISHED, REFUSED, REJECTED, RUNNING, WAITING, has_come
-from llmsched_gym.engine.state import State
+from llmsched_gym.engine.state import State, phases_of
 from llmsched_gym.workload import RequestTable
 
 METRICS: dict[str, str] = {
@@ -32,7 +32,7 @@ def episode_metrics(state: State, env: int, table: RequestTable, *, has_gaps: bo
     sim = state.sims[env]
     requests, clock_s = state.requests[env, table.cohort_start : table.cohort_stop], float(sim.clock_s)
     arrived = has_come(requests["phase"])
-    num_cancelled = int((requests["phase"] == CANCELLED).sum())
+    num_cancelled = int(np.sum(phases_of(state, env, table.cohort_stop)[table.cohort_start :] == CANCELLED))
     requests, gap_start = requests[arrived], table.gap_start[table.cohort_start : table.cohort_stop][arrived]
     figures = dict.fromkeys(METRICS, math.nan)
     if clock_s > 0.0:
