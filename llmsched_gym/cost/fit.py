@@ -45,6 +45,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens to compute: those of the chunks, and one a decode."""
         return sum(n for _, n in self.chunks) + len(self.decode_contexts)
 
 

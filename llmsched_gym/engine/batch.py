@@ -31,11 +31,13 @@ def batch_s(linear_s, coef_s, num_tokens, pairs, kv_tokens):
 
 @kernel()
 def is_prefill(request):
+    """Whether a request has prompt tokens left to compute."""
     return request.num_computed_tokens < request.prefill_tokens
 
 
 @kernel()
 def remaining_prefill(request):
+    """Prompt tokens of a request that are still to compute, whatever is cached."""
     return request.prefill_tokens - request.num_computed_tokens
 
 
@@ -367,4 +369,5 @@ def can_make_ttft(lane, r):
 
 @entry()
 def can_make_ttft_env(s, env, r):
+    """:func:`can_make_ttft` of request `r` of environment `env`, for Python."""
     return can_make_ttft(lane_of(s, env), r)

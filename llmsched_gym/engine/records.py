@@ -21,6 +21,7 @@ def has_come(phase: Any) -> Any:
 
 
 def record_dtype(fields: list[tuple[str, str]]) -> np.dtype:
+    """The dtype of a record with such (name, format) fields, aligned as in C."""
     # np.record, so that the same attribute access works with and without compilation
     return np.dtype((np.record, np.dtype(fields, align=True)))
 

@@ -42,12 +42,11 @@ OWN_MEMORY = 8
 ACTION_MEMORY = 64  # for one score of each visible slot
 MIN_SCRATCH = 64  # an environment sorts its visible slots there
 
-
 TABLE_COLUMNS = ("arrival_s", "ttft_slo_s", "tbt_slo_s", "length_hint", "session_id", "prompt_tokens", "slo_class")
+"""Of a request table and of ARRIVAL: what becomes known of a request when it arrives."""
 IDENTITY_COLUMNS = ("shares_with", "shared_tokens")
 TURN_COLUMNS = ("parent", "think_s", "turn", "first_turn", "next_turn")
 ROOT = (NONE, 0.0, 0, NONE, NONE)  # of a request that stands alone
-"""Of a request table and of ARRIVAL: what becomes known of a request when it arrives."""
 
 
 def _to_come() -> np.ndarray:
