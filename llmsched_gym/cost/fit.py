@@ -17,7 +17,7 @@ import numpy as np
 from llmsched_gym.config import DeviceSpec, ModelSpec
 from llmsched_gym.cost.fit_batches import with_surface
 from llmsched_gym.cost.profile import Profile, ProfileError, TableLinear
-from llmsched_gym.words import shown
+from llmsched_gym.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd
