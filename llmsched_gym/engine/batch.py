@@ -1,6 +1,7 @@
 """Forming a batch: what fits, what it is predicted to cost, and the two ways to add to it.
 
-All functions are kernels on a :class:`~llmsched_gym.engine.state.Lane`; schedulers are written with them.
+All functions are kernels on a :class:`~llmsched_gym.engine.state.Lane`; schedulers are written with them. They stand in
+one file, as asking whether something fits and adding it go by the same sums.
 """
 
 from __future__ import annotations
