@@ -33,9 +33,19 @@ from llmsched_gym.engine.pack import (
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.step import LATEST_LST
-from llmsched_gym.scheduler import MIXES, Compiled
+from llmsched_gym.scheduler import Compiled, Own, not_negative, positive, positive_int
 
+MIXES = ("together", "auto")
+"""Whether decodes and prompts share a batch: always; or where one batch takes no longer than two."""
 AUTO = MIXES.index("auto")
+
+OWN = (
+    Own("quiet", 60, positive_int, "whole number of running requests >= 1"),  # with so few, nobody need wait
+    Own("stretch", STRETCH, positive, "factor on predicted prefill times, > 0"),
+    Own("age", math.inf, not_negative, "seconds since arrival >= 0, inf for no aging"),  # from then on, a share
+    Own("mix", AUTO, MIXES.index, f"one of {', '.join(MIXES)}"),
+)
+QUIET, STRETCHED, AGE, MIX = range(len(OWN))
 RESERVE_S = 0.3  # a promise with less slack is at risk; chosen on selection seeds of the drift suite, as `quiet` is
 # Of aging, chosen on the paper suite, seeds 2000-2019, 1.8 requests/s.
 AGED_SHARE = 0.4  # of the room behind urgent decodes, for prompts that have waited longer than `age`
@@ -48,9 +58,9 @@ def plan(lane):
     """Set the cap, order, limit, margin, hold and room for tokens of the open batch."""
     batch, knobs = lane.batch, lane.knobs
     set_cap(lane, knobs.cap / lane.sim.cost_ratio)
-    ages = knobs.age < math.inf
-    stretch = knobs.stretch
-    if ages and oldest_late(lane, knobs.age) >= 0:
+    ages = knobs.own[AGE] < math.inf
+    stretch = knobs.own[STRETCHED]
+    if ages and oldest_late(lane, knobs.own[AGE]) >= 0:
         stretch *= AGED_STRETCH
     promised, _, slack_s, _, shortest_dropped = promise(lane, stretch)
     # by deadline while all can be on time, else (or with nobody in time) shortest first without those that cannot
@@ -58,13 +68,13 @@ def plan(lane):
     if ages and promised == 0 and shortest_dropped == NONE_DROPPED:
         batch.order = FCFS
     batch.limit = min(knobs.limit, shortest_dropped - 1)
-    apart = knobs.mix == AUTO and promised > 0 and price_of_mixing(lane, batch.token_room) > 1.0
+    apart = knobs.own[MIX] == AUTO and promised > 0 and price_of_mixing(lane, batch.token_room) > 1.0
     if apart:
         batch.token_room = lane.sim.max_num_batched_tokens
     batch.margin = knobs.margin if apart or slack_s < RESERVE_S else math.nan
     if ages and lane.sim.kv_cache_usage > AGED_USAGE:
         batch.margin = math.nan
-    if knobs.hold and (ages or lane.sim.num_running > knobs.quiet):
+    if knobs.hold and (ages or lane.sim.num_running > knobs.own[QUIET]):
         batch.hold = HOLD_ALWAYS
 
 
@@ -76,7 +86,7 @@ def fill_aging(lane):
     if lane.knobs.refuse and lane.sim.allow_refusal:
         refuse_hopeless(lane)
     before = batch.num_items
-    add_late(lane, lane.knobs.age, AGED_SHARE)
+    add_late(lane, lane.knobs.own[AGE], AGED_SHARE)
     last = batch.num_items - 1
     add_prompts(lane, batch.order)
     if last >= before:
@@ -90,7 +100,7 @@ def on_time(lane):
     """Plan, then pack."""
     open_batch(lane)
     plan(lane)
-    if lane.knobs.age < math.inf:
+    if lane.knobs.own[AGE] < math.inf:
         fill_aging(lane)
     else:
         fill(lane)
@@ -108,18 +118,9 @@ SCHEDULERS = {
     "on-time": Compiled(
         "the most prompts that can all make their TTFT SLO (Moore 1968); decodes are put off only for their sake",
         on_time,
-        {
-            "token_budget": 768,
-            "cap": 0.8,
-            "margin": 3.0,
-            "hold": 1,
-            "quiet": 60,
-            "stretch": STRETCH,
-            "age": math.inf,
-            "mix": AUTO,
-            "victim": LATEST_LST,
-        },
-        options=("margin", "quiet", "stretch", "age", "mix", "refuse"),
+        {"token_budget": 768, "cap": 0.8, "margin": 3.0, "hold": 1, "victim": LATEST_LST},
+        options=("margin", "refuse"),
+        own=OWN,
         plan=plan_env,
     ),
 }

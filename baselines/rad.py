@@ -16,6 +16,7 @@ from llmsched_gym.engine.batch import (
     is_prefill,
     open_batch,
     uncached_prefill,
+    waiting_prefill,
 )
 from llmsched_gym.engine.batch import remaining_prefill as remaining
 from llmsched_gym.engine.jit import kernel
@@ -146,7 +147,7 @@ def form_batch(lane, tile, tiled, dynamic):
         room = lane.batch.token_room
         lane.memory[0] = best_batch_tokens(lane, room, tile) if tiled else room
     size = int(lane.memory[0])
-    decodes, prompt_tokens = 0, sim.waiting_tokens
+    decodes, prompt_tokens = 0, waiting_prefill(lane, math.inf)
     for i in range(sim.num_running):
         request = lane.requests[lane.running[i]]
         if is_prefill(request):

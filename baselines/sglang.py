@@ -38,10 +38,12 @@ from llmsched_gym.engine.batch import (
 from llmsched_gym.engine.blocks import blocks_for, blocks_to_admit, known_computed
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import add_all_decodes, admission_filters, keep_going
-from llmsched_gym.scheduler import SGLANG_CHUNK, Compiled
+from llmsched_gym.scheduler import SGLANG_CHUNK, Compiled, Own, not_negative_int
 
 ORDERS = ("fcfs", "lpm", "hrrn", "shortest-prefill-first")
 FCFS, LPM, HRRN, SHORTEST = range(len(ORDERS))
+OWN = (Own("consecutive", 0, not_negative_int, "whole number of batches, 0 for no limit"),)
+CONSECUTIVE = 0  # most batches of prompts in a row while there are decodes
 MOST_SORTED = 128  # waiting requests; `lpm` and `hrrn` are `fcfs` above
 MOST_RESERVED = 4096  # output tokens of one request
 FIRST_RATIO, LEAST_RATIO, DECAY_BATCHES = 0.7, 0.7 * 0.14, 600
@@ -254,7 +256,7 @@ def retract(lane):
 def sglang(lane):
     """Prompts as long as there are any that fit, at most `consecutive` batches in a row; else every decode."""
     open_batch(lane)
-    sim, batch, memory, most = lane.sim, lane.batch, lane.memory, lane.knobs.consecutive
+    sim, batch, memory, most = lane.sim, lane.batch, lane.memory, lane.knobs.own[CONSECUTIVE]
     take_stock(lane)
     started, decodes = -1, 0
     for i in range(sim.num_running):
@@ -283,7 +285,8 @@ SCHEDULERS = {
         sglang,
         {"token_budget": SGLANG_CHUNK, "order": FCFS},
         admission="chunk",
-        options=("order", "chunk", "consecutive"),
+        options=("order", "chunk"),
+        own=OWN,
         orders=ORDERS,
     ),
 }

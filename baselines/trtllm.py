@@ -32,10 +32,12 @@ from llmsched_gym.engine.batch import (
 from llmsched_gym.engine.blocks import blocks_for, blocks_to_admit
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import add_all_decodes, admission_filters, keep_going
-from llmsched_gym.scheduler import Compiled
+from llmsched_gym.scheduler import Compiled, Own, not_negative_int
 
 ORDERS = ("fcfs", "shortest-uncached-first")
 FCFS, SHORTEST = range(len(ORDERS))
+OWN = (Own("starvation", 0, not_negative_int, "whole number of batches, 0 for none"),)
+STARVATION = 0  # batches that a prompt may wait before it goes first
 
 
 @kernel()
@@ -86,7 +88,7 @@ def note_arrivals(lane):
 @kernel()
 def next_in_line(lane, hold, limit):
     """The waiting prompt that goes first, -1 if there is none: the oldest starved one, else by order."""
-    sim, most, order = lane.sim, lane.knobs.starvation, lane.knobs.order
+    sim, most, order = lane.sim, lane.knobs.own[STARVATION], lane.knobs.order
     best, best_key = -1, math.inf
     for i in range(sim.num_waiting):
         r = lane.waiting[i]
@@ -106,7 +108,7 @@ def trtllm(lane):
     """Every decode, then prompts under way, then those that can be served to their end whatever comes."""
     open_batch(lane)
     sim, batch = lane.sim, lane.batch
-    if lane.knobs.starvation > 0:
+    if lane.knobs.own[STARVATION] > 0:
         note_arrivals(lane)
     spare = blocks_to_spare(lane) if sim.num_waiting > 0 else 0
     add_all_decodes(lane)
@@ -137,7 +139,8 @@ SCHEDULERS = {
         "TensorRT-LLM: all decodes, then prompts whose whole possible output has blocks, so nobody is ever preempted",
         trtllm,
         {"token_budget": 8192, "order": FCFS},
-        options=("order", "starvation"),
+        options=("order",),
+        own=OWN,
         orders=ORDERS,
     ),
 }

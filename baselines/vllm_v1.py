@@ -19,13 +19,16 @@ from llmsched_gym.engine.batch import (
 from llmsched_gym.engine.blocks import blocks_to_hold
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import FCFS, admission_filters, keep_going, next_waiting
-from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled
+from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled, Own, not_negative_int
+
+OWN = (Own("threshold", 0, not_negative_int, "whole number of tokens, 0 for none"),)
+THRESHOLD = 0  # largest chunk of a prompt while there is another request
 
 
 @kernel()
 def next_chunk(lane, r):
     """Prompt tokens of `r` in this batch: what room there is, below the threshold unless `r` is all alone."""
-    n, most = chunk_room(lane, r), lane.knobs.threshold
+    n, most = chunk_room(lane, r), int(lane.knobs.own[THRESHOLD])
     return min(n, most) if most > 0 and lane.sim.num_running + lane.sim.num_waiting > 1 else n
 
 
@@ -80,6 +83,7 @@ SCHEDULERS = {
         vllm_v1,
         {"token_budget": VLLM_TOKEN_BUDGET},
         admission="prompt-check",
-        options=("reserve", "threshold"),
+        options=("reserve",),
+        own=OWN,
     ),
 }

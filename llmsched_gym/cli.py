@@ -64,6 +64,10 @@ Model = Annotated[str | None, typer.Option(help="With transformers: a folder, a 
 CountHostTime = Annotated[
     bool, typer.Option("--count-host-time", help="With transformers: let the scheduler's own time count.")
 ]
+PrefixCaching = Annotated[
+    bool | None,
+    typer.Option("--prefix-caching/--no-prefix-caching", help="Whether requests share KV blocks of equal beginnings."),
+]
 AllowRefusal = Annotated[bool, typer.Option("--allow-refusal", help="Let policies refuse requests.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the scenario.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
@@ -173,7 +177,10 @@ def evaluate(
     trace: TraceFile = None,
     trace_arrivals: TraceArrivals = None,
     trace_invalid: TraceInvalid = None,
-    qps: Annotated[str | None, typer.Option(help="Arrival rates, 1/s, separated by commas; else the suite's.")] = None,
+    qps: Annotated[
+        str | None,
+        typer.Option(help="Arrival rates, 1/s, of requests or sessions, separated by commas; else the suite's."),
+    ] = None,
     num_requests: NumRequests = None,
     seeds: Seeds = 20,
     first_seed: FirstSeed = 0,
@@ -187,6 +194,7 @@ def evaluate(
     model: Model = None,
     count_host_time: CountHostTime = False,
     allow_refusal: AllowRefusal = False,
+    prefix_caching: PrefixCaching = None,
     set_: Set = None,
     workers: Workers = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the tables and a report.")] = None,
@@ -248,6 +256,7 @@ def capacity(
     length_hint: LengthHint = None,
     tbt_rule: TbtRule = None,
     allow_refusal: AllowRefusal = False,
+    prefix_caching: PrefixCaching = None,
     set_: Set = None,
     workers: Workers = None,
     out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json.")] = None,
@@ -470,7 +479,7 @@ def _scenario(options: dict[str, Any]) -> Scenario:
     names = (
         "profile workload trace trace_arrivals trace_invalid num_requests strict_share jitter cost_scale length_hint"
     )
-    names += " tbt_rule backend model"
+    names += " tbt_rule backend model prefix_caching"
     fields = {name: options[name] for name in names.split() if options.get(name) is not None}
     if options["patience"] is not None:
         fields["patience_s"] = options["patience"]

@@ -54,9 +54,14 @@ def default_knobs() -> np.ndarray:
     knobs["token_budget"] = 512
     knobs["limit"] = np.iinfo(np.int32).max
     knobs["cap"] = knobs["offset"] = knobs["offset_full"] = math.inf
-    knobs["usage_switch"] = knobs["age"] = math.inf
+    knobs["usage_switch"] = math.inf
     knobs["margin"] = math.nan
     return knobs
+
+
+def settings_of(knobs: Any) -> dict[str, Any]:
+    """A KNOBS record as numbers by name, without what one scheduler alone knows."""
+    return {name: knobs[name].item() for name in KNOBS.names or () if name != "own"}
 
 
 def pack_with_knobs(lane: Any) -> None:
@@ -67,6 +72,16 @@ def pack_with_knobs(lane: Any) -> None:
 @cache
 def _compile(function: Callable) -> Any:
     return kernel(SCHEDULE_SIGNATURE)(function)
+
+
+@dataclass(frozen=True)
+class Own:
+    """A parameter of one scheduler alone, whose kernel reads it as ``lane.knobs.own[its place among them]``."""
+
+    name: str  # in brackets
+    default: float
+    read: Callable[[str], float]  # its text; ValueError for what it cannot be
+    expected: str  # what it can be, for the error
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,7 @@ class Compiled:
     decision_s: float = 0.0
     name: str = ""
     options: tuple[str, ...] = ()  # bracket parameters beyond those that all compiled schedulers honour
+    own: tuple[Own, ...] = ()  # and those that it alone has, at most records.OWN_KNOBS
     orders: tuple[str, ...] = ORDERS  # what its `order` may be
     plan: Callable | None = None  # entry (handle, env) that sets the knobs of the batch to come, if they change
 
@@ -92,9 +108,13 @@ class Compiled:
     @cached_property
     def knobs(self) -> np.ndarray:
         """Settings as one KNOBS record; shape ()."""
-        knobs = default_knobs()
+        knobs, own = default_knobs(), {parameter.name: parameter.default for parameter in self.own}
         for name, value in self.settings.items():
-            knobs[name] = value
+            if name in own:
+                own[name] = value
+            else:
+                knobs[name] = value
+        knobs["own"][: len(own)] = list(own.values())
         if "offset" in self.settings and "offset_full" not in self.settings:
             knobs["offset_full"] = knobs["offset"]
         return knobs
@@ -119,92 +139,89 @@ def install(scheduler: Any, state: State, env: int = 0, seed: int = 0) -> None:
     state.sims[env].decision_s = getattr(scheduler, "decision_s", 0.0)
 
 
-def _boolean(text: str) -> int:
+def boolean(text: str) -> int:
+    """1 for "true", "yes" or "1", 0 for their opposites, in any case of letters; KeyError otherwise."""
     values = {"true": 1, "yes": 1, "1": 1, "false": 0, "no": 0, "0": 0}
     return values[text.lower()]
 
 
 def _level(text: str, names: tuple[str, ...]) -> int:
     """Index of a name; the first two may be said as booleans are."""
-    return names.index(text.lower()) if text.lower() in names else _boolean(text)
+    return names.index(text.lower()) if text.lower() in names else boolean(text)
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """A whole number from 1 to what an int32 holds; ValueError otherwise."""
     value = float(text)  # 512.0 is a whole number too
     if not value.is_integer() or not 1 <= value <= np.iinfo(np.int32).max:
         raise ValueError
     return int(value)
 
 
-def _not_negative_int(text: str) -> int:
-    return 0 if text == "0" else _positive_int(text)
+def not_negative_int(text: str) -> int:
+    """0 or a :func:`positive_int`; ValueError otherwise."""
+    return 0 if text == "0" else positive_int(text)
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """A number > 0, inf too; ValueError otherwise."""
     value = float(text)
     if math.isnan(value) or value <= 0:
         raise ValueError
     return value
 
 
-def _not_negative(text: str) -> float:
+def not_negative(text: str) -> float:
+    """A number >= 0, inf too; ValueError otherwise."""
     value = float(text)
     if math.isnan(value) or value < 0:
         raise ValueError
     return value
 
 
-MIXES = ("together", "auto")
-"""Whether decodes and prompts share a batch: always; or where one batch takes no longer than two."""
-
 # bracket parameter: (knob, reader, what is expected)
 OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
-    "budget": ("token_budget", _positive_int, "whole number of tokens >= 1"),
+    "budget": ("token_budget", positive_int, "whole number of tokens >= 1"),
     "hold": ("hold", lambda text: _level(text, HOLDS), "true, false or always"),
-    "limit": ("limit", _positive_int, "whole number of tokens >= 1"),
-    "cap": ("cap", _positive, "share of the smallest TBT SLO, > 0"),
-    "refuse": ("refuse", _boolean, "true or false"),
+    "limit": ("limit", positive_int, "whole number of tokens >= 1"),
+    "cap": ("cap", positive, "share of the smallest TBT SLO, > 0"),
+    "refuse": ("refuse", boolean, "true or false"),
     "order": ("order", lambda text: ORDERS.index(text), f"one of {', '.join(ORDERS)}"),
-    "offset": ("offset", _not_negative, "mean batches >= 0, inf for no deferral"),
-    "offset_full": ("offset_full", _not_negative, "mean batches >= 0"),
-    "usage_switch": ("usage_switch", _not_negative, "KV use from which offset_full applies"),
-    "margin": ("margin", _not_negative, "capped batches >= 0"),
-    "quiet": ("quiet", _positive_int, "whole number of running requests >= 1"),
-    "stretch": ("stretch", _positive, "factor on predicted prefill times, > 0"),
+    "offset": ("offset", not_negative, "mean batches >= 0, inf for no deferral"),
+    "offset_full": ("offset_full", not_negative, "mean batches >= 0"),
+    "usage_switch": ("usage_switch", not_negative, "KV use from which offset_full applies"),
+    "margin": ("margin", not_negative, "capped batches >= 0"),
     "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
-    "age": ("age", _not_negative, "seconds since arrival >= 0, inf for no aging"),
-    "mix": ("mix", lambda text: MIXES.index(text), f"one of {', '.join(MIXES)}"),
-    "threshold": ("threshold", _not_negative_int, "whole number of tokens, 0 for none"),
-    "chunk": ("token_budget", _positive_int, "whole number of tokens >= 1"),
-    "consecutive": ("consecutive", _not_negative_int, "whole number of batches, 0 for no limit"),
-    "starvation": ("starvation", _not_negative_int, "whole number of batches, 0 for none"),
+    "chunk": ("token_budget", positive_int, "whole number of tokens >= 1"),
 }
 # bracket parameter: (reader of the admission rule, what is expected)
 ADMISSION_OPTIONS: dict[str, tuple[Callable[[str], str], str]] = {
     "admission": (lambda text: ADMISSIONS[ADMISSIONS.index(text)], f"one of {', '.join(ADMISSIONS)}"),
-    "reserve": (lambda text: "prompt-check" if _boolean(text) else "chunk", "true or false"),
+    "reserve": (lambda text: "prompt-check" if boolean(text) else "chunk", "true or false"),
 }
 COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
-PACK_OPTIONS = tuple(
-    name
-    for name in (*OPTIONS, "admission")
-    if name not in ("quiet", "stretch", "age", "mix", "threshold", "chunk", "consecutive", "starvation")
-)
+PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name != "chunk")
 
 
 def with_options(spec: str, entry: Compiled, options: Mapping[str, str]) -> Compiled:
     """The scheduler with its parameters in brackets applied, under the name `spec`."""
     settings, admission, decision_s = dict(entry.settings), entry.admission, entry.decision_s
-    known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options)
+    own = {parameter.name: parameter for parameter in entry.own}
+    known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options, *own)
     for key, text in options.items():
         if key not in known:
             raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(known)}")
-        expected = ADMISSION_OPTIONS[key][1] if key in ADMISSION_OPTIONS else OPTIONS[key][2]
         if key == "order":
             expected = f"one of {', '.join(entry.orders)}"
+        elif key in own:
+            expected = own[key].expected
+        else:
+            expected = ADMISSION_OPTIONS[key][1] if key in ADMISSION_OPTIONS else OPTIONS[key][2]
         try:
             if key == "order":
                 settings["order"] = entry.orders.index(text)
+            elif key in own:
+                settings[key] = own[key].read(text)
             elif key in ADMISSION_OPTIONS:
                 admission = ADMISSION_OPTIONS[key][0](text)
             else:

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 import transformers
 
-from llmsched_gym.config import Scenario
+from llmsched_gym.config import BLOCK_SIZE, Scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine import Execution, ScheduledBatch
 from llmsched_gym.real_backend.attention import KVCache, choose_attention
-from llmsched_gym.real_backend.block_table import NOBODY, BlockTable
+from llmsched_gym.real_backend.block_table import FIRST, NOBODY, SCRATCH, BlockTable, PlacedBlocks
 from llmsched_gym.real_backend.ceilings import device_name
 from llmsched_gym.real_backend.errors import BackendError, one_line
 from llmsched_gym.real_backend.graphs import StaticBatches
 from llmsched_gym.real_backend.memory import Stopwatch, fitting_blocks, is_out_of_memory, release_memory
+from llmsched_gym.real_backend.past import chains
 from llmsched_gym.real_backend.runner import Runner, Work
 from llmsched_gym.real_backend.tokens import TokenStore
 from llmsched_gym.real_backend.weights import LoadedModel, load_model
@@ -160,6 +161,7 @@ class TransformersBackend:
         if graphs or (graphs is None and on_gpu and self.attention == "triton"):
             sizes = max_num_seqs, scenario.max_num_batched_tokens, self.blocks.blocks.shape[1]
             self.runner.static = StaticBatches(self.runner, *sizes)
+        self._most_tokens = scenario.max_num_batched_tokens
         self.tokens = TokenStore(np.zeros(0, np.int64), np.zeros(0, np.int64), 0, spec.vocab_size)
         self._ended_s: float | None = None
         self._is_poisoned = False
@@ -192,7 +194,8 @@ class TransformersBackend:
         self.blocks.clear(len(table))
         self._ended_s = None
         vocab = self.loaded.spec.vocab_size
-        self.tokens = TokenStore(table.prompt_tokens, table.output_tokens, table.seed, vocab)
+        shares = None if table.shares_with is None else table.identity()
+        self.tokens = TokenStore(table.prompt_tokens, table.output_tokens, table.seed, vocab, shares)
         if self._is_poisoned:
             self.runner.cache.clear()
             self._is_poisoned = False
@@ -203,14 +206,30 @@ class TransformersBackend:
         if self.count_host_time and self._ended_s is not None:
             host_s = self._watch.now() - self._ended_s
         self._watch.start()
-        self.blocks.keep_only(batch.running)
-        work = self._take_blocks(batch.request, batch.num_tokens, batch.num_computed, batch.emits)
+        blocks: BlockTable | PlacedBlocks = self.blocks
+        if batch.blocks is None:
+            self.blocks.keep_only(batch.running)
+            work = self._take_blocks(batch.request, batch.num_tokens, batch.num_computed, batch.emits)
+        else:
+            blocks = self._placed(batch.blocks)
+            rows, computed = np.arange(len(batch.request)), batch.num_computed.astype(np.int64)
+            work = Work(batch.request, rows, batch.num_tokens, computed, batch.emits)
         self.tokens.make_prompts(work.request)
-        tokens = self._run(work)
+        tokens = self._run(work, blocks)
         self._book(tokens)
         duration_s = self._watch.stop()
         self._ended_s = self._watch.now()
         return Execution(duration_s + host_s, tokens)
+
+    def fill(self, request: np.ndarray, position: np.ndarray, place: np.ndarray) -> None:
+        """Compute what the cache holds when an episode begins; arrays: see :class:`~llmsched_gym.engine.Backend`."""
+        for r, start, places in chains(request, position, place, self.tokens.owner):
+            blocks, stop = self._placed(np.array([places])), len(places) * BLOCK_SIZE
+            self.tokens.give(r, stop)
+            for computed in range(start * BLOCK_SIZE, stop, self._most_tokens):
+                n = min(self._most_tokens, stop - computed)
+                one, row, num_tokens, num_computed = np.array([[r], [0], [n], [computed]])
+                self._run(Work(one, row, num_tokens, num_computed, np.zeros(1, bool)), blocks)
 
     def measure(self, chunks: list[tuple[int, int]], decode_contexts: list[int], seed: int = 0) -> float:
         """Seconds of a made-up batch: chunks as (computed, n) tokens, decodes as context lengths, itself included.
@@ -221,7 +240,7 @@ class TransformersBackend:
         self._ended_s = None
         self._watch.start()
         work = self._take_blocks(request, num_tokens, computed, np.ones(len(request), bool))
-        self._book(self._run(work))
+        self._book(self._run(work, self.blocks))
         duration_s = self._watch.stop()
         self.blocks.clear(0)
         return duration_s
@@ -282,10 +301,16 @@ class TransformersBackend:
         self.blocks.grow(rows, computed + num_tokens)
         return Work(request, rows, num_tokens, computed, emits)
 
-    def _run(self, work: Work) -> dict[int, int]:
+    def _placed(self, places: np.ndarray) -> PlacedBlocks:
+        """The engine's own blocks as the cache's; (items, most blocks of one), below 0 behind an item's last."""
+        if places.max(initial=0) >= self.num_kv_blocks:
+            raise BackendError(f"the cache has {self.num_kv_blocks} blocks, fewer than the engine counts on")
+        return PlacedBlocks(np.maximum(places.astype(np.int64) + FIRST, SCRATCH))
+
+    def _run(self, work: Work, blocks: BlockTable | PlacedBlocks) -> dict[int, int]:
         """Emitted tokens by request; a pass that runs out of memory is split in two, down to single tokens."""
         try:
-            return self.runner.step(work, self.blocks, self.tokens)
+            return self.runner.step(work, blocks, self.tokens)
         except BackendError:
             self._is_poisoned = True
             raise
@@ -307,14 +332,18 @@ class TransformersBackend:
         self.num_splits += 1
         release_memory(self.device)
         first, second = split(work)
-        return {**self._run(first), **self._run(second)}
+        return {**self._run(first, blocks), **self._run(second, blocks)}
 
     def _book(self, tokens: dict[int, int]) -> None:
-        """Remember what was emitted; requests with all their tokens leave."""
+        """Remember what was emitted, which shared tokens may decide; requests with all their tokens leave."""
         emitting = np.fromiter(tokens, np.int64, len(tokens))
-        self.tokens.append(emitting, np.fromiter(tokens.values(), np.int64, len(tokens)))
+        ids = np.fromiter(tokens.values(), np.int64, len(tokens))
+        said = self.tokens.append(emitting, ids)
+        if said is not ids:
+            tokens.update(zip(tokens, said.tolist(), strict=True))
         for r in emitting[self.tokens.is_complete(emitting)].tolist():
-            self.blocks.release(r)
+            if self.blocks.row_of[r] != NOBODY:
+                self.blocks.release(r)
 
     def _check_hook(self, runner: Runner) -> None:
         """Refuse a model whose layers do not all come to the paged attention."""

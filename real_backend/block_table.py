@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE
 
 SCRATCH = 0
 """Block that nobody holds: padding reads and writes it."""
+FIRST = 1
+"""The first block that somebody may hold."""
 NOBODY = -1
 
 
 def blocks_of(num_tokens: int) -> int:
     """Blocks that hold so many tokens."""
     return -(-num_tokens // BLOCK_SIZE)
+
+
+class PlacedBlocks(NamedTuple):
+    """Blocks that the engine has chosen, with prefix caching: those of a batch's items, a row each."""
+
+    blocks: np.ndarray  # the i-th block of each row, SCRATCH behind the last; (items, most blocks of one) int64
 
 
 class BlockTable:

@@ -18,7 +18,7 @@ import torch
 
 from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.real_backend.attention import DecodeGroup, Segments
-from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable
+from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, PlacedBlocks
 from llmsched_gym.real_backend.runner import Inputs, Runner, Work
 from llmsched_gym.real_backend.tokens import TokenStore
 
@@ -133,7 +133,7 @@ class StaticBatches:
         self._fill(shape, work, blocks, np.stack([positions * 0, positions, positions % BLOCK_SIZE]), zeros)
 
     def run(
-        self, shape: Shape, work: Work, table: BlockTable, tokens: TokenStore
+        self, shape: Shape, work: Work, table: BlockTable | PlacedBlocks, tokens: TokenStore
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Emitting requests, the largest logit of each and its token, each (num_emitting,), on the host."""
         # Single tokens first: the kernel's lists are in the order of the rows.

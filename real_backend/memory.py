@@ -26,7 +26,7 @@ CPU_KV_BYTES = 1 << 30
 def fitting_blocks(
     scenario: Scenario, model: ModelSpec, device: torch.device, run: Callable[[Any], Any], largest: Any
 ) -> int:
-    """KV blocks that memory holds beside the weights and the largest pass, at most as many as can ever be in use."""
+    """KV blocks that memory holds beside the weights and the largest pass, at most as many as can ever be of use."""
     block_bytes = model.kv_bytes_per_token * BLOCK_SIZE
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -41,6 +41,8 @@ def fitting_blocks(
     blocks = int(room // block_bytes)
     if blocks < 2:
         raise BackendError(f"model {model.name}: no memory is left for KV on {device}")
+    if scenario.prefix_caching:
+        return blocks  # those that nobody holds are of use, too
     assert scenario.max_num_seqs is not None, "the backend's scenario has its limits"
     longest = blocks_of(scenario.max_model_len)
     useful = math.ceil(scenario.max_num_seqs * longest / max(1.0 - scenario.watermark, 0.01)) + 1

@@ -10,7 +10,7 @@ import torch
 
 from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.real_backend.attention import Chunk, DecodeGroup, KVCache, Segments
-from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, blocks_of
+from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, PlacedBlocks, blocks_of
 from llmsched_gym.real_backend.errors import BackendError, one_line
 from llmsched_gym.real_backend.tokens import TokenStore
 from llmsched_gym.real_backend.weights import LoadedModel
@@ -30,7 +30,7 @@ class Work(NamedTuple):
     """Items of one forward pass; arrays of shape (num_items,)."""
 
     request: np.ndarray  # request index
-    row: np.ndarray  # its row in the block table
+    row: np.ndarray  # its row in the table of blocks
     num_tokens: np.ndarray  # tokens to compute
     num_computed: np.ndarray  # tokens whose KV is held already
     emits: np.ndarray  # bool, whether a token is wanted
@@ -65,7 +65,7 @@ class Runner:
         self.fused: FusedModel | None = None
         self.static: StaticBatches | None = None
 
-    def step(self, work: Work, table: BlockTable, tokens: TokenStore) -> dict[int, int]:
+    def step(self, work: Work, table: BlockTable | PlacedBlocks, tokens: TokenStore) -> dict[int, int]:
         """Run one batch; the greedy token of each emitting request. Blocks and prompts must be there."""
         shape = self.static.shape_of(work) if self.static is not None else None
         if self.static is not None and shape is not None:
@@ -111,7 +111,7 @@ class Runner:
             spec.num_heads, spec.num_kv_heads, spec.head_dim, self.loaded.dtype, self.device, windows
         )
 
-    def lay_out(self, work: Work, table: BlockTable, tokens: TokenStore) -> Inputs:
+    def lay_out(self, work: Work, table: BlockTable | PlacedBlocks, tokens: TokenStore) -> Inputs:
         """The batch as tensors; blocks and prompts must be there."""
         num_blocks = -(-(work.num_computed + work.num_tokens) // BLOCK_SIZE)
         single = work.num_tokens == 1

@@ -29,14 +29,30 @@ def _mix(z: np.ndarray | np.uint64) -> np.ndarray:
 
 
 class TokenStore:
-    """Prompt and answer of every request, one behind the other in a flat array; prompts are made when first needed."""
+    """Prompt and answer of every request, one behind the other in a flat array; prompts are made when first needed.
 
-    def __init__(self, prompt_tokens: np.ndarray, output_tokens: np.ndarray, seed: int, vocab_size: int) -> None:
+    A prompt begins with the first ``shared_tokens`` tokens of another request, as `workload.identity` has it, so of its
+    answer too: what is to be said behind the last token known then is made up, and its own pass says that.
+
+    Args:
+        shares: ``shares_with`` and ``shared_tokens``, each (num_requests,); None if nobody shares.
+    """
+
+    def __init__(
+        self,
+        prompt_tokens: np.ndarray,
+        output_tokens: np.ndarray,
+        seed: int,
+        vocab_size: int,
+        shares: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
         self.prompt_tokens = np.asarray(prompt_tokens, np.int64)
         self.total_tokens = self.prompt_tokens + output_tokens
         self.start = np.concatenate([[0], np.cumsum(self.total_tokens)])
-        self.num_known = np.zeros(len(self.prompt_tokens), np.int64)  # prompt and emitted tokens; 0: prompt not made
+        self.num_known = np.zeros(len(self.prompt_tokens), np.int64)  # prompt and emitted tokens; 0: not scheduled yet
         self.seed, self.vocab_size = seed, vocab_size
+        self.shares = shares
+        self._num_given = np.zeros(len(self.prompt_tokens), np.int64)  # made up, or known when somebody shared them
         self._ids = np.empty(int(self.start[-1]), np.int32)
 
     def read(self, requests: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -46,14 +62,39 @@ class TokenStore:
     def make_prompts(self, requests: np.ndarray) -> None:
         """Make the prompts that have not been needed yet."""
         for r in requests[self.num_known[requests] == 0].tolist():
-            n, at = int(self.prompt_tokens[r]), int(self.start[r])
-            self._ids[at : at + n] = prompt_ids(self.seed, r, n, self.vocab_size)
+            n = int(self.prompt_tokens[r])
+            self.give(r, n)
             self.num_known[r] = n
 
-    def append(self, requests: np.ndarray, ids: np.ndarray) -> None:
-        """Add one answered token to each request."""
-        self._ids[self.start[requests] + self.num_known[requests]] = ids
+    def give(self, r: int, num_tokens: int) -> None:
+        """Let the prompt and the first `num_tokens` tokens of `r` be there, made up where they have not been said."""
+        line = []  # from `r` back to the first that has what the next one needs
+        for _ in range(r + 1):
+            parent = -1 if self.shares is None else int(self.shares[0][r])
+            there = max(int(self._num_given[r]), int(self.num_known[r]))
+            num_tokens = max(num_tokens, int(self.prompt_tokens[r]))
+            if there >= num_tokens:
+                break
+            line.append((r, parent, there, num_tokens))
+            if there > 0 or parent < 0 or self.shares is None:
+                break
+            r, num_tokens = parent, int(self.shares[1][r])
+        for r, parent, there, num_tokens in reversed(line):
+            own, at = there, int(self.start[r])
+            if there == 0 and parent >= 0 and self.shares is not None:
+                own, first = int(self.shares[1][r]), int(self.start[parent])
+                self._ids[at : at + own] = self._ids[first : first + own]
+            self._ids[at + own : at + num_tokens] = prompt_ids(self.seed, r, num_tokens, self.vocab_size)[own:]
+            self._num_given[r] = num_tokens
+
+    def append(self, requests: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Add one answered token to each request; the ids, or what somebody's prompt has had in their place."""
+        at = self.start[requests] + self.num_known[requests]
+        if self.shares is not None:
+            ids = np.where(self.num_known[requests] < self._num_given[requests], self._ids[at], ids)
+        self._ids[at] = ids
         self.num_known[requests] += 1
+        return ids
 
     def is_complete(self, requests: np.ndarray) -> np.ndarray:
         """Whether the requests have all tokens that they are to have."""
@@ -68,3 +109,9 @@ class TokenStore:
         """The tokens emitted so far."""
         at = int(self.start[request])
         return self._ids[at + int(self.prompt_tokens[request]) : at + int(max(self.num_known[request], 0))].copy()
+
+    def owner(self, r: int, position: int) -> int:
+        """Whose own token stands at `position` of request `r`."""
+        while self.shares is not None and position < self.shares[1][r]:
+            r = int(self.shares[0][r])
+        return r

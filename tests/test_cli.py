@@ -407,3 +407,15 @@ def test_a_plot_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert main(["trace", str(path), "--plot", str(tmp_path / "no" / "x.png")]) == 2
     out, err = capsys.readouterr()
     assert "plot: cannot write to" in err and err.count("\n") == 1 and not out
+
+
+def test_prefix_caching_is_an_option_of_runs_with_sessions(capsys):
+    run = ["evaluate", "--policy", "sarathi", "--qps", "0.5", "--seeds", "1", "--num-requests", "30", "--json"]
+    rows = []
+    for more in (["--workload", "chat"], ["--workload", "chat", "--prefix-caching"], ["--suite", "chat"]):
+        assert main([*run, *more]) == 0
+        rows += json.loads(capsys.readouterr().out)
+    assert main([*run, "--suite", "chat", "--no-prefix-caching"]) == 0
+    rows += json.loads(capsys.readouterr().out)
+    assert [row["prefix_hit_rate"] is None for row in rows] == [True, False, False, True]
+    assert all(row["num_sessions"] > 3 for row in rows)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import Run, request, table
 
-from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.config import ConfigError
 from llmsched_gym.engine import Batch, check
 from llmsched_gym.workload import Request, shares_of_ids, shares_of_turns
 
@@ -146,8 +146,3 @@ def test_parents_that_cannot_be_are_one_line(parent, message):
 def test_fewer_ids_than_a_prompt_needs_are_one_line():
     with pytest.raises(ConfigError, match=r"^ids: expected 3 for the 40 tokens of request 0 in blocks of 16, got 2$"):
         shares_of_ids([[1, 2]], np.array([40]), 16)
-
-
-def test_the_transformers_backend_has_none():
-    with pytest.raises(ConfigError, match="prefix_caching: expected False"):
-        scenario("paper", backend="transformers", model="random:tiny", prefix_caching=True)

@@ -158,7 +158,10 @@ def forests(draw):
 
 
 @given(
-    forests(), st.sampled_from(["vllm-v1", "slai", "on-time", "random"]), st.booleans(), st.sampled_from([0.2, np.inf])
+    forests(),
+    st.sampled_from(["vllm-v1", "slai", "on-time", "random", "sglang", "sglang[order=hrrn]", "trtllm"]),
+    st.booleans(),
+    st.sampled_from([0.2, np.inf]),
 )
 @settings(max_examples=60, deadline=None)
 def test_everybody_is_served_or_accounted_for(rows, policy, prefix_caching, patience_s):

@@ -68,6 +68,7 @@ def test_the_parts_of_the_reward_are_its_parts():
         ("tenants", {"qps": 2.6, "num_requests": 150, "patience_s": 2.0, "drain_s": 3.0}),
         ("paper", {"qps": 1.5, "num_requests": 60, "max_model_len": 1500, "tbt_rule": "fraction:0.99"}),
         ("default", {"qps": 2.0, "num_requests": 80, "credit": "finish", "tbt_rule": "deadline"}),
+        ("chat", {"qps": 3.0, "num_requests": 300, "patience_s": 2.0, "warmup_s": 0.0}),
     ],
 )
 def test_an_episodes_figures_are_those_of_evaluate(suite, fields):
@@ -76,12 +77,14 @@ def test_an_episodes_figures_are_those_of_evaluate(suite, fields):
     found = {name: infos[-1][f"episode_{name}"] for name in METRICS}
     assert env.episode_metrics() == {name: float(value) for name, value in found.items()}
     right = row(simulate(env_config(suite, **fields), "sarathi", 6))
-    lost = sum(right[f"num_{name}"] for name in ("refused", "rejected", "abandoned")) / right["num_requests"]
+    counted = right["num_requests"] - right["num_to_come"]
+    lost = sum(right[f"num_{name}"] for name in ("refused", "rejected", "abandoned", "cancelled")) / counted
+    assert (right["num_cancelled"] > 0) == (suite == "chat")
     assert found["attainment"] == pytest.approx(right["slo_attainment"], abs=1e-12)
     assert found["lost"] == pytest.approx(lost, abs=1e-12)
     for name in ("ttft_p50_s", "ttft_p99_s", "itl_p99_s"):
         assert found[name] == (math.inf if right[name] is None else pytest.approx(right[name], rel=1e-12))
-    assert found["utility"] == pytest.approx(sum(rewards) / right["num_requests"], abs=1e-9)
+    assert found["utility"] == pytest.approx(sum(rewards) / counted, abs=1e-9)
     if right["num_unfinished"] == 0:
         assert found["utility"] == pytest.approx(right["mean_utility"], abs=1e-9)
     assert found["tokens_per_s"] > 0.0

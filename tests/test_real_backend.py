@@ -90,8 +90,9 @@ class Chaos:
                     room -= n
         running = len(view.running) - len(preempt)
         for r in view.waiting:
-            n = int(rng.integers(1, min(int(r.prefill_tokens), max(room, 1)) + 1))
-            need = blocks_of(n if chunked else int(r.prefill_tokens))
+            prefill, cached = int(r.prefill_tokens), int(r.prefill_tokens - r.num_uncached_tokens)
+            n = int(rng.integers(1, min(prefill, max(room, 1)) + 1))
+            need = blocks_of(min(cached + n, prefill) if chunked else prefill)
             if rng.random() < 0.6 and room >= n and running < view.max_num_seqs and free - need >= 0:
                 tokens[int(r["index"])] = n
                 room, free, running = room - n, free - need, running + 1

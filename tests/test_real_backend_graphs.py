@@ -35,7 +35,7 @@ def prefilled(graphs, lengths=(40, 17, 33)):
     request, computed = np.arange(n), np.array(lengths)
     prompts = backend._take_blocks(request, computed, np.zeros(n, np.int32), np.ones(n, bool))
     backend.tokens.make_prompts(request)
-    backend._book(backend._run(prompts))
+    backend._book(backend._run(prompts, backend.blocks))
     return backend, backend._take_blocks(request, np.ones(n, np.int64), computed, np.ones(n, bool))
 
 

@@ -2,10 +2,11 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import Run, profile, request
+from helpers import Run, profile, request, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from benchmarks import aging
 from llmsched_gym.baselines.on_time import AGED_SHARE
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile
+from llmsched_gym.engine.batch import waiting_prefill
 from llmsched_gym.engine.jit import entry
 from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
@@ -24,6 +26,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import install, make_scheduler
+from llmsched_gym.workload import shares_of_ids
 
 LINEAR = profile((1.0, 2.0))  # n tokens take n ms: a cap of 80 ms admits 80
 STRICT = {"prompt": 20, "output": 99, "tbt": 0.1}
@@ -49,6 +52,46 @@ def test_the_longest_prompt_is_dropped_when_not_all_can_be_on_time():
     assert promised(rows[:2])[:2] == (2, 0)
     assert promised(rows[:2])[4] == NONE_DROPPED
     assert promised(rows[:2], stretch=1.2)[:2] == (1, 1)  # 0.6 s take 0.72 s
+
+
+def test_with_prefix_caching_promises_count_what_is_not_cached():
+    def waiting(*rows):
+        """A run in which `rows`, (blocks, prompt, TTFT SLO), wait, and the cache holds a to h."""
+        words = ["abcdefgh", *(word for word, _, _ in rows)]
+        given = table([request(0.0, 128, 1), *(request(9.0, n, 99, tbt=0.1, ttft=due) for _, n, due in rows)])
+        shares = shares_of_ids([[ord(letter) for letter in word] for word in words], given.prompt_tokens, 16)
+        given = replace(given, shares_with=shares[0], shared_tokens=shares[1])
+        run = Run("on-time[budget=8192]", given, device=LINEAR, prefix_caching=True)
+        while run.clock_s < 9:
+            run.step()
+        return run
+
+    rows = [("abcdefgz", 128, 0.2), ("ijklmn", 96, 0.1), ("opqrstu", 112, 0.25)]
+    run = waiting(*rows)
+    count, dropped, slack_s, work_s, _ = promise_env(run.engine.handle, 0, 1.0)
+    assert (count, dropped) == (3, 0)  # 96, 16 and 112 ms; of the first 112 of 128 tokens are cached
+    assert (slack_s, work_s) == pytest.approx((0.004, 0.224))
+    run = waiting(("abcdexyz", 128, 0.07), ("uv", 32, 0.075))  # 48 and 32 ms: the first has to go
+    assert promise_env(run.engine.handle, 0, 1.0)[:2] == (1, 1)
+    assert promise_env(run.engine.handle, 0, 1.0)[4] == 48
+
+
+def test_with_prefix_caching_the_price_of_mixing_counts_what_is_not_cached():
+    device = LINEAR.with_mixing(4.0)
+    given = table([request(0.0, 128, 1), request(8.9, 40, 99), request(9.0, 128, 2), request(9.0, 32, 2)])
+    words = ["abcdefgh", "rst", "abcdefgz", "uv"]
+    shares = shares_of_ids([[ord(letter) for letter in word] for word in words], given.prompt_tokens, 16)
+    given = replace(given, shares_with=shares[0], shared_tokens=shares[1])
+    run = Run("sarathi", given, device=device, prefix_caching=True)
+    while run.clock_s < 9:
+        run.step()
+    assert run.sim.num_waiting == 2
+    contexts = [int(r.num_computed_tokens) + 1 for r in run.engine.view().decodes]
+    for room, chunk in ((512, 16 + 32), (40, 40)):
+        wanted = device.predict_s([(0, chunk)], contexts)
+        wanted /= device.predict_s([(0, chunk)], []) + device.predict_s([], contexts)
+        assert price_of_mixing(lane_of(run.engine.state, 0), room) == pytest.approx(wanted, rel=1e-9)
+    assert waiting_prefill(lane_of(run.engine.state, 0), math.inf) == 48
 
 
 def test_hopeless_prompts_are_neither_promised_nor_dropped():

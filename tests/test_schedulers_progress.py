@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmsched_gym  # noqa: F401 - registers the environments
+from llmsched_gym.baselines.on_time import MIXES
 from llmsched_gym.config import ADMISSIONS, EnvConfig, scenario
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.pack import HOLDS, ORDERS
@@ -32,7 +33,6 @@ from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.slots import NUM_SLOTS
 from llmsched_gym.scheduler import (
     COMMON_OPTIONS,
-    MIXES,
     PACK_OPTIONS,
     Compiled,
     install,
@@ -95,7 +95,11 @@ def rows_of(drawn):
 
 def options_of(name):
     entry = registry()[name]
-    known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options)
+    known = (
+        PACK_OPTIONS
+        if entry.function is pack_with_knobs
+        else (*COMMON_OPTIONS, *entry.options, *(own.name for own in entry.own))
+    )
     values = VALUES | {"order": entry.orders}
     return st.fixed_dictionaries({}, optional={option: st.sampled_from(values[option]) for option in known})
 

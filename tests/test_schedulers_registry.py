@@ -20,7 +20,18 @@ from llmsched_gym.scheduler import Compiled, PolicyError, Scheduler, install
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["sarathi", "sarathi-spf", "slai", "slai-spf-fixed", "slai-fcfs-fixed", "slai-priority", "rad", "rad-512"]
-NAMES += ["vllm-v0", "vllm-v1", "orca", "faster-transformer", "edf", "srpt-capped", "feasible-first", "random"]
+NAMES += [
+    "vllm-v0",
+    "vllm-v1",
+    "orca",
+    "faster-transformer",
+    "edf",
+    "srpt-capped",
+    "feasible-first",
+    "random",
+    "sglang",
+]
+NAMES += ["trtllm"]
 
 
 class OnePrompt:
@@ -86,7 +97,8 @@ def test_only_the_needed_ones_are_clairvoyant_and_decide_at_a_cost():
         entry = registry()[name]
         assert not getattr(entry, "clairvoyant", False)
         assert getattr(entry, "decision_s", 0.0) == 0.0
-        assert getattr(entry, "admission", "prompt") == ("prompt-check" if name == "vllm-v1" else "prompt")
+        own = {"vllm-v1": "prompt-check", "sglang": "chunk"}
+        assert getattr(entry, "admission", "prompt") == own.get(name, "prompt")
 
 
 @pytest.fixture
@@ -179,7 +191,7 @@ BAD = {
     "slai[cap=nan]": "cap: expected share",
     "slai[cap=0]": "cap: expected share",
     "slai[offset=-1]": "offset: expected mean batches",
-    "slai[order=lifo]": "order: expected one of fcfs, spf, class, srpt, edf, feasible, got 'lifo'",
+    "slai[order=lifo]": "order: expected one of fcfs, spf, class, srpt, edf, feasible, lpm, got 'lifo'",
     "slai[victim=me]": "victim: expected one of latest-arrival, latest-lst, authors",
     "slai[admission=half]": "admission: expected one of prompt, chunk, prompt-check, got 'half'",
     "slai[reserve=true]": "unknown parameter 'reserve'",

@@ -1,5 +1,6 @@
 """Terminals that are not UTF-8, streams that are closed, and folders that two processes want."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -7,11 +8,13 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.store import lock_folder
+from llmsched_gym.report.terminal import comparison
 from llmsched_gym.scheduler import PolicyError, make_scheduler
 from llmsched_gym.workload.traces import cached_trace
 
@@ -169,3 +172,16 @@ def test_the_profile_cache_sees_another_file(tmp_path, monkeypatch):
     first = load_profile("p.json").overhead_ms
     monkeypatch.chdir(tmp_path / "b")
     assert load_profile("p.json").overhead_ms == 2.0 * first
+
+
+def test_tables_of_sessions_fit_a_terminal():
+    rows = evaluate(scenario("chat", num_requests=60, warmup_s=0.0), ["shortest-total"], qps=[0.5], seeds=2)
+    shown = Console(width=80, record=True, file=io.StringIO(), highlight=False, markup=False)
+    for table in comparison(rows):
+        shown.print(table)
+    text = shown.export_text()
+    assert text.count("shortest-total") == 4  # in each table on one line
+    (cached,) = {round(100 * sum(row["prefix_hit_rate"] for row in rows) / 2, 1)}
+    assert f"{cached:.1f}" in text.split("at first admissions")[1]
+    without = comparison(evaluate(scenario("default", num_requests=20), ["sarathi"], qps=[0.5], seeds=1))
+    assert len(without) == 2

@@ -49,6 +49,19 @@ def uncached_prefill(lane, r):
 
 
 @kernel()
+def waiting_prefill(lane, most):
+    """Prompt tokens that the waiting requests have to compute, without cached ones; counted up to about `most`."""
+    if not lane.sim.prefix_caching:
+        return lane.sim.waiting_tokens
+    tokens = 0
+    for i in range(lane.sim.num_waiting):
+        if tokens >= most:
+            break
+        tokens += uncached_prefill(lane, lane.waiting[i])
+    return tokens
+
+
+@kernel()
 def open_batch(lane):
     """Start an empty batch under the knobs' token budget and time cap."""
     sim, batch = lane.sim, lane.batch

@@ -11,6 +11,7 @@ import numpy as np
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import run as kernels
+from llmsched_gym.engine.places import cached_blocks, places_of
 from llmsched_gym.engine.state import State, allocate, append_request, grow, load_table, make_handle
 from llmsched_gym.engine.view import Batch, View, has_arrived, submit
 from llmsched_gym.workload import NOISE_BLOCK, Request, RequestTable, noise_block
@@ -43,13 +44,18 @@ class ScheduledBatch(NamedTuple):
     emits: np.ndarray  # bool, whether the pass produces a token
     preempted: np.ndarray  # int32, requests whose KV was freed before this batch
     running: np.ndarray  # int32, all requests that hold KV; whoever left since the last batch is not among them
+    # with prefix caching int32 (num_items, most blocks of an item), NONE behind an item's last: places of its blocks,
+    # those that this batch fills included; what is computed already lies there, whoever computed it. Else None.
+    blocks: np.ndarray | None = None
 
 
 class Backend(Protocol):
     """Executes batches: the simulated device, a GPU, or a recording.
 
     Optional attributes: ``reset(table)`` (called before each run), ``num_kv_blocks`` (what its memory holds; counts
-    where the scenario names no number).
+    where the scenario names no number), ``fill(request, position, place)`` (called behind reset where the cache begins
+    with what is past: int32 arrays, the block at `position` of `request`, whose last token is its own, is to lie at
+    `place`).
     """
 
     def execute(self, batch: ScheduledBatch) -> Execution:
@@ -127,6 +133,9 @@ class Engine:
             for block in (0, 1):
                 self._fill_noise(env, block)
         kernels.start(self.handle, env)
+        fill = getattr(self.backend, "fill", None)
+        if fill is not None and self.scenario.prefix_caching and table.num_past > 0:
+            fill(*cached_blocks(self.state, env))
 
     def enter(self, request: Request, env: int = 0) -> int:
         """Let a request come that no table foresaw, between two steps; returns its index.
@@ -277,7 +286,8 @@ class Engine:
             now = self._preemptions(env)
             preempted = np.flatnonzero(now > preempted_before).astype(np.int32)
         running = self.state.running[env, : self.state.sims[env].num_running]
-        return ScheduledBatch(r.copy(), n.copy(), computed.copy(), emits, preempted, running.copy())
+        blocks = places_of(self.state, env, r, computed + n) if self.scenario.prefix_caching else None
+        return ScheduledBatch(r.copy(), n.copy(), computed.copy(), emits, preempted, running.copy(), blocks)
 
     def _preemptions(self, env: int) -> np.ndarray:
         return self.state.requests[env]["num_preemptions"].copy()

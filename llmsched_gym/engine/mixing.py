@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmsched_gym.engine.batch import is_prefill, remaining_prefill
+from llmsched_gym.engine.batch import is_prefill, remaining_prefill, waiting_prefill
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.surface import chunk_s, has_surface, surface_s
 
@@ -18,7 +18,7 @@ def price_of_mixing(lane, room):
     if not has_surface(lane.coef_s):
         return 0.0
     decodes, tokens, longest = 0, 0.0, 0.0
-    prompt = lane.sim.waiting_tokens
+    prompt = waiting_prefill(lane, room)
     for i in range(lane.sim.num_running):
         request = lane.requests[lane.running[i]]
         if is_prefill(request):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.engine.batch import insert_sorted, is_prefill, time_alone_s, time_left_s
+from llmsched_gym.engine.batch import insert_sorted, is_prefill, time_alone_s, time_left_s, uncached_prefill
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.records import NONE
+from llmsched_gym.engine.records import NONE, WAITING
 
 STRETCH = 1.3  # chosen on selection seeds of the drift suite
 NONE_DROPPED = 1 << 30
@@ -29,6 +29,13 @@ def _add_candidate(lane, count, r):
         insert_sorted(lane, count, r, left_s)
         return count + 1
     return count
+
+
+@kernel()
+def _length(lane, r):
+    """Prompt tokens that `r` has to compute in all: those that it finds, or has found, cached are none of them."""
+    request = lane.requests[r]
+    return uncached_prefill(lane, r) if request.phase == WAITING else request.prefill_tokens - request.num_cached_tokens
 
 
 @kernel()
@@ -50,7 +57,8 @@ def promise(lane, stretch):
 
     Returns (promised, dropped, slack_s, work_s, shortest): how many prompts are promised, how many could be on time but
     not with the others, the least time that a promised one has left when it and all before it are served, the seconds
-    that serving them takes alone, and the tokens of the shortest dropped prompt, NONE_DROPPED if there is none.
+    that serving them takes alone, and how many tokens the shortest dropped prompt has to compute, NONE_DROPPED if there
+    is none.
     """
     count = 0
     for i in range(lane.sim.num_running):
@@ -72,7 +80,7 @@ def promise(lane, stretch):
     for i in range(count):
         r = lane.scratch[i]
         if keys[i] == math.inf:
-            shortest = min(shortest, lane.requests[r].prefill_tokens)
+            shortest = min(shortest, _length(lane, r))
         else:
             work_s += time_alone_s(lane, r)
             slack_s = min(slack_s, keys[i] - work_s * stretch)

@@ -20,8 +20,8 @@ def has_come(phase: Any) -> Any:
     return (phase != PENDING) & (phase != CANCELLED)
 
 
-def record_dtype(fields: list[tuple[str, str]]) -> np.dtype:
-    """The dtype of a record with such (name, format) fields, aligned as in C."""
+def record_dtype(fields: list[Any]) -> np.dtype:
+    """The dtype of a record with such fields, (name, format) or (name, format, shape), aligned as in C."""
     # np.record, so that the same attribute access works with and without compilation
     return np.dtype((np.record, np.dtype(fields, align=True)))
 
@@ -206,6 +206,8 @@ WORLD = record_dtype(
     ]
 )
 
+OWN_KNOBS = 8
+
 # Settings of the packing kernel, and what every other scheduler honours of them.
 KNOBS = record_dtype(
     [
@@ -220,13 +222,7 @@ KNOBS = record_dtype(
         ("offset_full", "f8"),  # the offset when KV use is at least usage_switch
         ("usage_switch", "f8"),
         ("margin", "f8"),  # in capped batches: a decode is critical so long before its deadline; nan: use the LST
-        ("quiet", "i4"),  # on-time: with so few running requests hopeless prompts need not wait for decodes
-        ("consecutive", "i4"),  # sglang: most batches of prompts in a row while there are decodes; 0: no limit
-        ("starvation", "i4"),  # trtllm: batches that a prompt may wait before it goes first; 0: no limit
-        ("threshold", "i4"),  # vllm-v1: largest chunk of a prompt while there is another request; 0: none
-        ("stretch", "f8"),  # on-time: how much longer than alone a prompt is expected to take
-        ("age", "f8"),  # on-time: seconds since arrival after which a hopeless prompt has a share of each batch
-        ("mix", "i1"),  # on-time: whether decodes and prompts share a batch always or where that takes less time
+        ("own", "f8", (OWN_KNOBS,)),  # what one scheduler alone knows, in the order in which it declares them
     ]
 )
 

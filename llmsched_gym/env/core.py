@@ -23,7 +23,7 @@ from llmsched_gym.env.reward import TERMS, Transition, rules_of
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, make_table
 
-ACTED_BY = ("action", "action_repeat", "token_budget", "admission", "allow_refusal")
+ACTED_BY = ("action", "action_repeat", "token_budget", "admission", "allow_refusal", "prefix_caching")
 """Settings without which a model's actions mean something else."""
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, REJECTED, RUNNING, WAITING, has_come
+from llmsched_gym.engine.records import ABANDONED, CANCELLED, FINISHED, REFUSED, REJECTED, RUNNING, WAITING, has_come
 from llmsched_gym.engine.state import State
 from llmsched_gym.workload import RequestTable
 
@@ -16,7 +16,7 @@ METRICS: dict[str, str] = {
     "ttft_p50_s": "median time to first token, seconds; without a first token it is infinite",
     "ttft_p99_s": "99th percentile of the same",
     "itl_p99_s": "99th percentile of the gaps between tokens, open ones at their length; needs `episode_metrics=True`",
-    "lost": "share that was refused, rejected, or left",
+    "lost": "share that was refused, rejected, or left, or was to follow somebody who was or did",
     "tokens_per_s": "tokens emitted per second of the episode",
 }
 """Name and meaning of each figure; in `info` its key has the prefix ``episode_``."""
@@ -25,11 +25,14 @@ METRICS: dict[str, str] = {
 def episode_metrics(state: State, env: int, table: RequestTable, *, has_gaps: bool) -> dict[str, float]:
     """METRICS of environment `env` up to now, over the measured requests that have arrived; nan where there are none.
 
+    Turns that were cancelled count among them, as misses, but have no time to first token.
+
     `has_gaps`: whether the engine records gaps between tokens.
     """
     sim = state.sims[env]
     requests, clock_s = state.requests[env, table.cohort_start : table.cohort_stop], float(sim.clock_s)
     arrived = has_come(requests["phase"])
+    num_cancelled = int((requests["phase"] == CANCELLED).sum())
     requests, gap_start = requests[arrived], table.gap_start[table.cohort_start : table.cohort_stop][arrived]
     figures = dict.fromkeys(METRICS, math.nan)
     if clock_s > 0.0:
@@ -38,10 +41,11 @@ def episode_metrics(state: State, env: int, table: RequestTable, *, has_gaps: bo
         return figures
     phase = requests["phase"]
     ttft_s = np.where(requests["num_output_tokens"] > 0, requests["first_token_s"] - requests["arrival_s"], math.inf)
-    figures["attainment"] = float(((phase == FINISHED) & (requests["paid_attained"] > 0.0)).mean())
-    figures["utility"] = float(requests["paid_utility"].mean())
+    counted = len(requests) + num_cancelled
+    figures["attainment"] = int(((phase == FINISHED) & (requests["paid_attained"] > 0.0)).sum()) / counted
+    figures["utility"] = float(requests["paid_utility"].sum() / counted)
     figures["ttft_p50_s"], figures["ttft_p99_s"] = _quantile(ttft_s, 0.5), _quantile(ttft_s, 0.99)
-    figures["lost"] = float(np.isin(phase, (REFUSED, REJECTED, ABANDONED)).mean())
+    figures["lost"] = (int(np.isin(phase, (REFUSED, REJECTED, ABANDONED)).sum()) + num_cancelled) / counted
     if has_gaps:
         figures["itl_p99_s"] = _quantile(_gaps_s(requests, gap_start, state.gaps[env], clock_s), 0.99)
     return figures

@@ -18,7 +18,7 @@ from llmsched_gym.env.actions.knobs import CAP, KNOBS, LIMIT, TOKEN_BUDGET, knob
 from llmsched_gym.env.arrays import handle_of
 from llmsched_gym.env.core import actions_in, make_arrays
 from llmsched_gym.env.observations import observation_of
-from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs
+from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs, settings_of
 
 
 class SchedulerAction(np.ndarray):
@@ -127,7 +127,7 @@ def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) 
     if config.action != KNOBS_ACTION.name:
         raise ValueError(f"it sets knobs, and the environment has {config.action} actions")
     state = engine.state
-    settings = {name: scheduler.knobs[name].item() for name in scheduler.knobs.dtype.names or ()}
+    settings = settings_of(scheduler.knobs)
     if scheduler.plan is not None:
         before, knobs = state.batches[env].copy(), state.knobs[env].copy()
         scheduler.install(state, env)

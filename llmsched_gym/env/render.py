@@ -89,7 +89,7 @@ def frame_text(shot: Snapshot, caption: str, most: int = 6) -> Any:
 
 
 def _counts(shot: Snapshot) -> list[tuple[str, int]]:
-    """The counts worth showing: refusals and rejections only where there are any."""
+    """The counts worth showing: refusals, rejections and turns cancelled only where there are any."""
     always = ("arrived", "finished", "on time", "late", "abandoned")
     return [(name, count) for name, count in shot.counts.items() if count or name in always]
 

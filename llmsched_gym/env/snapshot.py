@@ -130,6 +130,7 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
             "abandoned": int(sim.num_abandoned),
             "refused": int(sim.num_refused),
             "rejected": int(episode.num_rejected),
+            "cancelled": int(episode.num_cancelled),
         },
         attainment=np.count_nonzero(on_time & recent) / judged if judged else math.nan,
     )

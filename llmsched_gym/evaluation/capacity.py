@@ -77,7 +77,7 @@ def criterion(text: str) -> Criterion:
                 "attainment of strict users", lambda row: _below(share, row["slo_attainment_by_class"]["strict"])
             ),
             Condition("attainment of the longest prompts", lambda row: _below(0.5, row["attained_by_decile"][-1])),
-            Condition("refused or abandoned", lambda row: (row["num_refused"] + row["num_abandoned"]) / _n(row) - 0.01),
+            Condition("refused or abandoned", lambda row: _lost(row) / _n(row) - 0.01),
         ),
     )
 
@@ -89,6 +89,11 @@ def _itl(slo_class: str) -> Condition:
         return _or_huge(row["itl_p99_s_by_class"][slo_class]) - row["tbt_slo_s_by_class"][slo_class]
 
     return Condition(f"p99 ITL of {slo_class} users", excess)
+
+
+def _lost(row: Row) -> int:
+    """Requests that were refused or left, and the turns that were to follow them."""
+    return int(row["num_refused"] + row["num_abandoned"] + row.get("num_cancelled", 0))
 
 
 def _n(row: Row) -> int:

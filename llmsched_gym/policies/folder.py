@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from llmsched_gym.config import ADMISSIONS, EnvConfig, plain
+from llmsched_gym.engine.pack import LPM, ORDERS
 from llmsched_gym.env.actions import ACTIONS, action_of
 from llmsched_gym.env.features import ALL_FEATURES, WIDTHS, features_of
 from llmsched_gym.env.slots import ALL_SLOT_FEATURES, NUM_SLOT_FEATURES, slot_features_of
@@ -59,8 +60,16 @@ class PolicySpec:
             token_budget=self.action["token_budget"],
             admission=self.action["admission"],
             allow_refusal=self.action["allow_refusal"],
+            prefix_caching=_knows_order(self.action, ORDERS[LPM]),
             observation=self.observation["kind"],
         )
+
+
+def _knows_order(action: Mapping[str, Any], name: str) -> bool:
+    """Whether the knobs that a policy sets include this order of prompts."""
+    knobs = action.get("knobs")
+    order = knobs.get("order") if isinstance(knobs, dict) else None
+    return isinstance(order, list | tuple) and name in order
 
 
 def spec_for(

@@ -24,7 +24,7 @@ from llmsched_gym.env.slots import ALL_SLOT_FEATURES
 from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder, width_of
 from llmsched_gym.policies.knob_rules import KnobScores
 from llmsched_gym.policies.networks import BadTensors, Mlp, Rows
-from llmsched_gym.scheduler import Compiled, PolicyError, default_knobs, with_options
+from llmsched_gym.scheduler import Compiled, PolicyError, default_knobs, settings_of, with_options
 
 
 class LoadedPolicy(PolicyScheduler):
@@ -152,7 +152,7 @@ def _constant(name: str, spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Co
         raise PolicyError(f"policy {name!r}: {TENSORS}: action: expected indices of the listed knob values")
     knobs = default_knobs().reshape(1).view(np.recarray)
     set_knobs(knobs[0], np.array([table[i] for i, table in zip(action, tables, strict=True)]))
-    settings = {field: knobs[field][0].item() for field in knobs.dtype.names}
+    settings = settings_of(knobs[0])
     labels = ", ".join(f"{k.name} {k.label(int(i))}" for k, i in zip(folder_knobs(spec), action, strict=True))
     return Compiled(f"constant knobs: {labels}", settings=settings, admission=spec.action["admission"], name=name)
 

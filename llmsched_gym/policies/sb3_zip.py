@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def _guesses(model: Any, given: dict[str, Any]) -> list[EnvConfig]:
             raise _unknown("repeat", "action_repeat")
         if action.has_budget and "token_budget" not in given:
             raise _unknown("token_budget", "token_budget")
-        found += [EnvConfig(**settings, action=name, allow_refusal=refusal) for refusal in (False, True)]
+        for refusal, cached in product((False, True), repeat=2):
+            found.append(EnvConfig(**settings, action=name, allow_refusal=refusal, prefix_caching=cached))
     return found
 
 

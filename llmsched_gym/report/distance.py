@@ -19,8 +19,9 @@ def findings(results: Results) -> list[str]:
     if results.fluid is not None:
         top = float(results.rows["load"].max())
         which = "highest load" if results.rows["load"].nunique() > 1 else "load"
+        unit = statistics.load_unit(results.rows)
         share = f"The {which} that was run is {100 * top / results.fluid.qps:.0f} % of it."
-        found.append(f"**Fluid capacity:** {capacity_text(results.fluid)} {share}")
+        found.append(f"**Fluid capacity:** {capacity_text(results.fluid, unit)} {share}")
     gaps = statistics.attainment_gap(results.rows)
     loads = dict.fromkeys((results.focus, float(results.rows["load"].max())))
     parts = [part for load in loads if (part := _at_load(results.rows, gaps, load))]
@@ -34,10 +35,10 @@ def findings(results: Results) -> list[str]:
     return found
 
 
-def capacity_text(fluid: Fluid) -> str:
+def capacity_text(fluid: Fluid, unit: str = "requests/s") -> str:
     """What the capacity is, what it means and what limits it."""
     text = (
-        f"no scheduler that serves everybody sustains more than {fluid.qps:.2f} requests/s in the long run on this "
+        f"no scheduler that serves everybody sustains more than {fluid.qps:.2f} {unit} in the long run on this "
         f"machine with these lengths. Computing limits it"
     )
     if fluid.limited_by == "computing":
@@ -90,7 +91,7 @@ def gap_table(results: Results) -> Table | None:
     gaps = statistics.attainment_gap(statistics.binned_loads(results.rows))
     if gaps.empty:
         return None
-    bound = bound_of(statistics.policies_of(results.rows))
+    bound, unit = bound_of(statistics.policies_of(results.rows)), statistics.load_unit(results.rows)
     wide = gaps.set_index(["policy", "load"])
     loads, policies = list(gaps["load"].unique()), list(gaps["policy"].unique())
     top = gaps.groupby("load")["value"].max()
@@ -106,8 +107,8 @@ def gap_table(results: Results) -> Table | None:
     labels, notes = ["policy", *(f"{load:.3g}" for load in loads)], []
     if results.fluid is not None:
         labels = ["policy", *(f"{load:.3g} ({100 * load / results.fluid.qps:.0f} %)" for load in loads)]
-        notes = [f"In brackets: the load as a share of the fluid capacity, {results.fluid.qps:.2f} requests/s."]
-    title = f"SLO attainment less that of {bound} (percentage points) by load (requests/s)"
+        notes = [f"In brackets: the load as a share of the fluid capacity, {results.fluid.qps:.2f} {unit}."]
+    title = f"SLO attainment less that of {bound} (percentage points) by load ({unit})"
     return Table(title, [], labels, lines, notes)
 
 

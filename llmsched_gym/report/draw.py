@@ -223,6 +223,9 @@ def lines(ax: Axes, means: pd.DataFrame, policies: Sequence[str], *, floor: floa
         ax.plot(own["load"], shown["value"], color=style.colour, marker=style.marker, linestyle=style.dash, zorder=3)
         above.append((own["load"][np.isposinf(own["value"])], style.colour))
         below.append((own["load"][own["value"] < floor], style.colour))
+    # a load at which there are triangles alone would lie outside the axes, as they do not count as data
+    ax.update_datalim(np.column_stack([means["load"], np.zeros(len(means))]), updatey=False)
+    ax.autoscale_view(scaley=False)
     off_scale(ax, above, up=True)
     off_scale(ax, below, up=False)
     few_ticks(ax.xaxis, 8, steps=[1, 2, 2.5, 5, 10])

@@ -30,7 +30,7 @@ def overview(results: Results) -> str:
     counts = sorted({int(n) for n in rows["num_requests"]})
     each = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     values = [f"{load:g}" for load in sorted(rows["load"].unique())]
-    loads = f"{len(values)} loads ({', '.join(values)} requests/s)"
+    loads = f"{len(values)} loads ({', '.join(values)} {statistics.load_unit(rows)})"
     if len(values) == 1:
         loads = load_label(rows, float(rows["load"].iloc[0]))
     who = f"{len(policies)} schedulers served the same requests" if len(policies) > 1 else f"`{policies[0]}` was run"
@@ -125,7 +125,7 @@ def _gaps(results: Results) -> list[str]:
         up_to.setdefault(-math.inf if math.isnan(last) else last, []).append(policy)
     parts, top, single = [], rows["load"].max(), rows["load"].nunique() == 1
     for load, policies in sorted(up_to.items(), reverse=True):
-        where = "" if single else "at all loads " if load == top else f"up to {load:g} requests/s "
+        where = "" if single else "at all loads " if load == top else f"up to {load:g} {statistics.load_unit(rows)} "
         if load < 0:
             where = "not " if single else "at none "
         parts.append(f"{where}under {names(policies)}")
@@ -135,7 +135,9 @@ def _gaps(results: Results) -> list[str]:
 def _lost(results: Results) -> list[str]:
     """Policies that refused, lost or never finished more than one request in a hundred, at their worst load."""
     rows = results.rows
-    share = rows[["refused_share", "abandoned_share", "unfinished_share"]].sum(axis=1)
+    cancelled = bool((rows["cancelled_share"] > 0).any())
+    outcomes = ["refused", "abandoned", *(["cancelled"] * cancelled), "unfinished"]
+    share = rows[[f"{outcome}_share" for outcome in outcomes]].sum(axis=1)
     means = share.groupby([rows["policy"], rows["load"]], sort=False).mean()
     parts = []
     for policy in statistics.policies_of(rows):
@@ -146,7 +148,8 @@ def _lost(results: Results) -> list[str]:
     if not parts:
         return []
     worst = ", at the worst load of each" if rows["load"].nunique() > 1 else ""
-    return [f"**Not served** (refused, abandoned or unfinished){worst}: {', '.join(parts)}."]
+    what = f"{', '.join(outcomes[:-1])} or {outcomes[-1]}"
+    return [f"**Not served** ({what}){worst}: {', '.join(parts)}."]
 
 
 def _claims(results: Results) -> list[str]:
@@ -194,6 +197,11 @@ def remarks(results: Results, table: pd.DataFrame) -> list[str]:
         found[0] = (
             "A request is within its SLOs when it finished, its first token came in time and its other tokens met the "
             f"rule `{rule}`; the share is of all measured requests."
+        )
+    if statistics.has(rows, "num_sessions"):
+        found.append(
+            "A turn that never came asked for nothing and has no TTFT. It counts as a miss if it was cancelled, and "
+            "not at all if it was still to come when the run ended."
         )
     if table["best"].any():
         found.append(

@@ -28,7 +28,7 @@ Values = Sequence[float | None]
 
 def is_latency(column: str) -> bool:
     """Whether a column of rows is summarised by the median over seeds."""
-    return bool(re.match(r"(ttft|itl|tpot|e2e|queue_time)_(p\d+|mean)_s|num_preemptions", column))
+    return bool(re.match(r"(ttft|itl|tpot|e2e|queue_time|session)_(p\d+|mean)_s|num_preemptions", column))
 
 
 def mean(values: Values) -> float | None:

@@ -36,7 +36,9 @@ def plot_attainment(rows: pd.DataFrame, slo_class: str | None = None, *, fluid_q
 @draw.styled
 def plot_goodput(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
     """Requests within all SLOs per second against load, with the fluid capacity as a level."""
-    line = (fluid_qps, _fluid_label(fluid_qps)) if fluid_qps else None
+    line = None
+    if fluid_qps and not statistics.has(rows, "num_sessions"):  # whose capacity is no number of requests
+        line = (fluid_qps, _fluid_label(fluid_qps, "requests/s"))
     return _against_load(rows, "request_goodput", "Goodput", "Within all SLOs (requests/s)", line=line, dash=FLUID)
 
 
@@ -71,6 +73,20 @@ def plot_itl(rows: pd.DataFrame, slo_class: str = "strict", slo_s: float = 0.1) 
     return _against_load(rows, f"itl_p99_s_{slo_class}", title, "p99 ITL (s, log scale)", log=True, line=line)
 
 
+@draw.styled
+def plot_sessions_on_time(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
+    """Share of sessions with every turn within its SLOs against load, with the fluid capacity."""
+    title, label = "Sessions on time", "Sessions with every turn within SLOs (%)"
+    return _against_load(rows, "session_on_time", title, label, percent=True, fluid_qps=fluid_qps)
+
+
+@draw.styled
+def plot_hit_rate(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
+    """Share of prompt tokens found in the prefix cache against load, with the fluid capacity."""
+    title, label = "Prefix cache hit rate", "Prompt tokens found cached (%)"
+    return _against_load(rows, "prefix_hit_rate", title, label, percent=True, fluid_qps=fluid_qps)
+
+
 def _against_load(
     rows: pd.DataFrame,
     column: str,
@@ -100,7 +116,7 @@ def _against_load(
     else:
         figure, ax = draw.panel(title)
         draw.lines(ax, means, policies)
-        ax.set(xlabel="Load (requests/s)", ylabel=label)
+        ax.set(xlabel=f"Load ({statistics.load_unit(rows)})", ylabel=label)
     axis = ax.xaxis if single else ax.yaxis
     if log:
         ends = finite[["low", "high"]].to_numpy().ravel() if single else []
@@ -111,18 +127,28 @@ def _against_load(
         ax.set(**{f"{axis.axis_name}lim": (0, 1.06 * line[0] if line and line[0] > finite["value"].max() else None)})
     guides = [draw.guide(ax, *line, vertical=single, dash=dash)] if line else []
     if fluid_qps and not single:
-        guides.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
+        label = _fluid_label(fluid_qps, statistics.load_unit(rows))
+        guides.append(draw.guide(ax, fluid_qps, label, vertical=True, dash=FLUID))
     draw.legend(figure, [] if single else policies, guides)
     return figure
 
 
-def _fluid_label(qps: float) -> str:
-    return f"fluid capacity, {qps:.2f} requests/s"
+def _fluid_label(qps: float, unit: str) -> str:
+    return f"fluid capacity, {qps:.2f} {unit}"
 
 
 @draw.styled
-def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = statistics.BASELINE, *, paper: bool = False) -> Figure:
-    """Reduction of the median TTFT against `baseline` over load; with `paper` its claim and the reference figures."""
+def plot_ttft_reduction(
+    reduction: pd.DataFrame,
+    baseline: str = statistics.BASELINE,
+    *,
+    paper: bool = False,
+    unit: str = "requests/s",
+) -> Figure:
+    """Reduction of the median TTFT against `baseline` over load in `unit`.
+
+    With `paper` its claim and the reference figures.
+    """
     means = reduction.assign(**{c: 100 * reduction[c] for c in ("value", "low", "high")})
     finite = means[np.isfinite(means["value"])]
     if finite.empty:
@@ -152,7 +178,7 @@ def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = statistics.BASE
             draw.guide(ax, claim, f"the paper's claim ({claim:.0f} %)"),
         ]
     ax.set_ylim(low, high)
-    ax.set_xlabel("Load (requests/s)")
+    ax.set_xlabel(f"Load ({unit})")
     ax.set_ylabel(label)
     draw.legend(figure, policies, extra)
     return figure
@@ -160,7 +186,11 @@ def plot_ttft_reduction(reduction: pd.DataFrame, baseline: str = statistics.BASE
 
 @draw.styled
 def plot_capacity(
-    capacity: pd.DataFrame, *, reference: Mapping[str, float] | None = None, fluid_qps: float | None = None
+    capacity: pd.DataFrame,
+    *,
+    reference: Mapping[str, float] | None = None,
+    fluid_qps: float | None = None,
+    unit: str = "requests/s",
 ) -> Figure:
     """Capacity by policy with intervals, for one criterion; dotted: reference figures, dash-dotted: the fluid bound."""
     own = capacity[np.isfinite(capacity["capacity_qps"].astype(float))].reset_index(drop=True)
@@ -186,12 +216,12 @@ def plot_capacity(
     if shown:
         entries.append((draw.mark(**dotted), "reference figure"))
     if fluid_qps:
-        entries.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps), vertical=True, dash=FLUID))
+        entries.append(draw.guide(ax, fluid_qps, _fluid_label(fluid_qps, unit), vertical=True, dash=FLUID))
     draw.legend(figure, [], entries)
     ax.set_yticks(range(len(own)), [draw.name_in_figure(p) for p in policies])
     ax.tick_params(axis="y", length=0, labelcolor=draw.INK)
     ax.grid(False, axis="y")
     ax.set_ylim(len(own) - 0.4, -0.6)
     ax.set_xlim(0, right * 1.16)
-    ax.set_xlabel("Capacity (requests/s)")
+    ax.set_xlabel(f"Capacity ({unit})")
     return figure

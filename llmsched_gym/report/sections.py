@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+NEVER_CAME = ("pending", "cancelled")
+"""Phases of turns of sessions that asked for nothing."""
+
+
 @dataclass(frozen=True)
 class Exhibit:
     """A figure that may turn out to have nothing to show."""
@@ -49,6 +53,7 @@ def sections(results: Results) -> list[Section]:
     """Figures and tables in their order, all but the comparison tables."""
     return [
         _against_load(results),
+        _sessions(results),
         _against_bound(results),
         _against_paper(results),
         _capacity(results),
@@ -65,10 +70,12 @@ def _against_load(results: Results) -> Section:
     ttft = partial(plots.plot_ttft, rows, slo_s=slo_s, fluid_qps=fluid_qps)
     goodput = partial(plots.plot_goodput, rows, fluid_qps=fluid_qps)
     throughput = partial(plots.plot_throughput, rows, fluid_qps=fluid_qps)
+    in_sessions = statistics.has(rows, "num_sessions")
+    whose = "requests, cancelled ones included," if in_sessions else "arrived requests"
     dashed = "Dashed: the TTFT SLO of an empty prompt"
     strict = "The same among strict users, whose gaps between tokens have the tighter SLO."
     exhibits = [
-        Exhibit("slo-attainment", attainment, "Share of arrived requests that meet all SLOs."),
+        Exhibit("slo-attainment", attainment, f"Share of {whose} that meet all SLOs."),
         Exhibit("slo-attainment-strict", partial(attainment, "strict"), strict),
         Exhibit("ttft-median", partial(ttft, 50), f"{dashed}, and the paper's limit.{_infinite(rows, 50)}"),
         Exhibit("ttft-p99", partial(ttft, 99), f"{dashed}.{_infinite(rows, 99)}"),
@@ -95,6 +102,31 @@ def _against_load(results: Results) -> Section:
     if fluid_qps:
         text += " Dash-dotted: the fluid capacity, which no scheduler sustains more than."
     return Section("load", title, text, exhibits)
+
+
+def _sessions(results: Results) -> Section:
+    rows = results.rows
+    table = tables.session_table(rows)
+    if table is None:
+        return Section("sessions", "")
+    fluid_qps = shown_capacity(results.fluid, statistics.binned_loads(rows)["load"])
+    exhibits, parts, text = [], [], ""
+    if statistics.has(rows, "num_sessions"):
+        parts.append("sessions")
+        on_time = partial(plots.plot_sessions_on_time, rows, fluid_qps=fluid_qps)
+        exhibits.append(Exhibit("sessions-on-time", on_time, "Share of sessions with every turn within all its SLOs."))
+        text = (
+            "A turn comes when the one before it has been answered and its client has thought, and never if that one "
+            "was rejected, refused or abandoned: it is cancelled then, and a miss. "
+        )
+    if statistics.has(rows, "prefix_hit_rate"):
+        parts.append("prefix cache")
+        hits = partial(plots.plot_hit_rate, rows, fluid_qps=fluid_qps)
+        what = "Of the prompt tokens of requests that were scheduled, those found cached at first."
+        exhibits.append(Exhibit("prefix-hit-rate", hits, what))
+        text += "Prompt tokens that the cache holds are not computed."
+    title = " and ".join(parts)
+    return Section("sessions", title[0].upper() + title[1:], text.strip(), exhibits, [table])
 
 
 def _infinite(rows: pd.DataFrame, percentile: int) -> str:
@@ -125,7 +157,8 @@ def _reduction(rows: pd.DataFrame, *, paper: bool = False) -> Exhibit:
     text = "How much lower the median TTFT is: the median over seeds of paired runs."
     if reduction["load"].nunique() > 1 and (reduction["value"] < plots.FAR_BELOW / 100).any():
         text += " Triangles on the lower edge stand for far higher ones."
-    return Exhibit("ttft-reduction", partial(plots.plot_ttft_reduction, reduction, paper=paper), text)
+    plot = partial(plots.plot_ttft_reduction, reduction, paper=paper, unit=statistics.load_unit(rows))
+    return Exhibit("ttft-reduction", plot, text)
 
 
 def _against_paper(results: Results) -> Section:
@@ -153,13 +186,14 @@ def _capacity(results: Results) -> Section:
         measured = own["measured"].iloc[0]
         text = f"Largest rate that meets `{criterion}`" + (f", suite {suite}, {measured}." if measured else ".")
         fluid = results.fluid if suite == results.suite else None
-        plot = partial(plots.plot_capacity, own, reference=reference, fluid_qps=fluid.qps if fluid else None)
+        qps, unit = fluid.qps if fluid else None, statistics.load_unit(results.rows)
+        plot = partial(plots.plot_capacity, own, reference=reference, fluid_qps=qps, unit=unit)
         exhibits.append(Exhibit(name, plot, text + distance.above_fluid(own, fluid)))
         beside = tables.capacity_reference_table(own) if reference else None
         if beside is not None:
             shown.append(beside)
         if beside is None or len(own) > own["policy"].isin(constants.REFERENCE_CAPACITY_QPS).sum():
-            shown.append(tables.capacity_table(str(criterion), own))
+            shown.append(tables.capacity_table(str(criterion), own, unit))
     text = "The largest arrival rate at which a policy meets the criterion, on seed means."
     return Section("capacity", "Capacity", text, exhibits, shown)
 
@@ -167,7 +201,9 @@ def _capacity(results: Results) -> Section:
 def _at_focus(results: Results) -> Section:
     rows, focus = results.rows, results.focus
     own = results.requests_at(focus)
-    slo = results.ttft_slo() if results.ttft_scales() == [1.0] else None
+    own = own[~own["phase"].astype(str).isin(NEVER_CAME)]
+    in_sessions = statistics.has(rows, "num_sessions")  # whose TTFT SLOs go by what is new of a prompt
+    slo = results.ttft_slo() if results.ttft_scales() == [1.0] and not in_sessions else None
     drawn = bool(rows["drawn"].any())
     at = "" if drawn else load_label(rows, focus)
     tenths = "Each point is a tenth of the requests by prompt length." + (" Dashed: the TTFT SLO." if slo else "")
@@ -177,6 +213,7 @@ def _at_focus(results: Results) -> Section:
     ]
     for load in dict.fromkeys((focus, float(rows["load"].max()))):
         requests, stem = results.requests_at(load), "by-prompt" if load == focus else "by-prompt-highest-load"
+        requests = requests[requests["phase"].astype(str) != "pending"]
         where = "" if drawn else load_label(rows, load)
         share = partial(distributions.plot_share_by_prompt, requests, at=where)
         exhibits.append(Exhibit(f"attained-{stem}", share, "Whether short or long prompts pay for the attainment."))
@@ -210,7 +247,11 @@ def _batches(results: Results) -> Section:
     families = {re.split(r"[-\[]", p)[0]: p for p in reversed(order)}  # the first of each
     chosen = list(dict.fromkeys([*(p for p in order if p in families.values()), *order]))[:3]
     seed, qps = int(results.steps["seed"].iloc[0]), float(results.steps["qps"].iloc[0])
-    text = f"The first two minutes of seed {seed} at {qps:.3g} requests/s under {names(chosen)}." if chosen else ""
+    text = (
+        f"The first two minutes of seed {seed} at {qps:.3g} {statistics.load_unit(rows)} under {names(chosen)}."
+        if chosen
+        else ""
+    )
     caption = "Mean tokens per batch over half-second bins, requests running and waiting, share of KV blocks in use."
     plot = partial(distributions.plot_batches, results.steps, chosen)
     return Section("batches", "What batches are made of", text, [Exhibit("batches", plot, caption, wide=True)])

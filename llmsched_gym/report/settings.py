@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from llmsched_gym.config import SUITES
 from llmsched_gym.cost import Profile, ProfileError, load_profile
 from llmsched_gym.files import encode
+from llmsched_gym.report import statistics
 from llmsched_gym.report.bounds import bound_of
 from llmsched_gym.report.results import Results
 
@@ -53,6 +56,8 @@ def command(config: Mapping[str, Any], directory: Path) -> str | None:
             words += ["--patience", f"{value}"]
         elif name == "allow_refusal":
             words += ["--allow-refusal"]
+        elif name == "prefix_caching":
+            words += ["--prefix-caching" if value else "--no-prefix-caching"]
         else:
             words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     if config.get("qps"):
@@ -76,13 +81,16 @@ def settings(results: Results) -> list[tuple[str, str]]:
     found = [("Suite", results.suite), ("Cost profile", _profile(only("profile"))), ("Workload", only("workload"))]
     found += [("Arrivals", _arrivals(results))]
     found.append(("Seeds", f"{seeds.min()} to {seeds.max()}" if len(seeds) > 1 else str(seeds[0])))
-    found.append(("Requests per run", ", ".join(f"{n:,}" for n in sorted(rows["num_requests"].unique()))))
+    if statistics.has(rows, "num_sessions"):
+        found.append(("Sessions per run", _counts(rows["num_sessions"])))
+    found.append(("Requests per run", _counts(rows["num_requests"])))
     found += [("Trace", remark) for remark in results.trace_remarks]
     if not results.config.get("scenario"):
         return found
     slo_s, per_token_s = results.ttft_slo()
     scales = "" if results.ttft_scales() == [1.0] else f", times {', '.join(f'{s:g}' for s in results.ttft_scales())}"
-    found.append(("TTFT SLO", f"{slo_s:g} s + {1e3 * per_token_s:g} ms per prompt token{scales}"))
+    new = "new " if statistics.has(rows, "num_sessions") else ""
+    found.append(("TTFT SLO", f"{slo_s:g} s + {1e3 * per_token_s:g} ms per {new}prompt token{scales}"))
     tbt = ", ".join(f"{name} {slo_s:g} s" for name, slo_s in results.tbt_slos_s().items())
     found.append(("TBT SLO", f"{tbt}; rule {get('tbt_rule', 'every-gap')}"))
     found.append(("Strict users", _range(get("strict_share", 0.05), 100) + " %"))
@@ -95,6 +103,7 @@ def settings(results: Results) -> list[tuple[str, str]]:
     limits = f"max_num_seqs {seqs:,}, " if seqs else ""
     limits += f"max_num_batched_tokens {get('max_num_batched_tokens', 8192):,}"
     limits += f", max_model_len {get('max_model_len', 8192):,}"
+    limits += ", prefix caching" * bool(get("prefix_caching", False))
     found.append(("Engine", f"{f'{blocks:,} KV blocks, ' if blocks else ''}{limits}"))
     patience = get("patience_s", "inf")
     found.append(("Patience", "infinite" if patience == "inf" else f"{patience:g} s late"))
@@ -110,6 +119,7 @@ def settings(results: Results) -> list[tuple[str, str]]:
 def _arrivals(results: Results) -> str:
     """Where arrivals come from, as runs had them."""
     rows, get = results.rows, results.setting
+    unit = statistics.load_unit(rows)
     kinds = rows["arrivals"].unique() if "arrivals" in rows else ["unknown"]
     kind = ", ".join(map(str, kinds))
     if kind == "trace":
@@ -118,10 +128,10 @@ def _arrivals(results: Results) -> str:
     if kind == "gamma":
         kind += f" of shape {get('burstiness', 1.0):g}"
     if rows["drawn"].any():
-        return f"{kind}, one rate per seed from {_range(get('qps_range', [0.0, 0.0]), 1)} requests/s"
+        return f"{kind}, one rate per seed from {_range(get('qps_range', [0.0, 0.0]), 1)} {unit}"
     if kind in ("mmpp", "switching"):
         kind += f", rates switching every {_range(get('switch_every_s', [0.0, 0.0]), 1)} s"
-    return f"{kind} at {', '.join(f'{load:.4g}' for load in sorted(rows['load'].unique()))} requests/s"
+    return f"{kind} at {', '.join(f'{load:.4g}' for load in sorted(rows['load'].unique()))} {unit}"
 
 
 def _profile(name: str) -> str:
@@ -135,6 +145,12 @@ def _loaded(name: str) -> Profile | None:
         return load_profile(name)
     except ProfileError:
         return None  # a file that has gone since
+
+
+def _counts(column: pd.Series) -> str:
+    """The values, or the least and the largest of many."""
+    counts = [f"{int(n):,}" for n in sorted(column.dropna().unique())]
+    return ", ".join(counts) if len(counts) <= 4 else f"{counts[0]} to {counts[-1]}"
 
 
 def _range(value: Any, scale: float) -> str:

@@ -2,6 +2,7 @@
 
 Pure functions of rows. A *load* is an arrival rate that was asked for; a suite that draws another rate for each seed
 has one load, the mean of the rates drawn.
+Long, as every figure goes by the same tidy rows, estimates and intervals; what says them in words lies elsewhere.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Metric:
     scale: float = 1.0  # shown = row * scale
     digits: int | None = None  # decimals; None: three significant digits
     quantile: float | None = None  # for percentiles
-    samples: str = "requests"  # what a percentile is taken over: requests, or a class whose gaps are meant
+    samples: str = "requests"  # what a percentile is taken over: requests, sessions, or a class whose gaps are meant
 
 
 METRICS = (
@@ -56,12 +57,20 @@ METRICS = (
     Metric("mean_utility", "Utility", "mean", "1 at most", 1, 1, 3),
     Metric("refused_share", "Not served", "refused", "%", -1, 100, 1),
     Metric("abandoned_share", "Not served", "abandoned", "%", -1, 100, 1),
+    Metric("cancelled_share", "Not served", "cancelled", "%", -1, 100, 1),
     Metric("unfinished_share", "Not served", "unfinished", "%", -1, 100, 1),
     Metric("request_goodput", "Goodput", "while arriving", "req/s", 1, 1, 3),
     Metric("vllm_request_goodput", "Goodput", "vLLM's", "req/s", 1, 1, 3),
     Metric("kv_cache_usage_max", "Engine", "KV peak", "%", 0, 100, 1),
     Metric("num_preemptions", "Engine", "preemptions", "1/run", 0, 1, 1),
 )
+
+
+SESSION_COLUMNS = (
+    *("num_sessions", "session_on_time", "session_p50_s", "session_p99_s"),
+    *("prefix_hit_rate", "num_cached_tokens", "num_recached_tokens", "computed_tokens"),
+)
+"""Columns about sessions and the prefix cache, which rows made before there were any lack."""
 
 
 def tidy(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -83,9 +92,10 @@ def tidy(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             df[f"{column.removesuffix('_by_class')}_{name}"] = pd.Series([v.get(name) for v in values], dtype=float)
     for column in [c for c in df.columns if re.fullmatch(r"ttft_p\d+_s", c)]:
         df[column] = pd.to_numeric(df[column]).astype(float).fillna(math.inf)
-    for outcome in ("refused", "abandoned", "unfinished", "rejected"):
+    for outcome in ("refused", "abandoned", "cancelled", "unfinished", "rejected"):
         df[f"{outcome}_share"] = df.get(f"num_{outcome}", 0.0) / df["num_requests"]
-    for column in {m.column for m in METRICS} & set(df.columns) | {"qps", "throughput_tok_s"} & set(df.columns):
+    numbers = {m.column for m in METRICS} | {"qps", "throughput_tok_s", *SESSION_COLUMNS}
+    for column in numbers & set(df.columns):
         df[column] = pd.to_numeric(df[column]).astype(float)
     df["drawn"] = _rates_are_drawn(df)
     given = df["requested_qps"].astype(float).fillna(df["qps"]) if "requested_qps" in df else df["qps"]
@@ -105,6 +115,16 @@ def _rates_are_drawn(df: pd.DataFrame) -> bool:
         return bool(df["requested_qps"].isna().all() and df["qps"].nunique() > 1)
     runs = df.groupby("policy").agg(runs=("seed", "size"), seeds=("seed", "nunique"), rates=("qps", "nunique"))
     return bool(((runs["seeds"] > 1) & (runs["rates"] == runs["runs"]) & (runs["seeds"] == runs["runs"])).all())
+
+
+def has(df: pd.DataFrame, column: str) -> bool:
+    """Whether some row has a figure in a column."""
+    return column in df and bool(df[column].notna().any())
+
+
+def load_unit(df: pd.DataFrame) -> str:
+    """What a load is counted in."""
+    return "sessions/s" if has(df, "num_sessions") else "requests/s"
 
 
 def policies_of(df: pd.DataFrame) -> list[str]:
@@ -133,7 +153,8 @@ def _estimate(column: str, values: np.ndarray) -> tuple[float, float, float, int
     if intervals.is_latency(column):
         ends = intervals.median_interval(known.tolist())
         return float(np.median(known)), *(ends or (np.nan, np.nan)), int(np.isposinf(known).sum())
-    bounded = column.startswith("slo_attainment") or column.endswith("_share") or column == "kv_cache_usage_max"
+    bounded = column.startswith("slo_attainment") or column.endswith("_share")
+    bounded |= column in ("kv_cache_usage_max", "session_on_time", "prefix_hit_rate")
     ends = intervals.interval(known.tolist(), (0.0, 1.0) if bounded else (-np.inf, np.inf))
     return float(known.mean()), *(ends or (np.nan, np.nan)), 0
 
@@ -206,7 +227,7 @@ def samples_beyond(group: pd.DataFrame, metric: Metric, policies: list[str]) -> 
     """
     if metric.quantile is None:
         return np.full(len(policies), np.inf)
-    column = "num_requests" if metric.samples == "requests" else f"num_gaps_{metric.samples}"
+    column = f"num_{metric.samples}" if metric.samples in ("requests", "sessions") else f"num_gaps_{metric.samples}"
     if column not in group:
         return np.zeros(len(policies))
     samples = group.groupby("policy")[column].sum().reindex(policies).fillna(0).to_numpy()

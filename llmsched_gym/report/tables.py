@@ -90,7 +90,7 @@ def attainment_matrix(rows: pd.DataFrame) -> Table | None:
             for load, v in own.items()
         ]
         lines.append([Cell(str(policy), kind=HEAD), *cells])
-    return Table("SLO attainment (%) by load (requests/s)", [], labels, lines)
+    return Table(f"SLO attainment (%) by load ({statistics.load_unit(rows)})", [], labels, lines)
 
 
 def reduction_table(reduction: pd.DataFrame) -> Table | None:
@@ -140,9 +140,9 @@ def _ratio_interval(capacity: pd.DataFrame) -> str:
     return interval(own["ratio_ci_low"].iloc[0], own["ratio_ci_high"].iloc[0], 2) if len(own) else ""
 
 
-def capacity_table(criterion: str, own: pd.DataFrame) -> Table:
-    """Capacities under one criterion, with who is served there where that was recorded."""
-    labels = ["policy", "capacity (requests/s)"]
+def capacity_table(criterion: str, own: pd.DataFrame, unit: str = "requests/s") -> Table:
+    """Capacities in `unit` under one criterion, with who is served there where that was recorded."""
+    labels = ["policy", f"capacity ({unit})"]
     shares = [s for s in ("attained", "refused", "abandoned") if s in own and own[s].notna().any()]
     tenths = bool("attained_by_decile" in own and own["attained_by_decile"].notna().any())
     limited = bool("limited_by" in own and own["limited_by"].notna().any())
@@ -163,3 +163,47 @@ def capacity_table(criterion: str, own: pd.DataFrame) -> Table:
         cells += [Cell(number(None if v is None else 100 * v, 0), heat=v) for v in values] if tenths else []
         lines.append(cells)
     return Table(f"Capacity under `{criterion}`", groups if len(groups) > 1 else [], labels, lines)
+
+
+SESSION_METRICS = (
+    Metric("session_on_time", "Sessions", "on time", "%", 1, 100, 1),
+    Metric("session_p50_s", "Time to the last answer", "p50", "s", -1, quantile=0.5, samples="sessions"),
+    Metric("session_p99_s", "Time to the last answer", "p99", "s", -1, quantile=0.99, samples="sessions"),
+    Metric("cancelled_share", "Turns", "cancelled", "%", -1, 100, 1),
+    Metric("prefix_hit_rate", "Prefix cache", "hit rate", "%", 1, 100, 1),
+    Metric("num_cached_tokens", "Prompt tokens of a run", "saved", "1000", 0, 1e-3, 0),
+    Metric("num_recached_tokens", "Prompt tokens of a run", "saved after preemptions", "1000", 0, 1e-3, 0),
+    Metric("computed_tokens", "Prompt tokens of a run", "computed", "1000", 0, 1e-3, 0),
+)
+
+
+def session_table(rows: pd.DataFrame) -> Table | None:
+    """Sessions and the prefix cache by policy and load; None where there is neither."""
+    turns, cache = statistics.has(rows, "num_sessions"), statistics.has(rows, "prefix_hit_rate")
+    if not (turns or cache):
+        return None
+    about_cache = ("Prefix cache", "Prompt tokens of a run")
+    metrics = [m for m in SESSION_METRICS if (cache if m.group in about_cache else turns)]
+    binned, policies = statistics.binned_loads(rows), statistics.policies_of(rows)
+    found = {m.column: statistics.over_seeds(binned, m.column).set_index(["policy", "load"]) for m in metrics}
+    few = {
+        (load, m.column): dict(zip(policies, statistics.samples_beyond(group, m, policies), strict=True))
+        for load, group in binned.groupby("load")
+        for m in metrics
+    }
+    lines = []
+    for policy in policies:
+        for load in sorted(binned["load"].unique()):
+            cells = []
+            for m in metrics:
+                grey = few[load, m.column][policy] < statistics.MIN_SAMPLES_BEYOND
+                marks = {"grey": grey, "best": False, "tied": False}
+                cells.append(_cell(m, pd.Series(found[m.column].loc[(policy, load)].to_dict() | marks)))
+            lines.append([Cell(policy, kind=HEAD), Cell(f"{load:.3g}"), *cells])
+    labels = ["policy", f"load ({statistics.load_unit(rows)})", *(f"{m.label} ({m.unit})" for m in metrics)]
+    notes = []
+    if turns:
+        notes.append("Times to the last answer are those of sessions that were finished, from their first arrival.")
+    if any(cell.kind == GREY for line in lines for cell in line):
+        notes.append(f"†: fewer than {statistics.MIN_SAMPLES_BEYOND} sessions beyond it in all runs together.")
+    return Table("By policy and load", [("", 2), *_groups(metrics)], labels, lines, notes)

@@ -31,14 +31,18 @@ def loads(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, float | None], list
 
 
 def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """Who is served in time, and how fast: a table each, with one line per policy and load."""
+    """Who is served in time, and how fast, and sessions and the prefix cache where there are: a table each.
+
+    There is one line per policy and load.
+    """
     seeds, rule = len({row["seed"] for row in rows}), rows[0]["tbt_rule"]
+    load = _load_heading(rows)
     served = new_table(
-        *("policy", "load\n(1/s)", "within SLOs\nall (%)", "\nstrict", "utility", "lost\n(%)", "rejected\n(%)"),
+        *("policy", load, "within SLOs\nall (%)", "\nstrict", "utility", "lost\n(%)", "rejected\n(%)"),
         title=f"Means over {seeds} seed{'s' if seeds > 1 else ''}; gaps between tokens judged by the rule {rule}",
     )
     speed = new_table(
-        *("policy", "load\n(1/s)", "TTFT (s)\np50", "\np99", "p99 ITL (s)\nstrict", "\nrelaxed", "output\ntokens/s"),
+        *("policy", load, "TTFT (s)\np50", "\np99", "p99 ITL (s)\nstrict", "\nrelaxed", "output\ntokens/s"),
         title="Latencies: medians over seeds of each run's percentile",
     )
     for (policy, _), group in loads(rows).items():
@@ -75,7 +79,44 @@ def comparison(rows: Sequence[dict[str, Any]]) -> list[Table]:
             number(median(over_seeds("itl_p99_s_by_class", "relaxed")), 3),
             number(mean(over_seeds("throughput_tok_s")), 0),
         )
-    return [served, speed]
+    return [served, speed, *_sessions(rows)]
+
+
+def _load_heading(rows: Sequence[dict[str, Any]]) -> str:
+    return "sessions\n(1/s)" if any(row.get("num_sessions") for row in rows) else "load\n(1/s)"
+
+
+def _sessions(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """Sessions, and what the prefix cache saved, a table each, where rows have them."""
+    turns = any(row.get("num_sessions") is not None for row in rows)
+    cache = any(row.get("prefix_hit_rate") is not None for row in rows)
+    load = _load_heading(rows)
+    in_time = new_table(
+        *("policy", load, "sessions on\ntime (%)", "last answer (s)\np50", "\np99", "cancelled\nturns (%)"),
+        title="Sessions: every turn on time, time to the last answer of those finished",
+    )
+    saved = new_table(
+        *("policy", load, "hit rate\n(%)", "saved\n(1000)", "computed\n(1000)"),
+        title="Prompt tokens of a run, at first admissions",
+    )
+    for (policy, _), group in loads(rows).items():
+
+        def over_seeds(name: str, group: Any = group) -> list[float]:
+            return [float(row[name]) for row in group if row.get(name) is not None]
+
+        def times(name: str, scale: float, digits: int, over_seeds: Any = over_seeds) -> str:
+            found = mean(over_seeds(name))
+            return number(None if found is None else scale * found, digits)
+
+        where = (policy, load_text(group))
+        if turns:
+            cancelled = mean([100 * row["num_cancelled"] / row["num_requests"] for row in group])
+            last_s = (number(median(over_seeds(f"session_{p}_s")), 0) for p in ("p50", "p99"))
+            in_time.add_row(*where, times("session_on_time", 100, 1), *last_s, number(cancelled, 1))
+        if cache:
+            tokens = (times(f"{what}_tokens", 1e-3, 0) for what in ("num_cached", "computed"))
+            saved.add_row(*where, times("prefix_hit_rate", 100, 1), *tokens)
+    return [in_time] * turns + [saved] * cache
 
 
 def load_text(group: Sequence[dict[str, Any]]) -> str:

@@ -54,11 +54,12 @@ def names(policies: Iterable[str]) -> str:
 
 def load_label(rows: pd.DataFrame, load: float) -> str:
     """A load in words."""
+    unit = statistics.load_unit(rows)
     if rows["drawn"].any():
-        return f"rates drawn per seed ({rows['qps'].min():.2f} to {rows['qps'].max():.2f} requests/s)"
+        return f"rates drawn per seed ({rows['qps'].min():.2f} to {rows['qps'].max():.2f} {unit})"
     if not statistics.has_intervals(rows) and rows["requested_qps"].isna().all():
-        return f"the trace's own {load:.3g} requests/s"
-    return f"{load:.4g} request{'s' if load != 1 else ''}/s"
+        return f"the trace's own {load:.3g} {unit}"
+    return f"{load:.4g} {unit if load != 1 else unit.replace('s/', '/')}"
 
 
 def seeds_label(num_seeds: int) -> str:
