@@ -209,7 +209,7 @@ def test_retraction_takes_the_fewest_outputs_first():
 def test_its_options():
     scheduler = make_scheduler("sglang[order=lpm,chunk=512,consecutive=3]")
     assert (int(scheduler.knobs["order"]), int(scheduler.knobs["token_budget"])) == (1, 512)
-    assert int(scheduler.knobs["consecutive"]) == 3
+    assert scheduler.settings["consecutive"] == 3
     with pytest.raises(PolicyError, match="order: expected one of fcfs, lpm, hrrn, shortest-prefill-first, got 'spf'"):
         make_scheduler("sglang[order=spf]")
     with pytest.raises(PolicyError, match="consecutive: expected whole number of batches, 0 for no limit, got '-1'"):

@@ -120,7 +120,7 @@ def test_nobody_is_ever_preempted(cached):
 
 def test_its_options():
     scheduler = make_scheduler("trtllm[order=shortest-uncached-first,starvation=7]")
-    assert (int(scheduler.knobs["order"]), int(scheduler.knobs["starvation"])) == (1, 7)
+    assert (int(scheduler.knobs["order"]), scheduler.settings["starvation"]) == (1, 7)
     with pytest.raises(PolicyError, match="order: expected one of fcfs, shortest-uncached-first, got 'lpm'"):
         make_scheduler("trtllm[order=lpm]")
     with pytest.raises(PolicyError, match="starvation: expected whole number of batches, 0 for none, got 'no'"):
