@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from llmsched_gym import text
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation.gaps import percentile
-from llmsched_gym.evaluation.metrics import Outcomes
+from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.report import draw
 from llmsched_gym.theory.experiments import run_cells

@@ -23,7 +23,7 @@ from llmsched_gym import text
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.evaluation.capacity import STEP, Search, criterion, ratios
 from llmsched_gym.evaluation.gaps import percentile
-from llmsched_gym.evaluation.metrics import Outcomes
+from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.report import intervals

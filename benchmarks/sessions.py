@@ -26,7 +26,7 @@ import numpy as np
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.grid import evaluate
-from llmsched_gym.evaluation.metrics import Outcomes
+from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.report import intervals

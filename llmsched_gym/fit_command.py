@@ -18,7 +18,7 @@ from llmsched_gym.files import make_folder
 from llmsched_gym.report import console as terminal
 
 if TYPE_CHECKING:
-    from llmsched_gym.cost.fit import Batch
+    from llmsched_gym.cost.measured_batches import Batch
 
 
 def fit_command(
@@ -111,7 +111,7 @@ def _from_batches(
     csv: Path, model: ModelSpec, device: DeviceSpec, kv_blocks: int | None, name: str, engine: str
 ) -> tuple[Profile, list[Batch]]:
     """The profile, and the batches that it was fitted to or judged by."""
-    from llmsched_gym.cost.fit import read_batches
+    from llmsched_gym.cost.measured_batches import read_batches
     from llmsched_gym.cost.profile import kv_blocks as blocks_of
 
     blocks = blocks_of(model, device) if kv_blocks is None else kv_blocks

@@ -140,6 +140,7 @@ def install(scheduler: Any, state: State, env: int = 0, seed: int = 0) -> None:
 
 
 def boolean(text: str) -> int:
+    """1 for "true", "yes" or "1", 0 for their opposites, in any case of letters; KeyError otherwise."""
     values = {"true": 1, "yes": 1, "1": 1, "false": 0, "no": 0, "0": 0}
     return values[text.lower()]
 
@@ -150,6 +151,7 @@ def _level(text: str, names: tuple[str, ...]) -> int:
 
 
 def positive_int(text: str) -> int:
+    """A whole number from 1 to what an int32 holds; ValueError otherwise."""
     value = float(text)  # 512.0 is a whole number too
     if not value.is_integer() or not 1 <= value <= np.iinfo(np.int32).max:
         raise ValueError
@@ -157,10 +159,12 @@ def positive_int(text: str) -> int:
 
 
 def not_negative_int(text: str) -> int:
+    """0 or a :func:`positive_int`; ValueError otherwise."""
     return 0 if text == "0" else positive_int(text)
 
 
 def positive(text: str) -> float:
+    """A number > 0, inf too; ValueError otherwise."""
     value = float(text)
     if math.isnan(value) or value <= 0:
         raise ValueError
@@ -168,6 +172,7 @@ def positive(text: str) -> float:
 
 
 def not_negative(text: str) -> float:
+    """A number >= 0, inf too; ValueError otherwise."""
     value = float(text)
     if math.isnan(value) or value < 0:
         raise ValueError

@@ -1,4 +1,4 @@
-"""Numbers, intervals and tables in plain text, for pages and the terminal."""
+"""Values in plain text, for pages, the terminal and errors: numbers, intervals, counts of things, tables."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ def between(low: float | None, high: float | None, form: int | str = 2) -> str:
     if low is None or high is None or not math.isfinite(low):
         return ""
     return f" [{number(low, form)}, {number(high, form)}]"
+
+
+def counted(count: int, thing: str) -> str:
+    """ "1 request", "2,000 requests": `thing` is one of them, with a regular plural."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def shown(value: object) -> str:
+    """A bad value for an error message, cut where it is long."""
+    found = repr(value)
+    return found if len(found) <= 40 else found[:37] + "..."
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], text: int | None = None) -> str:

@@ -16,7 +16,8 @@ import typer
 
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec, scenario
 from llmsched_gym.cost import Profile, ProfileError, fit_profile
-from llmsched_gym.cost.fit import MIN_ROWS, read_batches
+from llmsched_gym.cost.fit import MIN_ROWS
+from llmsched_gym.cost.measured_batches import read_batches
 from llmsched_gym.cost.tiles import CANDIDATES, best_tile
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.errors import BackendError

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmsched_gym.cost.fit import batch_row
+from llmsched_gym.cost.measured_batches import batch_row
 from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.real_backend.sweep import Composition
 

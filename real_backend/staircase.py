@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import Profile, load_profile
-from llmsched_gym.cost.fit import read_batches
+from llmsched_gym.cost.measured_batches import read_batches
 from llmsched_gym.cost.tiles import steps
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.measurements import Sheet

@@ -28,7 +28,8 @@ from llmsched_gym.cost import (
     load_profile,
     roofline,
 )
-from llmsched_gym.cost.fit import batch_row, errors, read_batches
+from llmsched_gym.cost.fit import errors
+from llmsched_gym.cost.measured_batches import batch_row, read_batches
 from llmsched_gym.cost.tiles import best_tile, tile_gain
 
 DATA_DIR = os.environ.get("LLMSCHED_DATA_DIR")

@@ -4,25 +4,6 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Files that still have names without one; a name in any other file needs one, and a file leaves the list with its last.
-WITHOUT = {
-    "cost/fit.py",
-    "cost/fit_surface.py",
-    "engine/batch.py",
-    "engine/core.py",
-    "engine/lifecycle.py",
-    "engine/records.py",
-    "engine/run.py",
-    "engine/step.py",
-    "engine/surface.py",
-    "env/actions/action.py",
-    "env/actions/by_slot.py",
-    "env/actions/knobs.py",
-    "env/actions/priority.py",
-    "env/actions/request.py",
-    "env/kernels.py",
-    "paper/page/trust.py",
-}
 
 
 def undocumented(source):
@@ -49,8 +30,8 @@ def test_every_public_name_has_a_docstring():
     folder = ROOT / "llmsched_gym"
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
     found = {name: undocumented(path.read_text(encoding="utf-8")) for name, path in files.items()}
-    assert {name: names for name, names in found.items() if names and name not in WITHOUT} == {}
-    assert [name for name in WITHOUT if not found[name]] == []
+    assert len(found) > 100
+    assert {name: names for name, names in found.items() if names} == {}
 
 
 def test_a_name_without_one_would_be_found():

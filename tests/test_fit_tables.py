@@ -11,12 +11,12 @@ import pytest
 
 from llmsched_gym.cli import main
 from llmsched_gym.cost import DEVICES, MODELS, Profile, ProfileError, fit_profile, load_profile
-from llmsched_gym.cost.fit import Batch, batch_row
 from llmsched_gym.cost.fit_errors import held_out
 from llmsched_gym.cost.fit_surface import Attention, fit_attention, kinds
 from llmsched_gym.cost.fit_table import fill, weights
 from llmsched_gym.cost.fit_tables import fit_tables
 from llmsched_gym.cost.kernel_tables import read_attention, read_dense, read_per_sequence
+from llmsched_gym.cost.measured_batches import Batch, batch_row
 from llmsched_gym.cost.tiles import off_tile_cost
 from llmsched_gym.real_backend.sweep import Limits, plan
 from llmsched_gym.report import batch_report

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from llmsched_gym.config import scenario
 from llmsched_gym.engine.records import PHASES, REPLICA, REQUEST
-from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, percentile, requests_frame, row
+from llmsched_gym.evaluation.metrics import gaps_of, percentile, requests_frame, row
+from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import Episode, simulate
 from llmsched_gym.report import intervals
 from llmsched_gym.workload import RequestTable

@@ -12,7 +12,8 @@ from test_metrics import client, episode
 
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation.grid import evaluate
-from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
+from llmsched_gym.evaluation.metrics import gaps_of, requests_frame, row
+from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.store import read_rows
 

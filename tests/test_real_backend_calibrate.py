@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmsched_gym.cost import DEVICES, MODELS, Profile, TableLinear, load_profile
-from llmsched_gym.cost.fit import read_batches
+from llmsched_gym.cost.measured_batches import read_batches
 from llmsched_gym.real_backend import BackendError
 from llmsched_gym.real_backend.calibrate import fit
 from llmsched_gym.real_backend.calibrate import main as calibrate_main

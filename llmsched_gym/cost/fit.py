@@ -1,31 +1,23 @@
-"""Fit a profile to measured batches: a robust non-negative least-squares problem, its error told on held-out rows.
-
-Measurements are a CSV or a DataFrame with one row per batch: `prefill`, items "computed:n" joined by ";" (or empty);
-`decode`, context lengths in tokens joined by ";" (or empty); `ms`, the measured time.
-"""
+"""Fit a profile to measured batches: a robust non-negative least-squares problem, its error told on held-out rows."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from llmsched_gym.config import DeviceSpec, ModelSpec
 from llmsched_gym.cost.fit_batches import with_surface
+from llmsched_gym.cost.measured_batches import Batch, kind_of, read_batches
 from llmsched_gym.cost.profile import Profile, ProfileError, TableLinear
-from llmsched_gym.words import shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
-COLUMNS = ("prefill", "decode", "ms")
 MIN_ROWS = 20
-LEAST_MS, MOST_MS, MOST_TOKENS = 1e-6, 1e6, 1 << 24
-"""What one batch may take, and the tokens of one number: anything else is a fault of the file."""
 HELD_OUT_SHARE = 0.2
 ROWS_PER_KNOT = 3
 HUBER_SIGMAS = 1.345  # residuals beyond so many sigmas count linearly, not squared
@@ -33,19 +25,6 @@ ROUNDS = 20  # of reweighting
 TURNS = 3  # of linear layers and attention
 AUTO_GAIN = 0.2
 """A surface has hundreds of figures where the sum has two: it must be worth them."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One measured batch."""
-
-    chunks: tuple[tuple[int, int], ...]  # (computed, n) tokens of each prefill chunk
-    decode_contexts: tuple[int, ...]  # tokens
-    ms: float
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(n for _, n in self.chunks) + len(self.decode_contexts)
 
 
 def fit(
@@ -63,6 +42,8 @@ def fit(
     surface: bool | Literal["auto"] = False,
 ) -> Profile:
     """A profile whose coefficients come from measured batches; relative errors are what is made small.
+
+    Measurements are a table of batches, see :mod:`~llmsched_gym.cost.measured_batches`.
 
     20 % of the rows, chosen by `seed`, are held out; `profile.fit` has the errors on them: `mape`, `p95_ape` and
     `max_ape` as shares, `rms_ms`, and the same in `kinds` for decodes alone, chunks alone and hybrid batches. The time
@@ -154,11 +135,6 @@ def _table(at: np.ndarray, increments: np.ndarray) -> TableLinear:
     return TableLinear(tuple(at.tolist()), tuple(np.maximum(np.cumsum(increments), 1e-9).tolist()))
 
 
-def kind_of(batch: Batch) -> str:
-    """decodes, chunks or hybrid."""
-    return "hybrid" if batch.chunks and batch.decode_contexts else "chunks" if batch.chunks else "decodes"
-
-
 def errors_by_kind(profile: Profile, batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
     """:func:`errors` and the number of rows by kind of batch, for kinds that there are."""
     groups = {kind: [b for b in batches if kind_of(b) == kind] for kind in ("decodes", "chunks", "hybrid")}
@@ -176,86 +152,6 @@ def errors(profile: Profile, batches: Sequence[Batch]) -> dict[str, float]:
         "max_ape": float(relative.max()),
         "rms_ms": float(np.sqrt(np.mean((predicted - measured) ** 2))),
     }
-
-
-def batch_row(chunks: Sequence[tuple[int, int]], decode_contexts: Sequence[int], ms: float) -> dict[str, Any]:
-    """A measured batch as a row of the measurements' format."""
-    return {
-        "prefill": ";".join(f"{computed}:{n}" for computed, n in chunks),
-        "decode": ";".join(str(context) for context in decode_contexts),
-        "ms": ms,
-    }
-
-
-def read_batches(measurements: str | Path | pd.DataFrame) -> list[Batch]:
-    """Batches from a CSV file or a DataFrame; raises :class:`ProfileError` naming line (or row) and column."""
-    import pandas as pd
-
-    if isinstance(measurements, pd.DataFrame):
-        table, where, unit, first = measurements, "measurements", "row", 0
-    else:
-        where, unit, first = str(measurements), "line", 2
-        try:
-            table = pd.read_csv(measurements, dtype=str, keep_default_na=False, skip_blank_lines=False)
-        except (OSError, ValueError) as error:  # pandas' parser errors are ValueErrors
-            text = " ".join(str(getattr(error, "strerror", None) or error).split())
-            raise ProfileError(f"{where}: cannot read: {text}") from None
-    for column in COLUMNS:
-        if column not in table.columns:
-            raise ProfileError(f"{where}: no column {column!r}; expected {', '.join(COLUMNS)}")
-        if f"{column}.1" in table.columns:  # which is what pandas calls a second one
-            raise ProfileError(f"{where}: column {column!r} is there twice")
-    batches = []
-    for i, (prefill, decode, ms) in enumerate(zip(*(table[column] for column in COLUMNS), strict=True)):
-        at = f"{where}: {unit} {first + i}"
-        batch = Batch(_parse_chunks(prefill, at), _parse_contexts(decode, at), _parse_ms(ms, at))
-        if batch.num_tokens == 0:
-            raise ProfileError(f"{at}: an empty batch; prefill and decode are both empty")
-        batches.append(batch)
-    return batches
-
-
-def _parse_chunks(text: Any, at: str) -> tuple[tuple[int, int], ...]:
-    try:
-        chunks = tuple((int(computed), int(n)) for computed, n in (item.split(":") for item in _items(text)))
-    except ValueError:
-        chunks = ((-1, 0),)
-    if any(not (0 <= computed <= MOST_TOKENS and 1 <= n <= MOST_TOKENS) for computed, n in chunks):
-        what = f"expected items computed:n of at most {MOST_TOKENS:,} tokens joined by ';'"
-        raise ProfileError(f"{at}, column 'prefill': {what}, got {shown(text)}")
-    return chunks
-
-
-def _parse_contexts(text: Any, at: str) -> tuple[int, ...]:
-    try:
-        contexts = tuple(int(item) for item in _items(text))
-    except ValueError:
-        contexts = (0,)
-    if any(not 1 <= context <= MOST_TOKENS for context in contexts):
-        what = f"expected context lengths of at most {MOST_TOKENS:,} tokens joined by ';'"
-        raise ProfileError(f"{at}, column 'decode': {what}, got {shown(text)}")
-    return contexts
-
-
-def _parse_ms(text: Any, at: str) -> float:
-    try:
-        ms = float(text)
-    except (TypeError, ValueError):
-        ms = np.nan
-    if not (LEAST_MS <= ms <= MOST_MS):
-        raise ProfileError(
-            f"{at}, column 'ms': expected a time from {LEAST_MS:g} to {MOST_MS:,.0f} ms, got {shown(text)}"
-        )
-    return ms
-
-
-def _items(text: Any) -> list[str]:
-    """The parts of a cell; a DataFrame may hold a lone context as a number and an empty cell as NaN."""
-    if text is None or text != text:
-        return []
-    if isinstance(text, float) and text.is_integer():
-        text = int(text)
-    return [item for item in str(text).strip().split(";") if item]
 
 
 def _attention(batch: Batch) -> tuple[float, float]:

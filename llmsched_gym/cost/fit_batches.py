@@ -14,7 +14,7 @@ from llmsched_gym.cost.profile import Profile, ProfileError
 from llmsched_gym.cost.surface import Sums, Surface, nested
 
 if TYPE_CHECKING:
-    from llmsched_gym.cost.fit import Batch
+    from llmsched_gym.cost.measured_batches import Batch
 
 
 PULL = 0.15

@@ -55,9 +55,11 @@ class Attention:
         return cls(**knots, **tables, pair_us=to_us * pair_ms)
 
     def chunks(self, c: np.ndarray, p: np.ndarray) -> np.ndarray:
+        """Microseconds of chunks of `c` tokens behind `p`, alone; (rows,)."""
         return self.pair_us * pairs(c, p) + _at(self.chunk_us, (self.chunk, self.prefix), (c, p))
 
     def floor(self, k: np.ndarray) -> np.ndarray:
+        """Microseconds that decodes of `k` tokens take at least beside a chunk, which hides them if long; (rows,)."""
         return _at(self.floor_us, (self.context,), (k,))
 
 

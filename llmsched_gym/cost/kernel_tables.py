@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmsched_gym.cost.surface import ProfileError
-from llmsched_gym.words import shown
+from llmsched_gym.text import shown
 
 if TYPE_CHECKING:
     import pandas as pd

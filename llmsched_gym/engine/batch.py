@@ -1,6 +1,7 @@
 """Forming a batch: what fits, what it is predicted to cost, and the two ways to add to it.
 
-All functions are kernels on a :class:`~llmsched_gym.engine.state.Lane`; schedulers are written with them.
+All functions are kernels on a :class:`~llmsched_gym.engine.state.Lane`; schedulers are written with them. They stand in
+one file, as asking whether something fits and adding it go by the same sums.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ def batch_s(linear_s, coef_s, num_tokens, pairs, kv_tokens):
 
 @kernel()
 def is_prefill(request):
+    """Whether a request has prompt tokens left to compute."""
     return request.num_computed_tokens < request.prefill_tokens
 
 
 @kernel()
 def remaining_prefill(request):
+    """Prompt tokens of a request that are still to compute, whatever is cached."""
     return request.prefill_tokens - request.num_computed_tokens
 
 
@@ -380,4 +383,5 @@ def can_make_ttft(lane, r):
 
 @entry()
 def can_make_ttft_env(s, env, r):
+    """:func:`can_make_ttft` of request `r` of environment `env`, for Python."""
     return can_make_ttft(lane_of(s, env), r)

@@ -13,7 +13,8 @@ The rules are those of vLLM's KV cache manager (0.32, `vllm/v1/core`: kv_cache_m
 
 Schedulers ask (:func:`blocks_to_admit`, :func:`find`) and then act (:func:`allocate`, :func:`free`). Kernels act while
 they form a batch, so that a prompt finds what an earlier one of the same batch computes. What only prefix caching needs
-is outlined and takes arrays instead of the lane, so that it costs next to nothing where it is off.
+is outlined and takes arrays instead of the lane, so that it costs next to nothing where it is off. Long, as the line of
+free places, the table of identities and requests' lists hold the same blocks and change together.
 """
 
 from __future__ import annotations

@@ -58,7 +58,8 @@ class Backend(Protocol):
     `place`).
     """
 
-    def execute(self, batch: ScheduledBatch) -> Execution: ...
+    def execute(self, batch: ScheduledBatch) -> Execution:
+        """Run a batch, which has one item at least, and say how long it took."""
 
 
 class Engine:
@@ -185,6 +186,7 @@ class Engine:
         return bool(kernels.is_over_env(self.handle, env))
 
     def has_work(self, env: int = 0) -> bool:
+        """Whether any request of environment `env` waits or runs."""
         sim = self.state.sims[env]
         return bool(sim.num_waiting + sim.num_running)
 

@@ -24,6 +24,7 @@ def _remove(array, count, value):
 
 @kernel()
 def leave_running(lane, r):
+    """Take `r` off the list of running requests and free its blocks; its phase is left to the caller."""
     _remove(lane.running, lane.sim.num_running, r)
     lane.sim.num_running -= 1
     free(lane, r)
@@ -141,6 +142,7 @@ def remember(lane, of):
 
 @kernel()
 def admit(lane, r):
+    """Move waiting `r` to the end of the running ones, and note the time if it is the first time."""
     sim = lane.sim
     leave_waiting(lane, r)
     request = lane.requests[r]
@@ -170,6 +172,7 @@ def preempt(lane, r):
 
 @kernel()
 def refuse(lane, world, r):
+    """Take waiting `r` off the line: it is done with, as refused."""
     leave_waiting(lane, r)
     lane.sim.num_refused += 1
     resolve(lane, world, r, REFUSED, lane.sim.clock_s)

@@ -1,6 +1,7 @@
 """The packing kernel: order, offset, cap and budget -> batch.
 
-Sarathi-Serve, the SLAI family, srpt-capped, feasible-first and the ``knobs`` action are settings of it.
+Sarathi-Serve, the SLAI family, srpt-capped, feasible-first and the ``knobs`` action are settings of it. Long, as it is
+one procedure: each function is a stage or a key of it, and every setting concerns several.
 """
 
 from __future__ import annotations

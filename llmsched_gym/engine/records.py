@@ -22,6 +22,7 @@ def has_come(phase: Any) -> Any:
 
 
 def record_dtype(fields: list[Any]) -> np.dtype:
+    """The dtype of a record with such fields, (name, format) or (name, format, shape), aligned as in C."""
     # np.record, so that the same attribute access works with and without compilation
     return np.dtype((np.record, np.dtype(fields, align=True)))
 

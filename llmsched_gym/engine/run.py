@@ -46,6 +46,7 @@ def noise_due(s, k):
 
 @kernel()
 def log_step(s, k, lane, start_s, duration_s):
+    """Write the batch that has just been booked into the lane's log, as long as there is room."""
     i = lane.sim.num_batches - 1
     if i < s.steps.shape[1]:
         step = s.steps[k, i]
@@ -125,11 +126,13 @@ def commit_env(s, k, duration_s):
 
 @entry()
 def is_over_env(s, k):
+    """Whether the run of lane `k` has ended, for Python."""
     return is_over(lane_of(s, k), s.worlds[env_of(s, k)])
 
 
 @entry()
 def clear_batch_env(s, k):
+    """Empty the batch of lane `k`, for Python."""
     clear_batch(lane_of(s, k))
 
 

@@ -3,7 +3,8 @@
 Requests belong to an environment's episode, queues and batches to a replica: a lane, whose index is environment x
 replicas + replica. Columns are read as ``state.requests["num_computed_tokens"]`` (shape (num_envs, capacity)); kernels
 read one record at a time as ``lane.requests[r].num_computed_tokens``. Storing a request's fields side by side keeps a
-batch of 30 scattered requests in 30 places of memory instead of 600.
+batch of 30 scattered requests in 30 places of memory instead of 600. Long, as the arrays, their compiled types and
+their first values name the same fields and change together.
 """
 
 from __future__ import annotations
@@ -42,12 +43,11 @@ OWN_MEMORY = 8
 ACTION_MEMORY = 64  # for one score of each visible slot
 MIN_SCRATCH = 64  # an environment sorts its visible slots there
 
-
 TABLE_COLUMNS = ("arrival_s", "ttft_slo_s", "tbt_slo_s", "length_hint", "session_id", "prompt_tokens", "slo_class")
+"""Of a request table and of ARRIVAL: what becomes known of a request when it arrives."""
 IDENTITY_COLUMNS = ("shares_with", "shared_tokens")
 TURN_COLUMNS = ("parent", "think_s", "turn", "first_turn", "next_turn")
 ROOT = (NONE, 0.0, 0, NONE, NONE)  # of a request that stands alone
-"""Of a request table and of ARRIVAL: what becomes known of a request when it arrives."""
 
 
 def _to_come() -> np.ndarray:

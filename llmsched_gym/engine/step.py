@@ -271,4 +271,5 @@ def is_over(lane, world):
 
 @kernel()
 def has_work(lane):
+    """Whether any request of the lane waits or runs."""
     return lane.sim.num_waiting + lane.sim.num_running > 0

@@ -23,6 +23,7 @@ MANTISSA, ONE = (1 << EXPONENT_AT) - 1, EXPONENT_BIAS << EXPONENT_AT
 
 @kernel()
 def has_surface(coef_s):
+    """Whether a profile's coefficients hold a surface."""
     return coef_s[ID] != 0.0
 
 

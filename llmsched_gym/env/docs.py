@@ -20,7 +20,8 @@ from llmsched_gym.env.actions import ACTIONS
 from llmsched_gym.env.actions.knobs import KNOBS, TOKEN_BUDGET
 from llmsched_gym.env.core import INFOS
 from llmsched_gym.env.episode import METRICS
-from llmsched_gym.env.features import ALL_FEATURES, Feature
+from llmsched_gym.env.feature import Feature
+from llmsched_gym.env.features import ALL_FEATURES
 from llmsched_gym.env.observations import OBSERVATIONS
 from llmsched_gym.env.single import LLMSchedEnv
 from llmsched_gym.text import table

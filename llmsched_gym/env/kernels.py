@@ -104,6 +104,7 @@ def reopen(lane, rules):
 
 @entry()
 def reopen_env(s, a, env):
+    """:func:`reopen` for environment `env`, for Python."""
     reopen(lane_of(s, env), unpack_arrays(a).rules[0])
 
 

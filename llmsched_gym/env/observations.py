@@ -10,7 +10,8 @@ import numpy as np
 from gymnasium import spaces
 
 from llmsched_gym.config import ConfigError, EnvConfig
-from llmsched_gym.env.features import MIXING, WIDTHS, Feature, features_of
+from llmsched_gym.env.feature import Feature
+from llmsched_gym.env.features import MIXING, WIDTHS, features_of
 from llmsched_gym.env.kernels import observe_slots_of
 from llmsched_gym.env.slots import NUM_SLOTS, slot_features_of
 

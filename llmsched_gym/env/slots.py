@@ -8,7 +8,8 @@ from llmsched_gym.config import BLOCK_SIZE, EnvConfig
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill, uncached_prefill
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import WAITING
-from llmsched_gym.env.features import ALL_FEATURES, Feature, places, scales, squash
+from llmsched_gym.env.feature import Feature, places, scales, squash
+from llmsched_gym.env.features import ALL_FEATURES
 
 NUM_SLOTS = 64
 

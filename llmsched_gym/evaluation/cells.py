@@ -12,7 +12,8 @@ from typing import Any
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.engine import Backend
-from llmsched_gym.evaluation.metrics import Outcomes, gaps_of, requests_frame, row
+from llmsched_gym.evaluation.metrics import gaps_of, requests_frame, row
+from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.workers import Workers
 from llmsched_gym.files import replace_file

@@ -156,22 +156,15 @@ def _check_blocks(world: Scenario, run: ServedRun, total_tokens: np.ndarray) -> 
 
 
 def _table(world: Scenario, run: ServedRun, length_hint: np.ndarray) -> RequestTable:
-    n = len(run)
     span_s = float(run.arrival_s[-1])
-    return RequestTable(
-        arrival_s=run.arrival_s,
-        prompt_tokens=run.prompt_tokens,
-        output_tokens=run.output_tokens,
-        slo_class=np.ones(n, np.int8),
+    return RequestTable.of(
+        run.arrival_s,
+        run.prompt_tokens,
+        run.output_tokens,
         ttft_slo_s=world.ttft_slo_s + world.ttft_slo_per_token_s * run.prompt_tokens,
-        tbt_slo_s=np.full(n, world.relaxed_tbt_slo_s),
+        tbt_slo_s=world.relaxed_tbt_slo_s,
         length_hint=length_hint,
-        session_id=np.full(n, -1, np.int64),
-        cohort_start=0,
-        cohort_stop=n,
-        qps=(n - 1) / span_s if span_s > 0.0 else np.nan,
-        cost_scale=1.0,
-        seed=0,
+        qps=(len(run) - 1) / span_s if span_s > 0.0 else np.nan,
         arrivals="trace",
     )
 

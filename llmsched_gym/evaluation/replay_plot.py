@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from llmsched_gym.evaluation.replay import Replay
 from llmsched_gym.report import draw
-from llmsched_gym.words import counted
+from llmsched_gym.text import counted
 
 PANELS = {
     "ttft": ("Time to first token", "TTFT", "s", 1.0),

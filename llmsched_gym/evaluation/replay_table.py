@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from llmsched_gym.evaluation.replay import Replay
 from llmsched_gym.report.console import new_table
-from llmsched_gym.text import number
-from llmsched_gym.words import counted
+from llmsched_gym.text import counted, number
 
 if TYPE_CHECKING:
     from rich.table import Table

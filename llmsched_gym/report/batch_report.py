@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmsched_gym.cost import Profile
-from llmsched_gym.cost.fit import Batch, kind_of
+from llmsched_gym.cost.measured_batches import Batch, kind_of
 from llmsched_gym.files import replace_file, write_text
 from llmsched_gym.report import draw
 from llmsched_gym.report.console import new_table

@@ -2,6 +2,7 @@
 
 Pure functions of rows. A *load* is an arrival rate that was asked for; a suite that draws another rate for each seed
 has one load, the mean of the rates drawn.
+Long, as every figure goes by the same tidy rows, estimates and intervals; what says them in words lies elsewhere.
 """
 
 from __future__ import annotations

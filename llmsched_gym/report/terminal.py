@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmsched_gym.report.console import new_table
 from llmsched_gym.report.intervals import Interval, interval, mean, median, median_interval
-from llmsched_gym.text import between, number
-from llmsched_gym.words import counted
+from llmsched_gym.text import between, counted, number
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,7 @@ import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.report import draw
-from llmsched_gym.words import counted
+from llmsched_gym.text import counted
 from llmsched_gym.workload.identity import found_share
 from llmsched_gym.workload.traces import Trace
 

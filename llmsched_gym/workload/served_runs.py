@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.words import counted, shown
+from llmsched_gym.text import counted, shown
 from llmsched_gym.workload.trace_columns import MAX_TOKENS
 from llmsched_gym.workload.traces import TraceError, TraceWarning, csv_rows, open_text
 

@@ -115,15 +115,17 @@ class RequestTable:
         qps: float = math.nan,
         cost_scale: float = 1.0,
         seed: int = 0,
+        arrivals: str = "given",
         shares_with: ArrayLike | None = None,
         shared_tokens: ArrayLike | None = None,
     ) -> RequestTable:
         """A table of given requests: `arrival_s` has shape (num_requests,), all else has it too or is one for all.
 
-        `cohort` is (start, stop), all requests unless given. ConfigError names an argument of another shape.
+        `cohort` is (start, stop), all requests unless given; `arrivals` names the process behind the times. ConfigError
+        names an argument of another shape.
         """
-        arrivals = np.asarray(arrival_s, np.float64)
-        n = len(arrivals)
+        times_s = np.asarray(arrival_s, np.float64)
+        n = len(times_s)
 
         def column(name: str, given: ArrayLike, dtype: type) -> np.ndarray:
             if np.shape(given) not in ((), (n,)):
@@ -132,7 +134,7 @@ class RequestTable:
 
         start, stop = cohort or (0, n)
         return cls(
-            arrival_s=column("arrival_s", arrivals, np.float64),
+            arrival_s=column("arrival_s", times_s, np.float64),
             prompt_tokens=column("prompt_tokens", prompt_tokens, np.int32),
             output_tokens=column("output_tokens", output_tokens, np.int32),
             slo_class=column("slo_class", slo_class, np.int8),
@@ -145,6 +147,7 @@ class RequestTable:
             qps=qps,
             cost_scale=cost_scale,
             seed=seed,
+            arrivals=arrivals,
             shares_with=None if shares_with is None else column("shares_with", shares_with, np.int32),
             shared_tokens=None if shared_tokens is None else column("shared_tokens", shared_tokens, np.int32),
         )

@@ -26,7 +26,7 @@ import numpy as np
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.files import version_of
-from llmsched_gym.words import counted
+from llmsched_gym.text import counted
 from llmsched_gym.workload.identity import Shares, shares_of_chains, shares_of_ids
 from llmsched_gym.workload.servegen import SPAN_S, draw_requests, is_servegen
 from llmsched_gym.workload.trace_columns import parse_column, parse_ids, wrong_ids

@@ -26,6 +26,7 @@ class Choice(NamedTuple):
 
 
 def no_choices(config: EnvConfig) -> tuple[Choice, ...]:
+    """Of actions whose entries are not each one of a few values."""
     return ()
 
 

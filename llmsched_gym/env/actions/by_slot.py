@@ -42,6 +42,7 @@ def add_slot(lane, slot, tile):
 
 @kernel()
 def add_hidden_decodes(lane):
+    """Add the running decodes beyond the visible slots, each one that fits."""
     for i in range(NUM_SLOTS, lane.sim.num_running):
         r = lane.running[i]
         if is_free(lane, r) and is_decoding(lane, r) and decode_fits(lane, r):

@@ -131,6 +131,7 @@ def set_knobs(knobs, action):
 
 @kernel()
 def put(lane, a, env):
+    """Write the action of environment `env` into the lane's knobs."""
     set_knobs(lane.knobs, a.choices[env])
 
 
@@ -148,11 +149,13 @@ def _step(s, a, first, stop):
 
 @entry(nogil=True)
 def step(s, a, first, stop):
+    """One decision of environments first, ..., stop - 1, see :func:`~llmsched_gym.env.kernels.step_all`."""
     return _step(unpack(s), unpack_arrays(a), first, stop)
 
 
 @entry()
 def decide(s, a, env):
+    """Form the batch of environment `env` by its action; True, as one action closes it."""
     return decide_one(s, unpack_arrays(a), env, put_clipped, pack, False)
 
 
@@ -164,6 +167,7 @@ def _run(s, a, env, max_steps, max_idle_steps):
 
 @entry()
 def run(s, a, env, max_steps, max_idle_steps):
+    """Batches of environment `env` under its one action; returns how many steps, see :func:`run_lane`."""
     return _run(unpack(s), unpack_arrays(a), env, max_steps, max_idle_steps)
 
 
@@ -190,15 +194,18 @@ def knobs_action(settings: Any, kv_cache_usage: float, config: EnvConfig) -> np.
 
 
 def space(config: EnvConfig) -> spaces.MultiDiscrete:
+    """An index of a value for each knob, (num_knobs,)."""
     return spaces.MultiDiscrete([len(knob.values) for knob in knobs_for(config)])
 
 
 def expected(config: EnvConfig, place: tuple[int, ...]) -> str:
+    """What the entry at `place` should be, for errors."""
     knob = knobs_for(config)[place[0]]
     return f"{knob.name}: expected the index of a value, 0 to {len(knob.values) - 1}"
 
 
 def choices(config: EnvConfig) -> tuple[Choice, ...]:
+    """Each knob with its values' labels."""
     return tuple(Choice(k.name, tuple(k.label(i) for i in range(len(k.values)))) for k in knobs_for(config))
 
 
@@ -218,6 +225,7 @@ def adapt(action: np.ndarray, theirs: EnvConfig, ours: EnvConfig) -> np.ndarray:
 
 
 def docs() -> str:
+    """The section on knobs of the environment's page, Markdown."""
     rows = []
     for i, knob in enumerate(WITH_CACHING):
         values = ", ".join(f"{k}: {knob.label(k).replace('nan', 'off')}" for k in range(len(knob.values)))

@@ -20,10 +20,12 @@ from llmsched_gym.env.slots import NUM_SLOTS, num_visible
 
 
 def space(config: EnvConfig) -> spaces.Box:
+    """A score from -1 to 1 for each visible slot, float32 (NUM_SLOTS,)."""
     return spaces.Box(-1.0, 1.0, (NUM_SLOTS,), np.float32)
 
 
 def expected(config: EnvConfig, place: tuple[int, ...]) -> str:
+    """What the entry at `place` should be, for errors."""
     return f"slot {place[0]}: expected a score from -1 to 1"
 
 
@@ -33,6 +35,7 @@ def of_scores(scores: np.ndarray, mask: Any) -> np.ndarray:
 
 
 def docs() -> str:
+    """The section on scores of the environment's page, Markdown."""
     return """A batch holds at most `token_budget` tokens; running decodes beyond the visible slots are added last. A
 request with a score below 0 is left out, ties go by slot, and a prompt gets what is left of the budget. Every score is
 legal: there is no mask."""
@@ -49,6 +52,7 @@ def legal(a, env):
 
 @kernel()
 def put(lane, a, env):
+    """Write the scores of environment `env` into the lane's memory, and set the token budget without a cap."""
     use_budget(lane, a.rules[0])
     for slot in range(NUM_SLOTS):
         lane.memory[OWN_MEMORY + slot] = a.scores[env, slot]
@@ -89,11 +93,13 @@ def _step(s, a, first, stop):
 
 @entry(nogil=True)
 def step(s, a, first, stop):
+    """One decision of environments first, ..., stop - 1, see :func:`~llmsched_gym.env.kernels.step_all`."""
     return _step(unpack(s), unpack_arrays(a), first, stop)
 
 
 @entry()
 def decide(s, a, env):
+    """Form the batch of environment `env` by its scores; True, as one action closes it."""
     return decide_one(s, unpack_arrays(a), env, put, by_score, False)
 
 
@@ -105,6 +111,7 @@ def _run(s, a, env, max_steps, max_idle_steps):
 
 @entry()
 def run(s, a, env, max_steps, max_idle_steps):
+    """Batches of environment `env` under its one action; returns how many steps, see :func:`run_lane`."""
     return _run(unpack(s), unpack_arrays(a), env, max_steps, max_idle_steps)
 
 

@@ -21,10 +21,12 @@ CLOSE = NUM_SLOTS
 
 
 def space(config: EnvConfig) -> spaces.Discrete:
+    """The slots, and a last number that closes the batch."""
     return spaces.Discrete(NUM_SLOTS + 1)
 
 
 def expected(config: EnvConfig, place: tuple[int, ...]) -> str:
+    """What an action should be, for errors."""
     return f"expected a slot, 0 to {NUM_SLOTS - 1}, or {CLOSE} to close the batch"
 
 
@@ -34,6 +36,7 @@ def of_scores(scores: np.ndarray, mask: np.ndarray) -> int:
 
 
 def docs() -> str:
+    """The section on these actions of the environment's page, Markdown."""
     return """A batch holds at most `token_budget` tokens; running decodes beyond the visible slots are added last. A
 prompt gets what is left of the budget, rounded down to a tile of the cost profile unless that finishes it. Adding takes
 no time and pays nothing; closing runs the batch. A slot that cannot be added closes the batch too: `action_masks()`
@@ -42,11 +45,13 @@ says beforehand which can."""
 
 @kernel()
 def legal(a, env):
+    """Whether the action is a slot or closes the batch; it need not fit."""
     return 0 <= a.choices[env, 0] <= CLOSE
 
 
 @kernel()
 def put(lane, a, env):
+    """Write the action of environment `env`, closing if it is none, into the lane's memory; set the token budget."""
     use_budget(lane, a.rules[0])
     lane.memory[SLOT] = a.choices[env, 0] if legal(a, env) else CLOSE
 
@@ -72,11 +77,13 @@ def _step(s, a, first, stop):
 
 @entry(nogil=True)
 def step(s, a, first, stop):
+    """One decision of environments first, ..., stop - 1, see :func:`~llmsched_gym.env.kernels.step_all`."""
     return _step(unpack(s), unpack_arrays(a), first, stop)
 
 
 @entry()
 def decide(s, a, env):
+    """Add the request of environment `env`'s slot, or close its batch; returns whether it is closed."""
     return decide_one(s, unpack_arrays(a), env, put, by_request, True)
 
 

@@ -22,6 +22,7 @@ PREDICT = FALLEN[2:]
 
 
 def section_robustness(data: dict[str, Any]) -> str:
+    """The ranking of schedulers in worlds where the cost model is wrong."""
     base = data["robustness"][0]["attainment"]
     policies = list(base)
     lines = []
@@ -84,6 +85,7 @@ The lead of SLAI over Sarathi-Serve is {leads[0]} points as modelled, {" and ".j
 
 
 def section_speed(data: dict[str, Any], plan: Any) -> str:
+    """Iterations per second, compiled and in Python, and how long the main table took."""
     speed = data["speed"]
     ratio = speed["compiled"]["iterations_per_s"] / speed["python"]["iterations_per_s"]
     same = speed["compiled"]["sim_time_s"] == speed["python"]["sim_time_s"]
