@@ -44,7 +44,7 @@ def estimated(rows: list[dict[str, Any]], column: str, unit: float = 1.0, *, lat
     """Mean (of a latency the median) over seeds with its interval, in `unit`."""
     values = [None if row[column] is None else unit * row[column] for row in rows]
     middle = (intervals.median if latency else intervals.mean)(values)
-    around = (intervals.median_interval if latency else intervals.interval)(values)
+    around = intervals.median_interval(values) if latency else intervals.interval(values, (0.0, unit))  # of shares
     return number(middle, none="inf") + (between(*around) if around else "")
 
 
