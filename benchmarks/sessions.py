@@ -1,12 +1,13 @@
 """Who is best where prompts are mostly cached, what the cache is worth, and what a long miss does to short hits.
 
-    python -m benchmarks.sessions [--section suites,memory,misses] [--seeds 10] [--num-requests 2000] [--workers N]
-                                  [--policy NAME]... [--out out/sessions]
+    python -m benchmarks.sessions [--section suites,memory,misses,speed] [--seeds 10]
+                                  [--num-requests 2000] [--policy NAME]... [--workers N] [--out out/sessions]
 
 suites: the suites chat and agents at shares of their fluid capacity at the hit rate of an infinite cache. memory: hit
 rates of the Mooncake conversation trace (its first 6,000 requests, in LLMSCHED_DATA_DIR/traces) with 1, 2, 4 and 8
 times the profile's KV blocks, beside those of an infinite cache. misses: agents whose turns have a few hundred tokens
 that are not cached, and now and then a prompt of 24,000 tokens of which nothing is: by how much the turns' TTFT grows.
+speed: what an iteration of the engine costs with prefix caching and without.
 
 Prints Markdown; a run of `suites` that was interrupted goes on where it stopped.
 """
@@ -17,6 +18,7 @@ import argparse
 import math
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,14 @@ import numpy as np
 
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
+from llmsched_gym.engine import Engine
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import intervals
+from llmsched_gym.scheduler import install
 from llmsched_gym.text import between, number, table
 from llmsched_gym.workload import RequestTable, make_table
 
@@ -37,6 +42,7 @@ POLICIES = ("vllm-v1", "sarathi", "slai", "srpt-capped", "on-time", "learned")
 SHARES = (0.4, 0.6, 0.8, 1.0)
 MEMORIES = (1, 2, 4, 8)
 TRACE = "mooncake_conversation_first6000.jsonl.gz"
+SPEED_POLICIES = ("vllm-v1", "slai", "on-time")
 MISS_TOKENS, MISS_EVERY_S = 24_000, 10.0
 
 
@@ -195,7 +201,33 @@ def misses(args: argparse.Namespace) -> None:
     print(table(head, lines, 1))
 
 
-SECTIONS = {"suites": suites, "memory": memory, "misses": misses}
+def speed(args: argparse.Namespace) -> None:
+    """Processor time of an iteration, best of five runs, jitter and patience left out."""
+    lines = []
+    for suite, share in (("chat", 0.3), ("chat", 0.5), ("agents", 0.5)):
+        base = scenario(suite, num_requests=args.num_requests, jitter=0.0, patience_s=math.inf)
+        base = base.replace(qps=round(share * fluid_capacity(base).qps, 4))
+        for policy in SPEED_POLICIES:
+            cells = []
+            for on in (False, True):
+                world, scheduler = base.replace(prefix_caching=on), make_scheduler(policy)
+                given, best_s = make_table(world, 0), math.inf
+                engine = Engine(world, len(given))
+                for _ in range(5):
+                    engine.reset(given)
+                    install(scheduler, engine.state)
+                    engine.prepare(scheduler)
+                    start_s = time.process_time()
+                    engine.run(scheduler)
+                    sim = engine.state.sims[0]
+                    best_s = min(best_s, (time.process_time() - start_s) / int(sim.num_batches))
+                cells += [number(1e6 * best_s), number(float(sim.batch_tokens_sum / sim.num_batches), 1)]
+            lines.append([suite, f"{share:g}", policy, *cells])
+    print("\n### An iteration of the engine, us of processor time\n")
+    print(table(["suite", "share", "policy", "off", "tokens a batch", "with caching", "tokens a batch"], lines, 3))
+
+
+SECTIONS = {"suites": suites, "memory": memory, "misses": misses, "speed": speed}
 
 
 def main() -> int:

@@ -136,6 +136,13 @@ def test_parents_that_make_no_sessions(parent, message):
         replace(rows, parent=np.array(parent, np.int32), think_s=np.zeros(len(parent)))
 
 
+def test_a_cohort_begins_with_a_session():
+    with pytest.raises(
+        ConfigError, match=r"^cohort_start: expected the first request of a session, got 1, whose parent"
+    ):
+        sessions(root(0.0, 16, 1), turn(0, 1.0, 20, 1), cohort=(1, 2))
+
+
 def test_a_time_to_think_is_finite():
     rows = table([request(0.0, 16, 1), request(0.0, 16, 1)])
     with pytest.raises(ConfigError, match=r"^think_s: expected finite seconds >= 0 for request 1, got nan"):

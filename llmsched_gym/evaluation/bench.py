@@ -120,6 +120,9 @@ def _environments(quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         "vector_env_steps_per_s": {str(n): _vector(ours, n, steps) for n in NUM_ENVS},
         # random knobs serve badly, so more requests run at once and a step costs more
         "vector_env_steps_per_s_with_sarathi_knobs": {str(n): _vector(ours, n, steps, constant=True) for n in NUM_ENVS},
+        "vector_env_steps_per_s_with_two_threads": {
+            str(n): _vector(ours, n, steps, num_threads=2) for n in NUM_ENVS[1:]
+        },
     }
     return figures, {
         "cartpole_single_env_steps_per_s": _single(theirs, steps),
@@ -147,11 +150,14 @@ def _single(name: str, steps: int) -> float:
     return steps / seconds
 
 
-def _vector(name: str, num_envs: int, steps: int, constant: bool = False) -> float:
-    """Environment steps per second of the native vector env with random actions drawn beforehand, or with action 0."""
+def _vector(name: str, num_envs: int, steps: int, constant: bool = False, **kwargs: Any) -> float:
+    """Environment steps per second of the native vector env with random actions drawn beforehand, or with action 0.
+
+    Further arguments are the environment's.
+    """
     import gymnasium as gym
 
-    envs = gym.make_vec(name, num_envs=num_envs, vectorization_mode="vector_entry_point")
+    envs = gym.make_vec(name, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
     envs.action_space.seed(0)
     actions = [envs.action_space.sample() * (not constant) for _ in range(16)]
     envs.reset(seed=0)

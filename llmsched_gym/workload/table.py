@@ -85,6 +85,9 @@ class RequestTable:
     def __post_init__(self) -> None:
         if self.parent is not None:
             check_parents(self.parent, self.think_s)
+            if self.cohort_start < len(self) and self.parent[self.cohort_start] >= 0:
+                what = f"expected the first request of a session, got {self.cohort_start}"
+                raise ConfigError(f"cohort_start: {what}, whose parent is request {self.parent[self.cohort_start]}")
         if self.shares_with is not None or self.shared_tokens is not None:
             check_shares(self.identity(), self.prompt_tokens, self.output_tokens)
 
