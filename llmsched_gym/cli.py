@@ -268,6 +268,7 @@ def capacity(
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
     from llmsched_gym.evaluation import capacity as search
+    from llmsched_gym.workload.generate import come_in_sessions
 
     with console.progress_bar("runs") as progress:
         found = search.capacity(
@@ -281,7 +282,7 @@ def capacity(
             out=out,
             progress=progress,
         )
-    ratios = search.ratios(found)
+    ratios, unit = search.ratios(found), "sessions/s" if come_in_sessions(world) else "1/s"
     for item in found:
         if item.note:
             print(f"llmsched: {item.policy}: {item.criterion} {item.note}", file=sys.stderr)
@@ -289,9 +290,9 @@ def capacity(
     if as_json:
         console.print_rows(rows)
     else:
-        console.print_table(terminal.capacities(rows))
+        console.print_table(terminal.capacities(rows, unit))
     if any(item.shares for item in found):
-        console.print_table(terminal.served(rows), sys.stderr)
+        console.print_table(terminal.served(rows, unit), sys.stderr)
 
 
 @app.command()

@@ -8,8 +8,8 @@ from helpers import Run, request, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmsched_gym.config import ConfigError
-from llmsched_gym.engine import check
+from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.engine import Engine, check
 from llmsched_gym.engine.records import CANCELLED, FINISHED, PENDING, PHASES, REFUSED
 from llmsched_gym.engine.state import phases_of
 from llmsched_gym.workload import shares_of_ids, shares_of_turns
@@ -136,11 +136,50 @@ def test_parents_that_make_no_sessions(parent, message):
         replace(rows, parent=np.array(parent, np.int32), think_s=np.zeros(len(parent)))
 
 
-def test_a_cohort_begins_with_a_session():
-    with pytest.raises(
-        ConfigError, match=r"^cohort_start: expected the first request of a session, got 1, whose parent"
-    ):
-        sessions(root(0.0, 16, 1), turn(0, 1.0, 20, 1), cohort=(1, 2))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cohort_start": 1}, "cohort_start: expected whole sessions, got 1, whose parent is request 0"),
+        ({"cohort_stop": 1}, "cohort_stop: expected whole sessions, got 1, whose parent is request 0"),
+        ({"cohort_start": 3}, "cohort: expected requests within 0 to 3, got 3 to 2"),
+        ({"num_past": -1}, "num_past: expected 0 to 3, got -1"),
+        ({"num_past": 2}, "num_past: expected requests without a parent, got request 1 among them"),
+        ({"num_past": 1}, "arrival_s: expected a time before 0, as it is past for request 0, got 1"),
+        (
+            {"arrival_s": np.array([np.nan, np.nan, 2.0])},
+            "arrival_s: expected seconds from 0 on for request 0, got nan",
+        ),
+        ({"arrival_s": np.array([3.0, np.nan, 2.0])}, "arrival_s: expected seconds from 3 on for request 2, got 2"),
+        (
+            {"arrival_s": np.array([3.0, np.nan, np.inf])},
+            "arrival_s: expected seconds from 3 on for request 2, got inf",
+        ),
+        (
+            {"shares_with": np.array([-1, 0, 1]), "shared_tokens": np.array([0, 17, 18])},
+            "shares_with: expected a request without a parent or an ancestor of request 2, got 1, which may come later",
+        ),
+    ],
+)
+def test_sessions_that_cannot_be(change, message):
+    given = sessions(root(1.0, 16, 1), turn(0, 1.0, 20, 1), root(2.0, 20, 1), cohort=(0, 2))
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        replace(given, **change)
+
+
+def test_two_siblings_that_fail_cancel_what_is_below_them_once():
+    failing = [turn(0, 1.0, 9000, 1), turn(0, 1.0, 9000, 1)]
+    below = [turn(1, 0.0, 9010, 1), turn(3, 0.0, 9020, 1), turn(2, 0.0, 9010, 1)]
+    found = Run("vllm-v1", sessions(root(0.0, 40, 10), *failing, *below, root(50.0, 40, 10)))
+    found.drain()
+    assert found.engine.state.worlds[0].num_cancelled == 3
+    assert found.requests["phase"][6] == FINISHED
+
+
+def test_the_checker_looks_at_the_requests_that_there_are():
+    given = table([request(0.0, 16, 1), request(0.0, 16, 1)])
+    engine = Engine(scenario("paper", prefix_caching=True), 6)
+    engine.reset(given)
+    check(engine.state)
 
 
 def test_a_time_to_think_is_finite():

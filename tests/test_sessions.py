@@ -279,7 +279,7 @@ def test_two_sessions_by_hand(tmp_path):
         ({"turns": {"median": 2, "sigma": 0, "low": 3, "high": 4}}, "turns: expected 1 <= low <= median <= high"),
         ({"think_s": {"probs": [0, 1], "values": [2]}}, "think_s: expected increasing probs from 0 to 1"),
         ({"think_s": {"probs": [0, 1], "values": [-2, 1]}}, "think_s: expected increasing probs from 0 to 1"),
-        ({"spread": "x"}, "could not convert"),
+        ({"spread": "x"}, "spread: expected a number, got 'x'"),
         ({"spread": -1}, "spread: expected a number from 0 to 10"),
         ({"system_prompts": [3]}, "system_prompts: expected an object with numbers in tokens"),
         ({"system_prompts": {"tokens": [40], "shares": [1.5]}}, "system_prompts.shares: expected numbers > 0"),

@@ -154,7 +154,7 @@ def _check_places(state: State, k: int, require: Any) -> None:
     held = [[int(listed(sim, places, prefixes[r].row, i)) for i in range(requests[r].num_blocks)] for r in running]
     users = np.bincount([b for own in held for b in own], minlength=total)
     require(users == blocks[:, USERS], "users of a block != its holders")
-    rows = prefixes["row"]
+    rows = prefixes["row"][: state.worlds[k].num_requests]
     require(len({int(rows[r]) for r in running}) == len(running), "two requests have one row of blocks")
     require(np.delete(rows, running) == NONE, "a request that does not run has a row of blocks")
 

@@ -62,7 +62,8 @@ def _cancel_turns(of, r):
         parent = arrivals[turn].parent
         if parent == NONE:
             break
-        if parent == r or arrivals[parent].is_cancelled:
+        # a session may fork, and a sibling have cancelled this one before
+        if not arrivals[turn].is_cancelled and (parent == r or arrivals[parent].is_cancelled):
             arrivals[turn].is_cancelled = 1
             world.num_cancelled += 1
             if world.cohort_start <= turn < world.cohort_stop:

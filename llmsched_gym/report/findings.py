@@ -129,7 +129,8 @@ def _gaps(results: Results) -> list[str]:
         if load < 0:
             where = "not " if single else "at none "
         parts.append(f"{where}under {names(policies)}")
-    return [f"**Gaps between tokens:** the p99 ITL of every class is within its TBT SLO: {'; '.join(parts)}."]
+    what = "the p99 ITL of every class, the median over seeds, is within its TBT SLO"
+    return [f"**Gaps between tokens:** {what}: {'; '.join(parts)}."]
 
 
 def _lost(results: Results) -> list[str]:

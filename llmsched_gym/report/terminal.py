@@ -96,7 +96,7 @@ def _sessions(rows: Sequence[dict[str, Any]]) -> list[Table]:
         title="Sessions: every turn on time, time to the last answer of those finished",
     )
     saved = new_table(
-        *("policy", load, "hit rate\n(%)", "saved\n(1000)", "computed\n(1000)"),
+        *("policy", load, "hit rate\n(%)", "saved\n(thousands)", "computed\n(thousands)"),
         title="Prompt tokens of a run, at first admissions",
     )
     for (policy, _), group in loads(rows).items():
@@ -130,9 +130,9 @@ def load_text(group: Sequence[dict[str, Any]]) -> str:
     return f"{number(mean(rates), 2)} drawn"
 
 
-def capacities(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line per row of a policy's capacity; ratios are to the first."""
-    table = new_table("policy", "limited by", "capacity (1/s)", f"ratio to {rows[0]['policy']}", text=2)
+def capacities(rows: Sequence[dict[str, Any]], unit: str = "1/s") -> Table:
+    """One line per row of a policy's capacity, in `unit`; ratios are to the first."""
+    table = new_table("policy", "limited by", f"capacity ({unit})", f"ratio to {rows[0]['policy']}", text=2)
     for row in rows:
         figures = []
         for name, ends in (("capacity_qps", "ci"), ("ratio", "ratio_ci")):
@@ -141,11 +141,15 @@ def capacities(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def served(rows: Sequence[dict[str, Any]]) -> Table:
-    """Who is served at capacity, where a row says so: shares of requests, in all and by tenths of prompt length."""
+def served(rows: Sequence[dict[str, Any]], unit: str = "1/s") -> Table:
+    """Who is served at capacity, where a row says so: shares of requests, in all and by tenths of prompt length.
+
+    Turns that were cancelled, or came too late for their SLOs, are what is left of 100 %.
+    """
     tenths = [f"-{10 * i + 10}" for i in range(10)]
     title = "At capacity, by tenth of prompt length (up to that percentile)"
-    table = new_table("share (%)", "load\n(1/s)", "all", *tenths, title=title)
+    load = "load\n(1/s)" if unit == "1/s" else "sessions\n(1/s)"
+    table = new_table("share (%)", load, "all", *tenths, title=title)
     for row in rows:
         for name in ("attained", "refused", "abandoned"):
             if name in row:

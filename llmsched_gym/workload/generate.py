@@ -184,6 +184,11 @@ def _replay_remarks(scenario: Scenario, trace: Trace, num_requests: int) -> list
     return notes
 
 
+def come_in_sessions(scenario: Scenario) -> bool:
+    """Whether a scenario's requests are turns of drawn sessions, so that its rates are sessions per second."""
+    return scenario.trace is None and load_sessions(scenario.workload) is not None
+
+
 def trace_of(scenario: Scenario) -> Trace | None:
     """The scenario's trace, read."""
     return None if scenario.trace is None else cached_trace(scenario.trace, scenario.trace_invalid)

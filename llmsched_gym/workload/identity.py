@@ -54,6 +54,47 @@ def check_parents(parent: np.ndarray, think_s: np.ndarray | None) -> None:
         raise ConfigError(f"think_s: expected finite seconds >= 0 for request {bad[0]}, got {think_s[bad[0]]}")
 
 
+def check_sessions(parent: np.ndarray, arrival_s: np.ndarray, num_past: int, cohort: tuple[int, int]) -> None:
+    """Raise :class:`ConfigError` unless what is past stands first, roots come in order and the cohort is sessions."""
+    n, (start, stop) = len(parent), cohort
+    if not 0 <= num_past <= n:
+        raise ConfigError(f"num_past: expected 0 to {n}, got {num_past}")
+    is_root = parent < 0
+    if not is_root[:num_past].all():
+        raise ConfigError(f"num_past: expected requests without a parent, got request {np.argmin(is_root)} among them")
+    roots = np.flatnonzero(is_root)
+    # when each may come at the earliest
+    before_s = np.where(roots < num_past, -np.inf, np.append(0.0, arrival_s[roots])[:-1])
+    before_s[roots == num_past] = 0.0
+    times_s = arrival_s[roots]
+    bad = np.flatnonzero(~((times_s >= before_s) & (times_s < np.where(roots < num_past, 0.0, np.inf))))
+    if len(bad):
+        r = int(roots[bad[0]])
+        what = "a time before 0, as it is past" if r < num_past else f"seconds from {max(0.0, before_s[bad[0]]):g} on"
+        raise ConfigError(f"arrival_s: expected {what} for request {r}, got {arrival_s[r]:g}")
+    if not num_past <= start <= stop <= n:
+        raise ConfigError(f"cohort: expected requests within {num_past} to {n}, got {start} to {stop}")
+    for name, edge in (("cohort_start", start), ("cohort_stop", stop)):
+        if edge < n and not is_root[edge]:
+            raise ConfigError(f"{name}: expected whole sessions, got {edge}, whose parent is request {parent[edge]}")
+
+
+def check_known(shares_with: np.ndarray, parent: np.ndarray) -> None:
+    """Raise :class:`ConfigError` unless who is shared with has come by then: a root, or an ancestor of the request."""
+    asks = np.flatnonzero((shares_with >= 0) & (parent[shares_with] >= 0))
+    with_, at = shares_with[asks], parent[asks]
+    for _ in range(len(parent)):
+        below = at > with_
+        if not below.any():
+            break
+        at = np.where(below, parent[at], at)
+    bad = np.flatnonzero(at != with_)
+    if len(bad):
+        r, other = int(asks[bad[0]]), int(with_[bad[0]])
+        what = f"a request without a parent or an ancestor of request {r}"
+        raise ConfigError(f"shares_with: expected {what}, got {other}, which may come later")
+
+
 def shares_of_ids(ids: Sequence[Sequence[int]], prompt_tokens: np.ndarray, block_tokens: int) -> Shares:
     """From the ids of each prompt's blocks of `block_tokens`, the last of which may be shorter, as traces have them.
 

@@ -110,8 +110,11 @@ def read_workload(workload: str) -> tuple[dict[str, Any], Path]:
 
 
 def has_sessions(data: dict[str, Any]) -> bool:
-    """Whether a workload's requests come in sessions, each after the one before it."""
-    return data.get("kind") == "sessions"
+    """Whether a workload's requests come in sessions, each after the one before it; ConfigError for another kind."""
+    kind = data.get("kind", "lengths")
+    if kind not in ("lengths", "sessions"):
+        raise ConfigError(f"kind: expected sessions, or none for a length distribution, got {kind!r}")
+    return bool(kind == "sessions")
 
 
 @functools.lru_cache(maxsize=16)

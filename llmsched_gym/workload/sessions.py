@@ -230,12 +230,12 @@ def parse_sessions(data: dict[str, Any], where: str) -> SessionModel:
             turns=_quantity(data, "turns", 1.0),
             first_tokens=_quantity(data, "first_tokens", 1.0),
             new_tokens=_quantity(data, "new_tokens", 1.0),
-            spread=float(data["spread"]),
+            spread=_number(data, "spread"),
             output_tokens=_quantity(data, "output_tokens", 1.0),
             think_s=_quantity(data, "think_s", 0.0),
             system_tokens=tokens.astype(np.int64),
             system_bounds=np.cumsum(shares),
-            max_output_tokens=int(data["max_output_tokens"]),
+            max_output_tokens=int(_number(data, "max_output_tokens")),
         )
         if not 0.0 <= model.spread < 10.0:
             raise ValueError(f"spread: expected a number from 0 to 10, got {model.spread:g}")
@@ -248,6 +248,13 @@ def parse_sessions(data: dict[str, Any], where: str) -> SessionModel:
         raise ConfigError(f"{where}: missing field {error}") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _number(data: dict[str, Any], field: str) -> float:
+    value = data[field]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{field}: expected a number, got {value!r}")
+    return float(value)
 
 
 def _numbers(data: Any, name: str, field: str) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmsched_gym.config import MOST, SLO_CLASSES, ConfigError
-from llmsched_gym.workload.identity import Shares, check_parents, check_shares
+from llmsched_gym.workload.identity import Shares, check_known, check_parents, check_sessions, check_shares
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class RequestTable:
     def __post_init__(self) -> None:
         if self.parent is not None:
             check_parents(self.parent, self.think_s)
-            if self.cohort_start < len(self) and self.parent[self.cohort_start] >= 0:
-                what = f"expected the first request of a session, got {self.cohort_start}"
-                raise ConfigError(f"cohort_start: {what}, whose parent is request {self.parent[self.cohort_start]}")
+            check_sessions(self.parent, self.arrival_s, self.num_past, (self.cohort_start, self.cohort_stop))
+            if self.shares_with is not None:
+                check_known(self.shares_with, self.parent)
         if self.shares_with is not None or self.shared_tokens is not None:
             check_shares(self.identity(), self.prompt_tokens, self.output_tokens)
 
@@ -164,6 +164,8 @@ class RequestTable:
     def last_root_s(self) -> float:
         """When the last session of the cohort begins, seconds."""
         roots = self.arrival_s[self.cohort_start : self.cohort_stop]
+        if self.cohort_start >= self.cohort_stop:
+            raise ConfigError(f"cohort: expected a request to measure, got {self.cohort_start} to {self.cohort_stop}")
         return float(roots[~np.isnan(roots)][-1])
 
     @property
