@@ -8,7 +8,7 @@ from helpers import TICK_S, profile, request, table
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import run as kernels
 from llmsched_gym.engine.lifecycle import deliver, enter
-from llmsched_gym.engine.state import allocate, env_of, episode_of, lane_of, load_table, make_handle
+from llmsched_gym.engine.state import Replica, allocate, env_of, episode_of, lane_of, load_table, make_handle
 from llmsched_gym.scheduler import default_knobs, make_scheduler
 
 ROWS = [request(prompt=40, output=4), request(prompt=90, output=6), request(prompt=50, output=3)]
@@ -16,9 +16,10 @@ ROWS = [request(prompt=40, output=4), request(prompt=90, output=6), request(prom
 
 def make(num_replicas, rows, num_envs=1):
     world = scenario("paper", watermark=0.0, num_requests=len(rows))
-    state = allocate(num_envs, len(rows), world, profile(), num_kv_blocks=100, num_replicas=num_replicas)
+    replicas = num_replicas * [Replica(num_kv_blocks=100, max_num_seqs=128)]
+    state = allocate(num_envs, len(rows), world, (profile(),), (profile(),), replicas)
     for env in range(num_envs):
-        load_table(state, env, table(rows), world, 100)
+        load_table(state, env, table(rows), world, replicas)
     state.knobs[:] = default_knobs()
     return state
 

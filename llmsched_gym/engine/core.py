@@ -12,7 +12,7 @@ from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import run as kernels
 from llmsched_gym.engine.places import cached_blocks, places_of
-from llmsched_gym.engine.state import State, allocate, append_request, grow, load_table, make_handle
+from llmsched_gym.engine.state import Replica, State, allocate, append_request, grow, load_table, make_handle
 from llmsched_gym.engine.view import Batch, View, has_arrived, submit
 from llmsched_gym.workload import NOISE_BLOCK, Request, RequestTable, noise_block
 
@@ -92,15 +92,16 @@ class Engine:
             own_profile = load_profile(scenario.scheduler_profile) if scenario.scheduler_profile else self.profile
         own_blocks = getattr(backend, "num_kv_blocks", None)
         self.num_kv_blocks = scenario.num_kv_blocks or own_blocks or scenario.blocks(self.profile.num_kv_blocks)
+        self._replicas = (Replica(self.num_kv_blocks, scenario.max_num_seqs or self.profile.device.max_num_seqs),)
         self.backend = backend
         self.noisy = scenario.jitter > 0 or (scenario.straggler_share > 0 and scenario.straggler_factor != 1)
         self.state: State = allocate(
             num_envs,
             capacity,
             scenario,
-            self.profile,
-            own_profile,
-            num_kv_blocks=self.num_kv_blocks,
+            (self.profile,),
+            (own_profile,),
+            self._replicas,
             noise_size=2 * NOISE_BLOCK if self.noisy else 1,
             num_gaps=num_gaps,
             num_steps=num_steps,
@@ -124,7 +125,7 @@ class Engine:
     def reset(self, table: RequestTable, env: int = 0) -> None:
         """Put environment `env` at time 0 before `table`."""
         self._check_env(env)
-        load_table(self.state, env, table, self.scenario, self.num_kv_blocks, record_gaps=self._record_gaps)
+        load_table(self.state, env, table, self.scenario, self._replicas, record_gaps=self._record_gaps)
         self._seeds[env] = table.seed
         forget = getattr(self.backend, "reset", None)
         if forget is not None:

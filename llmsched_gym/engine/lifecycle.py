@@ -83,6 +83,8 @@ def deliver(lane, r):
     """Put request `r`, which has entered, at the end of a replica's line."""
     sim, request = lane.sim, lane.requests[r]
     request.phase = WAITING
+    sim.new_arrivals += 1
+    sim.new_tokens += request.prompt_tokens
     join_waiting(lane, r)
     departure_s = request.arrival_s + request.ttft_slo_s + lane.episode.patience_s
     sim.next_departure_s = min(sim.next_departure_s, departure_s)
@@ -224,32 +226,37 @@ def depart(lane, world):
 
 
 @kernel()
-def average(episode, arrivals, tokens, now_s):
-    """Take `arrivals` with so many prompt tokens up to `now_s` into the averages."""
-    elapsed_s = now_s - episode.clock_s
-    episode.clock_s = now_s
+def average(sim, elapsed_s):
+    """Take who came to a replica in the last `elapsed_s` seconds into its averages."""
+    arrivals, tokens = sim.new_arrivals, sim.new_tokens
+    sim.new_arrivals = sim.new_tokens = 0
     keep_10s, keep_60s = math.exp(-elapsed_s / 10.0), math.exp(-elapsed_s / 60.0)
-    episode.arrivals_10s = episode.arrivals_10s * keep_10s + arrivals / 10.0
-    episode.arrivals_60s = episode.arrivals_60s * keep_60s + arrivals / 60.0
-    episode.arrived_tokens_10s = episode.arrived_tokens_10s * keep_10s + tokens / 10.0
-    episode.arrived_tokens_60s = episode.arrived_tokens_60s * keep_60s + tokens / 60.0
+    sim.arrivals_10s = sim.arrivals_10s * keep_10s + arrivals / 10.0
+    sim.arrivals_60s = sim.arrivals_60s * keep_60s + arrivals / 60.0
+    sim.arrived_tokens_10s = sim.arrived_tokens_10s * keep_10s + tokens / 10.0
+    sim.arrived_tokens_60s = sim.arrived_tokens_60s * keep_60s + tokens / 60.0
 
 
 @kernel(inline="always")
 def pass_time(lane, world, arrivals, output_tokens, due, now_s):
-    """Set a replica's clock: the one place where time passes; clients come and leave."""
-    episode = lane.episode
+    """Set the clock of an episode's one replica: clients come and leave."""
+    elapsed_s = now_s - lane.sim.clock_s
     lane.sim.clock_s = now_s
-    before, tokens_before = episode.num_arrived, episode.arrived_tokens
-    of = Episode(episode, world, lane.requests, lane.resolved, lane.prefixes, arrivals, output_tokens, due)
+    of = Episode(lane.episode, world, lane.requests, lane.resolved, lane.prefixes, arrivals, output_tokens, due)
     if world.has_turns:
         follow(of)
     if now_s >= world.next_arrival_s:
         let_in(lane, of, now_s)
+    lose_patience(lane, of, now_s)  # after it: who came early in a long batch may have left again
+    average(lane.sim, elapsed_s)
+
+
+@kernel()
+def lose_patience(lane, of, now_s):
+    """At a replica's time `now_s` clients leave, their turns with them, and deadlines are over."""
     if now_s >= lane.sim.next_departure_s:
-        depart(lane, world)  # after it: who came early in a long batch may have left again
-        if world.has_turns:
+        depart(lane, of.world)
+        if of.world.has_turns:
             follow(of)
     if now_s >= lane.sim.next_expiry_s:
         expire(lane)
-    average(episode, episode.num_arrived - before, episode.arrived_tokens - tokens_before, now_s)

@@ -110,15 +110,10 @@ ARRIVAL = record_dtype(
 # What an environment's requests have in common, whichever replica serves them.
 EPISODE = record_dtype(
     [
-        ("clock_s", "f8"),  # of the averages below
         ("patience_s", "f8"),
         ("strict_tbt_slo_s", "f8"),
-        ("arrivals_10s", "f8"),  # arrivals per second, exponentially averaged over 10 and 60 s
-        ("arrivals_60s", "f8"),
-        ("arrived_tokens_10s", "f8"),  # prompt tokens per second, likewise
-        ("arrived_tokens_60s", "f8"),
         ("arrived_tokens", "i8"),  # prompt tokens of everybody who has arrived
-        ("largest_request", "i4"),  # tokens of prompt and output that a replica can hold: larger ones are rejected
+        ("largest_request", "i4"),  # tokens of prompt and output that any replica can hold: larger ones are rejected
         ("num_arrived", "i4"),
         ("num_rejected", "i4"),
         ("num_resolved", "i4"),
@@ -146,12 +141,19 @@ REPLICA = record_dtype(
         ("batch_tokens_sum", "i8"),
         ("tokens_emitted", "i8"),
         ("waiting_tokens", "i8"),  # prompt tokens to compute of all waiting requests
+        ("arrivals_10s", "f8"),  # arrivals per second, exponentially averaged over 10 and 60 s
+        ("arrivals_60s", "f8"),
+        ("arrived_tokens_10s", "f8"),  # prompt tokens per second, likewise
+        ("arrived_tokens_60s", "f8"),
+        ("new_tokens", "i8"),  # prompt tokens of those who came since the averages were taken
+        ("new_arrivals", "i4"),  # their number
         ("last_batch_tokens", "i4"),
         ("last_batch_decodes", "i4"),
         ("free_blocks", "i4"),
         ("total_blocks", "i4"),
         ("watermark_blocks", "i4"),
         ("max_model_len", "i4"),
+        ("largest_request", "i4"),  # tokens of prompt and output that it can hold
         ("max_num_seqs", "i4"),
         ("max_num_batched_tokens", "i4"),
         ("num_waiting", "i4"),

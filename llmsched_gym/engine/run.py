@@ -91,6 +91,7 @@ def start(s, k):
     if lane.sim.prefix_caching:
         remember(lane, of)
     let_in(lane, of, 0.0)
+    lane.sim.new_arrivals = lane.sim.new_tokens = 0  # who is there from the start tells nothing of the rate
 
 
 @entry()
@@ -99,7 +100,7 @@ def enter_env(s, k, r):
     lane, of = lane_of(s, k), episode_of(s, env_of(s, k))
     if enter(of, r):
         deliver(lane, r)
-    average(of.episode, 1, of.requests[r].prompt_tokens, lane.sim.clock_s)
+    average(lane.sim, 0.0)
 
 
 @entry()

@@ -10,6 +10,7 @@ their first values name the same fields and change together.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -330,25 +331,35 @@ def empty_line(sims: Any) -> None:
         sims[name] = NONE
 
 
+class Replica(NamedTuple):
+    """What replicas of an episode may differ in."""
+
+    num_kv_blocks: int
+    max_num_seqs: int
+    profile: int = 0  # which of the profiles it runs on
+
+
 def allocate(
     num_envs: int,
     capacity: int,
     scenario: Scenario,
-    profile: Profile,
-    own_profile: Profile | None = None,
+    profiles: Sequence[Profile],
+    own_profiles: Sequence[Profile],
+    replicas: Sequence[Replica],
     *,
-    num_kv_blocks: int,
     noise_size: int = 1,
     num_gaps: int = 0,
     num_steps: int = 0,
-    num_replicas: int = 1,
+    room: int | None = None,
 ) -> State:
-    """Zeroed arrays for `num_envs` environments of up to `capacity` requests and `num_replicas` lanes each."""
-    lanes, seqs = num_envs * num_replicas, scenario.max_num_seqs or profile.device.max_num_seqs
-    own = own_profile or profile
+    """Zeroed arrays for `num_envs` environments of up to `capacity` requests and as many lanes as `replicas` each.
+
+    Up to `room` requests can wait at a lane; None: all. Schedulers go by `own_profiles`, one for each of `profiles`.
+    """
+    lanes, seqs = num_envs * len(replicas), max(replica.max_num_seqs for replica in replicas)
+    room = capacity if room is None else room
     limit = scenario.max_num_batched_tokens
-    rows = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
-    records = num_records(num_kv_blocks, seqs, rows) if scenario.prefix_caching else 1
+    records = max(_records(scenario, replica) for replica in replicas) if scenario.prefix_caching else 1
     sims = np.zeros(lanes, REPLICA)
     empty_line(sims)
     return State(
@@ -360,26 +371,43 @@ def allocate(
         arrivals=np.zeros((num_envs, capacity), ARRIVAL),
         output_tokens=np.zeros((num_envs, capacity), np.int32),
         due=np.zeros((num_envs, capacity), np.int32),
-        waiting=np.zeros((lanes, capacity), np.int32),
+        waiting=np.zeros((lanes, room), np.int32),
         running=np.zeros((lanes, seqs), np.int32),
         knobs=np.zeros(lanes, KNOBS),
         memory=np.zeros((lanes, OWN_MEMORY + ACTION_MEMORY)),
         batches=np.zeros(lanes, BATCH),
         items=np.zeros((lanes, seqs), ITEM),
         preempt=np.zeros((lanes, seqs), np.int32),
-        refuse=np.zeros((lanes, capacity), np.int32),
+        refuse=np.zeros((lanes, room), np.int32),
         scratch=np.zeros((lanes, max(seqs, MIN_SCRATCH)), np.int32),
         keys=np.zeros((lanes, seqs)),
         resolved=np.zeros((num_envs, capacity), np.int32),
         noise=np.ones((lanes, noise_size)),
-        linear_s=np.array([profile.linear_table_s(limit)]),  # a copy: kernels take writeable arrays only
-        coef_s=profile.coefficients(seqs)[None],
-        own_linear_s=np.array([own.linear_table_s(limit)]),
-        own_coef_s=own.coefficients(seqs)[None],
+        linear_s=np.array([profile.linear_table_s(limit) for profile in profiles]),  # copies, as kernels write
+        coef_s=_side_by_side([profile.coefficients(seqs) for profile in profiles]),
+        own_linear_s=np.array([profile.linear_table_s(limit) for profile in own_profiles]),
+        own_coef_s=_side_by_side([profile.coefficients(seqs) for profile in own_profiles]),
         gaps=np.zeros((num_envs, max(num_gaps, 1)), np.float32),
         steps=np.zeros((lanes, num_steps), STEP),
         blocks=aligned_zeros((lanes, records, NUM_COLUMNS), np.int32),
     )
+
+
+def _row_blocks(scenario: Scenario, num_kv_blocks: int) -> int:
+    """Most blocks of a request."""
+    return min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+
+
+def _records(scenario: Scenario, replica: Replica) -> int:
+    return num_records(replica.num_kv_blocks, replica.max_num_seqs, _row_blocks(scenario, replica.num_kv_blocks))
+
+
+def _side_by_side(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of different lengths, zeros behind the shorter ones."""
+    out = np.zeros((len(rows), max(map(len, rows))))
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = values
+    return out
 
 
 def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
@@ -398,7 +426,13 @@ def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
 
 
 def load_table(
-    state: State, env: int, table: RequestTable, scenario: Scenario, num_kv_blocks: int, *, record_gaps: bool = False
+    state: State,
+    env: int,
+    table: RequestTable,
+    scenario: Scenario,
+    replicas: Sequence[Replica],
+    *,
+    record_gaps: bool = False,
 ) -> None:
     """Put environment `env` at time 0 before the requests of `table`; a table larger than the arrays is an error."""
     n = len(table)
@@ -419,9 +453,9 @@ def load_table(
     arrivals["is_cancelled"][:n] = 0
     arrivals["max_output_tokens"][:n] = MOST if table.max_output_tokens is None else table.max_output_tokens
     _load_episode(state, env, table, scenario, record_gaps)
-    num_replicas = len(state.sims) // len(state.episodes)
-    for k in range(env * num_replicas, (env + 1) * num_replicas):
-        _load_replica(state, k, env, scenario, num_kv_blocks)
+    for k, replica in enumerate(replicas, env * len(replicas)):
+        load_replica(state, k, scenario, replica)
+        state.episodes[env].largest_request = max(state.episodes[env].largest_request, state.sims[k].largest_request)
 
 
 def _turns(table: RequestTable) -> tuple[np.ndarray, ...]:
@@ -460,14 +494,16 @@ def _load_episode(state: State, env: int, table: RequestTable, scenario: Scenari
         world.stop_s = table.last_root_s + table.longest_session_s + scenario.drain_s
 
 
-def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blocks: int) -> None:
+def load_replica(state: State, k: int, scenario: Scenario, replica: Replica) -> None:
+    """Put lane `k` at time 0: nobody is there, nothing is cached."""
     state.sims[k] = np.zeros((), REPLICA)
-    sim, episode = state.sims[k], state.episodes[env]
+    sim, num_kv_blocks = state.sims[k], replica.num_kv_blocks
+    sim.profile = replica.profile
     sim.block_size, sim.block_bits = scenario.block_size, scenario.block_size.bit_length() - 1
     sim.total_blocks = sim.free_blocks = num_kv_blocks
     sim.watermark_blocks = int(scenario.watermark * num_kv_blocks)
     sim.max_model_len = scenario.max_model_len
-    sim.max_num_seqs = state.running.shape[1]
+    sim.max_num_seqs = replica.max_num_seqs
     sim.max_num_batched_tokens = scenario.max_num_batched_tokens
     sim.admission = ADMISSIONS.index(scenario.admission)
     sim.allow_refusal = scenario.allow_refusal
@@ -475,14 +511,13 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
     if scenario.prefix_caching:
         sim.blocks_version = 1  # 0 is that of requests that have not been looked up
         sim.table_mask = table_size(num_kv_blocks) - 1
-        sim.row_blocks = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+        sim.row_blocks = _row_blocks(scenario, num_kv_blocks)
         load_blocks(state.blocks[k], num_kv_blocks, int(sim.max_num_seqs), int(sim.row_blocks))
     sim.idle_step_s = scenario.idle_step_s
     sim.next_departure_s = sim.next_expiry_s = math.inf
     empty_line(sim)
     sim.cost_ratio = 1.0
-    fits = min(sim.max_model_len, int(sim.total_blocks - sim.watermark_blocks) * int(sim.block_size))
-    episode.largest_request = max(episode.largest_request, fits)
+    sim.largest_request = min(sim.max_model_len, int(sim.total_blocks - sim.watermark_blocks) * int(sim.block_size))
     state.memory[k] = 0.0
     state.batches[k] = np.zeros((), BATCH)
 

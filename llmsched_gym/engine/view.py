@@ -14,7 +14,7 @@ import numpy as np
 from llmsched_gym.engine.batch import batch_s, can_make_ttft_env, uncached_prefill
 from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed
 from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
-from llmsched_gym.engine.state import State, lane_of
+from llmsched_gym.engine.state import State, env_of, lane_of
 from llmsched_gym.engine.surface import chunk_s, has_surface, recount, surface_s
 
 _HIDDEN_FIELDS = {
@@ -59,12 +59,13 @@ class View:
         max_num_seqs, max_num_batched_tokens: limits of a batch.
     """
 
-    def __init__(self, state: State, handle: Any, env: int = 0) -> None:
-        self._state, self._handle, self._env = state, handle, env
-        sim = state.sims[env]
+    def __init__(self, state: State, handle: Any, k: int = 0) -> None:
+        """Lane `k` of `state`: with one replica each, environment `k`."""
+        self._state, self._handle, self._k, self._env = state, handle, k, env_of(state, k)
+        sim = state.sims[k]
         self.now_s = float(sim.clock_s)
-        self.running = self._records(state.running[env, : sim.num_running])
-        self.waiting = self._records(state.waiting[env, : sim.num_waiting])
+        self.running = self._records(state.running[k, : sim.num_running])
+        self.waiting = self._records(state.waiting[k, : sim.num_waiting])
         self.free_blocks = int(sim.free_blocks)
         self.total_blocks = int(sim.total_blocks)
         self.watermark_blocks = int(sim.watermark_blocks)
@@ -83,8 +84,8 @@ class View:
         for name in _SEEN:
             seen[name] = rows[name][indices]
         seen["num_uncached_tokens"] = seen["prefill_tokens"] - seen["num_computed_tokens"]
-        if self._state.sims[self._env].prefix_caching:
-            lane = lane_of(self._state, self._env)
+        if self._state.sims[self._k].prefix_caching:
+            lane = lane_of(self._state, self._k)
             seen["num_uncached_tokens"] = [uncached_prefill(lane, int(r)) for r in indices]
         return seen.view(np.recarray)
 
@@ -122,7 +123,7 @@ class View:
             raise ValueError(
                 f"predict_s: expected at most {self.max_num_batched_tokens} tokens in a batch, got {total}"
             )
-        state, profile = self._state, self._state.sims[self._env].profile
+        state, profile = self._state, self._state.sims[self._k].profile
         linear_s, coef_s = state.own_linear_s[profile], state.own_coef_s[profile]
         if has_surface(coef_s):
             chunks_s = sum(chunk_s(coef_s, computed, n) for computed, n in chunks)
@@ -133,7 +134,7 @@ class View:
     def can_make_ttft(self, r: int) -> bool:
         """Whether request `r`, served alone from now on, would still have its first token in time."""
         self._check_arrived(r)
-        return bool(can_make_ttft_env(self._handle, self._env, int(r)))
+        return bool(can_make_ttft_env(self._handle, self._k, int(r)))
 
     def _check_arrived(self, r: int) -> None:
         if not hasattr(r, "__index__") or not has_arrived(self._state, self._env, r):
@@ -152,19 +153,25 @@ def whole_number(n: Any) -> int:
     return -1
 
 
+def _members(state: State, k: int) -> set[int]:
+    """The requests that wait or run at lane `k`."""
+    sim = state.sims[k]
+    return {*state.waiting[k, : sim.num_waiting].tolist(), *state.running[k, : sim.num_running].tolist()}
+
+
 @contextmanager
-def _without(state: State, env: int, preempted: list[int]) -> Iterator[int]:
+def _without(state: State, k: int, preempted: list[int]) -> Iterator[int]:
     """Free blocks, were these running requests preempted; until it is left none of them counts as a block's user."""
-    sim, requests = state.sims[env], state.requests[env]
+    sim, requests = state.sims[k], state.requests[env_of(state, k)]
     if not sim.prefix_caching:
         yield int(sim.free_blocks) + sum(int(requests[r].num_blocks) for r in preempted)
         return
-    blocks = state.blocks[env]
+    blocks, prefixes = state.blocks[k], state.prefixes[env_of(state, k)]
     users = blocks[:, USERS]
     gone = np.zeros_like(users)
     for r in preempted:
         for position in range(requests[r].num_blocks):
-            gone[listed(sim, blocks, state.prefixes[env][r].row, position)] += 1
+            gone[listed(sim, blocks, prefixes[r].row, position)] += 1
     users -= gone
     try:
         yield int(sim.free_blocks) + int(np.sum((gone > 0) & (users == 0)))
@@ -172,14 +179,19 @@ def _without(state: State, env: int, preempted: list[int]) -> Iterator[int]:
         users += gone
 
 
-def submit(state: State, batch: Batch, env: int = 0) -> None:
-    """Write a Python scheduler's batch into the engine, after checking every rule it could break (rule 9)."""
-    sim, requests, lane = state.sims[env], state.requests[env], state.batches[env]
+def submit(state: State, batch: Batch, k: int = 0) -> None:
+    """Write a Python scheduler's batch into lane `k`, after checking every rule it could break (rule 9)."""
+    env = env_of(state, k)
+    sim, requests, lane = state.sims[k], state.requests[env], state.batches[k]
+    mine = _members(state, k) if len(state.sims) > len(state.episodes) else None
 
     def phase_of(r: int) -> int:
         if not has_arrived(state, env, r):
             raise IllegalBatch(f"rule 6: request {r} has not arrived")
-        return int(requests[r].phase)
+        phase = int(requests[r].phase)
+        if mine is not None and phase in (WAITING, RUNNING) and r not in mine:
+            raise IllegalBatch(f"rule 6: request {r} is another replica's")
+        return phase
 
     def index(r: Any) -> int:
         try:
@@ -206,9 +218,9 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
     items: list[tuple[int, int]] = []
     seen: set[int] = set()
     total, pairs, kv_tokens, decodes = 0, 0.0, 0.0, 0
-    at = lane_of(state, env)
+    at = lane_of(state, k)
     spare = int(sim.watermark_blocks) if sim.admission == BY_PROMPT else 0
-    with _without(state, env, preempted) as free:
+    with _without(state, k, preempted) as free:
         for r, n in batch.tokens.items():
             r = index(r)
             if r in seen:  # keys that differ may mean one request
@@ -248,12 +260,12 @@ def submit(state: State, batch: Batch, env: int = 0) -> None:
         raise IllegalBatch(f"rule 1: {seqs} sequences would run, max_num_seqs is {sim.max_num_seqs}")
 
     for i, (r, n) in enumerate(items):
-        state.items[env, i] = (r, n)
+        state.items[k, i] = (r, n)
         requests[r].num_scheduled_tokens = n
-    state.preempt[env, : len(preempted)] = preempted
-    state.refuse[env, : len(refused)] = refused
+    state.preempt[k, : len(preempted)] = preempted
+    state.refuse[k, : len(refused)] = refused
     lane.num_items, lane.num_tokens, lane.num_decodes = len(items), total, decodes
     lane.num_preempt, lane.num_refuse = len(preempted), len(refused)
     lane.is_marked = 1
     lane.pairs, lane.kv_tokens = pairs, kv_tokens
-    recount(lane, state.items[env], requests, state.own_coef_s[sim.profile])
+    recount(lane, state.items[k], requests, state.own_coef_s[sim.profile])
