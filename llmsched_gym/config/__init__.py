@@ -1,0 +1,48 @@
+"""Frozen, validated descriptions of scenarios, environments and clusters; the named suites."""
+
+from llmsched_gym.config.scenario import (
+    ACTIONS,
+    ADMISSIONS,
+    BACKENDS,
+    BLOCK_SIZE,
+    MEASURED,
+    MOST,
+    OF_THE_VECTOR,
+    SLO_CLASSES,
+    TBT_RULES,
+    ConfigError,
+    DeviceSpec,
+    EnvConfig,
+    ModelSpec,
+    Scenario,
+    UnknownField,
+    check_names,
+    plain,
+    plain_fields,
+)
+from llmsched_gym.config.suites import SUITES, Suite, env_config, scenario
+
+__all__ = [
+    "ACTIONS",
+    "ADMISSIONS",
+    "BACKENDS",
+    "BLOCK_SIZE",
+    "MEASURED",
+    "MOST",
+    "OF_THE_VECTOR",
+    "SLO_CLASSES",
+    "SUITES",
+    "TBT_RULES",
+    "ConfigError",
+    "DeviceSpec",
+    "EnvConfig",
+    "ModelSpec",
+    "Scenario",
+    "Suite",
+    "UnknownField",
+    "check_names",
+    "env_config",
+    "plain",
+    "plain_fields",
+    "scenario",
+]
