@@ -17,6 +17,7 @@ ORDER = (
     ("fluid",),
     ("engine", "report"),  # a report reads rows, whoever made them
     ("scheduler",),
+    ("cluster",),
     ("env",),
     ("policies",),  # a learned policy sees what the environment shows
     ("baselines",),

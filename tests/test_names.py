@@ -84,7 +84,7 @@ def probe(folder, own=False, **options):
 def expected(root, where):
     """Files of the probe's four modules in a clone, or in a folder that the package is installed to."""
     beside = root if where == "clone" else root / "llmsched_gym"
-    files = [root / "llmsched_gym/config/scenario.py", beside / "baselines/slai.py", beside / "agents/options.py"]
+    files = [root / "llmsched_gym/config/__init__.py", beside / "baselines/slai.py", beside / "agents/options.py"]
     return [str(file) for file in (*files, beside / "real_backend/sweep.py")]
 
 

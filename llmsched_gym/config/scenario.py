@@ -364,6 +364,17 @@ OBSERVATIONS = ("features", "slots")
 CREDITS = ("early", "finish")
 
 
+def check_reward(config: Any) -> None:
+    """Check the fields of an environment's configuration that say what is paid and told."""
+    config._check_number("reward_scale", 0.0, 1e12, open_low=True)
+    config._check_number("tau_s", 0.0, open_low=True)
+    if not isinstance(config.episode_metrics, bool):
+        raise ConfigError(f"episode_metrics: expected True or False, got {config.episode_metrics!r}")
+    config._check_choice("credit", CREDITS)
+    if not callable(config.reward):
+        config._check_choice("reward", ("slo",))
+
+
 @dataclass(frozen=True)
 class EnvConfig(Scenario):
     """A scenario and how an agent meets it: the keyword arguments of ``gym.make("LLMSched-v0", ...)``."""
@@ -380,18 +391,12 @@ class EnvConfig(Scenario):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_number("reward_scale", 0.0, 1e12, open_low=True)
-        self._check_number("tau_s", 0.0, open_low=True)
+        check_reward(self)
         self._check_integer("action_repeat", 1)
         self._check_integer("token_budget", 1)
-        if not isinstance(self.episode_metrics, bool):
-            raise ConfigError(f"episode_metrics: expected True or False, got {self.episode_metrics!r}")
         self._check_choice("action", tuple(ACTIONS))
-        self._check_choice("credit", CREDITS)
         if not hasattr(self.observation, "observe"):
             self._check_choice("observation", OBSERVATIONS)
-        if not callable(self.reward):
-            self._check_choice("reward", ("slo",))
         if self.action_repeat > ACTIONS[self.action]:
             most = f"{ACTIONS[self.action]} with action={self.action!r}"
             raise ConfigError(f"action_repeat: expected {most}, got {self.action_repeat}")

@@ -115,7 +115,7 @@ def _home(mask, owner, position):
 
 
 @kernel()
-def _slot_of(blocks, mask, owner, position):
+def identity_slot(blocks, mask, owner, position):
     """Where the table of identities names the first block of that identity, or would name it."""
     slot = _home(mask, owner, position)
     for _ in range(mask + 1):
@@ -129,7 +129,7 @@ def _slot_of(blocks, mask, owner, position):
 @kernel()
 def _name(blocks, mask, b, owner, position):
     """Give block `b` its identity: it can be found from now on, behind those that have the same."""
-    slot = _slot_of(blocks, mask, owner, position)
+    slot = identity_slot(blocks, mask, owner, position)
     blocks[b, OWNER], blocks[b, POSITION] = owner, position
     blocks[b, SAME], blocks[b, LAST] = NONE, b
     first = blocks[slot, NAMED]
@@ -145,7 +145,7 @@ def _forget(blocks, mask, b):
     """Take the identity of block `b`, if it has one."""
     if blocks[b, OWNER] == NONE:
         return
-    slot = _slot_of(blocks, mask, blocks[b, OWNER], blocks[b, POSITION])
+    slot = identity_slot(blocks, mask, blocks[b, OWNER], blocks[b, POSITION])
     first = blocks[slot, NAMED]
     if first != b:
         before = first
@@ -196,7 +196,7 @@ def find(sim, prompt, prefixes, blocks, r):
         first = prefixes[owner].shared_tokens >> sim.block_bits
         used = 0
         for position in range(first, stop):
-            b = blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED]
+            b = blocks[identity_slot(blocks, sim.table_mask, owner, position), NAMED]
             if b == NONE:
                 found, in_use = position, 0
                 break
@@ -265,7 +265,7 @@ def _share(sim, requests, prefixes, blocks, r):
             if is_noted and position > 0:
                 b = listed(sim, blocks, row, position)
             else:
-                b = blocks[_slot_of(blocks, sim.table_mask, owner, position), NAMED]
+                b = blocks[identity_slot(blocks, sim.table_mask, owner, position), NAMED]
             if blocks[b, USERS] == 0:
                 _unlink(blocks, b)
                 sim.free_blocks -= 1

@@ -23,10 +23,16 @@ def _remove(array, count, value):
 
 
 @kernel()
-def leave_running(lane, r):
-    """Take `r` off the list of running requests and free its blocks; its phase is left to the caller."""
+def take_off_running(lane, r):
+    """Take `r` off the list of running requests; what it holds and its phase are left to the caller."""
     _remove(lane.running, lane.sim.num_running, r)
     lane.sim.num_running -= 1
+
+
+@kernel()
+def leave_running(lane, r):
+    """Take `r` off the list of running requests and free its blocks; its phase is left to the caller."""
+    take_off_running(lane, r)
     free(lane, r)
 
 
@@ -127,10 +133,44 @@ def _let_turns_in(lane, of, now_s):
 
 
 @kernel()
-def remember(lane, of):
-    """Let the cache of a replica hold what requests that are past have left there, as far as memory goes."""
+def take_next(of):
+    """Take the request that comes next, root or turn, off the table or the due turns; NONE if nobody is to come.
+
+    ``world.next_arrival_s`` then says when the one behind it comes.
+    """
+    world = of.world
+    if world.has_turns:
+        skip_turns(of)
+        r = first_to_come(of)
+        if r == NONE:
+            return r
+        if of.arrivals[r].parent == NONE:
+            world.next_arrival += 1
+            skip_turns(of)
+        else:
+            pop_due(of)
+        first_to_come(of)
+        return r
+    if world.next_arrival >= world.table_size:
+        return NONE
+    r = world.next_arrival
+    world.next_arrival += 1
+    world.next_arrival_s = math.inf
+    if world.next_arrival < world.table_size:
+        world.next_arrival_s = of.arrivals[world.next_arrival].arrival_s
+    return r
+
+
+@kernel()
+def remember(lane, of, part, parts):
+    """Let the cache of a replica hold what requests that are past have left there, as far as memory goes.
+
+    With several replicas each was sent the sessions of its part: every `parts`-th one.
+    """
     sim = lane.sim
     for r in range(of.world.num_past):
+        if of.arrivals[r].session_id % parts != part:
+            continue
         tell_prefix(of, r)
         request = lane.requests[r]
         known = of.arrivals[r].prompt_tokens + of.output_tokens[r] - 1  # nobody has computed its last token

@@ -89,7 +89,7 @@ def start(s, k):
     """Fill the cache with what is past, and let the requests of time 0 in."""
     lane, of = lane_of(s, k), episode_of(s, env_of(s, k))
     if lane.sim.prefix_caching:
-        remember(lane, of)
+        remember(lane, of, 0, 1)
     let_in(lane, of, 0.0)
     lane.sim.new_arrivals = lane.sim.new_tokens = 0  # who is there from the start tells nothing of the rate
 

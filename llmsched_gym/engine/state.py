@@ -410,11 +410,14 @@ def _side_by_side(rows: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
-def grow(state: State, capacity: int, num_gaps: int = 0) -> State:
-    """The same state with room for `capacity` requests and `num_gaps` recorded gaps an environment."""
+def grow(state: State, capacity: int, num_gaps: int = 0, room: int | None = None) -> State:
+    """The same state with room for `capacity` requests and `num_gaps` recorded gaps an environment.
+
+    Up to `room` can wait at a lane; None: all.
+    """
     fields = state._asdict()
-    names = ("requests", "arrivals", "output_tokens", "due", "waiting", "refuse", "resolved")
-    sizes = dict.fromkeys(names, capacity) | {"gaps": num_gaps}
+    sizes = dict.fromkeys(("requests", "arrivals", "output_tokens", "due", "resolved"), capacity)
+    sizes |= dict.fromkeys(("waiting", "refuse"), capacity if room is None else room) | {"gaps": num_gaps}
     if state.prefixes.shape[1] > 0:
         sizes["prefixes"] = capacity
     for name, size in sizes.items():

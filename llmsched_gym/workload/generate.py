@@ -204,15 +204,16 @@ def arrival_kind(scenario: Scenario, trace: Trace | None) -> str:
     return "trace" if kind in ("keep", "replay") else kind
 
 
-def noise_block(scenario: Scenario, seed: int, block: int) -> np.ndarray:
+def noise_block(scenario: Scenario, seed: int, block: int, replica: int = 0) -> np.ndarray:
     """Factors on the execution times of steps block * NOISE_BLOCK and on, float64 of shape (NOISE_BLOCK,).
 
     Log-normal with median 1 and sigma `jitter`, times `straggler_factor` for a share `straggler_share` of the steps.
-    Without either it is `np.ones(1)`: one factor for every step.
+    Without either it is `np.ones(1)`: one factor for every step. Each replica has its own; the first has the single
+    engine's.
     """
     if scenario.jitter == 0.0 and scenario.straggler_share == 0.0:
         return np.ones(1)
-    draws = rng(check_seed(seed), NOISE_STREAM, block)
+    draws = rng(check_seed(seed), NOISE_STREAM, block, *([replica] if replica else []))
     noise = np.exp(scenario.jitter * draws.standard_normal(NOISE_BLOCK))
     if scenario.straggler_share > 0.0:
         noise[draws.random(NOISE_BLOCK) < scenario.straggler_share] *= scenario.straggler_factor

@@ -1,0 +1,1 @@
+"""Routers, one idea a file: each module lists its own in ``ROUTERS``, see `llmsched routers`."""
