@@ -9,7 +9,7 @@ from llmsched_gym.cluster.router import CompiledRouter
 def slo_aware(route):
     """Most predicted slack to the TTFT SLO, by each replica's profile, queue and cached prefix.
 
-    The SLO is the same wherever the request goes, so that it is the smallest predicted TTFT; ties by fewest tokens left.
+    The SLO is the same wherever the request goes, so that it is the smallest predicted TTFT. Ties by fewest tokens.
     """
     candidates, best = route.candidates, -1
     for j in range(candidates.shape[0]):

@@ -19,8 +19,7 @@ from llmsched_gym.cluster.router import (
     seed_dice,
 )
 from llmsched_gym.cluster.state import Nodes, allocate, handle_of
-from llmsched_gym.config import ConfigError
-from llmsched_gym.config.cluster import ROLES, ClusterScenario
+from llmsched_gym.config import ROLES, ClusterScenario, ConfigError
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import StalledScheduler
 from llmsched_gym.engine.blocks import NUM_COLUMNS, load_blocks, table_size

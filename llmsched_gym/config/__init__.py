@@ -1,5 +1,6 @@
 """Frozen, validated descriptions of scenarios, environments and clusters; the named suites."""
 
+from llmsched_gym.config.cluster import MOST_REPLICAS, ROLES, ClusterScenario, RouteConfig
 from llmsched_gym.config.scenario import (
     ACTIONS,
     ADMISSIONS,
@@ -20,23 +21,28 @@ from llmsched_gym.config.scenario import (
     plain,
     plain_fields,
 )
-from llmsched_gym.config.suites import SUITES, Suite, env_config, scenario
+from llmsched_gym.config.suites import CLUSTER_SUITES, SUITES, Suite, env_config, route_config, scenario
 
 __all__ = [
     "ACTIONS",
     "ADMISSIONS",
     "BACKENDS",
     "BLOCK_SIZE",
+    "CLUSTER_SUITES",
     "MEASURED",
     "MOST",
+    "MOST_REPLICAS",
     "OF_THE_VECTOR",
+    "ROLES",
     "SLO_CLASSES",
     "SUITES",
     "TBT_RULES",
+    "ClusterScenario",
     "ConfigError",
     "DeviceSpec",
     "EnvConfig",
     "ModelSpec",
+    "RouteConfig",
     "Scenario",
     "Suite",
     "UnknownField",
@@ -44,5 +50,6 @@ __all__ = [
     "env_config",
     "plain",
     "plain_fields",
+    "route_config",
     "scenario",
 ]

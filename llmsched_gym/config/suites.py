@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from llmsched_gym.config.cluster import ClusterScenario, RouteConfig
 from llmsched_gym.config.scenario import MEASURED, ConfigError, EnvConfig, Scenario, check_names
 
 
@@ -80,17 +81,77 @@ SUITES: dict[str, Suite] = {
 }
 
 
+_REPLICA: dict[str, Any] = {
+    "prefix_caching": True,
+    "max_model_len": 32768,
+    "max_num_seqs": 256,
+    "warmup_s": 600.0,
+    "horizon_s": 1800.0,
+}
+
+CLUSTER_SUITES: dict[str, Suite] = {
+    "cluster": Suite(
+        ClusterScenario(
+            suite="cluster",
+            workload="chat",
+            profile="h100-mistral-7b",
+            num_replicas=4,
+            qps_range=(4.0, 8.0),
+            **_REPLICA,
+        ),
+        "four equal replicas with prefix caching, conversations and agents",
+        "LLMRoute-v0",
+    ),
+    "hetero": Suite(
+        ClusterScenario(
+            suite="hetero",
+            workload="chat",
+            profile="h100-mistral-7b",
+            num_replicas=8,
+            replica_profiles=("h100-mistral-7b",) * 2 + ("a100-mistral-7b",) * 2 + ("rtx6000ada-mistral-7b",) * 4,
+            qps_range=(4.0, 8.0),
+            **_REPLICA,
+        ),
+        "2 H100, 2 A100 and 4 RTX 6000 Ada with prefix caching, conversations",
+        "LLMRoute-Hetero-v0",
+    ),
+    "disagg": Suite(
+        ClusterScenario(
+            suite="disagg",
+            profile="h100-mistral-7b",
+            num_replicas=4,
+            roles=("prefill", "prefill", "decode", "decode"),
+            qps_range=(8.0, 16.0),
+        ),
+        "two replicas that prefill and two that decode, sharegpt",
+        "LLMRoute-Disagg-v0",
+    ),
+}
+"""Suites with several replicas: the environment of an agent that routes."""
+
+
 def scenario(suite: str = "default", **fields: Any) -> Scenario:
-    """The scenario of a named suite with some fields replaced."""
-    if suite not in SUITES:
-        raise ConfigError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
-    return SUITES[suite].scenario.replace(**_measured(fields))
+    """The scenario of a named suite with some fields replaced; those of clusters are ClusterScenarios."""
+    suites = SUITES | CLUSTER_SUITES
+    if suite not in suites:
+        raise ConfigError(f"suite: expected one of {', '.join(suites)}, got {suite!r}")
+    return suites[suite].scenario.replace(**_measured(fields))
 
 
 def env_config(suite: str = "default", **fields: Any) -> EnvConfig:
     """The environment of a named suite with some fields replaced; raises :class:`ConfigError` naming a bad one."""
     check_names(EnvConfig, fields)
+    if suite not in SUITES:
+        raise ConfigError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
     return EnvConfig(**{**scenario(suite).to_dict(), **_measured(fields)})
+
+
+def route_config(suite: str = "cluster", **fields: Any) -> RouteConfig:
+    """The routing environment of a named suite with some fields replaced; ConfigError naming a bad one."""
+    check_names(RouteConfig, fields)
+    if suite not in CLUSTER_SUITES:
+        raise ConfigError(f"suite: expected one of {', '.join(CLUSTER_SUITES)}, got {suite!r}")
+    return RouteConfig(**{**scenario(suite).to_dict(), **fields})
 
 
 def _measured(fields: dict[str, Any]) -> dict[str, Any]:
