@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
 
-from llmsched_gym.env.single import EPISODE_INFOS
+from llmsched_gym.env.base import EPISODE_INFOS
 
 
 class _StepDiscounts:

@@ -10,10 +10,12 @@ from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.engine.jit import JIT_ENABLED, kernel
-from llmsched_gym.env.reward import RULES
+from llmsched_gym.env.reward import RULES, TERMS
 
 # columns of the outcome of a step; the parts of the reward follow, and what `info` tells of it stands side by side
 REWARD, TERMINATED, TRUNCATED, PAUSED, DURATION_S, DISCOUNT, FIRST_TERM = range(7)
+INFOS = ("duration_s", "discount", *(f"reward_{name}" for name in TERMS))
+"""What `info` tells of a step: the columns of its outcome from DURATION_S on."""
 # PAUSED is asked, not told: not 0 for an environment that the step is to leave as it is
 
 

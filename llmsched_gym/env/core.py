@@ -18,6 +18,7 @@ from llmsched_gym.env import kernels
 from llmsched_gym.env.actions import action_of, as_array, check_range
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, Arrays, handle_of
 from llmsched_gym.env.episode import METRICS, episode_metrics
+from llmsched_gym.env.features import features_of
 from llmsched_gym.env.observations import FEATURES_PART, PARTS, observation_of, observation_space
 from llmsched_gym.env.reward import TERMS, Transition, rules_of
 from llmsched_gym.scheduler import install
@@ -82,10 +83,6 @@ def actions_in(arrays: Arrays, space: spaces.Space) -> np.ndarray:
     """Where the kernels look for the actions of a space; (num_envs, *shape of the space)."""
     array = arrays.scores if len(arrays.scores) else arrays.choices
     return array.reshape(len(array), *(space.shape or ()))
-
-
-INFOS = ("duration_s", "discount", *(f"reward_{name}" for name in TERMS))
-"""What `info` tells of a step: the columns of its outcome from DURATION_S on."""
 
 
 class EnvCore:
@@ -206,6 +203,17 @@ class EnvCore:
         others = [threads.submit(self._step_range, *edge) for edge in itertools.pairwise(edges[1:])]
         due = self._step_range(0, edges[1])
         return due + sum(other.result() for other in others)
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Names of the entries of the features observation."""
+        return [feature.name for feature in features_of(self.config)]
+
+    def make_viewer(self, env: int) -> Any:
+        """What draws environment `env`."""
+        from llmsched_gym.env.render import Viewer
+
+        return Viewer(self, env=env)
 
     def close(self) -> None:
         """End the threads; the environments can still be stepped, by one."""

@@ -18,7 +18,7 @@ from llmsched_gym.config import SUITES, EnvConfig, Scenario, env_config
 from llmsched_gym.env import reward
 from llmsched_gym.env.actions import ACTIONS
 from llmsched_gym.env.actions.knobs import KNOBS, TOKEN_BUDGET
-from llmsched_gym.env.core import INFOS
+from llmsched_gym.env.arrays import INFOS
 from llmsched_gym.env.episode import METRICS
 from llmsched_gym.env.feature import Feature
 from llmsched_gym.env.features import ALL_FEATURES

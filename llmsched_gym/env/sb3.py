@@ -12,7 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.env.actions import action_of
-from llmsched_gym.env.single import EPISODE_INFOS
+from llmsched_gym.env.base import EPISODE_INFOS
 from llmsched_gym.env.vector import LLMSchedVectorEnv
 
 

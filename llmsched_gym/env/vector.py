@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -12,20 +12,27 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from llmsched_gym.config import ConfigError, EnvConfig, env_config
-from llmsched_gym.env.arrays import DURATION_S, PAUSED, REWARD, TERMINATED
-from llmsched_gym.env.core import INFOS, EnvCore
-from llmsched_gym.env.features import features_of
+from llmsched_gym.config import ConfigError, env_config
+from llmsched_gym.env.arrays import DURATION_S, INFOS, PAUSED, REWARD, TERMINATED
+from llmsched_gym.env.base import (
+    EPISODE_INFOS,
+    RESET_OPTIONS,
+    SEED_BITS,
+    SimulatedEnv,
+    check_options,
+    check_render_mode,
+)
+from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.reward import TERMS
-from llmsched_gym.env.single import EPISODE_INFOS, RESET_OPTIONS, SEED_BITS, LLMSchedEnv, check_options
+from llmsched_gym.env.single import LLMSchedEnv
 from llmsched_gym.env.spec import JsonSpec
 from llmsched_gym.workload import check_seed
 
 RENDER_MODES = ("ansi", "rgb_array")
 
 
-class LLMSchedVectorEnv(JsonSpec, VectorEnv):
-    """`num_envs` environments of :class:`~llmsched_gym.env.single.LLMSchedEnv` stepped in compiled code.
+class SimulatedVectorEnv(JsonSpec, VectorEnv):
+    """`num_envs` single environments stepped in compiled code.
 
     Environment i of ``reset(seed=s)`` equals the single environment with seed s + i. What happens at an episode's end
     is ``autoreset_mode``, as in gymnasium's own vector environments, which this one equals step by step:
@@ -40,8 +47,9 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
     Infos are arrays of shape (num_envs,), each with a mask under its name with ``_`` in front.
 
     Args:
+        core: makes the core from `num_envs` and `num_threads`.
+        member: makes environment i of a core.
         num_envs: environments side by side.
-        suite, fields: as of the single environment.
         render_mode: None, "ansi" or "rgb_array"; `render` returns a tuple of frames.
         autoreset_mode: one of the above, or gymnasium's ``AutoresetMode``.
         max_episode_steps: truncate episodes after so many steps; None: only where the environment itself does.
@@ -52,30 +60,29 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
 
     metadata: dict[str, Any] = {  # noqa: RUF012
         "render_modes": list(RENDER_MODES),
-        "render_fps": LLMSchedEnv.metadata["render_fps"],
+        "render_fps": SimulatedEnv.metadata["render_fps"],
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
 
     def __init__(
         self,
-        num_envs: int = 1,
-        suite: str = "default",
-        render_mode: str | None = None,
-        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
-        max_episode_steps: int | None = None,
-        num_threads: int = 1,
-        **fields: Any,
+        core: Callable[[int, int], Any],
+        member: Callable[[Any, int, str | None], SimulatedEnv],
+        num_envs: int,
+        render_mode: str | None,
+        autoreset_mode: str | AutoresetMode,
+        max_episode_steps: int | None,
+        num_threads: int,
     ) -> None:
         num_envs, num_threads = _positive("num_envs", num_envs), _positive("num_threads", num_threads)
-        if render_mode is not None and render_mode not in RENDER_MODES:
-            raise ConfigError(f"render_mode: expected one of {', '.join(RENDER_MODES)}, got {render_mode!r}")
+        check_render_mode(render_mode, RENDER_MODES)
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         limit = max_episode_steps
         self._most_steps = None if limit is None else _positive("max_episode_steps", limit)
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.core = EnvCore(env_config(suite, **fields), num_envs, num_threads)
-        self.envs = [Member(self.core, i, render_mode) for i in range(num_envs)]
+        self.core = core(num_envs, num_threads)
+        self.envs = [member(self.core, i, render_mode) for i in range(num_envs)]
         self.single_action_space = self.core.action_space
         self.single_observation_space = self.core.observation_space
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -88,14 +95,15 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         self._everybody = np.ones((len(names), num_envs), np.bool_)
 
     @property
-    def config(self) -> EnvConfig:
+    def config(self) -> Any:
         """The settings, which do not change after the environment is made."""
         return self.core.config
 
     @property
     def feature_names(self) -> list[str]:
         """Names of the entries of the features observation."""
-        return [feature.name for feature in features_of(self.config)]
+        names: list[str] = self.core.feature_names
+        return names
 
     @property  # type: ignore[misc]
     def np_random(self) -> Any:
@@ -225,16 +233,43 @@ class LLMSchedVectorEnv(JsonSpec, VectorEnv):
         self.core.close()
 
 
+class LLMSchedVectorEnv(SimulatedVectorEnv):
+    """`num_envs` environments of :class:`~llmsched_gym.env.single.LLMSchedEnv`, see :class:`SimulatedVectorEnv`.
+
+    Args:
+        num_envs: environments side by side.
+        suite, fields: as of the single environment.
+        render_mode, autoreset_mode, max_episode_steps, num_threads: as of :class:`SimulatedVectorEnv`.
+    """
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        suite: str = "default",
+        render_mode: str | None = None,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
+        num_threads: int = 1,
+        **fields: Any,
+    ) -> None:
+        super().__init__(
+            lambda n, threads: EnvCore(env_config(suite, **fields), n, threads),
+            *(Member, num_envs, render_mode, autoreset_mode, max_episode_steps, num_threads),
+        )
+
+
+def together(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a member of a vector environment does when it is to step by itself."""
+    raise AttributeError("step, reset: expected a call of the vector environment's, which does it for all")
+
+
 class Member(LLMSchedEnv):
     """One environment of a vector environment: all that a single one is, but they are stepped and reset together."""
 
     def __init__(self, core: EnvCore, index: int, render_mode: str | None) -> None:
         self._stand_on(core, index, render_mode)
 
-    def _together(self, *args: Any, **kwargs: Any) -> Any:
-        raise AttributeError("step, reset: expected a call of the vector environment's, which does it for all")
-
-    step = reset = step_scheduler = _together
+    step = reset = step_scheduler = together
 
 
 def _positive(name: str, value: Any) -> int:

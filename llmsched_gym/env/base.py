@@ -1,0 +1,133 @@
+"""What single environments have in common: episodes, outcomes, infos and pictures, on whatever core steps them."""
+
+from __future__ import annotations
+
+import math
+from itertools import repeat
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from llmsched_gym.config import ConfigError
+from llmsched_gym.env.arrays import DURATION_S, INFOS, PAUSED
+from llmsched_gym.env.episode import METRICS
+from llmsched_gym.env.spec import JsonSpec
+from llmsched_gym.workload import check_seed
+
+RENDER_MODES = ("ansi", "rgb_array", "human")
+RESET_OPTIONS = ("qps",)
+SEED_BITS = 63
+"""Of the seeds that infos can hold."""
+EPISODE_INFOS = tuple(f"episode_{name}" for name in METRICS)
+NO_EPISODE = "step: the episode has ended or never begun, call reset()"
+
+
+def check_options(options: Any, known: tuple[str, ...] = RESET_OPTIONS) -> dict[str, Any]:
+    """The options of a reset; an unknown one raises :class:`ConfigError`."""
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"options: expected a dict, got {type(options).__name__}")
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"options: expected {' or '.join(known)}, got {name!r}")
+    return options
+
+
+def check_render_mode(render_mode: Any, modes: tuple[str, ...] = RENDER_MODES) -> None:
+    """ConfigError for a way to render that there is not."""
+    if render_mode is not None and render_mode not in modes:
+        raise ConfigError(f"render_mode: expected one of {', '.join(modes)}, got {render_mode!r}")
+
+
+class SimulatedEnv(JsonSpec, gym.Env):
+    """A single environment on a core, which holds the state of one or of many side by side."""
+
+    metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": 20}  # noqa: RUF012
+
+    def _stand_on(self, core: Any, index: int, render_mode: str | None) -> None:
+        """Be environment `index` of `core`."""
+        self.core, self._index, self.render_mode = core, index, render_mode
+        self.action_space, self.observation_space = core.action_space, core.observation_space
+        outcome = core.arrays.outcomes[index]
+        self._verdict, self._told = outcome[:PAUSED], outcome[DURATION_S:]
+        self._episode = np.int64(0), np.float64(math.nan)  # seed and rate
+        self._has_metrics = core.config.episode_metrics
+        self._is_over = True  # until reset
+        self._viewer: Any = None
+
+    @property
+    def config(self) -> Any:
+        """The settings, which do not change after the environment is made."""
+        return self.core.config
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Names of the entries of the features observation."""
+        names: list[str] = self.core.feature_names
+        return names
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode; the same `seed` and options give the same one. ConfigError for bad ones."""
+        self.restart(None if seed is None else check_seed(seed, SEED_BITS), **check_options(options))
+        if self.render_mode == "human":
+            self.render()
+        return self.core.observation(self._index), self._info(ended=False)
+
+    def restart(self, seed: int | None, qps: float | None = None) -> None:
+        """What :meth:`reset` does to the state."""
+        super().reset(seed=seed)
+        episode = int(self.np_random.integers(2**62)) if seed is None else seed
+        self.core.reset(self._index, episode, qps)
+        self._episode = self.core.seeds[self._index], self.core.qps[self._index]
+        self._is_over = False
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One decision. ResetNeeded where no episode is under way."""
+        if self._is_over:
+            raise gym.error.ResetNeeded(NO_EPISODE)
+        self.core.act(action)
+        return self._outcome()
+
+    def _outcome(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        reward, terminated, truncated = self._verdict.tolist()
+        self._is_over = over = terminated + truncated > 0.0
+        if self.render_mode == "human":
+            self.render()
+        return self.core.observation(self._index), reward, terminated > 0.0, truncated > 0.0, self._info(over)
+
+    def _info(self, ended: bool) -> dict[str, Any]:
+        info = dict(zip(INFOS, self._told))  # noqa: B905  as long as each other; checking takes time
+        info["seed"], info["qps"] = self._episode
+        if self._has_metrics:
+            figures = self.core.metrics(self._index).values() if ended else repeat(math.nan)
+            info |= zip(EPISODE_INFOS, map(np.float64, figures), strict=False)
+        return info
+
+    def reward_terms(self) -> dict[str, float]:
+        """Parts of the last step's reward, before ``reward_scale``: on_time, expired, lateness, refused."""
+        return self.core.terms(self._index)
+
+    def episode_metrics(self) -> dict[str, float]:
+        """The episode's figures so far, by the names of :data:`~llmsched_gym.env.episode.METRICS`."""
+        return self.core.metrics(self._index)
+
+    def action_masks(self) -> np.ndarray:
+        """Legal actions, bool: shape (65,) for request actions, (sum of choices,) for knobs."""
+        return self.core.action_masks()[self._index]
+
+    def render(self) -> Any:
+        """Show the state as `render_mode` says: text, an array (height, width, 3) uint8, or a panel that stays."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs a render_mode: ansi, rgb_array or human")
+            return None
+        if self._viewer is None:
+            self._viewer = self.core.make_viewer(self._index)
+        return self._viewer.render(self.render_mode)
+
+    def close(self) -> None:
+        """Close the viewer, if there is one."""
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
