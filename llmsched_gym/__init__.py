@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gymnasium.envs.registration import register
 
-from llmsched_gym.config import SUITES, ConfigError, EnvConfig, Scenario, env_config, scenario
+from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError, EnvConfig, Scenario, env_config, scenario
 
 _root = Path(__file__).resolve().parents[1]
 if (_root / "pyproject.toml").is_file() and (_root / "baselines").is_dir():
@@ -19,5 +19,13 @@ for _name, _suite in SUITES.items():
         _suite.env_id,
         entry_point="llmsched_gym.env:LLMSchedEnv",
         vector_entry_point="llmsched_gym.env:LLMSchedVectorEnv",
+        kwargs={"suite": _name},
+    )
+
+for _name, _suite in CLUSTER_SUITES.items():
+    register(
+        _suite.env_id,
+        entry_point="llmsched_gym.env.route:LLMRouteEnv",
+        vector_entry_point="llmsched_gym.env.route:LLMRouteVectorEnv",
         kwargs={"suite": _name},
     )

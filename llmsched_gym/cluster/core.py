@@ -196,6 +196,29 @@ class Cluster:
         self.state = grow(state, state.requests.shape[1], room=2 * state.waiting.shape[1])
         self._handles()
 
+    @property
+    def loop_args(self) -> tuple[Any, bool]:
+        """Who forms batches as compiled loops take it: a kernel, and whether it is to be called."""
+        return self.compiled or _nobody().kernel, self.compiled is not None
+
+    def help(self, env: int, code: int) -> bool:
+        """Do what the loop of events has asked Python for; returns whether it is to go on."""
+        route = self.nodes.routes[env]
+        if code == FORM:
+            self._form(env, int(route.lane))
+        elif code == REFILL:
+            k = int(route.lane)
+            self._fill_noise(k, int(self.state.sims[k].num_batches) // NOISE_BLOCK + 1)
+        elif code == ROOM:
+            self.send(int(route.lane), env)
+        elif code == CHANGE:
+            self._change(env)
+        elif code == STALLED:
+            raise StalledScheduler(f"no batch in {MAX_IDLE_STEPS} steps although work is pending")
+        else:
+            return False
+        return True
+
     def advance(self, env: int = 0, router: Any = None, *, to_the_end: bool = False, max_events: int = EVENTS) -> int:
         """Run on until a request is to be routed (ROUTE), the run is over (OVER) or `max_events` are done (MORE).
 
@@ -209,8 +232,7 @@ class Cluster:
                     self.handle,
                     self.nodes_handle,
                     env,
-                    self.compiled or _nobody().kernel,
-                    self.compiled is not None,
+                    *self.loop_args,
                     router.kernel if routes else decode,
                     routes,
                     decode,
@@ -219,22 +241,12 @@ class Cluster:
                     max_events,
                 )
             )
-            route = self.nodes.routes[env]
-            if code == FORM:
-                self._form(env, int(route.lane))
-            elif code == REFILL:
-                k = int(route.lane)
-                self._fill_noise(k, int(self.state.sims[k].num_batches) // NOISE_BLOCK + 1)
-            elif code == ROOM:
-                self.send(int(route.lane), env)
-            elif code == CHANGE:
-                self._change(env)
-            elif code == STALLED:
-                raise StalledScheduler(f"no batch in {MAX_IDLE_STEPS} steps although work is pending")
-            elif code == ROUTE and routes:
-                check_replica(router.name, int(route.lane), self.view(env).legal)  # raises: it was refused
-            else:
-                return code
+            if self.help(env, code):
+                continue
+            if code == ROUTE and routes:
+                refused = int(self.nodes.routes[env].lane)
+                check_replica(router.name, refused, self.view(env).legal)  # raises
+            return code
 
     def _form(self, env: int, k: int) -> None:
         """Let a Python scheduler form the batch of lane `k`, and begin it."""

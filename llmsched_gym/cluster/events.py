@@ -40,7 +40,7 @@ from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work
 from llmsched_gym.engine.turns import follow
 
 # What the loop asks for when it returns.
-OVER, ROUTE, FORM, REFILL, ROOM, CHANGE, STALLED, MORE = range(8)
+OVER, ROUTE, FORM, REFILL, ROOM, CHANGE, STALLED, MORE, NOTHING = range(9)
 
 
 @kernel()

@@ -33,7 +33,7 @@ class RouterView:
             with what was dispatched since, and what it means for this request (cached_tokens, predicted_ttft_s).
         legal: bool (num_replicas,), where the request may be sent.
         last_replica: that served its session last; -1: none.
-        index: of the request.
+        index: of the request; -1 where nothing is to be routed, as at an episode's end: then `request` is all zeros.
     """
 
     def __init__(self, state: State, nodes: Nodes, env: int = 0) -> None:
@@ -42,7 +42,7 @@ class RouterView:
         self.now_s, self.index = float(route.now_s), int(route.deciding)
         self.last_replica = int(route.last_replica)
         self.replicas = nodes.candidates[env * num_replicas : (env + 1) * num_replicas].copy().view(np.recarray)
-        self.request = _visible(state.requests[env][self.index])
+        self.request = _visible(state.requests[env][self.index], self.index != NONE)
 
     @property
     def legal(self) -> np.ndarray:
@@ -58,9 +58,9 @@ REQUEST_FIELDS = (
 """What a router sees of a request."""
 
 
-def _visible(request: Any) -> Any:
+def _visible(request: Any, is_asked: bool) -> Any:
     seen = np.zeros((), np.dtype((np.record, [(name, request.dtype[name].str) for name in REQUEST_FIELDS])))
-    for name in REQUEST_FIELDS:
+    for name in REQUEST_FIELDS if is_asked else ():
         seen[name] = request[name]
     record: Any = seen[()]
     return record

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector.utils import concatenate, create_empty_array
 
-from llmsched_gym.config import ConfigError, EnvConfig
+from llmsched_gym.config import ConfigError, EnvConfig, RouteConfig
 from llmsched_gym.engine import Engine
 from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.env import kernels
@@ -67,7 +67,7 @@ def make_arrays(config: EnvConfig, num_envs: int, num_features: int | None = Non
     )
 
 
-def expected_requests(config: EnvConfig) -> int:
+def expected_requests(config: EnvConfig | RouteConfig) -> int:
     """Requests that an episode will hardly exceed; the arrays grow when one does."""
     rate = config.qps or config.qps_range[1]
     if config.num_requests is None:
@@ -106,6 +106,7 @@ class EnvCore:
             num_gaps=int(config.episode_metrics),  # reset makes room
         )
         self.kind, self.seen = action_of(config), observation_of(config)
+        self.has_masks = self.kind.has_masks
         self.arrays = make_arrays(config, self.num_envs)
         self.handle = handle_of(self.arrays)
         self.actions = actions_in(self.arrays, self.action_space)
@@ -276,7 +277,9 @@ class EnvCore:
         table = self.tables[env]
         if table is None:
             return dict.fromkeys(METRICS, math.nan)
-        return episode_metrics(self.engine.state, env, table, has_gaps=self.config.episode_metrics)
+        state, sim = self.engine.state, self.engine.state.sims[env]
+        told = float(sim.clock_s), int(sim.tokens_emitted)
+        return episode_metrics(state, env, table, *told, has_gaps=self.config.episode_metrics)
 
     def action_masks(self) -> np.ndarray:
         """Legal actions, bool; (num_envs, number of single actions): of a Discrete space, of all knobs together."""

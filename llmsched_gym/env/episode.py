@@ -22,21 +22,22 @@ METRICS: dict[str, str] = {
 """Name and meaning of each figure; in `info` its key has the prefix ``episode_``."""
 
 
-def episode_metrics(state: State, env: int, table: RequestTable, *, has_gaps: bool) -> dict[str, float]:
+def episode_metrics(
+    state: State, env: int, table: RequestTable, clock_s: float, tokens_emitted: int, *, has_gaps: bool
+) -> dict[str, float]:
     """METRICS of environment `env` up to now, over the measured requests that have arrived; nan where there are none.
 
     Turns that were cancelled count among them, as misses, but have no time to first token.
 
     `has_gaps`: whether the engine records gaps between tokens.
     """
-    sim = state.sims[env]
-    requests, clock_s = state.requests[env, table.cohort_start : table.cohort_stop], float(sim.clock_s)
+    requests = state.requests[env, table.cohort_start : table.cohort_stop]
     arrived = has_come(requests["phase"])
     num_cancelled = int(np.sum(phases_of(state, env, table.cohort_stop)[table.cohort_start :] == CANCELLED))
     requests, gap_start = requests[arrived], table.gap_start[table.cohort_start : table.cohort_stop][arrived]
     figures = dict.fromkeys(METRICS, math.nan)
     if clock_s > 0.0:
-        figures["tokens_per_s"] = float(sim.tokens_emitted) / clock_s
+        figures["tokens_per_s"] = tokens_emitted / clock_s
     if len(requests) == 0:
         return figures
     phase = requests["phase"]

@@ -40,7 +40,7 @@ def end_step(lane, world, a, env, start_s):
     rules, outcome = a.rules[0], a.outcomes[env]
     outcome[:] = 0.0
     terms = outcome[FIRST_TERM:]
-    paid = pay_resolved(lane, world, rules, terms)
+    paid = pay_resolved(lane, world, lane.sim.clock_s, rules, terms)
     paid += observe_features(lane, a.features[env], not rules.at_finish, world, rules, terms)
     outcome[REWARD] = rules.scale * paid
     outcome[DURATION_S] = lane.sim.clock_s - start_s

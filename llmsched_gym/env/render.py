@@ -94,14 +94,44 @@ def _counts(shot: Snapshot) -> list[tuple[str, int]]:
     return [(name, count) for name, count in shot.counts.items() if count or name in always]
 
 
+class LivePanel:
+    """A panel in a terminal that stays and changes."""
+
+    def __init__(self) -> None:
+        self._live: Any = None
+        self._drawn_s = 0.0  # wall time of the last frame in a terminal
+
+    def show(self, text: Any) -> None:
+        """Update the panel: FRAMES_PER_S frames at most in a terminal, elsewhere the last frame at the end."""
+        from rich.console import Console
+        from rich.live import Live
+        from rich.panel import Panel
+
+        if self._live is None:
+            self._live = Live(console=Console(), auto_refresh=False)
+            self._live.start()
+            atexit.register(self.close)
+        is_terminal = self._live.console.is_terminal
+        if is_terminal:
+            time.sleep(max(0.0, self._drawn_s + 1.0 / FRAMES_PER_S - time.monotonic()))
+            self._drawn_s = time.monotonic()
+        self._live.update(Panel(text, expand=False), refresh=is_terminal)
+
+    def close(self) -> None:
+        """Stop the panel."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            atexit.unregister(self.close)
+
+
 class Viewer:
     """Draws one environment and remembers what its history strips and its places need."""
 
     def __init__(self, core: EnvCore, caption: str | None = None, env: int = 0) -> None:
         self.core, self.env = core, env
         self.caption = f"LLMSched, suite {core.config.suite}" if caption is None else caption
-        self._live: Any = None
-        self._drawn_s = 0.0  # wall time of the last frame in a terminal
+        self._panel = LivePanel()
         self._forget()
 
     def _forget(self) -> None:
@@ -119,7 +149,7 @@ class Viewer:
             return frame_text(shot, self.caption).plain
         if mode == "rgb_array":
             return np.asarray(self._image(shot))
-        self._show(frame_text(shot, self.caption))
+        self._panel.show(frame_text(shot, self.caption))
         return None
 
     def _look(self) -> Snapshot:
@@ -173,25 +203,6 @@ class Viewer:
         draw_history(canvas, shot.clock_s, list(self._runs), list(self._attainment), top)
         return canvas.image
 
-    def _show(self, text: Any) -> None:
-        """Update the live panel: FRAMES_PER_S frames at most in a terminal, elsewhere the last frame at the end."""
-        from rich.console import Console
-        from rich.live import Live
-        from rich.panel import Panel
-
-        if self._live is None:
-            self._live = Live(console=Console(), auto_refresh=False)
-            self._live.start()
-            atexit.register(self.close)
-        is_terminal = self._live.console.is_terminal
-        if is_terminal:
-            time.sleep(max(0.0, self._drawn_s + 1.0 / FRAMES_PER_S - time.monotonic()))
-            self._drawn_s = time.monotonic()
-        self._live.update(Panel(text, expand=False), refresh=is_terminal)
-
     def close(self) -> None:
         """Stop the live panel."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-            atexit.unregister(self.close)
+        self._panel.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import EnvConfig
+from llmsched_gym.config import EnvConfig, RouteConfig
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import open_lateness_s
 from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, record_dtype
@@ -40,7 +40,7 @@ RULES = record_dtype(
 )
 
 
-def rules_of(config: EnvConfig) -> np.ndarray:
+def rules_of(config: EnvConfig | RouteConfig) -> np.ndarray:
     """The constants of reward and action decoding for the kernels; RULES of shape (1,)."""
     rules = np.zeros(1, RULES)
     row = rules[0]
@@ -121,14 +121,14 @@ def pay_live(about, now_s, rules, request, terms):
 
 
 @kernel()
-def pay_resolved(lane, world, rules, terms):
-    """Sum of the last changes of utility of the measured requests resolved since the last call."""
-    about = lane.episode
+def pay_resolved(of, world, now_s, rules, terms):
+    """Sum of the last changes of utility of the measured requests resolved since the last call, `of` a lane's too."""
+    about = of.episode
     total = 0.0
     for i in range(about.num_settled, about.num_resolved):
-        r = lane.resolved[i]
+        r = of.resolved[i]
         if world.cohort_start <= r < world.cohort_stop:
-            total += _pay_resolved(about, lane.sim.clock_s, rules, lane.requests[r], terms)
+            total += _pay_resolved(about, now_s, rules, of.requests[r], terms)
     about.num_settled = about.num_resolved
     return total
 
@@ -140,4 +140,4 @@ class Transition:
     duration_s: float  # how far the clock moved
     terms: Mapping[str, float]  # parts of the built-in reward, unscaled
     resolved: Any  # records of the measured requests resolved in this step, engine.state.REQUEST
-    view: View  # the engine after the step
+    view: View | Any  # the engine after the step; of a routing environment its RouterView

@@ -11,13 +11,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
 from llmsched_gym.config import ConfigError
-from llmsched_gym.env.actions import action_of
 from llmsched_gym.env.base import EPISODE_INFOS
-from llmsched_gym.env.vector import LLMSchedVectorEnv
+from llmsched_gym.env.route import LLMRouteVectorEnv
+from llmsched_gym.env.vector import LLMSchedVectorEnv, SimulatedVectorEnv
 
 
-class LLMSchedVecEnv(VecEnv):
-    """`num_envs` native environments for SB3 and sb3-contrib, action masks included.
+class SimulatedVecEnv(VecEnv):
+    """Native environments for SB3 and sb3-contrib, action masks included.
 
     ``infos[i]`` is the `info` of the single environment for the step, its last one at an episode's end, when it also
     carries ``terminal_observation``, ``TimeLimit.truncated`` and ``episode`` (return ``r``, length ``l`` in steps, wall
@@ -25,17 +25,12 @@ class LLMSchedVecEnv(VecEnv):
     to be bootstrapped, which SB3 does by ``TimeLimit.truncated``.
 
     Args:
-        num_envs: environments side by side.
-        suite, render_mode, fields: as of :class:`~llmsched_gym.env.vector.LLMSchedVectorEnv`.
+        env: a native vector environment with the autoreset mode "same_step".
     """
 
-    def __init__(
-        self, num_envs: int = 64, suite: str = "default", render_mode: str | None = None, **fields: Any
-    ) -> None:
-        if "autoreset_mode" in fields:
-            raise ConfigError("autoreset_mode: expected none; it is 'same_step', as Stable-Baselines3 has it")
-        self.env = LLMSchedVectorEnv(num_envs, suite, render_mode, "same_step", **fields)
-        self._has_masks = action_of(self.env.config).has_masks
+    def __init__(self, env: SimulatedVectorEnv) -> None:
+        self.env = env
+        num_envs = env.num_envs
         self._returns = np.zeros(num_envs)
         self._lengths = np.zeros(num_envs, np.int64)
         self._start = time.time()
@@ -104,7 +99,7 @@ class LLMSchedVecEnv(VecEnv):
     def has_attr(self, attr_name: str) -> bool:
         """Whether environments have the attribute; `action_masks` only where actions can be illegal."""
         if attr_name == "action_masks":
-            return self._has_masks
+            return bool(self.env.core.has_masks)
         return hasattr(self.env.envs[0], attr_name)
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
@@ -122,6 +117,40 @@ class LLMSchedVecEnv(VecEnv):
     def get_images(self) -> Sequence[np.ndarray | None]:
         """A frame (height, width, 3) uint8 of each environment, None where none is drawn."""
         return self.env.render() if self.render_mode == "rgb_array" else [None] * self.num_envs
+
+
+class LLMSchedVecEnv(SimulatedVecEnv):
+    """`num_envs` native environments of LLMSched, see :class:`SimulatedVecEnv`.
+
+    Args:
+        num_envs: environments side by side.
+        suite, render_mode, fields: as of :class:`~llmsched_gym.env.vector.LLMSchedVectorEnv`.
+    """
+
+    def __init__(
+        self, num_envs: int = 64, suite: str = "default", render_mode: str | None = None, **fields: Any
+    ) -> None:
+        super().__init__(LLMSchedVectorEnv(num_envs, suite, render_mode, "same_step", **_without_mode(fields)))
+
+
+class LLMRouteVecEnv(SimulatedVecEnv):
+    """`num_envs` native environments of LLMRoute, see :class:`SimulatedVecEnv`.
+
+    Args:
+        num_envs: environments side by side.
+        suite, render_mode, fields: as of :class:`~llmsched_gym.env.route.LLMRouteVectorEnv`.
+    """
+
+    def __init__(
+        self, num_envs: int = 16, suite: str = "cluster", render_mode: str | None = None, **fields: Any
+    ) -> None:
+        super().__init__(LLMRouteVectorEnv(num_envs, suite, render_mode, "same_step", **_without_mode(fields)))
+
+
+def _without_mode(fields: dict[str, Any]) -> dict[str, Any]:
+    if "autoreset_mode" in fields:
+        raise ConfigError("autoreset_mode: expected none; it is 'same_step', as Stable-Baselines3 has it")
+    return fields
 
 
 def _rows(info: dict[str, Any]) -> list[dict[str, Any]]:
