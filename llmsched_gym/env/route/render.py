@@ -14,8 +14,8 @@ ROWS = 16  # replicas in an image, the first ones
 TOP, LINE = 112, 26  # pixels
 # columns of the table: left and right edge
 NAME, WAITING, RUNNING, MEMORY_AT, BATCH, CACHED, TTFT = (
-    (16, 150),
-    (158, 270),
+    (16, 162),
+    (170, 274),
     (286, 436),
     (452, 572),
     (588, 718),
@@ -65,7 +65,7 @@ def shot_of(core: Any, env: int) -> RouteShot:
         prompt = int(requests[r].prefill_tokens) if asks else 1
         replicas.append(
             ReplicaShot(
-                name=f"{j} {cluster.profiles[j].device.name}",
+                name=f"{j} {cluster.profiles[j].name}"[:18],
                 is_up=not node.is_down,
                 is_legal=bool(asks and candidate.is_legal),
                 is_last=bool(asks and route.last_replica == j),
