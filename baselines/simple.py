@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from llmsched_gym.config import blocks_needed
 from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
@@ -83,13 +84,14 @@ class RandomScheduler:
             left = int(request.prefill_tokens - request.num_computed_tokens)
             n = int(self.rng.integers(1, min(left, room) + 1)) if left > 0 else 1
             if is_waiting:
-                blocks = -(-int(request.prefill_tokens) // view.block_size)
+                blocks = blocks_needed(int(request.prefill_tokens), view.block_size)
                 if slots <= 0 or blocks > free:
                     continue
                 slots -= 1
                 free -= blocks
             else:
-                blocks = max(0, -(-int(request.num_computed_tokens + n) // view.block_size) - int(request.num_blocks))
+                held = blocks_needed(int(request.num_computed_tokens + n), view.block_size)
+                blocks = max(0, held - int(request.num_blocks))
                 if left > 0 and blocks > free:  # with blocks by chunk; for a decode the engine evicts
                     stuck = True
                     continue

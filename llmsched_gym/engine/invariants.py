@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_gym.config import blocks_needed
 from llmsched_gym.engine.blocks import (
     BY_PROMPT,
     LAST,
@@ -94,7 +95,9 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(0 <= sim.free_blocks <= sim.total_blocks, "free blocks out of range")
     computed, prefill = requests["num_computed_tokens"], requests["prefill_tokens"]
     held = np.maximum(computed, prefill) if sim.admission == BY_PROMPT else computed
-    require(blocks[running] == -(-held[running] // sim.block_size), "blocks held != ceil(tokens held / block size)")
+    require(
+        blocks[running] == blocks_needed(held[running], sim.block_size), "blocks held != ceil(tokens held / block size)"
+    )
 
     require(requests["num_preemptions"].sum() == sim.num_preemptions, "preemptions != sum over requests")
 

@@ -17,7 +17,7 @@ from numba import types
 from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
-from llmsched_gym.config import ADMISSIONS, MOST, Scenario
+from llmsched_gym.config import ADMISSIONS, MOST, Scenario, blocks_needed
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.blocks import NUM_COLUMNS, load_blocks, num_records, table_size
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
@@ -347,7 +347,7 @@ def allocate(
     lanes, seqs = num_envs * num_replicas, scenario.max_num_seqs or profile.device.max_num_seqs
     own = own_profile or profile
     limit = scenario.max_num_batched_tokens
-    rows = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+    rows = min(num_kv_blocks, blocks_needed(scenario.max_model_len, scenario.block_size))
     records = num_records(num_kv_blocks, seqs, rows) if scenario.prefix_caching else 1
     sims = np.zeros(lanes, REPLICA)
     empty_line(sims)
@@ -475,7 +475,7 @@ def _load_replica(state: State, k: int, env: int, scenario: Scenario, num_kv_blo
     if scenario.prefix_caching:
         sim.blocks_version = 1  # 0 is that of requests that have not been looked up
         sim.table_mask = table_size(num_kv_blocks) - 1
-        sim.row_blocks = min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+        sim.row_blocks = min(num_kv_blocks, blocks_needed(scenario.max_model_len, scenario.block_size))
         load_blocks(state.blocks[k], num_kv_blocks, int(sim.max_num_seqs), int(sim.row_blocks))
     sim.idle_step_s = scenario.idle_step_s
     sim.next_departure_s = sim.next_expiry_s = math.inf
