@@ -27,6 +27,7 @@ from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import export, finish
 from llmsched_gym.agents.networks import normaliser_of
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
 from llmsched_gym.agents.train import Config as TrainConfig
 from llmsched_gym.agents.train import evaluate, make_model
 from llmsched_gym.config import ConfigError, env_config
@@ -133,6 +134,7 @@ def nearest_cap(caps: np.ndarray) -> np.ndarray:
 
 def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> Path:
     """Train a student; returns its policy folder."""
+    config = open_run(config)
     torch.set_num_threads(1)
     trainings = config.trainings()
     for training in trainings:
@@ -144,7 +146,7 @@ def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> P
     policy, rng = model.policy, np.random.default_rng([config.seed, 4])
     optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    start_run(config)
 
     seen: dict[str, list[np.ndarray]] = {"label": []}
     now = [env.reset() for env in envs]
@@ -170,7 +172,7 @@ def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> P
         say(f"{'behaviour cloning' if number == 0 else f'DAgger {number}'}: {line}")
 
     torch.save(policy.state_dict(), out / "weights.pt")
-    summary = {k: v for k, v in dataclasses.asdict(config).items() if k != "out"}
+    summary = settings_of(config)
     summary["teacher"] = Path(config.teacher).name  # a path is nobody else's
     if config.worlds:
         summary["worlds"] = [{"suite": training.suite, **training.set} for training in trainings]

@@ -11,7 +11,6 @@ with a policy trained in simulation on a real model: one environment, whose cloc
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 import time
@@ -43,11 +42,11 @@ from llmsched_gym.agents.export import export, finish, load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
+from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.files import write_text
 from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
 
 
@@ -197,7 +196,8 @@ def set_actor_learning(policy: Any, learns: bool) -> None:
 def train(config: Config) -> Path:
     """Run or go on with a training; returns the folder of the policy."""
     out = Path(config.out)
-    config = _open_run(config, out)
+    config = open_run(config)
+    _check(config)
     torch.set_num_threads(config.threads)
     torch.distributions.Distribution.set_default_validate_args(False)  # a tenth of the time
 
@@ -214,7 +214,7 @@ def train(config: Config) -> Path:
             warm_start(model.policy, world, Path(config.warm_start))
         else:
             normaliser_of(model.policy).fit(typical_features(env, config.seed))
-        _write_config(config, out)
+        start_run(config)
         _, callback = model._setup_learn(config.steps, callback)
     else:
         model._last_obs, model._last_episode_starts = saved["observation"], saved["episode_starts"]
@@ -255,7 +255,7 @@ def train(config: Config) -> Path:
                 if found["mean_utility"] > best:
                     best = found["mean_utility"]
                     summary = {
-                        **_plain(config),
+                        **settings_of(config),
                         "warm_start": bool(config.warm_start),
                         "model": Path(config.model).name,
                         "step": step,
@@ -288,31 +288,10 @@ def train(config: Config) -> Path:
     return finish(out / "policy", *read_folder(out / "best"))
 
 
-def _plain(config: Config) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")}
-
-
-def _open_run(config: Config, out: Path) -> Config:
-    """The settings, checked; those of the run to go on with are read from its folder."""
-    path = out / "config.json"
-    if config.resume:
-        if not path.exists():
-            raise ConfigError(f"out: nothing to resume, there is no {path}")
-        settings = json.loads(path.read_text())
-        settings["hidden"] = tuple(settings["hidden"])
-        return Config(**settings, out=config.out, resume=True)
-    if path.exists():
-        raise ConfigError(f"out: {out} holds a run already; say --resume, or choose another folder")
+def _check(config: Config) -> None:
     action = action_of(env_config(config.suite, **config.world()))
     if action.mask is not None and config.algorithm != "maskable":
         raise ConfigError(f"algorithm: expected maskable for {action.name} actions, got {config.algorithm}")
-    return config
-
-
-def _write_config(config: Config, out: Path) -> None:
-    """Make the folder a run's; until here nothing is written, so that the same command can be given again."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(_plain(config), indent=2) + "\n")
 
 
 def _bar(total: int) -> Progress:

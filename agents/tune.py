@@ -32,6 +32,7 @@ from llmsched_gym.agents.checkpoint import cut_progress, load_checkpoint, save_c
 from llmsched_gym.agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
 from llmsched_gym.agents.export import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
 from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions.knobs import knobs_for
 from llmsched_gym.env.features import FEATURES
@@ -195,8 +196,9 @@ def new_search(rules: Any, config: Config, restarts: int) -> cma.CMAEvolutionStr
 def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
     """Run or go on with a search; returns the best policy: its folder, or its name."""
     out = Path(config.out)
-    config = _open_run(config, out)
+    config = open_run(config)
     rules: Any = TemplateRules(config) if config.template else KnobRules(config)
+    start_run(config)
     rng = np.random.default_rng([config.seed, 3])
     search, restarts = new_search(rules, config, 0), 0
     spent, best, name, last_eval = 0, -np.inf, "", 0
@@ -221,7 +223,7 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
             converged = bool(search.stop())
             if converged or spent - last_eval >= config.eval_every or spent >= config.steps:
                 last_eval = spent
-                summary = {**_plain(config), "step": spent}
+                summary = {**settings_of(config), "step": spent}
                 judged = rules.write(search.mean, out / "candidate", summary)
                 figures = selection(judged, config)
                 line |= {f"eval/{k}": v for k, v in figures.items()}
@@ -250,24 +252,6 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
     if config.kind == "linear" and not config.template:
         finish(name, *read_folder(name))  # a rule in numpy takes time, a constant is compiled
     return name
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "resume")}
-
-
-def _open_run(config: Config, out: Path) -> Config:
-    path = out / "config.json"
-    if config.resume:
-        if not path.exists():
-            raise ConfigError(f"out: nothing to resume, there is no {path}")
-        return Config(**json.loads(path.read_text()), out=config.out, resume=True)
-    if path.exists():
-        raise ConfigError(f"out: {out} holds a run already; say --resume, or choose another folder")
-    env_config(config.suite, **config.set)
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_plain(config), indent=2) + "\n")
-    return config
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from llmsched_gym.config import blocks_needed
 from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
@@ -12,19 +13,11 @@ from llmsched_gym.engine.batch import (
     is_prefill,
     open_batch,
 )
-from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.due import next_due_s
 from llmsched_gym.engine.pack import EDF, FEASIBLE, SRPT, admission_filters, keep_going, next_waiting
 from llmsched_gym.engine.step import LATEST_LST
 from llmsched_gym.engine.view import Batch, View
 from llmsched_gym.scheduler import Compiled
-
-
-@kernel()
-def deadline_s(request):
-    """When the next token is due: the first by the TTFT SLO, later ones by the TBT SLO."""
-    if is_prefill(request) and request.num_output_tokens == 0:
-        return request.arrival_s + request.ttft_slo_s
-    return request.last_token_s + request.tbt_slo_s
 
 
 def edf(lane):
@@ -33,7 +26,7 @@ def edf(lane):
     batch, requests, scratch = lane.batch, lane.requests, lane.scratch
     for i in range(lane.sim.num_running):
         r = lane.running[i]
-        insert_sorted(lane, i, r, deadline_s(requests[r]))
+        insert_sorted(lane, i, r, next_due_s(requests[r]))
     hold, limit = admission_filters(lane)
     waiting = next_waiting(lane, EDF, hold, limit)
     i = 0
@@ -42,7 +35,7 @@ def edf(lane):
             break
         running_first = waiting < 0
         if i < lane.sim.num_running and not running_first:
-            running_first = deadline_s(requests[scratch[i]]) <= deadline_s(requests[waiting])
+            running_first = next_due_s(requests[scratch[i]]) <= next_due_s(requests[waiting])
         if running_first:
             r = scratch[i]
             i += 1
@@ -91,13 +84,14 @@ class RandomScheduler:
             left = int(request.prefill_tokens - request.num_computed_tokens)
             n = int(self.rng.integers(1, min(left, room) + 1)) if left > 0 else 1
             if is_waiting:
-                blocks = -(-int(request.prefill_tokens) // view.block_size)
+                blocks = blocks_needed(int(request.prefill_tokens), view.block_size)
                 if slots <= 0 or blocks > free:
                     continue
                 slots -= 1
                 free -= blocks
             else:
-                blocks = max(0, -(-int(request.num_computed_tokens + n) // view.block_size) - int(request.num_blocks))
+                held = blocks_needed(int(request.num_computed_tokens + n), view.block_size)
+                blocks = max(0, held - int(request.num_blocks))
                 if left > 0 and blocks > free:  # with blocks by chunk; for a decode the engine evicts
                     stuck = True
                     continue

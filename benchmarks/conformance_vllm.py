@@ -34,7 +34,7 @@ import numpy as np
 
 from benchmarks.conformance import Recording, next_batch
 from benchmarks.prefix_tables import Case, at_random, by_hand, cells, tokens_of
-from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, scenario
+from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, blocks_needed, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine import Engine, Execution, ScheduledBatch
 from llmsched_gym.registry import make_scheduler
@@ -196,7 +196,7 @@ def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[st
 
     tokens = tokens_of(table)
     prompt, total = table.prompt_tokens, table.prompt_tokens + table.output_tokens
-    fits = (total <= world.max_model_len) & (-(-total // BLOCK_SIZE) <= kv_blocks)
+    fits = (total <= world.max_model_len) & (blocks_needed(total) <= kv_blocks)
     clock_s, arrived, differing, batches = 0.0, 0, [], 0
     while arrived < len(table) or real.scheduler.has_unfinished_requests():
         if not real.scheduler.has_unfinished_requests():

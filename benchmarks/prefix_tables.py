@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.config import BLOCK_SIZE, blocks_needed
 from llmsched_gym.workload import RequestTable, shares_of_ids, shares_of_turns
 
 
@@ -96,7 +96,7 @@ def at_random(seed: int) -> Case:
             most = int(min(prompt[r], prompt[p] + output[p]))
             shared[r] = rng.choice([most, int(rng.integers(0, most + 1)), most // BLOCK_SIZE * BLOCK_SIZE])
     arrival_s = np.sort(rng.uniform(0.0, rng.choice([0.01, 2.0, 20.0]), n))
-    largest = int(-(-(prompt + output) // BLOCK_SIZE).max())
+    largest = int(blocks_needed(prompt + output).max())
     return Case(
         f"at random, seed {seed}",
         table_of(arrival_s, prompt, output, (shares_with, shared)),

@@ -6,18 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.config import blocks_needed
 
 SCRATCH = 0
 """Block that nobody holds: padding reads and writes it."""
 FIRST = 1
 """The first block that somebody may hold."""
 NOBODY = -1
-
-
-def blocks_of(num_tokens: int) -> int:
-    """Blocks that hold so many tokens."""
-    return -(-num_tokens // BLOCK_SIZE)
 
 
 class PlacedBlocks(NamedTuple):
@@ -44,7 +39,7 @@ class BlockTable:
         self.owner = np.full(max_num_seqs, NOBODY, np.int64)
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         self.held = np.zeros(max_num_seqs, np.int64)
-        self.blocks = np.full((max_num_seqs, blocks_of(max_model_len)), SCRATCH, np.int64)
+        self.blocks = np.full((max_num_seqs, blocks_needed(max_model_len)), SCRATCH, np.int64)
         self.clear(0)
 
     def clear(self, num_requests: int) -> None:
@@ -115,7 +110,7 @@ class BlockTable:
         held = [b for row in taken for b in self.blocks[row, : self.held[row]].tolist()]
         assert sorted(held + self._free) == list(range(1, self.num_blocks + 1)), "a block is lost or held twice"
         assert np.count_nonzero(self.blocks) == len(held), "a block is named behind a row's last"
-        assert np.array_equal(self.held, -(-self.num_tokens // BLOCK_SIZE)), "a row holds more or less than it needs"
+        assert np.array_equal(self.held, blocks_needed(self.num_tokens)), "a row holds more or less than it needs"
 
     def _needed(self, rows: np.ndarray, num_tokens: np.ndarray) -> np.ndarray:
-        return -(-num_tokens // BLOCK_SIZE) - self.held[rows]
+        return blocks_needed(num_tokens) - self.held[rows]

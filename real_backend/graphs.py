@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.config import BLOCK_SIZE, blocks_needed
 from llmsched_gym.real_backend.attention import DecodeGroup, Segments
 from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, PlacedBlocks
 from llmsched_gym.real_backend.runner import Inputs, Runner, Work
@@ -129,7 +129,7 @@ class StaticBatches:
         zeros = np.zeros_like(num_tokens)
         work = Work(zeros, zeros, num_tokens, zeros, zeros.astype(bool))
         positions = np.arange(num_tokens.sum())
-        blocks = np.full((len(num_tokens), min(-(-shape.tokens // BLOCK_SIZE), self._blocks_per_seq)), SCRATCH)
+        blocks = np.full((len(num_tokens), min(blocks_needed(shape.tokens), self._blocks_per_seq)), SCRATCH)
         self._fill(shape, work, blocks, np.stack([positions * 0, positions, positions % BLOCK_SIZE]), zeros)
 
     def run(

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from llmsched_gym.config import BLOCK_SIZE, ModelSpec, Scenario
-from llmsched_gym.real_backend.block_table import blocks_of
+from llmsched_gym.config import BLOCK_SIZE, ModelSpec, Scenario, blocks_needed
 from llmsched_gym.real_backend.errors import BackendError
 
 GPU_SHARE = 0.9
@@ -44,7 +43,7 @@ def fitting_blocks(
     if scenario.prefix_caching:
         return blocks  # those that nobody holds are of use, too
     assert scenario.max_num_seqs is not None, "the backend's scenario has its limits"
-    longest = blocks_of(scenario.max_model_len)
+    longest = blocks_needed(scenario.max_model_len)
     useful = math.ceil(scenario.max_num_seqs * longest / max(1.0 - scenario.watermark, 0.01)) + 1
     return min(blocks, useful)
 

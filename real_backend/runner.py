@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from llmsched_gym.config import BLOCK_SIZE
+from llmsched_gym.config import BLOCK_SIZE, blocks_needed
 from llmsched_gym.real_backend.attention import Chunk, DecodeGroup, KVCache, Segments
-from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, PlacedBlocks, blocks_of
+from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, PlacedBlocks
 from llmsched_gym.real_backend.errors import BackendError, one_line
 from llmsched_gym.real_backend.tokens import TokenStore
 from llmsched_gym.real_backend.weights import LoadedModel
@@ -113,7 +113,7 @@ class Runner:
 
     def lay_out(self, work: Work, table: BlockTable | PlacedBlocks, tokens: TokenStore) -> Inputs:
         """The batch as tensors; blocks and prompts must be there."""
-        num_blocks = -(-(work.num_computed + work.num_tokens) // BLOCK_SIZE)
+        num_blocks = blocks_needed(work.num_computed + work.num_tokens)
         single = work.num_tokens == 1
         num_single = int(np.count_nonzero(single))
         # Single tokens first, by the blocks of their sequences, so that groups of decodes are slices.
@@ -198,7 +198,7 @@ class Runner:
         """A prompt of so many tokens that writes to the scratch block only: for warm-up and for measuring memory."""
         positions = np.arange(num_tokens)
         segments = Segments(self.cache, self._tensor(positions % BLOCK_SIZE))
-        blocks = np.full((1, blocks_of(num_tokens)), SCRATCH)
+        blocks = np.full((1, blocks_needed(num_tokens)), SCRATCH)
         if self.attention == "triton":
             segments.paged = self._paged(blocks, np.array([num_tokens]), np.zeros(1, np.int64))
         else:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE
-from llmsched_gym.real_backend.block_table import blocks_of
+from llmsched_gym.config import BLOCK_SIZE, blocks_needed
 
 FIRST_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28)
 """Batch tokens below the first tile edge."""
@@ -37,7 +36,7 @@ class Composition:
 
     @property
     def num_blocks(self) -> int:
-        return sum(blocks_of(c + n) for c, n in self.chunks) + sum(blocks_of(n) for n in self.decodes)
+        return sum(blocks_needed(c + n) for c, n in self.chunks) + sum(blocks_needed(n) for n in self.decodes)
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,14 @@ def test_what_a_user_gets_wrong(tmp_path):
     (tmp_path / "c" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="--resume"):
         train(Config(out=str(tmp_path / "c")))
+    for text, match in {
+        "{": "cannot be read",
+        "[]": "something else's",
+        '{"kind": "linear"}': "something else's",
+    }.items():
+        (tmp_path / "c" / "config.json").write_text(text)
+        with pytest.raises(ConfigError, match=match):
+            train(Config(out=str(tmp_path / "c"), resume=True))
 
 
 def test_the_same_seed_gives_the_same_curve(tmp_path):

@@ -88,6 +88,7 @@ def test_any_schedulers_parameters_can_be_tuned(tmp_path):
     assert json.loads((tmp_path / "t" / "policy.json").read_text())["policy"] == name
     with pytest.raises(ConfigError, match="expected a range"):
         tune(replace(TINY, template="slai", out=str(tmp_path / "u")))
+    assert not (tmp_path / "u").exists()
 
 
 @pytest.mark.parametrize("observation", ["features", "slots"])
@@ -117,6 +118,8 @@ def test_a_student_learns_its_teacher(tmp_path, observation):
     # the student of a student: a policy folder teaches too
     again = replace(config, teacher=str(folder), out=str(tmp_path / "again"), rounds=0)
     imitate(again)
+    with pytest.raises(ConfigError, match=r"out: .*again holds a run already; choose another folder"):
+        imitate(again)
 
 
 def test_a_teacher_that_is_told_the_cost_scale_divides_its_cap_by_it():

@@ -1,12 +1,21 @@
 """KV blocks of other sizes than vLLM's default: what is held, admitted, rejected and evicted."""
 
+import numpy as np
 import pytest
 from helpers import Run, profile, request
 
-from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.config import ConfigError, blocks_needed, scenario
 from llmsched_gym.engine import Engine
+from llmsched_gym.engine.blocks import blocks_for
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.workload import make_table
+
+
+def test_tokens_need_whole_blocks():
+    assert [blocks_needed(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    assert blocks_needed(np.array([0, 64, 65]), 64).tolist() == [0, 1, 2]
+    sim = Run("sarathi", [request(prompt=100, output=3)], block_size=64, num_kv_blocks=8).sim
+    assert [blocks_for(sim, n) for n in (0, 64, 65)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("size", "held"), [(1, [100, 101]), (16, [7, 7]), (64, [2, 2]), (128, [1, 1])])

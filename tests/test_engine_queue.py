@@ -11,7 +11,8 @@ from test_engine_properties import DEVICE, KNOBS, SMALL_WORLDS, RandomLegal, row
 
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import Engine, check
-from llmsched_gym.engine.batch import can_make_ttft, insert_sorted, is_prefill, remaining_prefill, time_left_s
+from llmsched_gym.engine.batch import can_make_ttft, insert_sorted, is_prefill, remaining_prefill
+from llmsched_gym.engine.due import left_s
 from llmsched_gym.engine.invariants import InvariantError
 from llmsched_gym.engine.pack import (
     CLASS,
@@ -104,7 +105,7 @@ def drive(run, seed, most=60):
         run.step()
         lane = lane_of(run.engine.state, 0)
         longest = max(longest, same(lane, seed + k))
-        expired = max(expired, sum(time_left_s(lane, r) <= 0.0 for r, _ in line(lane)))
+        expired = max(expired, sum(left_s(lane.requests[r], lane.sim.clock_s) <= 0.0 for r, _ in line(lane)))
     return longest, expired
 
 
@@ -147,7 +148,7 @@ def test_promises_are_those_of_the_whole_line():
         for r in candidates:  # the first max_num_seqs of them in this order
             fresh = lane.requests[r].num_output_tokens == 0 and is_prefill(lane.requests[r])
             if fresh and can_make_ttft(lane, r) and count < lane.sim.max_num_seqs:
-                insert_sorted(lane, count, r, time_left_s(lane, r))
+                insert_sorted(lane, count, r, left_s(lane.requests[r], lane.sim.clock_s))
                 count += 1
         expected = lane.scratch[:count].tolist()
         promised, dropped, *_ = promise(lane, 1.3)

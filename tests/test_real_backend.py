@@ -11,12 +11,11 @@ transformers = pytest.importorskip("transformers", reason="the real backend need
 
 from helpers import request, table
 
-from llmsched_gym.config import scenario
+from llmsched_gym.config import blocks_needed, scenario
 from llmsched_gym.engine import Batch, Engine, check
 from llmsched_gym.engine.records import FINISHED, RUNNING
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.real_backend import make_backend
-from llmsched_gym.real_backend.block_table import blocks_of
 from llmsched_gym.scheduler import install, make_scheduler
 
 torch.set_num_threads(1)
@@ -83,7 +82,7 @@ class Chaos:
             elif rng.random() < 0.75 and room > 0:
                 n = int(rng.integers(1, min(left, room) + 1)) if left > 0 else 1
                 held = computed + n if chunked else max(computed + n, prefill)
-                need = blocks_of(held) - int(r.num_blocks)
+                need = blocks_needed(held) - int(r.num_blocks)
                 if need <= free or left == 0:  # a decode may go beyond: the engine then evicts
                     free -= need
                     tokens[int(r["index"])] = n
@@ -92,7 +91,7 @@ class Chaos:
         for r in view.waiting:
             prefill, cached = int(r.prefill_tokens), int(r.prefill_tokens - r.num_uncached_tokens)
             n = int(rng.integers(1, min(prefill, max(room, 1)) + 1))
-            need = blocks_of(min(cached + n, prefill) if chunked else prefill)
+            need = blocks_needed(min(cached + n, prefill) if chunked else prefill)
             if rng.random() < 0.6 and room >= n and running < view.max_num_seqs and free - need >= 0:
                 tokens[int(r["index"])] = n
                 room, free, running = room - n, free - need, running + 1
@@ -213,7 +212,7 @@ def test_a_client_that_leaves_gives_its_blocks_back():
     engine.reset(table)
     engine.submit(Batch({0: 40}))
     engine.execute()
-    assert backend.blocks.num_free == backend.num_kv_blocks - blocks_of(40)
+    assert backend.blocks.num_free == backend.num_kv_blocks - blocks_needed(40)
     for _ in range(2000):  # nobody serves request 0 until it is gone, and request 1 comes
         if engine.state.episodes[0].num_arrived == 2:
             break

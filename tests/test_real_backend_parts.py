@@ -13,9 +13,10 @@ torch = pytest.importorskip("torch", reason="the real backend needs torch")
 transformers = pytest.importorskip("transformers", reason="the real backend needs transformers")
 from test_real_backend import WORLD
 
+from llmsched_gym.config import blocks_needed
 from llmsched_gym.real_backend import BackendError, make_backend
 from llmsched_gym.real_backend.backend import split
-from llmsched_gym.real_backend.block_table import BlockTable, blocks_of
+from llmsched_gym.real_backend.block_table import BlockTable
 from llmsched_gym.real_backend.runner import Work, group_decodes
 from llmsched_gym.real_backend.tokens import TokenStore, prompt_ids
 from llmsched_gym.real_backend.weights import RANDOM_MODELS
@@ -42,7 +43,7 @@ def test_blocks_are_never_lost(steps):
             elif r not in length:
                 table.release(r)
         table.check()
-        assert table.num_free == 12 - sum(blocks_of(n) for n in length.values())
+        assert table.num_free == 12 - sum(blocks_needed(n) for n in length.values())
         assert table.requests == sorted(length)
     table.keep_only(np.array([0, 1]))
     assert set(table.requests) <= {0, 1}

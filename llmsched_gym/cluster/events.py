@@ -21,6 +21,7 @@ from llmsched_gym.cluster.transfer import (
     start_transfers,
     wake,
 )
+from llmsched_gym.engine.due import open_lateness_s
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import (
     average,
@@ -28,7 +29,6 @@ from llmsched_gym.engine.lifecycle import (
     enter,
     leave_running,
     lose_patience,
-    open_lateness_s,
     resolve,
     take_next,
 )

@@ -19,6 +19,12 @@ import numpy as np
 BLOCK_SIZE = 16
 """Tokens in one KV block unless a scenario says otherwise (vLLM's default)."""
 
+
+def blocks_needed(num_tokens: Any, block_size: int = BLOCK_SIZE) -> Any:
+    """KV blocks that hold so many tokens; of an array, of each. Kernels have `engine.blocks.blocks_for`."""
+    return -(-num_tokens // block_size)
+
+
 MOST = 2**31 - 1
 """Of whole numbers: records hold them in 32 bits."""
 MOST_SEQS = 2**20

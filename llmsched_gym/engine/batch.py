@@ -18,6 +18,7 @@ from llmsched_gym.engine.blocks import (
     stays_within,
     take,
 )
+from llmsched_gym.engine.due import decode_due_s, left_s
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.records import RUNNING, WAITING
 from llmsched_gym.engine.state import lane_of
@@ -116,9 +117,9 @@ def _find_deadlines(lane):
         if is_prefill(request):
             continue
         smallest_s = min(smallest_s, request.tbt_slo_s)
-        left_s = request.last_token_s + request.tbt_slo_s - now_s
-        if left_s > 0.0:
-            earliest_s = min(earliest_s, left_s)
+        ahead_s = decode_due_s(request) - now_s
+        if ahead_s > 0.0:
+            earliest_s = min(earliest_s, ahead_s)
     strict_s = lane.episode.strict_tbt_slo_s
     lane.batch.smallest_tbt_slo_s = smallest_s if smallest_s < math.inf else strict_s
     lane.batch.deadline_s = max(earliest_s, strict_s)
@@ -341,13 +342,6 @@ def is_decoding(lane, r):
 
 
 @kernel()
-def time_left_s(lane, r):
-    """Seconds until the TTFT SLO of `r` ends; negative after it."""
-    request = lane.requests[r]
-    return request.ttft_slo_s - (lane.sim.clock_s - request.arrival_s)
-
-
-@kernel()
 def time_alone_s(lane, r):
     """Predicted seconds until the prompt of `r` is complete if it is served alone from now on."""
     request = lane.requests[r]
@@ -377,8 +371,8 @@ def can_make_ttft(lane, r):
     """
     if lane.requests[r].num_output_tokens > 0:
         return True
-    left_s = time_left_s(lane, r)
-    return left_s > 0.0 and time_alone_s(lane, r) <= left_s
+    time_s = left_s(lane.requests[r], lane.sim.clock_s)
+    return time_s > 0.0 and time_alone_s(lane, r) <= time_s
 
 
 @entry()

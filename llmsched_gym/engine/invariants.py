@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_gym.config import blocks_needed
 from llmsched_gym.engine.blocks import (
     BY_PROMPT,
     LAST,
@@ -20,6 +21,7 @@ from llmsched_gym.engine.blocks import (
     listed,
     owner_of,
 )
+from llmsched_gym.engine.due import next_due_s, open_waits
 from llmsched_gym.engine.queue import rank
 from llmsched_gym.engine.records import (
     ABANDONED,
@@ -93,7 +95,9 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(0 <= sim.free_blocks <= sim.total_blocks, "free blocks out of range")
     computed, prefill = requests["num_computed_tokens"], requests["prefill_tokens"]
     held = np.maximum(computed, prefill) if sim.admission == BY_PROMPT else computed
-    require(blocks[running] == -(-held[running] // sim.block_size), "blocks held != ceil(tokens held / block size)")
+    require(
+        blocks[running] == blocks_needed(held[running], sim.block_size), "blocks held != ceil(tokens held / block size)"
+    )
 
     require(requests["num_preemptions"].sum() == sim.num_preemptions, "preemptions != sum over requests")
 
@@ -113,9 +117,8 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
 
     require(requests["lateness_s"] <= episode.patience_s, "a lateness exceeds the patience")
     active = requests[np.isin(phase, (WAITING, RUNNING))]
-    fresh = active["num_output_tokens"] == 0
-    due_s = np.where(fresh, active["arrival_s"] + active["ttft_slo_s"], active["last_token_s"] + active["tbt_slo_s"])
-    late_s = active["lateness_s"] + np.maximum(0.0, sim.clock_s - due_s)
+    since_s, slo_s = open_waits(active)
+    late_s = active["lateness_s"] + np.maximum(0.0, sim.clock_s - (since_s + slo_s))
     require(late_s < episode.patience_s + 1e-9 * (1.0 + sim.clock_s), "a client whose patience is over is still here")
     resolved = np.isin(phase, (FINISHED, REJECTED, REFUSED, ABANDONED))
     require(np.isnan(requests["resolved_s"]) == ~resolved, "resolved_s and phase disagree")
@@ -196,10 +199,11 @@ def _check_index(state: State, env: int, require: Callable[[Any, str], None]) ->
     require(np.diff(requests["place"][waiting]) > 0, "places do not grow along the waiting list")
     now_s, rows = sim.clock_s, requests[waiting]
     may_expire = not sim.prefix_caching
-    gone = may_expire & (rows["num_output_tokens"] == 0) & (rows["ttft_slo_s"] - (now_s - rows["arrival_s"]) <= 0.0)
+    since_s, slo_s = open_waits(rows)
+    gone = may_expire & (rows["num_output_tokens"] == 0) & (slo_s - (now_s - since_s) <= 0.0)
     expired = waiting[gone].tolist()
     require(_chain(requests, sim.first_open, sim.last_open) == waiting[~gone].tolist(), "open requests: wrong list")
-    by_deadline = sorted(expired, key=lambda r: (requests[r].arrival_s + requests[r].ttft_slo_s, r))
+    by_deadline = sorted(expired, key=lambda r: (next_due_s(requests[r]), r))
     require(_chain(requests, sim.first_expired, sim.last_expired) == by_deadline, "expired requests: wrong list")
     for root, strict in ((sim.expired_strict, True), (sim.expired_others, False)):
         members = [r for r in expired if (requests[r].slo_class == 0) == strict]

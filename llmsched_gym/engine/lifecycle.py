@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.engine.blocks import allocate, blocks_for, free
+from llmsched_gym.engine.due import next_due_s, open_lateness_s
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.queue import expire, join_waiting, leave_waiting, return_to_waiting
 from llmsched_gym.engine.records import ABANDONED, NONE, REFUSED, REJECTED, RUNNING, WAITING
@@ -92,8 +93,7 @@ def deliver(lane, r):
     sim.new_arrivals += 1
     sim.new_tokens += request.prompt_tokens
     join_waiting(lane, r)
-    departure_s = request.arrival_s + request.ttft_slo_s + lane.episode.patience_s
-    sim.next_departure_s = min(sim.next_departure_s, departure_s)
+    sim.next_departure_s = min(sim.next_departure_s, next_due_s(request) + lane.episode.patience_s)
 
 
 @kernel()
@@ -221,14 +221,6 @@ def refuse(lane, world, r):
 
 
 @kernel()
-def open_lateness_s(request, now_s):
-    """Late seconds of the wait that is open at `now_s`: for the first token, or for the next (rule 12)."""
-    if request.num_output_tokens == 0:
-        return max(0.0, now_s - request.arrival_s - request.ttft_slo_s)
-    return max(0.0, now_s - request.last_token_s - request.tbt_slo_s)
-
-
-@kernel()
 def _abandon(lane, world, r):
     """The client of `r` has lost patience: free what it holds."""
     sim, request = lane.sim, lane.requests[r]
@@ -257,11 +249,7 @@ def depart(lane, world):
                 _abandon(lane, world, r)
                 continue
             i += 1
-            if request.num_output_tokens == 0:
-                due_s = request.arrival_s + request.ttft_slo_s
-            else:
-                due_s = request.last_token_s + request.tbt_slo_s
-            earliest = min(earliest, due_s + patience_s - request.lateness_s)
+            earliest = min(earliest, next_due_s(request) + patience_s - request.lateness_s)
     sim.next_departure_s = earliest
 
 

@@ -26,6 +26,7 @@ from llmsched_gym.engine.batch import (
     uncached_prefill,
 )
 from llmsched_gym.engine.blocks import known_computed
+from llmsched_gym.engine.due import decode_due_s, next_due_s
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.queue import is_shorter, shortest_expired
 from llmsched_gym.engine.records import NONE, RUNNING
@@ -55,7 +56,7 @@ def _urgency(lane, r, margin_s):
     request = lane.requests[r]
     if math.isnan(margin_s):
         return request.lst_s
-    return request.last_token_s + request.tbt_slo_s - margin_s
+    return decode_due_s(request) - margin_s
 
 
 @kernel()
@@ -101,7 +102,7 @@ def add_critical_decodes(lane, margin_s):
             first_started = r if started == 0 else first_started
             started += 1
             continue
-        due_s = request.last_token_s + request.tbt_slo_s
+        due_s = decode_due_s(request)
         if math.isnan(request.lst_s):
             request.lst_s = due_s - lead_s
         if now_s >= request.lst_s if by_lst else due_s - margin_s < now_s:
@@ -195,9 +196,7 @@ def _key_if_feasible(lane, r, order):
     if order == CLASS:
         return uncached_prefill(lane, r) + (0.0 if request.slo_class == 0 else _LATER)
     if order == EDF:
-        if request.num_output_tokens > 0:  # preempted: its next token is due
-            return request.last_token_s + request.tbt_slo_s
-        return request.arrival_s + request.ttft_slo_s
+        return next_due_s(request)
     if order == LPM:
         return -float(known_computed(lane, r))
     return float(uncached_prefill(lane, r))  # SPF, SRPT, FEASIBLE
@@ -420,8 +419,8 @@ def keep_going(lane):
         r = lane.running[i]
         if is_prefill(requests[r]):
             prompt = r if prompt < 0 else prompt
-        elif decode < 0 or requests[r].last_token_s + requests[r].tbt_slo_s < earliest_s:
-            decode, earliest_s = r, requests[r].last_token_s + requests[r].tbt_slo_s
+        elif decode < 0 or decode_due_s(requests[r]) < earliest_s:
+            decode, earliest_s = r, decode_due_s(requests[r])
     if decode >= 0:
         add_decode(lane, decode)
         return

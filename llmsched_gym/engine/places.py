@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmsched_gym.config import blocks_needed
 from llmsched_gym.engine.blocks import NUM_COLUMNS, OWNER, POSITION
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import State
@@ -15,7 +16,7 @@ def places_of(state: State, k: int, requests: np.ndarray, num_tokens: np.ndarray
     int32, shape (num, most blocks of one), NONE behind a request's last.
     """
     sim = state.sims[k]
-    needed = -(-num_tokens // sim.block_size)
+    needed = blocks_needed(num_tokens, sim.block_size)
     most = int(needed.max(initial=0))
     # the lists lie behind the table of identities, see `blocks.listed`
     lists = state.blocks[k].reshape(-1)[(int(sim.table_mask) + 1) * NUM_COLUMNS :]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.engine.batch import insert_sorted, is_prefill, time_alone_s, time_left_s, uncached_prefill
+from llmsched_gym.engine.batch import insert_sorted, is_prefill, time_alone_s, uncached_prefill
+from llmsched_gym.engine.due import left_s
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import NONE, WAITING
 
@@ -24,9 +25,9 @@ def _add_candidate(lane, count, r):
     request = lane.requests[r]
     if request.num_output_tokens > 0 or not is_prefill(request) or count >= lane.sim.max_num_seqs:
         return count
-    left_s = time_left_s(lane, r)
-    if left_s > 0.0 and time_alone_s(lane, r) <= left_s:
-        insert_sorted(lane, count, r, left_s)
+    time_s = left_s(request, lane.sim.clock_s)
+    if time_s > 0.0 and time_alone_s(lane, r) <= time_s:
+        insert_sorted(lane, count, r, time_s)
         return count + 1
     return count
 

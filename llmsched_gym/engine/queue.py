@@ -20,14 +20,9 @@ from __future__ import annotations
 
 import math
 
+from llmsched_gym.engine.due import left_s, next_due_s
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import NONE
-
-
-@kernel()
-def deadline_s(request):
-    """When the TTFT SLO of a request without a token ends."""
-    return request.arrival_s + request.ttft_slo_s
 
 
 @kernel()
@@ -176,7 +171,7 @@ def _count(lane, r, place, earlier):
     sim.waiting_tokens += request.prefill_tokens
     _link(lane, r, earlier, False)
     if request.num_output_tokens == 0 and not sim.prefix_caching:
-        sim.next_expiry_s = min(sim.next_expiry_s, deadline_s(request))
+        sim.next_expiry_s = min(sim.next_expiry_s, next_due_s(request))
 
 
 @kernel()
@@ -222,7 +217,7 @@ def leave_waiting(lane, r):
 @kernel()
 def has_expired(request, now_s):
     """Whether a request's TTFT SLO is over before its first token: it will not make it any more, whatever comes."""
-    return request.num_output_tokens == 0 and request.ttft_slo_s - (now_s - request.arrival_s) <= 0.0
+    return request.num_output_tokens == 0 and left_s(request, now_s) <= 0.0
 
 
 @kernel()
@@ -239,7 +234,7 @@ def expire(lane):
             _link(lane, r, _due_before(lane, r), True)
             _plant(sim, requests, r)
         elif request.num_output_tokens == 0:
-            earliest_s = min(earliest_s, deadline_s(request))
+            earliest_s = min(earliest_s, next_due_s(request))
         r = following
     sim.next_expiry_s = earliest_s
 
@@ -247,11 +242,11 @@ def expire(lane):
 @kernel()
 def _due_before(lane, r):
     """Behind whom `r` stands among the expired: found from the end, as requests expire about by deadline."""
-    requests, before, due_s = lane.requests, lane.sim.last_expired, deadline_s(lane.requests[r])
+    requests, before, due_s = lane.requests, lane.sim.last_expired, next_due_s(lane.requests[r])
     for _ in range(lane.sim.num_waiting + 1):
         if before == NONE:
             break
-        other_s = deadline_s(requests[before])
+        other_s = next_due_s(requests[before])
         if other_s < due_s or (other_s == due_s and before < r):
             break
         before = requests[before].earlier

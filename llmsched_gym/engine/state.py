@@ -18,7 +18,7 @@ from numba import types
 from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
-from llmsched_gym.config import ADMISSIONS, MOST, Scenario
+from llmsched_gym.config import ADMISSIONS, MOST, Scenario, blocks_needed
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.blocks import NUM_COLUMNS, load_blocks, num_records, table_size
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
@@ -395,7 +395,7 @@ def allocate(
 
 def _row_blocks(scenario: Scenario, num_kv_blocks: int) -> int:
     """Most blocks of a request."""
-    return min(num_kv_blocks, -(-scenario.max_model_len // scenario.block_size))
+    return min(num_kv_blocks, blocks_needed(scenario.max_model_len, scenario.block_size))
 
 
 def _records(scenario: Scenario, replica: Replica) -> int:

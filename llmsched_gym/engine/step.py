@@ -6,11 +6,11 @@ import math
 
 from llmsched_gym.engine.batch import clear_sums, is_prefill, predicted_s
 from llmsched_gym.engine.blocks import allocate, blocks_to_take, give_back, shares_uncomputed, stays_within
+from llmsched_gym.engine.due import decode_due_s, kth_due_s, open_lateness_s
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import (
     admit,
     leave_running,
-    open_lateness_s,
     preempt,
     refuse,
     resolve,
@@ -42,7 +42,7 @@ def _victim(lane, current):
             if not is_prefill(request):
                 # where nobody is deferred no decode has an LST, or all have -inf: then the deadline decides
                 key = -math.inf if math.isnan(request.lst_s) else request.lst_s
-                due_s = request.last_token_s + request.tbt_slo_s
+                due_s = decode_due_s(request)
         if best >= 0 and key == best_key:
             if due_s < best_due_s or (due_s == best_due_s and r < best):
                 continue
@@ -154,17 +154,16 @@ def _emit(sim, patience_s, request, gaps, gap_start, end_s):
     k = request.num_output_tokens
     if k == 0:
         request.first_token_s = end_s
-        request.ttft_missed = end_s - request.arrival_s > request.ttft_slo_s
+        request.ttft_missed = late_s > 0.0
         # a token well ahead of the TTFT SLO brings the client's next deadline forward
         sim.next_departure_s = min(sim.next_departure_s, end_s + request.tbt_slo_s + patience_s - late_s)
     else:
         gap_s = end_s - request.last_token_s
         request.max_gap_s = max(request.max_gap_s, gap_s)
-        request.num_late_gaps += gap_s > request.tbt_slo_s
+        request.num_late_gaps += late_s > 0.0
         if gap_start >= 0:
             gaps[gap_start + k - 1] = gap_s
-    due_s = request.arrival_s + request.ttft_slo_s + k * request.tbt_slo_s
-    request.deadline_miss_s = max(request.deadline_miss_s, end_s - due_s)
+    request.deadline_miss_s = max(request.deadline_miss_s, end_s - kth_due_s(request, k))
     request.last_token_s = end_s
     request.lst_s = math.nan
     request.num_output_tokens = k + 1

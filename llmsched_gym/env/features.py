@@ -13,6 +13,7 @@ import numpy as np
 from llmsched_gym.config import MOST, EnvConfig
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill, uncached_prefill
+from llmsched_gym.engine.due import open_wait
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
@@ -228,9 +229,8 @@ def observe_features(lane, out, pays, world, rules, terms):
         request = requests[r]
         if cohort_start <= r < cohort_stop and has_changed(now_s, tbt_rule, request):
             paid += pay_live(about, now_s, rules, request, terms)
-        left_s = request.ttft_slo_s - (now_s - request.arrival_s)
-        if request.num_output_tokens > 0:
-            left_s = request.tbt_slo_s - (now_s - request.last_token_s)
+        since_s, slo_s = open_wait(request)
+        left_s = slo_s - (now_s - since_s)
         k = 0
         if left_s >= 0.0:
             k = 1 + (left_s >= TTFT_SLACK_EDGES_S[1]) + (left_s >= TTFT_SLACK_EDGES_S[2])

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import EnvConfig, RouteConfig
+from llmsched_gym.engine.due import kth_due_s, left_s, open_lateness_s
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.lifecycle import open_lateness_s
 from llmsched_gym.engine.records import ABANDONED, FINISHED, REFUSED, record_dtype
 from llmsched_gym.engine.utility import gaps_in_time_kernel, late_share, mean_in_time_kernel, utility_kernel
 from llmsched_gym.engine.view import View
@@ -61,9 +61,9 @@ def attains(request, rules, now_s):
         return 0.0
     done = request.phase == FINISHED
     if rules.tbt_rule == DEADLINE:
-        due_s = request.arrival_s + request.ttft_slo_s + request.num_output_tokens * request.tbt_slo_s
+        due_s = kth_due_s(request, request.num_output_tokens)
         return 1.0 if request.deadline_miss_s <= 0.0 and (done or now_s <= due_s) else 0.0
-    overdue = not done and now_s - request.last_token_s > request.tbt_slo_s
+    overdue = not done and left_s(request, now_s) < 0.0
     late, gaps = request.num_late_gaps + overdue, request.num_output_tokens - 1 + overdue
     if rules.tbt_rule == MEAN:
         lasted_s = (now_s if overdue else request.last_token_s) - request.first_token_s
@@ -105,9 +105,10 @@ def _pay_resolved(about, now_s, rules, request, terms):
 @kernel()
 def has_changed(now_s, tbt_rule, request):
     """False for a waiting or running request that surely owes nothing: the common case, small enough to be inlined."""
+    is_late = left_s(request, now_s) < 0.0
     if request.num_output_tokens == 0:
-        return now_s - request.arrival_s > request.ttft_slo_s
-    if tbt_rule != EVERY_GAP or now_s - request.last_token_s > request.tbt_slo_s:
+        return is_late
+    if tbt_rule != EVERY_GAP or is_late:
         return True
     spoiled = request.ttft_missed or request.num_late_gaps > 0
     return request.lateness_s != request.paid_lateness_s or (request.paid_attained == 0.0) != spoiled

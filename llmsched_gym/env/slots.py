@@ -6,6 +6,7 @@ import math
 
 from llmsched_gym.config import BLOCK_SIZE, EnvConfig
 from llmsched_gym.engine.batch import can_make_ttft, is_prefill, uncached_prefill
+from llmsched_gym.engine.due import open_wait
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import WAITING
 from llmsched_gym.env.feature import Feature, places, scales, squash
@@ -106,12 +107,8 @@ def observe_slots(lane, rows, in_use):
         request = lane.requests[r]
         row = rows[slot]
         emitted = request.num_output_tokens
-        if emitted == 0:
-            slo_s = request.ttft_slo_s
-            left_s = slo_s - (sim.clock_s - request.arrival_s)
-        else:
-            slo_s = request.tbt_slo_s
-            left_s = slo_s - (sim.clock_s - request.last_token_s)
+        since_s, slo_s = open_wait(request)
+        left_s = slo_s - (sim.clock_s - since_s)
         row[AT.running] = request.phase != WAITING
         row[AT.decoding] = request.phase != WAITING and not is_prefill(request)
         row[AT.prompt] = logarithm(AT.prompt, request.prompt_tokens)

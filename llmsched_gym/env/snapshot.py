@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmsched_gym.engine.due import open_wait, open_waits
 from llmsched_gym.engine.jit import entry
 from llmsched_gym.engine.records import FINISHED, RUNNING, WAITING, has_come
 from llmsched_gym.engine.state import lane_of
@@ -83,7 +84,8 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
     attaining = np.zeros(len(rows))
     _attaining(core.engine.handle, env, core.arrays.rules, attaining)
     on_time = attaining > 0.0
-    has_verdict = arrived & ((rows["num_output_tokens"] > 0) | (clock_s - rows["arrival_s"] > rows["ttft_slo_s"]))
+    since_s, slo_s = open_waits(rows)
+    has_verdict = arrived & ((rows["num_output_tokens"] > 0) | (clock_s - since_s > slo_s))
     is_late = has_verdict & ~on_time
     stayed = np.isin(rows["phase"], (WAITING, RUNNING, FINISHED))
     gone = arrived & ~stayed & ~is_late
@@ -138,10 +140,7 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
 
 def _shown(state: Any, env: int, r: int, clock_s: float, is_late: np.ndarray) -> Shown:
     request = state.requests[env, r]
-    if request.num_output_tokens > 0:
-        since_s, slo_s = request.last_token_s, request.tbt_slo_s
-    else:
-        since_s, slo_s = request.arrival_s, request.ttft_slo_s
+    since_s, slo_s = open_wait(request)
     return Shown(
         request=r,
         tokens=int(request.prefill_tokens),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import scenario
+from llmsched_gym.config import blocks_needed, scenario
 from llmsched_gym.engine import Batch, View
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
@@ -42,7 +42,7 @@ class PlainSarathi:
                 room -= n
         free, seqs = view.free_blocks - view.watermark_blocks - len(tokens), len(view.running)
         for r in view.waiting:
-            free -= -(-int(r.prefill_tokens) // 16)
+            free -= blocks_needed(int(r.prefill_tokens), view.block_size)
             seqs += 1
             if room <= 0 or free < 0 or seqs > view.max_num_seqs:
                 break

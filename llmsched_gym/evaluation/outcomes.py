@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
+from llmsched_gym.engine.due import open_waits
 from llmsched_gym.engine.records import ABANDONED, CANCELLED, FINISHED, REFUSED, REJECTED, RUNNING, WAITING
 from llmsched_gym.engine.utility import gaps_in_time, late_share, mean_in_time, utility
 from llmsched_gym.evaluation.run import Episode
@@ -65,11 +66,8 @@ class Outcomes:
             self.num_late_gaps = requests["num_late_gaps"] + (self.open_gap_s > requests["tbt_slo_s"])
         self.max_itl_s = np.fmax(np.where(many, requests["max_gap_s"], np.nan), self.open_gap_s)
 
-        open_s = np.where(
-            self.served,
-            clock_s - requests["last_token_s"] - requests["tbt_slo_s"],
-            clock_s - requests["arrival_s"] - requests["ttft_slo_s"],
-        )
+        since_s, slo_s = open_waits(requests)
+        open_s = clock_s - since_s - slo_s
         self.lateness_s = requests["lateness_s"] + np.where(pending, np.maximum(open_s, 0.0), 0.0)
         in_time = attains_tbt(scenario.tbt_rule, requests, self.num_gaps, self.num_late_gaps)
         self.attained = self.finished & (self.ttft_s <= requests["ttft_slo_s"]) & in_time

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, scenario
+from llmsched_gym.config import ConfigError, Scenario, blocks_needed, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.run import Episode, scenario_for, simulate
 from llmsched_gym.files import make_folder, replace_file, write_text
@@ -147,9 +147,9 @@ def replay(
 
 
 def _check_blocks(world: Scenario, run: ServedRun, total_tokens: np.ndarray) -> None:
-    blocks = world.num_kv_blocks or load_profile(world.profile).num_kv_blocks
+    blocks = world.blocks(load_profile(world.profile).num_kv_blocks)
     r = int(np.argmax(total_tokens))
-    needed = -(-int(total_tokens[r]) // BLOCK_SIZE) + int(world.watermark * blocks)
+    needed = blocks_needed(int(total_tokens[r]), world.block_size) + int(world.watermark * blocks)
     if needed > blocks:
         what = f"expected at least {needed:,}, for the {total_tokens[r]:,} tokens of {run.where(r)}"
         raise ConfigError(f"num_kv_blocks: {what}, got {blocks:,}")

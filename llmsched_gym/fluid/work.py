@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsched_gym.config import Scenario
+from llmsched_gym.config import Scenario, blocks_needed
 from llmsched_gym.workload.generate import arrival_kind, trace_of
 from llmsched_gym.workload.lengths import load_lengths
 from llmsched_gym.workload.sessions import SessionModel, Sessions, SessionStream, load_sessions
@@ -117,7 +117,7 @@ def mean_work(
     arrivals = len(p) if num_arrivals is None else num_arrivals
     total = p + d
     watermark = int(scenario.watermark * num_blocks)
-    served = (total <= scenario.max_model_len) & (np.ceil(total / size) + watermark <= num_blocks)
+    served = (total <= scenario.max_model_len) & (blocks_needed(total, size) + watermark <= num_blocks)
 
     def mean(values: np.ndarray) -> float:
         return float(np.where(served, values, 0.0).sum() / arrivals)
@@ -135,7 +135,7 @@ def mean_work(
         pairs=mean(p * (p + 1) / 2 - c * (c + 1) / 2),
         # decode j of D - 1 computes token P + j and reads as many
         kv_tokens=mean(p + decodes * p + decodes * d / 2),
-        held_blocks=mean(np.ceil(p / size) + decode_blocks - d * np.asarray(common) / size),
+        held_blocks=mean(blocks_needed(p, size) + decode_blocks - d * np.asarray(common) / size),
         batches=mean(d),
         decode_blocks=mean(decode_blocks - decodes * np.asarray(common) / size),
         prefill_kv_tokens=mean(p),
