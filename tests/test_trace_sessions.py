@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from test_traces import BAILIAN, BURSTGPT, COPILOT, MOONCAKE, SIMULATED, TRACELAB, copilot, write
+from test_traces import BAILIAN, BURSTGPT, COPILOT, MOONCAKE, SIMULATED, TRACELAB, copilot, tracelab, write
 from typer.testing import CliRunner
 
 from llmsched_gym.cli import main
@@ -108,6 +108,74 @@ def test_parents_that_cannot_be(tmp_path, rows, message):
     with pytest.raises(TraceError, match=message) as error:
         load_trace(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def session_of_tools(**fields):
+    session = copilot(("2026-06-01T00:00:10Z", 100, 5), ("2026-06-01T00:00:12Z", 130, 6))
+    session["turns"][0] |= fields
+    return session
+
+
+def slow(duration_ms):
+    session = session_of_tools()
+    session["turns"][0]["llm_calls"][1]["duration_ms"] = duration_ms
+    return session
+
+
+@pytest.mark.filterwarnings("ignore:.*outside the file")
+@pytest.mark.parametrize(
+    "good, bad, message, kept_rows",
+    [
+        (chat(1, -1, 0), chat(1, -1, 5), "column 'chat_id': expected another one in every row, got 1 again", 1),
+        (
+            session_of_tools(),
+            session_of_tools(tool_batches=[{"duration_ms": 30}, {"duration_ms": -30}]),
+            "column 'tool_batches.duration_ms': expected milliseconds >= 0, got -30",
+            4,
+        ),
+        (session_of_tools(), slow(-1), "column 'llm_calls.duration_ms': expected milliseconds >= 0, got -1", 3),
+        (session_of_tools(), slow("1 s"), "column 'llm_calls.duration_ms': expected milliseconds >= 0, got '1 s'", 3),
+        (session_of_tools(), slow(math.nan), "column 'llm_calls.duration_ms': expected milliseconds >= 0, got nan", 3),
+        (session_of_tools(), session_of_tools(llm_calls=[]), "column 'turns': expected a session with llm_calls", 2),
+        (session_of_tools(), session_of_tools() | {"turns": []}, "column 'turns': expected a session with", 2),
+        (
+            tracelab(10, 20, 0, 4),
+            tracelab(13, 30, 0, 4) | {"tools": [{"name": "sh", "latency_ms": -5}]},
+            "column 'tools.latency_ms': expected milliseconds >= 0, got -5",
+            1,
+        ),
+        (
+            tracelab(10, 20, 0, 4),
+            tracelab(13, 30, 0, 4) | {"timing_events": []},
+            "column 'timing_events': expected the events of a round, got []",
+            1,
+        ),
+        (
+            {"arrival_time_ns": 0, "sub_requests": [{"input_toks": 1, "output_toks": 1}]},
+            {"arrival_time_ns": 1, "sub_requests": []},
+            "column 'sub_requests': expected a list of calls, got []",
+            1,
+        ),
+        (
+            {"arrival_time_ns": 0, "sub_requests": [{"input_toks": 1, "output_toks": 1}]},
+            {"arrival_time_ns": 1, "sub_requests": [{"input_toks": 0, "output_toks": 1}]},
+            "column 'input_toks': expected a whole number >= 1, got '0'",
+            1,
+        ),
+    ],
+)
+def test_a_damaged_session_is_one_line(tmp_path, good, bad, message, kept_rows):
+    path = write(tmp_path, lines(good, bad))
+    with pytest.raises(TraceError) as error:
+        load_trace(path)
+    assert str(error.value).startswith(f"{path}: line 2, {message}") and "\n" not in str(error.value)
+    trace = load_trace(path, "drop")
+    assert trace.num_dropped == 1 and len(trace) == kept_rows
+
+
+def test_a_file_of_damaged_sessions_alone_has_nothing_to_drop_to(tmp_path):
+    with pytest.raises(TraceError, match="1 row, and all are invalid"):
+        load_trace(write(tmp_path, lines({"arrival_time_ns": 1, "sub_requests": []})), "drop")
 
 
 # Tables of kept times
