@@ -189,6 +189,12 @@ def come_in_sessions(scenario: Scenario) -> bool:
     return scenario.trace is None and load_sessions(scenario.workload) is not None
 
 
+def has_turns(scenario: Scenario) -> bool:
+    """Whether requests come after others have been answered, in sessions drawn or of a trace."""
+    trace = trace_of(scenario)
+    return come_in_sessions(scenario) if trace is None else trace.think_s is not None
+
+
 def trace_of(scenario: Scenario) -> Trace | None:
     """The scenario's trace, read."""
     return None if scenario.trace is None else cached_trace(scenario.trace, scenario.trace_invalid)
