@@ -1,13 +1,15 @@
 """Who is best where prompts are mostly cached, what the cache is worth, and what a long miss does to short hits.
 
-    python -m benchmarks.sessions [--section suites,memory,misses,speed] [--seeds 10]
-                                  [--num-requests 2000] [--policy NAME]... [--workers N] [--out out/sessions]
+    python -m benchmarks.sessions [--section suites,memory,misses,eviction,speed] [--seeds 10]
+                                  [--num-requests 2000] [--policy NAME]... [--share 0.8]...
+                                  [--workers N] [--out out/sessions]
 
 suites: the suites chat and agents at shares of their fluid capacity at the hit rate of an infinite cache. memory: hit
 rates of the Mooncake conversation trace (its first 6,000 requests, in LLMSCHED_DATA_DIR/traces) with 1, 2, 4 and 8
 times the profile's KV blocks, beside those of an infinite cache. misses: agents whose turns have a few hundred tokens
 that are not cached, and now and then a prompt of 24,000 tokens of which nothing is: by how much the turns' TTFT grows.
-speed: what an iteration of the engine costs with prefix caching and without.
+eviction: what it changes to evict by session rather than by block, seed by seed. speed: what an iteration of the
+engine costs with prefix caching and without.
 
 Prints Markdown; a run of `suites` that was interrupted goes on where it stopped.
 """
@@ -42,6 +44,7 @@ POLICIES = ("vllm-v1", "sarathi", "slai", "srpt-capped", "on-time", "learned")
 SHARES = (0.4, 0.6, 0.8, 1.0)
 MEMORIES = (1, 2, 4, 8)
 TRACE = "mooncake_conversation_first6000.jsonl.gz"
+EVICTION_POLICIES = ("sarathi", "slai", "on-time")
 SPEED_POLICIES = ("vllm-v1", "slai", "on-time")
 MISS_TOKENS, MISS_EVERY_S = 24_000, 10.0
 
@@ -201,6 +204,32 @@ def misses(args: argparse.Namespace) -> None:
     print(table(head, lines, 1))
 
 
+def eviction(args: argparse.Namespace) -> None:
+    """What evicting by session buys over evicting by block, on the same seeds."""
+    lines = []
+    for suite in ("chat", "agents"):
+        world = scenario(suite, num_requests=args.num_requests)
+        capacity = fluid_capacity(world).qps
+        for share in args.share or [0.8]:
+            policies = [f"{name}{rule}" for name in EVICTION_POLICIES for rule in ("", "[evict=session]")]
+            load = round(share * capacity, 4)
+            rows = evaluate(world, policies, qps=[load], seeds=args.seeds, workers=args.workers)
+            of = {policy: [row for row in rows if row["policy"] == policy] for policy in policies}
+            for name in EVICTION_POLICIES:
+                block, session = of[name], of[f"{name}[evict=session]"]
+                cells = []
+                for column, unit in (("slo_attainment", 100.0), ("session_on_time", 100.0), ("prefix_hit_rate", 1.0)):
+                    changes = [unit * (b[column] - a[column]) for a, b in zip(block, session, strict=True)]
+                    around = intervals.interval(changes, (-unit, unit))
+                    before = number(unit * float(np.mean([a[column] for a in block])))
+                    cells += [before, f"{number(intervals.mean(changes))}{between(*around) if around else ''}"]
+                lines.append([suite, f"{share:g}", name, *cells])
+    print("\n### `evict=session` against `lru`, the same seeds\n")
+    figures = ("attained, %", "sessions on time, %", "hit rate")
+    head = ["suite", "share", "policy", *(text for figure in figures for text in (figure, "change"))]
+    print(table(head, lines, 3))
+
+
 def speed(args: argparse.Namespace) -> None:
     """Processor time of an iteration, best of five runs, jitter and patience left out."""
     lines = []
@@ -227,7 +256,7 @@ def speed(args: argparse.Namespace) -> None:
     print(table(["suite", "share", "policy", "off", "tokens a batch", "with caching", "tokens a batch"], lines, 3))
 
 
-SECTIONS = {"suites": suites, "memory": memory, "misses": misses, "speed": speed}
+SECTIONS = {"suites": suites, "memory": memory, "misses": misses, "eviction": eviction, "speed": speed}
 
 
 def main() -> int:
@@ -236,6 +265,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--num-requests", type=int, default=2000, help="measured turns of a run")
     parser.add_argument("--policy", action="append", help=f"by default {', '.join(POLICIES)}")
+    parser.add_argument("--share", type=float, action="append", help="of the fluid capacity, for eviction; 0.8")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--out", default="out/sessions")
     args = parser.parse_args()

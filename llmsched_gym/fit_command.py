@@ -95,7 +95,7 @@ def fit_command(
             num_kv_blocks=kv_blocks,
             engine=engine,
             with_held_out=held_out,
-            progress=progress or (lambda done, total: None),
+            progress=progress,
         )
     for folder in (out.parent, text.parent):
         make_folder(folder)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from llmsched_gym.config import ADMISSIONS
+from llmsched_gym.engine.eviction import EVICTIONS
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import HOLDS, ORDERS, pack
 from llmsched_gym.engine.records import KNOBS
@@ -192,6 +193,7 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "usage_switch": ("usage_switch", not_negative, "KV use from which offset_full applies"),
     "margin": ("margin", not_negative, "capped batches >= 0"),
     "victim": ("victim", lambda text: VICTIMS.index(text), f"one of {', '.join(VICTIMS)}"),
+    "evict": ("evict", lambda text: EVICTIONS.index(text), f"one of {', '.join(EVICTIONS)}"),
     "chunk": ("token_budget", positive_int, "whole number of tokens >= 1"),
 }
 # bracket parameter: (reader of the admission rule, what is expected)
@@ -199,7 +201,15 @@ ADMISSION_OPTIONS: dict[str, tuple[Callable[[str], str], str]] = {
     "admission": (lambda text: ADMISSIONS[ADMISSIONS.index(text)], f"one of {', '.join(ADMISSIONS)}"),
     "reserve": (lambda text: "prompt-check" if boolean(text) else "chunk", "true or false"),
 }
-COMMON_OPTIONS = ("budget", "hold", "limit", "cap", "victim", "admission")  # what all compiled schedulers honour
+COMMON_OPTIONS = (
+    "budget",
+    "hold",
+    "limit",
+    "cap",
+    "victim",
+    "evict",
+    "admission",
+)  # what all compiled schedulers honour
 PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name != "chunk")
 
 

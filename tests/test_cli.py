@@ -297,9 +297,21 @@ def test_capacity_prints_rows_and_who_was_served(capsys, tmp_path):
         assert 0.5 < row["capacity_qps"] < 8.0 and row["ci_low"] is None and row["ci_high"] is None
         assert len(row["attained_by_decile"]) == len(row["abandoned_by_decile"]) == 10
     assert rows[1]["ratio"] == pytest.approx(rows[1]["capacity_qps"] / rows[0]["capacity_qps"])
-    assert "slai attained" in err and "sarathi refused" in err
+    assert "slai attained" in err and "sarathi refused" in err and "cancelled" not in err + out
     assert main(args) == 0
     assert "capacity (1/s)" in capsys.readouterr().out
+
+
+def test_capacity_of_sessions_counts_cancelled_turns_and_says_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr("llmsched_gym.report.console.LINE_S", 0.0)
+    args = ["capacity", "--policy", "slai", "--suite", "chat", "--criterion", "attainment:0.5"]
+    assert main([*args, "--num-requests", "200", "--seeds", "1", "--qps", "0.5,1.2", "--workers", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    (row,) = json.loads(out, parse_constant=refuse)
+    lost = [row[name] for name in ("refused", "abandoned", "cancelled")]
+    assert row["cancelled"] > 0.0 and row["attained"] + sum(lost) <= 1.0 + 1e-9
+    assert len(row["cancelled_by_decile"]) == 10 and max(row["cancelled_by_decile"]) >= row["cancelled"]
+    assert "slai cancelled" in err and "llmsched: 0 of 1 runs after 0 s" in err
 
 
 def test_a_capacity_outside_the_range_is_said_on_stderr(capsys):

@@ -21,6 +21,7 @@ from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.store import read_rows
 from llmsched_gym.report.bounds import scenario_from_json
+from llmsched_gym.workload import make_table
 
 SMALL = scenario("paper", num_requests=60)
 REQUIRED = """
@@ -377,3 +378,21 @@ def test_who_is_served_at_capacity(tmp_path):
     written = json.loads((tmp_path / "capacity-attainment-0.9.json").read_text())
     assert written["results"][0]["capacity_qps"] == row["capacity_qps"]
     assert written["config"]["criterion"] == "attainment:0.9" and written["curves"]["slai[refuse=true]"]
+
+
+@pytest.mark.parametrize("suite, qps", [("default", 2.0), ("chat", 0.6), ("agents", 0.15)])
+def test_a_run_is_expected_to_cost_what_comes_in_it(suite, qps):
+    """A session is many turns, and they come behind the cohort, too; prompts of cached blocks cost more."""
+    world = scenario(suite, qps=qps, num_requests=1000)
+    runner = cells.Runner(world)
+    cell = cells.Cell(0, "sarathi", qps, 0)
+    requests = len(make_table(world, 0))
+    cost_s = runner._estimate_s(cell)
+    if suite == "default":
+        assert cost_s == pytest.approx(1240 * cells.COMPILED_S)  # measured, and before them
+        return
+    assert cost_s >= requests * cells.COMPILED_S > 2 * 1000 * cells.COMPILED_S
+    assert cells.Runner(world.replace(prefix_caching=False))._estimate_s(cell) == pytest.approx(
+        requests * cells.COMPILED_S
+    )
+    assert runner._estimate_s(cells.Cell(0, "sarathi", 2 * qps, 0)) > cost_s  # more of them come in as long a time

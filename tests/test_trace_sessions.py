@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer
-from test_traces import BAILIAN, BURSTGPT, COPILOT, MOONCAKE, SIMULATED, TRACELAB, copilot, write
+from test_traces import BAILIAN, BURSTGPT, COPILOT, MOONCAKE, SIMULATED, TRACELAB, copilot, tracelab, write
 from typer.testing import CliRunner
 
 from llmsched_gym.cli import main
@@ -108,6 +108,74 @@ def test_parents_that_cannot_be(tmp_path, rows, message):
     with pytest.raises(TraceError, match=message) as error:
         load_trace(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def session_of_tools(**fields):
+    session = copilot(("2026-06-01T00:00:10Z", 100, 5), ("2026-06-01T00:00:12Z", 130, 6))
+    session["turns"][0] |= fields
+    return session
+
+
+def slow(duration_ms):
+    session = session_of_tools()
+    session["turns"][0]["llm_calls"][1]["duration_ms"] = duration_ms
+    return session
+
+
+@pytest.mark.filterwarnings("ignore:.*outside the file")
+@pytest.mark.parametrize(
+    "good, bad, message, kept_rows",
+    [
+        (chat(1, -1, 0), chat(1, -1, 5), "column 'chat_id': expected another one in every row, got 1 again", 1),
+        (
+            session_of_tools(),
+            session_of_tools(tool_batches=[{"duration_ms": 30}, {"duration_ms": -30}]),
+            "column 'tool_batches.duration_ms': expected milliseconds >= 0, got -30",
+            4,
+        ),
+        (session_of_tools(), slow(-1), "column 'llm_calls.duration_ms': expected milliseconds >= 0, got -1", 3),
+        (session_of_tools(), slow("1 s"), "column 'llm_calls.duration_ms': expected milliseconds >= 0, got '1 s'", 3),
+        (session_of_tools(), slow(math.nan), "column 'llm_calls.duration_ms': expected milliseconds >= 0, got nan", 3),
+        (session_of_tools(), session_of_tools(llm_calls=[]), "column 'turns': expected a session with llm_calls", 2),
+        (session_of_tools(), session_of_tools() | {"turns": []}, "column 'turns': expected a session with", 2),
+        (
+            tracelab(10, 20, 0, 4),
+            tracelab(13, 30, 0, 4) | {"tools": [{"name": "sh", "latency_ms": -5}]},
+            "column 'tools.latency_ms': expected milliseconds >= 0, got -5",
+            1,
+        ),
+        (
+            tracelab(10, 20, 0, 4),
+            tracelab(13, 30, 0, 4) | {"timing_events": []},
+            "column 'timing_events': expected the events of a round, got []",
+            1,
+        ),
+        (
+            {"arrival_time_ns": 0, "sub_requests": [{"input_toks": 1, "output_toks": 1}]},
+            {"arrival_time_ns": 1, "sub_requests": []},
+            "column 'sub_requests': expected a list of calls, got []",
+            1,
+        ),
+        (
+            {"arrival_time_ns": 0, "sub_requests": [{"input_toks": 1, "output_toks": 1}]},
+            {"arrival_time_ns": 1, "sub_requests": [{"input_toks": 0, "output_toks": 1}]},
+            "column 'input_toks': expected a whole number >= 1, got '0'",
+            1,
+        ),
+    ],
+)
+def test_a_damaged_session_is_one_line(tmp_path, good, bad, message, kept_rows):
+    path = write(tmp_path, lines(good, bad))
+    with pytest.raises(TraceError) as error:
+        load_trace(path)
+    assert str(error.value).startswith(f"{path}: line 2, {message}") and "\n" not in str(error.value)
+    trace = load_trace(path, "drop")
+    assert trace.num_dropped == 1 and len(trace) == kept_rows
+
+
+def test_a_file_of_damaged_sessions_alone_has_nothing_to_drop_to(tmp_path):
+    with pytest.raises(TraceError, match="1 row, and all are invalid"):
+        load_trace(write(tmp_path, lines({"arrival_time_ns": 1, "sub_requests": []})), "drop")
 
 
 # Tables of kept times
@@ -217,6 +285,65 @@ def test_drawn_arrivals_bring_random_sessions_of_the_file(tmp_path):
     longer = make_table(scenario("paper", trace=str(path), qps=4.0, num_requests=900, **fields), 0)
     for name in ("prompt_tokens", "slo_class", "length_hint", "think_s"):
         np.testing.assert_array_equal(getattr(longer, name)[: len(table)], getattr(table, name), err_msg=name)
+
+
+def ten_sessions(calls=5):
+    """One begins every 20 s: calls 10 s apart, each of 40 new tokens behind its parent's context."""
+    call = [{"input_toks": 60 + 50 * i, "output_toks": 10, "tool_duration_ns": 10_000_000_000} for i in range(calls)]
+    return lines(*({"session_id": i, "arrival_time_ns": 20_000_000_000 * i, "sub_requests": call} for i in range(10)))
+
+
+NOMINAL = {"ttft_slo_s": 2.0, "ttft_slo_per_token_s": 0.0, "strict_tbt_slo_s": 0.2}  # a call takes 1 + 9 x 0.1 s
+
+
+@pytest.mark.filterwarnings("ignore::llmsched_gym.workload.TraceWarning")
+def test_a_continuing_run_of_a_file_begins_in_mid_life(tmp_path):
+    """Calls come at 0, 11.9, 23.8, 35.7 and 47.6 s: who began 20 s ago has had two, who began 40 s ago four."""
+    path = write(tmp_path, ten_sessions())
+    for seed in range(6):
+        table = make_table(Scenario(trace=str(path), horizon_s=90.0, **NOMINAL), seed)
+        assert table.num_past == 2 and (table.cohort_start, table.cohort_stop) == (2, len(table))
+        np.testing.assert_allclose(table.arrival_s[:2], [35.7 - 40.0, 11.9 - 20.0][::-1])
+        assert table.prompt_tokens[:2].tolist() == [110, 210]
+        roots = np.flatnonzero(table.parent < 0)[2:]
+        np.testing.assert_allclose(table.arrival_s[roots], [0.0, 23.8 - 20.0, 47.6 - 40.0, 20.0, 40.0, 60.0, 80.0])
+        assert table.shares_with[roots].tolist() == [-1, 0, 1, -1, -1, -1, -1]
+        assert table.shared_tokens[roots[1:3]].tolist() == [120, 220]
+        assert table.prompt_tokens[roots[:4]].tolist() == [60, 160, 260, 60]
+        turns = np.diff(np.append(roots, len(table)))
+        assert turns.tolist() == [5, 3, 1, 5, 5, 5, 5]
+
+
+@pytest.mark.filterwarnings("ignore::llmsched_gym.workload.TraceWarning")
+def test_mid_life_of_random_sessions_of_a_file(tmp_path):
+    path = write(tmp_path, ten_sessions())
+    past = []
+    for seed in range(40):
+        table = make_table(Scenario(trace=str(path), trace_arrivals="poisson", qps=0.5, horizon_s=5.0, **NOMINAL), seed)
+        past.append(table.num_past)
+        goes_on = np.flatnonzero(table.shares_with >= 0)
+        goes_on = goes_on[table.shares_with[goes_on] < table.num_past]
+        assert len(goes_on) == table.num_past and (table.arrival_s[goes_on] >= 0.0).all()
+        np.testing.assert_array_equal(table.prompt_tokens[goes_on] - table.shared_tokens[goes_on], 40)
+    assert np.mean(past) == pytest.approx(0.5 * 47.6, rel=0.1)  # Little's law
+
+
+@pytest.mark.filterwarnings("ignore::llmsched_gym.workload.TraceWarning")
+def test_a_session_that_the_model_is_too_short_for_is_over(tmp_path):
+    path = write(tmp_path, ten_sessions())
+    # the fourth call, of 210 and 10 tokens, does not fit: who has had four is over
+    table = make_table(Scenario(trace=str(path), horizon_s=5.0, max_model_len=219, **NOMINAL), 0)
+    assert table.num_past == 1 and table.prompt_tokens[0] == 110
+
+
+@pytest.mark.filterwarnings("ignore::llmsched_gym.workload.TraceWarning")
+def test_what_is_past_of_a_file_is_cached(tmp_path):
+    path = write(tmp_path, ten_sessions())
+    world = Scenario(trace=str(path), horizon_s=10.0, prefix_caching=True, **NOMINAL)
+    table, episode = make_table(world, 0), simulate(world, "sarathi", 0)
+    came = [table.shares_with.tolist().index(past) for past in range(2)]
+    # whole blocks of what was computed: the last token of 120 and of 220 was not
+    assert episode.requests["num_cached_tokens"][came].tolist() == [112, 208]
 
 
 def test_calls_that_overlap_follow_at_once(tmp_path):

@@ -528,3 +528,17 @@ def test_a_table_of_given_requests_takes_one_number_for_all_or_one_each():
         assert not isinstance(theirs, np.ndarray) or (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
     with pytest.raises(ConfigError, match=r"^output_tokens: expected one number or 3, got an array of shape \(2,\)$"):
         RequestTable.of([0.0, 1.5, 2.0], 10, [3, 4])
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "output_tokens"])
+@pytest.mark.parametrize("tokens", [0, -5, 2.5, math.nan, 2.0**31, 1e300])
+def test_a_request_has_whole_tokens_from_one_on(name, tokens):
+    lengths = {"prompt_tokens": [10.0, 20.0], "output_tokens": [3.0, 4.0]}
+    lengths[name][1] = tokens
+    with pytest.raises(ConfigError, match=f"{name}: expected a whole number from 1 to 2,147,483,647 for request 1"):
+        RequestTable.of([0.0, 1.5], **lengths)
+    table = RequestTable.of([0.0, 1.5], 10, 3)
+    with pytest.raises(ConfigError, match=f"{name}: expected a whole number from 1 .* for request 0, got"):
+        dataclasses.replace(table, **{name: np.array([tokens, 1.0])})
+    with pytest.raises(ConfigError, match=f"{name}: expected 2 whole numbers, got int64 of shape"):
+        dataclasses.replace(table, **{name: np.ones(3, np.int64)})

@@ -6,7 +6,7 @@ import math
 
 from llmsched_gym.cluster.records import DECODE, PREFILL
 from llmsched_gym.engine.batch import is_prefill, prompt_s, remaining_prefill
-from llmsched_gym.engine.blocks import NAMED, identity_slot, owner_of
+from llmsched_gym.engine.blocks import NAMED, owner_of, slot_of
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import lane_of
@@ -82,7 +82,7 @@ def keep_report(s, c, k, env, now_s):
 @kernel()
 def _is_cached(blocks, mask, prefixes, r, position, block_bits):
     owner = owner_of(prefixes, r, position, block_bits)
-    return blocks[identity_slot(blocks, mask, owner, position), NAMED] != NONE
+    return blocks[slot_of(blocks, mask, owner, position), NAMED] != NONE
 
 
 @kernel()

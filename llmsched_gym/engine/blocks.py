@@ -115,7 +115,7 @@ def _home(mask, owner, position):
 
 
 @kernel()
-def identity_slot(blocks, mask, owner, position):
+def slot_of(blocks, mask, owner, position):
     """Where the table of identities names the first block of that identity, or would name it."""
     slot = _home(mask, owner, position)
     for _ in range(mask + 1):
@@ -129,7 +129,7 @@ def identity_slot(blocks, mask, owner, position):
 @kernel()
 def _name(blocks, mask, b, owner, position):
     """Give block `b` its identity: it can be found from now on, behind those that have the same."""
-    slot = identity_slot(blocks, mask, owner, position)
+    slot = slot_of(blocks, mask, owner, position)
     blocks[b, OWNER], blocks[b, POSITION] = owner, position
     blocks[b, SAME], blocks[b, LAST] = NONE, b
     first = blocks[slot, NAMED]
@@ -145,7 +145,7 @@ def _forget(blocks, mask, b):
     """Take the identity of block `b`, if it has one."""
     if blocks[b, OWNER] == NONE:
         return
-    slot = identity_slot(blocks, mask, blocks[b, OWNER], blocks[b, POSITION])
+    slot = slot_of(blocks, mask, blocks[b, OWNER], blocks[b, POSITION])
     first = blocks[slot, NAMED]
     if first != b:
         before = first
@@ -196,7 +196,7 @@ def find(sim, prompt, prefixes, blocks, r):
         first = prefixes[owner].shared_tokens >> sim.block_bits
         used = 0
         for position in range(first, stop):
-            b = blocks[identity_slot(blocks, sim.table_mask, owner, position), NAMED]
+            b = blocks[slot_of(blocks, sim.table_mask, owner, position), NAMED]
             if b == NONE:
                 found, in_use = position, 0
                 break
@@ -231,7 +231,7 @@ def _list(sim, blocks, row, position, b):
 
 
 @kernel()
-def _link(blocks, b, before):
+def link(blocks, b, before):
     """Put block `b` into the line of free ones, behind `before`."""
     after = blocks[before, NEXT]
     blocks[b, NEXT], blocks[b, PREVIOUS] = after, before
@@ -239,7 +239,7 @@ def _link(blocks, b, before):
 
 
 @kernel()
-def _unlink(blocks, b):
+def unlink(blocks, b):
     after, before = blocks[b, NEXT], blocks[b, PREVIOUS]
     blocks[before, NEXT], blocks[after, PREVIOUS] = after, before
 
@@ -265,9 +265,9 @@ def _share(sim, requests, prefixes, blocks, r):
             if is_noted and position > 0:
                 b = listed(sim, blocks, row, position)
             else:
-                b = blocks[identity_slot(blocks, sim.table_mask, owner, position), NAMED]
+                b = blocks[slot_of(blocks, sim.table_mask, owner, position), NAMED]
             if blocks[b, USERS] == 0:
-                _unlink(blocks, b)
+                unlink(blocks, b)
                 sim.free_blocks -= 1
             blocks[b, USERS] += 1
             _list(sim, blocks, row, position, b)
@@ -303,7 +303,7 @@ def _allocate(sim, requests, prefixes, blocks, r, num_tokens):
     row = prefix.row
     for position in range(request.num_blocks, blocks_to_hold(sim, request, num_tokens)):
         b = blocks[sim.total_blocks, NEXT]
-        _unlink(blocks, b)
+        unlink(blocks, b)
         _forget(blocks, sim.table_mask, b)
         blocks[b, USERS] = 1
         _list(sim, blocks, row, position, b)
@@ -349,10 +349,10 @@ def _release(sim, requests, prefixes, blocks, r, keep):
         if blocks[b, USERS] == 0:
             sim.free_blocks += 1
             if blocks[b, OWNER] == NONE:
-                _link(blocks, b, first)
+                link(blocks, b, first)
                 first = b
             else:
-                _link(blocks, b, blocks[end, PREVIOUS])
+                link(blocks, b, blocks[end, PREVIOUS])
     request.num_blocks = min(request.num_blocks, keep)
     _changed(sim)
 

@@ -6,6 +6,7 @@ import math
 
 from llmsched_gym.engine.blocks import allocate, blocks_for, free
 from llmsched_gym.engine.due import next_due_s, open_lateness_s
+from llmsched_gym.engine.eviction import forsake, keep
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.queue import expire, join_waiting, leave_waiting, return_to_waiting
 from llmsched_gym.engine.records import ABANDONED, NONE, REFUSED, REJECTED, RUNNING, WAITING
@@ -94,6 +95,7 @@ def deliver(lane, r):
     sim.new_tokens += request.prompt_tokens
     join_waiting(lane, r)
     sim.next_departure_s = min(sim.next_departure_s, next_due_s(request) + lane.episode.patience_s)
+    keep(lane, r)
 
 
 @kernel()
@@ -129,6 +131,8 @@ def _let_turns_in(lane, of, now_s):
             pop_due(of)
         if enter(of, r):
             deliver(lane, r)
+        else:
+            forsake(lane, r)
     follow(of)  # who is rejected takes its turns with it
 
 
@@ -173,6 +177,7 @@ def remember(lane, of, part, parts):
             continue
         tell_prefix(of, r)
         request = lane.requests[r]
+        request.session_id = of.arrivals[r].session_id
         known = of.arrivals[r].prompt_tokens + of.output_tokens[r] - 1  # nobody has computed its last token
         if blocks_for(sim, known) <= min(sim.total_blocks, sim.row_blocks):
             request.prefill_tokens = known
@@ -216,6 +221,7 @@ def preempt(lane, r):
 def refuse(lane, world, r):
     """Take waiting `r` off the line: it is done with, as refused."""
     leave_waiting(lane, r)
+    forsake(lane, r)
     lane.sim.num_refused += 1
     resolve(lane, world, r, REFUSED, lane.sim.clock_s)
 
@@ -228,6 +234,7 @@ def _abandon(lane, world, r):
         leave_running(lane, r)
     else:
         leave_waiting(lane, r)
+    forsake(lane, r)
     request.lateness_s = lane.episode.patience_s
     sim.num_abandoned += 1
     resolve(lane, world, r, ABANDONED, sim.clock_s)

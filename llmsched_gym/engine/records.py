@@ -219,6 +219,7 @@ KNOBS = record_dtype(
         ("order", "i4"),  # of prompts, see pack.ORDERS
         ("victim", "i4"),  # who is evicted when blocks run out, see step.VICTIMS
         ("limit", "i4"),  # largest prompt admitted while other work waits
+        ("evict", "i1"),  # which cached blocks go first, see eviction.EVICTIONS
         ("hold", "i1"),  # whether hopeless prompts wait for other work, see pack.HOLDS
         ("refuse", "i1"),  # hopeless waiting prompts are refused (needs allow_refusal)
         ("cap", "f8"),  # of predicted batch time, as a share of the smallest TBT SLO among running decodes

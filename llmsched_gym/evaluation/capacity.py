@@ -265,11 +265,15 @@ def crossing(rates: Sequence[float], means: np.ndarray) -> float:
 
 
 def _shares(rows: Sequence[Row]) -> dict[str, Any]:
-    """Who was served at one load: seed means of the shares attained, refused, abandoned, in all and by tenths."""
+    """Who was served at one load: seed means of the shares attained, refused, abandoned, in all and by tenths.
+
+    Runs of sessions have the share of turns that were cancelled, too, which are misses like the others.
+    """
     shares: dict[str, Any] = {"attained": float(np.mean([row["slo_attainment"] for row in rows]))}
-    for name in ("refused", "abandoned"):
+    lost = ["refused", "abandoned"] + ["cancelled"] * (rows[0].get("num_sessions") is not None)
+    for name in lost:
         shares[name] = float(np.mean([row[f"num_{name}"] / row["num_requests"] for row in rows]))
-    for name in ("attained", "refused", "abandoned"):
+    for name in ("attained", *lost):
         tenths = zip(*(row[f"{name}_by_decile"] for row in rows), strict=True)
         means = ([share for share in tenth if share is not None] for tenth in tenths)
         shares[f"{name}_by_decile"] = [float(np.mean(m)) if m else None for m in means]
@@ -304,8 +308,8 @@ def capacity(
 ) -> list[Capacity]:
     """The capacity of each policy under the criterion `judged` (see `criterion`), searched between the rates `qps`.
 
-    The other arguments are those of `grid.evaluate`; the folder `out` gets ``capacity-CRITERION.json``. Pass the result
-    to `ratios` to compare policies.
+    The other arguments are those of `grid.evaluate`, and `progress` is called when runs are planned, too; the folder
+    `out` gets ``capacity-CRITERION.json``. Pass the result to `ratios` to compare policies.
     """
     scenario, policies = finite(scenario), list(dict.fromkeys(policies))
     conditions, numbers = criterion(judged), seed_range(seeds, first_seed)
@@ -320,6 +324,8 @@ def capacity(
         def simulate(policy: str, runs: Sequence[tuple[float, int]]) -> list[Row]:
             nonlocal done, planned
             planned += len(runs)
+            if progress is not None:
+                progress(done, planned)
             rows: list[Row] = [{}] * len(runs)
             for cell, row in runner.run([Cell(i, policy, rate, seed) for i, (rate, seed) in enumerate(runs)]):
                 rows[cell.index] = row

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.engine import Backend
@@ -19,11 +22,14 @@ from llmsched_gym.evaluation.workers import Workers
 from llmsched_gym.files import replace_file
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.scheduler import Compiled
+from llmsched_gym.workload import TraceWarning, make_table
+from llmsched_gym.workload.generate import has_turns
 
 LOGGED_STEPS = 3000
 """Batches of a run kept for plots of what happens over time."""
 
 COMPILED_S, PYTHON_S = 3e-5, 4e-3  # what one request costs, roughly, by kind of scheduler
+CACHED_BLOCK_S = 5e-8  # and one block of its prompt, where blocks are looked up in the prefix cache
 SPAWN_S = 2.5  # what starting workers costs
 CHUNK_S = 0.5  # work handed to a worker at a time
 
@@ -96,6 +102,7 @@ class Runner:
         self.workers = 1 if backend is not None else workers or os.cpu_count() or 1
         self._processes: Workers | None = None
         self._each_s: dict[str, float] = {}  # seconds a request costs, by policy
+        self._turns: dict[float, tuple[int, int]] = {}  # turns of a run and blocks of their prompts, by rate
 
     def __enter__(self) -> Runner:
         return self
@@ -133,10 +140,27 @@ class Runner:
 
     def _estimate_s(self, cell: Cell) -> float:
         scenario, qps = self.scenario, cell.qps or self.scenario.qps or max(self.scenario.qps_range)
-        requests = (scenario.num_requests or scenario.horizon_s * qps) + scenario.warmup_s * qps
         if cell.policy not in self._each_s:
             self._each_s[cell.policy] = COMPILED_S if isinstance(make_scheduler(cell.policy), Compiled) else PYTHON_S
-        return requests * self._each_s[cell.policy]
+        if not has_turns(scenario):
+            requests = (scenario.num_requests or scenario.horizon_s * qps) + scenario.warmup_s * qps
+            return requests * self._each_s[cell.policy]
+        if qps not in self._turns:
+            self._turns[qps] = _turns_of(scenario.replace(qps=qps) if cell.qps else scenario, cell.seed)
+        turns, blocks = self._turns[qps]
+        return turns * self._each_s[cell.policy] + scenario.prefix_caching * blocks * CACHED_BLOCK_S
+
+
+def _turns_of(scenario: Scenario, seed: int) -> tuple[int, int]:
+    """Turns that can come in a run, and KV blocks of their prompts.
+
+    Rates are of sessions, each of which has many turns and lasts longer than others go on to begin behind the cohort:
+    all of the table comes.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TraceWarning)
+        table = make_table(scenario, seed)
+    return len(table), int(table.prompt_tokens.sum(dtype=np.int64)) // scenario.block_size
 
 
 def _run_chunk(scenario: Scenario, cells: list[Cell], folder: Path | None) -> list[tuple[Cell, dict[str, Any]]]:

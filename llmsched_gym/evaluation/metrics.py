@@ -165,6 +165,7 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "attained_by_decile": o.by_decile(o.attained) if n else [],
         "refused_by_decile": o.by_decile(o.phase == REFUSED) if n else [],
         "abandoned_by_decile": o.by_decile(o.phase == ABANDONED) if n else [],
+        "cancelled_by_decile": o.by_decile(o.phase == CANCELLED) if n else [],
         "tbt_rule": scenario.tbt_rule,
         "length_hint": scenario.length_hint,  # an oracle's where a clairvoyant policy was given one
         "jitter": float(scenario.jitter),

@@ -151,7 +151,8 @@ def _constant(name: str, spec: PolicySpec, tensors: dict[str, np.ndarray]) -> Co
     if not all(0 <= i < len(table) for i, table in zip(action, tables, strict=True)):
         raise PolicyError(f"policy {name!r}: {TENSORS}: action: expected indices of the listed knob values")
     knobs = default_knobs().reshape(1).view(np.recarray)
-    set_knobs(knobs[0], np.array([table[i] for i, table in zip(action, tables, strict=True)]))
+    chosen = [table[i] for i, table in zip(action, tables, strict=True)]
+    set_knobs(knobs[0], np.array(chosen), spec.config.prefix_caching)
     settings = settings_of(knobs[0])
     labels = ", ".join(f"{k.name} {k.label(int(i))}" for k, i in zip(folder_knobs(spec), action, strict=True))
     return Compiled(f"constant knobs: {labels}", settings=settings, admission=spec.action["admission"], name=name)

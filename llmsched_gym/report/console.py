@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 BROKEN_PIPE = 141
 PIPE_WIDTH = 180  # columns of a table that no terminal bounds
+LINE_S = 10.0  # between two lines of progress where there is no bar
 
 
 def new_table(*columns: str, title: str | None = None, text: int = 1) -> Table:
@@ -40,14 +42,23 @@ def listing(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Table:
 
 
 @contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal's stderr, gone when done."""
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal's stderr, gone when done; elsewhere a line on stderr every `LINE_S` seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield None
+        begun_s = said_s = time.monotonic()
+
+        def say(done: int, total: int) -> None:
+            nonlocal said_s
+            now_s = time.monotonic()
+            if now_s - said_s >= LINE_S:
+                said_s = now_s
+                print(f"llmsched: {done:,} of {total:,} {what} after {now_s - begun_s:.0f} s", file=sys.stderr)
+
+        yield say
         return
     columns = (BarColumn(), MofNCompleteColumn(), what, TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:

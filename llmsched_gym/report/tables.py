@@ -143,7 +143,8 @@ def _ratio_interval(capacity: pd.DataFrame) -> str:
 def capacity_table(criterion: str, own: pd.DataFrame, unit: str = "requests/s") -> Table:
     """Capacities in `unit` under one criterion, with who is served there where that was recorded."""
     labels = ["policy", f"capacity ({unit})"]
-    shares = [s for s in ("attained", "refused", "abandoned") if s in own and own[s].notna().any()]
+    known = ("attained", "refused", "abandoned", "cancelled")
+    shares = [s for s in known if s in own and own[s].notna().any()]
     tenths = bool("attained_by_decile" in own and own["attained_by_decile"].notna().any())
     limited = bool("limited_by" in own and own["limited_by"].notna().any())
     labels += ["limited by"] * limited + [f"{s} (%)" for s in shares] + [f"{i}" for i in range(1, 11)] * tenths

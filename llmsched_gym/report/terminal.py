@@ -144,14 +144,14 @@ def capacities(rows: Sequence[dict[str, Any]], unit: str = "1/s") -> Table:
 def served(rows: Sequence[dict[str, Any]], unit: str = "1/s") -> Table:
     """Who is served at capacity, where a row says so: shares of requests, in all and by tenths of prompt length.
 
-    Turns that were cancelled, or came too late for their SLOs, are what is left of 100 %.
+    Turns of sessions can be cancelled, too. What came too late for its SLOs is what is left of 100 %.
     """
     tenths = [f"-{10 * i + 10}" for i in range(10)]
     title = "At capacity, by tenth of prompt length (up to that percentile)"
     load = "load\n(1/s)" if unit == "1/s" else "sessions\n(1/s)"
     table = new_table("share (%)", load, "all", *tenths, title=title)
     for row in rows:
-        for name in ("attained", "refused", "abandoned"):
+        for name in ("attained", "refused", "abandoned", "cancelled"):
             if name in row:
                 shares = [row[name], *row[f"{name}_by_decile"]]
                 percent = [number(None if share is None else 100 * share, 0) for share in shares]

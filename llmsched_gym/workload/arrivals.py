@@ -71,6 +71,13 @@ class ReplayArrivals:
         seconds: np.ndarray = np.maximum.accumulate(since * self._scale)
         return seconds
 
+    def before(self, n: int) -> np.ndarray:
+        """When the `n` rows before the first came, that next to it first, seconds below 0, float64 (n,)."""
+        lap, row = np.divmod(self.first - 1 - np.arange(n), len(self._arrival_s))
+        since: np.ndarray = self._arrival_s[row] + lap * self._period_s - self._arrival_s[self.first]
+        seconds: np.ndarray = np.minimum(since * self._scale, -1e-9)  # who came with the first came just before it
+        return seconds
+
 
 class SwitchingClock:
     """Unit time to seconds under a rate that alternates between two values, held for times from `draw_holds`."""

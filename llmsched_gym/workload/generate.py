@@ -20,7 +20,7 @@ from llmsched_gym.workload.arrivals import (
     random_arrivals,
 )
 from llmsched_gym.workload.lengths import load_lengths
-from llmsched_gym.workload.session_table import in_mid_life, make_session_table
+from llmsched_gym.workload.session_table import drawn_in_mid_life, make_session_table, traced_in_mid_life
 from llmsched_gym.workload.sessions import SessionStream, load_sessions
 from llmsched_gym.workload.streams import (
     BACKLOG,
@@ -84,12 +84,13 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
     model = load_sessions(scenario.workload) if trace is None else None
     if model is not None:
         drawn = SessionStream(model, rng(seed, SESSION_STREAM), scenario.max_model_len)
-        mid_life = in_mid_life(scenario, model, seed, arrivals.qps) if scenario.num_requests is None else None
+        mid_life = drawn_in_mid_life(scenario, model, seed, arrivals.qps) if scenario.num_requests is None else None
         return make_session_table(scenario, drawn, seed, episode, arrivals, kind, drain_s, mid_life)
     if trace is not None and trace.think_s is not None:
         first = arrivals.first if isinstance(arrivals, ReplayArrivals) else None
         stream = TraceSessions(trace, seed, scenario.max_model_len, first)
-        table = make_session_table(scenario, stream, seed, episode, arrivals, kind, drain_s)
+        mid_life = traced_in_mid_life(scenario, stream, seed, arrivals) if scenario.num_requests is None else None
+        table = make_session_table(scenario, stream, seed, episode, arrivals, kind, drain_s, mid_life)
         _warn_of_replay(scenario, trace, kind, len(table))
         return table
 
@@ -187,6 +188,12 @@ def _replay_remarks(scenario: Scenario, trace: Trace, num_requests: int) -> list
 def come_in_sessions(scenario: Scenario) -> bool:
     """Whether a scenario's requests are turns of drawn sessions, so that its rates are sessions per second."""
     return scenario.trace is None and load_sessions(scenario.workload) is not None
+
+
+def has_turns(scenario: Scenario) -> bool:
+    """Whether requests come after others have been answered, in sessions drawn or of a trace."""
+    trace = trace_of(scenario)
+    return come_in_sessions(scenario) if trace is None else trace.think_s is not None
 
 
 def trace_of(scenario: Scenario) -> Trace | None:

@@ -10,10 +10,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmsched_gym.config import ConfigError
+from llmsched_gym.config import MOST, ConfigError
 
 Shares = tuple[np.ndarray, np.ndarray]
 """``shares_with`` int32 and ``shared_tokens`` int32, each of shape (num_requests,)."""
+
+
+def check_lengths(name: str, tokens: np.ndarray, n: int) -> None:
+    """Raise :class:`ConfigError` unless these are the lengths of `n` requests: whole numbers >= 1."""
+    if tokens.shape != (n,) or tokens.dtype.kind not in "iuf":
+        raise ConfigError(f"{name}: expected {n:,} whole numbers, got {tokens.dtype} of shape {tokens.shape}")
+    fits = (tokens >= 1) & (tokens <= MOST)
+    if tokens.dtype.kind == "f":
+        fits &= tokens == np.floor(tokens)
+    bad = np.flatnonzero(~fits)
+    if len(bad):
+        r = int(bad[0])
+        raise ConfigError(f"{name}: expected a whole number from 1 to {MOST:,} for request {r}, got {tokens[r]:.15g}")
 
 
 def check_shares(shares: Shares, prompt_tokens: np.ndarray, output_tokens: np.ndarray) -> None:

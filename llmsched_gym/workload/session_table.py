@@ -8,7 +8,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from llmsched_gym.config import Scenario
-from llmsched_gym.workload.arrivals import Arrivals, arrivals_until, first_guess, measured_arrivals
+from llmsched_gym.workload.arrivals import (
+    Arrivals,
+    ReplayArrivals,
+    arrivals_until,
+    first_guess,
+    measured_arrivals,
+)
 from llmsched_gym.workload.identity import shares_of_turns
 from llmsched_gym.workload.sessions import SessionModel, Sessions, SessionStream, join
 from llmsched_gym.workload.streams import (
@@ -20,10 +26,14 @@ from llmsched_gym.workload.streams import (
     uniform,
 )
 from llmsched_gym.workload.table import RequestTable
+from llmsched_gym.workload.trace_sessions import TraceSessions
 
 Past = tuple[np.ndarray, Sessions]
 """Arrivals of what is over, float64 below 0, not decreasing; and as sessions of one turn each."""
 
+
+MOST_BEFORE = 1_000_000
+"""Sessions of a trace that are looked at, back from time 0, for whether they are still under way."""
 
 Coming = tuple[np.ndarray, Sessions]
 """When sessions come or go on, float64, >= 0, and what is to come of them."""
@@ -82,12 +92,10 @@ def _sessions_for(stream: Stream, start: int, num_requests: int) -> int:
         n = start + 2 * (n - start)
 
 
-def in_mid_life(scenario: Scenario, model: SessionModel, seed: int, qps: float) -> tuple[Past, Coming]:
-    """Sessions that began before time 0 and are not over: what is past of them, and when and how each goes on.
+def drawn_in_mid_life(scenario: Scenario, model: SessionModel, seed: int, qps: float) -> tuple[Past, Coming]:
+    """Sessions of a workload in mid-life, see `in_mid_life`.
 
-    They began at the times of a Poisson process of the episode's mean rate, whatever its arrivals, and went on by a
-    nominal timetable: a turn takes half its TTFT SLO and half the strict TBT SLO for every further token. Whatever came
-    before 0 is over by then; of each session its last such turn is left, whose context has all those before it.
+    They began at the times of a Poisson process of the episode's mean rate, whatever its arrivals.
     """
     longest_s = model.max_turns * (
         _nominal_s(scenario, float(max(model.first_tokens.high, model.new_tokens.high)), model.output_tokens.high)
@@ -96,13 +104,53 @@ def in_mid_life(scenario: Scenario, model: SessionModel, seed: int, qps: float) 
     n = first_guess(qps * longest_s)
     began_s = -np.cumsum(rng(seed, PAST_GAP_STREAM).standard_exponential(n)) / qps
     sessions = SessionStream(model, rng(seed, PAST_SESSION_STREAM), scenario.max_model_len).first(n)
-    first, of = sessions.first, sessions.session
+    return in_mid_life(scenario, began_s, sessions)
+
+
+def traced_in_mid_life(scenario: Scenario, stream: TraceSessions, seed: int, arrivals: Arrivals) -> tuple[Past, Coming]:
+    """Sessions of a trace in mid-life, see `in_mid_life`: of kept times those of the rows before the first.
+
+    With drawn arrivals they are random ones of the file and began at the times of a Poisson process. Of those that
+    began more than `MOST_BEFORE` sessions ago none is left.
+    """
+    everyone = stream.everyone
+    last = np.cumsum(everyone.num_turns) - 1
+    lives_s = _since_s(scenario, everyone)[last]
+    n = first_guess(min(arrivals.qps * float(lives_s.max()), MOST_BEFORE))
+    draws = rng(seed, PAST_SESSION_STREAM).random((n, 3))
+    if isinstance(arrivals, ReplayArrivals):
+        began_s, rows = arrivals.before(n), (arrivals.first - 1 - np.arange(n)) % len(everyone)
+    else:
+        began_s = -np.cumsum(rng(seed, PAST_GAP_STREAM).standard_exponential(n)) / arrivals.qps
+        rows = stream.random_rows(draws)
+    lives = began_s + lives_s[rows] >= 0.0
+    hints = rng(seed, PAST_SESSION_STREAM, 1)
+    return in_mid_life(scenario, began_s[lives], stream.sessions(rows[lives], draws[lives], hints))
+
+
+def _since_s(scenario: Scenario, sessions: Sessions) -> np.ndarray:
+    """When each turn comes by the nominal timetable, seconds since its session began."""
     lasts_s = _nominal_s(scenario, sessions.new_tokens, sessions.output_tokens)
     # a turn comes after all that the session's turns before it took
     since_s = np.cumsum(sessions.think_s + lasts_s) - lasts_s
-    came_s = began_s[of] + since_s - since_s[first][of]
-    over = np.add.reduceat(came_s < 0.0, first) if n else np.zeros(0, np.int64)
-    lives = np.flatnonzero(over < sessions.num_turns)
+    return np.asarray(since_s - since_s[sessions.first][sessions.session])
+
+
+def in_mid_life(scenario: Scenario, began_s: np.ndarray, sessions: Sessions) -> tuple[Past, Coming]:
+    """Of sessions that began before time 0 those that are not over: what is past, and when and how each goes on.
+
+    They went on by a nominal timetable: a turn takes half its TTFT SLO and half the strict TBT SLO for every further
+    token. Whatever came before 0 is over by then; of each session its last such turn is left, whose context has all
+    those before it. A session is over with a turn that the model is too short for.
+    """
+    first, of = sessions.first, sessions.session
+    came_s = began_s[of] + _since_s(scenario, sessions)
+    is_over = came_s < 0.0
+    over, too_long = np.zeros((2, len(first)), np.int64)
+    if len(first):
+        longer = sessions.prompt_tokens + sessions.output_tokens > scenario.max_model_len
+        over, too_long = (np.add.reduceat(np.asarray(what, np.int64), first) for what in (is_over, is_over & longer))
+    lives = np.flatnonzero((over < sessions.num_turns) & (too_long == 0))
     sessions, last, over = sessions.select(lives), first[lives] + over[lives] - 1, over[lives]
     last_s, next_s = came_s[last], came_s[last + 1]
 

@@ -9,7 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmsched_gym.config import MOST, SLO_CLASSES, ConfigError
-from llmsched_gym.workload.identity import Shares, check_known, check_parents, check_sessions, check_shares
+from llmsched_gym.workload.identity import (
+    Shares,
+    check_known,
+    check_lengths,
+    check_parents,
+    check_sessions,
+    check_shares,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ class RequestTable:
     num_past: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "output_tokens"):
+            check_lengths(name, getattr(self, name), len(self))
         if self.parent is not None:
             check_parents(self.parent, self.think_s)
             check_sessions(self.parent, self.arrival_s, self.num_past, (self.cohort_start, self.cohort_stop))
@@ -125,7 +134,7 @@ class RequestTable:
         """A table of given requests: `arrival_s` has shape (num_requests,), all else has it too or is one for all.
 
         `cohort` is (start, stop), all requests unless given; `arrivals` names the process behind the times. ConfigError
-        names an argument of another shape.
+        names an argument of another shape, and a request whose lengths are no whole numbers >= 1.
         """
         times_s = np.asarray(arrival_s, np.float64)
         n = len(times_s)
@@ -135,11 +144,15 @@ class RequestTable:
                 raise ConfigError(f"{name}: expected one number or {n:,}, got an array of shape {np.shape(given)}")
             return np.full(n, given, dtype)
 
+        def lengths(name: str, given: ArrayLike) -> np.ndarray:
+            check_lengths(name, column(name, given, np.float64), n)  # before they are cut to whole numbers
+            return column(name, given, np.int32)
+
         start, stop = cohort or (0, n)
         return cls(
             arrival_s=column("arrival_s", times_s, np.float64),
-            prompt_tokens=column("prompt_tokens", prompt_tokens, np.int32),
-            output_tokens=column("output_tokens", output_tokens, np.int32),
+            prompt_tokens=lengths("prompt_tokens", prompt_tokens),
+            output_tokens=lengths("output_tokens", output_tokens),
             slo_class=column("slo_class", slo_class, np.int8),
             ttft_slo_s=column("ttft_slo_s", ttft_slo_s, np.float64),
             tbt_slo_s=column("tbt_slo_s", tbt_slo_s, np.float64),

@@ -1,7 +1,7 @@
 """The known formats of trace files: what each is recognised by, and its rows as text.
 
-A row is (line of the file, one text per column of the format); it has no texts where it cannot be read as one. A file
-of sessions gives a row for each model call. docs/formats.md describes the formats.
+A row is (line of the file, one text per column of the format); where it cannot be read as one, a text that says why
+takes the place of the fields. A file of sessions gives a row for each model call. docs/formats.md has the formats.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-Row = tuple[int, list[Any]]
-"""Line number and fields, all texts but the ids of blocks, which are what the file has there."""
+Row = tuple[int, list[Any] | str]
+"""Line number and fields, all texts but the ids of blocks, which are what the file has there; or what is wrong."""
 
 THINK, CACHED = "think_s", "cached_tokens"
 """Columns made for sessions: seconds from the answer before to a call; tokens found in a cache when it was served."""
@@ -122,6 +122,19 @@ def _field(item: Any, name: str) -> str:
     return text(item[name]) if isinstance(item, dict) and name in item else ""
 
 
+def _shown(value: Any) -> str:
+    given = repr(value)
+    return given if len(given) <= 40 else given[:37] + "..."
+
+
+def _not_milliseconds(item: Any, name: str) -> str | None:
+    """What is wrong with a time of the file, which need not be there."""
+    value = item.get(name) if isinstance(item, dict) else None
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf):
+        return None
+    return f"expected milliseconds >= 0, got {_shown(value)}"
+
+
 def _items(item: Any, name: str) -> list[Any]:
     """A list of an object; empty where there is none."""
     found = item.get(name) if isinstance(item, dict) else None
@@ -135,7 +148,7 @@ def json_rows(
 
     Turns of Bailian's whose parents lie outside the file are added to `counts` as "outside".
     """
-    calls: Callable[[dict[str, Any]], Iterator[list[Any]]] = {
+    calls: Callable[[dict[str, Any]], Iterator[list[Any] | str]] = {
         "bailian": _Chats(counts).row,
         "copilot": _copilot,
         "tracelab": _Rounds().row,
@@ -144,7 +157,7 @@ def json_rows(
     for line, item in items:
         try:
             for row in calls(item):
-                yield line, [*row, item.get(IDS)] if ids else row
+                yield line, [*row, item.get(IDS)] if ids and not isinstance(row, str) else row
         except BadRow as error:
             raise BadRow(f"line {line}: {error}") from None
 
@@ -171,12 +184,15 @@ class _Chats:
         self._root: dict[str, str] = {}  # of each turn seen
         self._outside: dict[str, str] = {}  # parents that were not, and a turn that names each
 
-    def row(self, item: dict[str, Any]) -> Iterator[list[str]]:
+    def row(self, item: dict[str, Any]) -> Iterator[list[str] | str]:
         turn, parent = _field(item, "chat_id"), _field(item, "parent_chat_id")
         if turn == parent:
             raise BadRow(f"chat_id {turn} is its own parent")
         if turn in self._outside:
             raise BadRow(f"chat_id {turn} comes behind chat_id {self._outside[turn]}, whose parent it is")
+        if turn and turn in self._root:
+            yield f"column 'chat_id': expected another one in every row, got {turn} again"
+            return
         # some parents lie outside the file: their chat is called after them
         root = turn if parent in ("", "-1") else self._root.get(parent, parent)
         if root == parent and parent not in self._root:
@@ -186,23 +202,31 @@ class _Chats:
         yield [*next(_plain(BAILIAN, item)), root]
 
 
-def _copilot(item: dict[str, Any]) -> Iterator[list[str]]:
-    """A row for each model call of a session. `prompt` includes what was cached; a call that failed is an empty row.
+def _copilot(item: dict[str, Any]) -> Iterator[list[str] | str]:
+    """A row for each model call of a session. `prompt` includes what was cached; a call that failed has no fields.
 
     A call's duration, their queueing among it, ends with its answer; the tools that follow take the time to the next.
     """
     calls = [call for turn in _items(item, "turns") for call in _items(turn, "llm_calls")]
+    if not calls:
+        yield f"column 'turns': expected a session with llm_calls, got {_shown(item.get('turns'))}"
+    for batch in (batch for turn in _items(item, "turns") for batch in _items(turn, "tool_batches")):
+        if wrong := _not_milliseconds(batch, "duration_ms"):
+            yield f"column 'tool_batches.duration_ms': {wrong}"
     over_s = math.nan
     for call in sorted(calls, key=lambda call: _field(call, "timestamp")):
         tokens = call.get("tokens") if isinstance(call, dict) else None
         status = str(call.get("status_code", 200)) if isinstance(call, dict) else ""
         if not status.startswith("2"):
-            yield []
+            yield "a call that did not succeed; leave such out with drop"
+            continue
+        if wrong := _not_milliseconds(call, "duration_ms"):
+            yield f"column 'llm_calls.duration_ms': {wrong}"
             continue
         row = [_field(call, "timestamp"), _field(tokens, "prompt"), _field(tokens, "completion")]
         start_s, duration_ms = _seconds(row[0]), call.get("duration_ms")
         yield [*row, _field(item, "session_id"), _gap(over_s, start_s), _field(tokens, "cached")]
-        over_s = start_s + (1e-3 * duration_ms if isinstance(duration_ms, int | float) else 0.0)
+        over_s = start_s + 1e-3 * (duration_ms or 0.0)
 
 
 INPUTS = ("user_message", "tool_result")
@@ -214,7 +238,15 @@ class _Rounds:
     def __init__(self) -> None:
         self._over_s: dict[str, float] = {}  # when each session's last round had written its answer
 
-    def row(self, item: dict[str, Any]) -> Iterator[list[str]]:
+    def row(self, item: dict[str, Any]) -> Iterator[list[str] | str]:
+        for tool in _items(item, "tools"):
+            for name in (key for key in tool if key.endswith("_ms")) if isinstance(tool, dict) else ():
+                if wrong := _not_milliseconds(tool, name):
+                    yield f"column 'tools.{name}': {wrong}"
+                    return
+        if not _items(item, "timing_events"):
+            yield f"column 'timing_events': expected the events of a round, got {_shown(item.get('timing_events'))}"
+            return
         events = [e for e in _items(item, "timing_events") if isinstance(e, dict) and e.get("timestamp")]
         started = _field(events[0], "timestamp") if events else ""
         for event in events:
@@ -229,15 +261,18 @@ class _Rounds:
         yield [started, *tokens, session, gap, _field(item, "prefix_tokens")]
 
 
-def _sessions(item: dict[str, Any]) -> Iterator[list[str]]:
+def _sessions(item: dict[str, Any]) -> Iterator[list[str] | str]:
     """Calls of a session follow each other after the tools' time, as if serving them took none."""
     session, arrival = _field(item, "session_id"), item.get("arrival_time_ns")
     calls = item.get("sub_requests")
     if calls is None:
         yield [*(_field(item, name) for name in ("arrival_time_ns", "input_toks", "output_toks")), session, "", ""]
         return
+    if not isinstance(calls, list) or not calls:
+        yield f"column 'sub_requests': expected a list of calls, got {_shown(calls)}"
+        return
     gap = "0"
-    for call in calls if isinstance(calls, list) else [None]:
+    for call in calls:
         yield [text(arrival), _field(call, "input_toks"), _field(call, "output_toks"), session, gap, ""]
         pause = call.get("tool_duration_ns", 0) if isinstance(call, dict) else 0
         gap = text(pause)

@@ -76,7 +76,7 @@ class TraceSessions:
         prompt, output = trace.prompt_tokens[rows], trace.output_tokens[rows]
         most = np.maximum(np.minimum(output.max(), max_model_len - prompt), output)
         nobody = np.full(len(roots), -1, np.int32)
-        self._all = Sessions(
+        self.everyone = Sessions(  # of the file, in its order
             num_turns=np.bincount(np.searchsorted(roots, root), minlength=len(roots)),
             prefix_id=nobody,
             prefix_tokens=np.zeros_like(nobody),
@@ -94,12 +94,20 @@ class TraceSessions:
         """The first n sessions; a longer call repeats a shorter one exactly."""
         draws = rng(self._seed, SESSION_STREAM).random((n, 3))  # session, SLO class, TTFT class
         if self._first is None:
-            rows = (draws[:, 0] * len(self._all)).astype(np.int64)
+            rows = self.random_rows(draws)
         else:
-            rows = np.arange(self._first, self._first + n) % len(self._all)
-        chosen = self._all.select(rows)
-        hints = rng(self._seed, HINT_STREAM).standard_normal(len(chosen.prompt_tokens))
-        return dataclasses.replace(chosen, slo_draw=draws[:, 1], ttft_draw=draws[:, 2], hint_draw=hints)
+            rows = np.arange(self._first, self._first + n) % len(self.everyone)
+        return self.sessions(rows, draws, rng(self._seed, HINT_STREAM))
+
+    def random_rows(self, draws: np.ndarray) -> np.ndarray:
+        """Which sessions of the file uniforms of shape (n, 3) choose, int64 (n,)."""
+        return np.asarray((draws[:, 0] * len(self.everyone)).astype(np.int64))
+
+    def sessions(self, rows: np.ndarray, draws: np.ndarray, hints: np.random.Generator) -> Sessions:
+        """The sessions of `rows` (n,) with the classes that `draws` (n, 3) give them."""
+        chosen = self.everyone.select(rows)
+        hint = hints.standard_normal(len(chosen.prompt_tokens))
+        return dataclasses.replace(chosen, slo_draw=draws[:, 1], ttft_draw=draws[:, 2], hint_draw=hint)
 
 
 def write_sessions(table: RequestTable, path: str | Path) -> None:

@@ -39,6 +39,7 @@ from llmsched_gym.workload.trace_formats import (
     TEXTS,
     THINK,
     BadRow,
+    Row,
     TraceFormat,
     has_ids,
     json_columns,
@@ -191,10 +192,11 @@ def _parse(path: Path, file: Iterable[str], drop: bool) -> Trace:
     else:
         header = [name.strip() for name in next(csv.reader([first]))]
         fmt = _detect(path, header, header_line)
-        rows = csv_rows(path, header, lines, header_line)
         names = [*fmt.columns, *([fmt.session] if fmt.session in header else [])]
         pick = [header.index(name) for name in names]
-        rows = ((line, [row[i] for i in pick] if row else row) for line, row in rows)
+        width = f"column {names[-1]!r}: more or fewer fields than in the header"
+        fields = csv_rows(path, header, lines, header_line)
+        rows = ((line, [row[i] for i in pick] if row else width) for line, row in fields)
     try:
         trace = _collect(path, fmt, names, rows, drop)
     except BadRow as error:
@@ -253,20 +255,15 @@ def _json_items(path: Path, first: str, lines: Iterator[str], before: int) -> It
         yield line, item
 
 
-def _collect(
-    path: Path, fmt: TraceFormat, names: list[str], rows: Iterator[tuple[int, list[Any]]], drop: bool
-) -> Trace:
+def _collect(path: Path, fmt: TraceFormat, names: list[str], rows: Iterator[Row], drop: bool) -> Trace:
     values: list[list[np.ndarray]] = [[] for _ in names]  # per column, one array per chunk
     num_rows = num_dropped = 0
     while chunk := list(islice(rows, CHUNK_ROWS)):
         num_rows += len(chunk)
-        whole = [(line, row) for line, row in chunk if row]
+        whole = [(line, row) for line, row in chunk if not isinstance(row, str)]
         if len(whole) < len(chunk) and not drop:
-            line = next(line for line, row in chunk if not row)
-            what = "more or fewer fields than in the header"
-            if fmt.keys:
-                raise TraceError(f"{path}: line {line}: a call that did not succeed; leave such out with drop")
-            raise TraceError(f"{path}: line {line}, column {names[-1]!r}: {what}")
+            line, what = next((line, row) for line, row in chunk if isinstance(row, str))
+            raise TraceError(f"{path}: line {line}{', ' if what.startswith('column') else ': '}{what}")
         parsed = [parse_column(fmt, name, [row[j] for _, row in whole]) for j, name in enumerate(names) if name != IDS]
         if names[-1] == IDS:
             prompts, known, _ = parsed[names.index(fmt.prompt)]

@@ -1,4 +1,4 @@
-"""The knobs action: seven (with refusal eight) settings of the packing kernel, each from a short list."""
+"""The knobs action: seven settings of the packing kernel, one of refusal, one of eviction, each from a short list."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from llmsched_gym.config import EnvConfig
+from llmsched_gym.engine.eviction import EVICTIONS, LRU
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.pack import FCFS, LPM, ORDERS, pack
 from llmsched_gym.engine.run import run_lane
@@ -34,6 +35,8 @@ class Knob(NamedTuple):
         value = self.values[index]
         if self.name == "order":
             return ORDERS[int(value)]
+        if self.name == "evict":
+            return EVICTIONS[int(value)]
         if self.name in ("hold", "refuse"):
             return ("no", "yes", "always")[int(value)]
         if math.isinf(value) or value == NO_LIMIT:
@@ -72,15 +75,18 @@ KNOBS = (
     Knob("refuse", (0, 1), "refuse waiting prompts that can no longer make their TTFT SLO"),
 )
 TOKEN_BUDGET, CAP, OFFSET, MARGIN, ORDER, HOLD, LIMIT, REFUSE = range(len(KNOBS))
-WITH_CACHING = tuple(k._replace(values=tuple(range(len(ORDERS)))) if k.name == "order" else k for k in KNOBS)
-"""The knobs with prefix caching: prompts can go by what of them is cached, too."""
-_COUNTS = np.array([len(k.values) for k in WITH_CACHING])
+WITH_CACHING = (
+    *(k._replace(values=tuple(range(len(ORDERS)))) if k.name == "order" else k for k in KNOBS),
+    Knob("evict", tuple(range(len(EVICTIONS))), "which cached blocks that nobody uses go first"),
+)
+"""The knobs with prefix caching: prompts can go by what of them is cached, too, and eviction has a rule, the last."""
+_COUNTS = np.array([len(k.values) for k in WITH_CACHING])  # refusal, which may be missing, has as many as eviction
 
 
 def knobs_for(config: EnvConfig) -> tuple[Knob, ...]:
-    """The knobs of an environment: refusal only where it is allowed, order `lpm` only with prefix caching."""
+    """The knobs of an environment: refusal only where allowed, order `lpm` and eviction only with prefix caching."""
     knobs = WITH_CACHING if config.prefix_caching else KNOBS
-    return knobs if config.allow_refusal else knobs[:REFUSE]
+    return tuple(knob for knob in knobs if knob.name != "refuse" or config.allow_refusal)
 
 
 def knob_values() -> np.ndarray:
@@ -110,8 +116,8 @@ def clip(action):
 
 
 @kernel()
-def set_knobs(knobs, action):
-    """Write a knobs action (index per knob) into the settings of the packing kernel.
+def set_knobs(knobs, action, prefix_caching):
+    """Write a knobs action (index per knob, see :func:`knobs_for`) into the settings of the packing kernel.
 
     The victim rule follows from the offset: who defers decodes evicts the least urgent, who does not the newest.
     """
@@ -124,7 +130,9 @@ def set_knobs(knobs, action):
     knobs.order = int(_VALUES[ORDER, action[ORDER]])
     knobs.hold = int(_VALUES[HOLD, action[HOLD]])
     knobs.limit = int(_VALUES[LIMIT, action[LIMIT]])
-    knobs.refuse = int(_VALUES[REFUSE, action[REFUSE]]) if action.shape[0] > REFUSE else 0
+    num_others = action.shape[0] - 1 if prefix_caching else action.shape[0]
+    knobs.refuse = int(_VALUES[REFUSE, action[REFUSE]]) if num_others > REFUSE else 0
+    knobs.evict = action[num_others] if prefix_caching else LRU
     defers = knobs.offset < math.inf or not math.isnan(knobs.margin)
     knobs.victim = LATEST_LST if defers else LATEST_ARRIVAL
 
@@ -132,7 +140,7 @@ def set_knobs(knobs, action):
 @kernel()
 def put(lane, a, env):
     """Write the action of environment `env` into the lane's knobs."""
-    set_knobs(lane.knobs, a.choices[env])
+    set_knobs(lane.knobs, a.choices[env], a.rules[0].prefix_caching)
 
 
 @kernel()
@@ -177,7 +185,9 @@ def knobs_action(settings: Any, kv_cache_usage: float, config: EnvConfig) -> np.
     The dynamic offset is a function of the KV use of the last batch. Raises ValueError where no knob has the value.
     """
     offset = settings["offset"] if kv_cache_usage < settings["usage_switch"] else settings["offset_full"]
-    wanted = {name: float(settings[name]) for name in ("token_budget", "cap", "margin", "order", "hold", "limit")}
+    wanted = {
+        name: float(settings[name]) for name in ("token_budget", "cap", "margin", "order", "hold", "limit", "evict")
+    }
     wanted |= {"offset": float(offset), "refuse": float(settings["refuse"])}
     action = []
     for knob in knobs_for(config):
@@ -210,18 +220,16 @@ def choices(config: EnvConfig) -> tuple[Choice, ...]:
 
 
 def adapt(action: np.ndarray, theirs: EnvConfig, ours: EnvConfig) -> np.ndarray:
-    """The action with or without the knob of refusal, as `ours` has it; ValueError if it refuses and cannot.
+    """The action with the knobs that `ours` has, those that `theirs` lacks off; ValueError if it refuses and cannot.
 
     Order `lpm` becomes what it is without prefix caching, where `ours` has none.
     """
-    if action[ORDER] == LPM and not ours.prefix_caching:
-        action = np.array(action)
-        action[ORDER] = FCFS
-    if theirs.allow_refusal == ours.allow_refusal:
-        return action
-    if theirs.allow_refusal and action[REFUSE]:
+    given = {knob.name: int(index) for knob, index in zip(knobs_for(theirs), action, strict=True)}
+    if given["order"] == LPM and not ours.prefix_caching:
+        given["order"] = FCFS
+    if given.get("refuse", 0) and not ours.allow_refusal:
         raise ValueError("it refuses requests, and the environment has allow_refusal=False")
-    return action[:REFUSE] if theirs.allow_refusal else np.append(action, 0)
+    return np.array([given.get(knob.name, 0) for knob in knobs_for(ours)], np.int64)
 
 
 def docs() -> str:
@@ -236,8 +244,9 @@ in step t + 1 keys the tokens emitted in batch t, once.
 
 {table(["#", "knob", "meaning", "index: value"], rows)}
 
-`refuse` is there only with `allow_refusal=True`, and the order `lpm` (longest cached prefix first) only with
-`prefix_caching=True`."""
+`refuse` is there only with `allow_refusal=True`; the order `lpm` (longest cached prefix first) and `evict` only with
+`prefix_caching=True`, and without `refuse`, `evict` is the eighth. `evict` = lru gives away the cached blocks that were
+left longest ago, `evict` = session those of lost sessions and then those of whose session nothing was seen longest."""
 
 
 ACTION = Action(
