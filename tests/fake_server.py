@@ -63,7 +63,7 @@ class FakeServer:
         return log
 
     def start(self):
-        ready = threading.Event()
+        ready, self.created_s = threading.Event(), time.time()
 
         def serve():
             async def main():
@@ -144,6 +144,10 @@ class FakeServer:
                 count = sum(v <= bound for v in values)
                 lines.append(f'{metric}_bucket{{engine="0",le="{le}",model_name="{MODEL}"}} {count}.0')
             lines.append(f'{metric}_count{{engine="0",model_name="{MODEL}"}} {len(values)}.0')
+            lines += [
+                f"# TYPE {metric}_created gauge",
+                f'{metric}_created{{engine="0",model_name="{MODEL}"}} {self.created_s}',
+            ]
             lines.append(f'{metric}_sum{{engine="0",model_name="{MODEL}"}} {sum(values)}')
         return "\n".join(lines) + "\n"
 

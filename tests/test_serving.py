@@ -27,7 +27,8 @@ from llmsched_gym.serving.stream import Answer, Events, StreamError  # noqa: E40
 from llmsched_gym.workload import RequestTable  # noqa: E402
 
 WORLD = scenario("default", num_requests=1, warmup_s=0.0, patience_s=5.0)
-SLACK_S = 0.25  # between what the server wrote and what its client saw, on a machine that others use
+SLACK_S = 1.0  # between what the server wrote and what its client saw, on a machine that others use
+TIGHT_S, ATTEMPTS = 0.005, 4  # the same, half of the time, in one of so many attempts
 
 
 def table(outputs, every_s=0.02, **more):
@@ -69,23 +70,22 @@ def phases(load, world=WORLD):
 )
 def test_every_token_has_the_time_at_which_the_server_wrote_it(per_chunk, server, logprobs, counted_by):
     outputs = np.arange(5, 25)
-    with FakeServer(Plan(0.05, 0.015, per_chunk), **server) as fake:
-        load, found = run(fake, table(outputs), logprobs=logprobs)
-        shift_s = load.answers[0].sent_s  # the run's clock, on the process' one
-        starts = []
+    for _ in range(ATTEMPTS):
+        delays = []
+        with FakeServer(Plan(0.05, 0.015, per_chunk), **server) as fake:
+            load, found = run(fake, table(outputs), logprobs=logprobs)
         for answer, tokens in zip(load.answers, outputs, strict=True):
             log = fake.of(tokens)
             if counted_by != "total":
                 assert answer.counts == [count for _, count in log.written]
             assert len(token_times(answer)) == tokens and not answer.reason
-            written = np.array([time_s for time_s, _ in log.written])
-            seen = np.array(answer.chunk_s)
-            assert len(written) == len(seen)
-            # both begin when the request was sent; the server saw it a moment later
-            late = (seen - answer.sent_s) - (written - log.arrived_s)
-            assert (late > 0.0).all() and (late < SLACK_S).all() and np.median(late) < 0.02
-            starts.append(log.arrived_s - answer.sent_s)
-    assert shift_s >= 0.0 and np.ptp(starts) < SLACK_S  # one clock for all
+            written_s = np.array([time_s for time_s, _ in log.written]) - load.start_s
+            assert answer.sent_s < log.arrived_s - load.start_s
+            assert (np.array(answer.chunk_s) > written_s).all()  # one clock for both
+            delays += (answer.chunk_s - written_s).tolist()
+        if np.median(delays) < TIGHT_S:
+            break
+    assert np.median(delays) < TIGHT_S and max(delays) < SLACK_S
     figures = row_of(episode_of(load, WORLD, "x", 0), load, found.model)
     assert figures["counted_by"] == counted_by
     assert figures["num_finished"] == len(outputs) and figures["num_attained"] == len(outputs)
@@ -97,19 +97,19 @@ def test_every_token_has_the_time_at_which_the_server_wrote_it(per_chunk, server
 def test_where_nobody_says_how_many_tokens_came_gaps_are_between_chunks():
     with FakeServer(Plan(per_chunk=3, finish_reason="stop"), usage=False, refuses=("ignore_eos",)) as fake:
         load, found = run(fake, table([9]))
-    assert found.counted_by == "chunk" and len(found.remarks) == 2
+    assert len(found.remarks) == 2 and "gaps are between chunks" in found.remarks[1]
     (answer,) = load.answers
     assert answer.num_tokens == 3 and answer.reason == "short: 3 of 9 tokens (stop)"
     assert row_of(episode_of(load, WORLD, "x", 0), load, "m")["counted_by"] == "chunk"
 
 
 def test_requests_are_sent_on_time_whatever_the_server_does():
-    with FakeServer(Plan(ttft_s=0.4)) as fake:
-        load, _ = run(fake, table(np.arange(3, 33), every_s=0.005))
+    with FakeServer(Plan(ttft_s=1.5)) as fake:
+        load, _ = run(fake, table(np.arange(3, 33), every_s=0.005, ttft_slo_s=9.0))
         arrived = [log.arrived_s for log in fake.logs[1:]]
-    assert np.ptp(arrived) < 0.3  # all before the first was answered
+    assert max(arrived) < min(log.written[0][0] for log in fake.logs[1:])
     assert load.late_s.shape == (30,) and (load.late_s >= 0.0).all()
-    assert all(a.chunk_s[0] - a.sent_s >= 0.4 for a in load.answers)
+    assert all(a.chunk_s[0] - a.sent_s >= 1.5 for a in load.answers)
 
 
 def test_a_run_by_hand_has_the_figures_of_evaluate():
@@ -118,7 +118,7 @@ def test_a_run_by_hand_has_the_figures_of_evaluate():
         0.0, 0.9, [0.4, 0.5, 0.75], [1, 2, 1], 4, counted_by=1, ended_by="length", is_done=True, lateness_s=0.15
     )
     second = Answer(1.0, 1.6, [1.5, 1.6], [1, 1], 2, counted_by=1, ended_by="length", is_done=True)
-    load = Run(requests, [first, second], requests.arrival_s, np.zeros(2, bool), 1.7, {})
+    load = Run(requests, [first, second], requests.arrival_s, np.zeros(2, bool), 1.7)
     episode = episode_of(load, WORLD, "x", 0)
     assert np.allclose(episode.gaps, [0.1, 0.0, 0.25, 0.1])
     outcomes = Outcomes(episode)
@@ -191,7 +191,7 @@ def test_a_client_leaves_when_its_patience_is_over_and_the_server_sees_it_go():
 
 
 def test_a_server_that_is_killed_and_comes_back_costs_what_it_lost():
-    outputs = np.arange(20, 60)
+    outputs = np.arange(20, 80)
     with FakeServer(Plan(0.02, 0.01)) as fake:
 
         async def main():
@@ -227,7 +227,7 @@ def test_a_run_ends_without_those_that_are_nobodys_measure():
     requests = RequestTable.of(requests.arrival_s, 10, [5, 6, 400], ttft_slo_s=1.0, tbt_slo_s=0.5, cohort=(0, 2))
     with FakeServer() as fake:
         load, _ = run(fake, requests)
-    assert load.clock_s < 2.0 and phases(load) == ["finished", "finished", phases(load)[2]]
+    assert load.clock_s < 3.5 and phases(load) == ["finished", "finished", phases(load)[2]]
     assert phases(load)[2] in ("pending", "waiting", "running")
 
 
@@ -339,15 +339,18 @@ def test_an_address_is_checked(url):
 
 def test_histograms_of_client_and_server_agree_and_would_not_if_the_client_were_off():
     world = scenario("default", num_requests=40, warmup_s=0.0, qps=50.0, arrivals_continue=False, workload="sharegpt")
-    with FakeServer(Plan(0.03, 0.002)) as fake:
-        server = Server(fake.url, "x", check_metrics=True)
+    for _ in range(ATTEMPTS):
+        with FakeServer(Plan(0.03, 0.002)) as fake:
+            server = Server(fake.url, "x", check_metrics=True)
 
-        async def found():
-            async with Client(fake.url) as client:
-                return await examine(server, client, goes_on=False)
+            async def examined(fake=fake, server=server):
+                async with Client(fake.url) as client:
+                    return await examine(server, client, goes_on=False)
 
-        load = asyncio.run(run_once(server, asyncio.run(found()), world, 3))
-        whole = prometheus.parse(fake.exposition(), "fake")
+            load = asyncio.run(run_once(server, asyncio.run(examined()), world, 3))
+            whole = prometheus.parse(fake.exposition(), "fake")
+        if load.counters["metrics_agree"]:
+            break
     assert load.counters["metrics_agree"] is True, load.counters["metrics"]
     own = latencies(load)
     assert f"{len(own['itl']):,} of the client, {len(own['itl']):,} of the server" in load.counters["metrics"]
@@ -364,6 +367,10 @@ def test_a_histogram_by_hand():
     assert server.less(before).counts.tolist() == [4.0, 8.0, 9.0]
     with pytest.raises(ConfigError, match="began anew"):
         before.less(server)
+    with pytest.raises(ConfigError, match="began anew"):
+        prometheus.Histogram(bounds_s, np.array([5.0, 9.0, 10.0]), created_s=2.0).less(before)
+    with pytest.raises(ConfigError, match="began anew"):
+        prometheus.Histogram(bounds_s, np.array([5.0, 9.0, 10.0]), created_s=2.0).less(before)
     client = np.array([0.05] * 4 + [0.15] * 5 + [0.3])
     found = prometheus.compare("ttft", client, server)
     assert found.buckets_apart == (1, 0, 0) and found.agrees

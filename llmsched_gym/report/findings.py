@@ -33,7 +33,8 @@ def overview(results: Results) -> str:
     loads = f"{len(values)} loads ({', '.join(values)} {statistics.load_unit(rows)})"
     if len(values) == 1:
         loads = load_label(rows, float(rows["load"].iloc[0]))
-    who = f"{len(policies)} schedulers served the same requests" if len(policies) > 1 else f"`{policies[0]}` was run"
+    kind = "servers" if served.is_served(rows) else "schedulers"
+    who = f"{len(policies)} {kind} served the same requests" if len(policies) > 1 else f"`{policies[0]}` was run"
     each += " request" if counts == [1] else " requests"
     text = f"{who} at {loads}: {each} {'of one seed' if seeds == 1 else f'in each of {seeds} seeds'}"
     if len(rows) > 1:

@@ -26,11 +26,12 @@ from llmsched_gym.serving.dialect import Dialect, dialects
 from llmsched_gym.serving.join import check_same
 from llmsched_gym.serving.labels import check_label, config_of, keep, label_folder
 from llmsched_gym.serving.load import Run, offer
+from llmsched_gym.serving.running import run_to_end
 from llmsched_gym.serving.stream import COUNTED_BY, ServerError
-from llmsched_gym.workload import make_table
+from llmsched_gym.workload import RequestTable, make_table
 from llmsched_gym.workload.generate import trace_remarks
 
-REST_S = 1.0  # between two runs, for what the first has given up to be gone
+REST_S = 0.5  # behind a run, for what its client has given up to be gone
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,6 @@ class Found:
     context_tokens: int | None
     version: str
     dialect: Dialect
-    counted_by: str
-    is_as_long: bool  # whether answers are as long as asked for
-    round_trip_s: float
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -74,20 +72,16 @@ async def examine(server: Server, client: Client, *, goes_on: bool) -> Found:
     model, context = await client.model(server.model)
     dialect, answer = await client.dialect(model, dialects(token_ids=goes_on, logprobs=server.logprobs))
     remarks = []
-    probed = answer.num_tokens
-    answer.settle(probed)
-    counted_by = COUNTED_BY[answer.counted_by]
-    is_as_long = bool(dialect.fixed_length)
-    if not is_as_long:
+    answer.settle(answer.num_tokens)
+    if not dialect.fixed_length:
         remarks.append("the server takes neither ignore_eos nor min_tokens: answers that end by themselves are misses")
-    if counted_by == "chunk":
+    if COUNTED_BY[answer.counted_by] == "chunk":
         remarks.append("the server does not say how many tokens a chunk carries: gaps are between chunks")
     if goes_on and not answer.token_ids:
         remarks.append("the server does not tell token ids: prompts that go on with an answer repeat only its length")
     if server.check_metrics:
         await prometheus.scrape(client, model)
-    round_trip_s = await client.round_trip_s()
-    return Found(model, context, await client.version(), dialect, counted_by, is_as_long, round_trip_s, remarks)
+    return Found(model, context, await client.version(), dialect, remarks)
 
 
 async def run_once(
@@ -116,8 +110,8 @@ async def run_once(
         )
         run.counters["round_trip_p50_s"] = round_trip_s
         run.counters["metrics_agree"], run.counters["metrics"] = None, ""
+        await asyncio.sleep(REST_S)
         if server.check_metrics:
-            await asyncio.sleep(REST_S)
             try:
                 after = await prometheus.scrape(client, found.model)
                 checked = [
@@ -129,6 +123,14 @@ async def run_once(
             except ServerError as error:  # the run stands, whatever became of the server
                 run.counters["metrics"] = str(error)
     return run
+
+
+def warn_of_length(found: Found, tables: Sequence[RequestTable]) -> list[str]:
+    """A remark if some request is longer than the server takes, where it says so."""
+    longest = max(int((table.prompt_tokens + table.output_tokens).max(initial=0)) for table in tables)
+    if found.context_tokens is None or longest <= found.context_tokens:
+        return []
+    return [f"the server takes {found.context_tokens:,} tokens, a request has {longest:,}: such are misses"]
 
 
 def latencies(run: Run) -> dict[str, np.ndarray]:
@@ -171,8 +173,8 @@ def serve_bench(
     numbers = seed_range(seeds, first_seed)
     tables = [make_table(scenario if rate is None else scenario.replace(qps=rate), numbers.start) for rate in rates]
     goes_on = any(table.shares_with is not None and bool((table.shares_with >= 0).any()) for table in tables)
-    found = asyncio.run(_examine(server, goes_on))
-    for remark in found.remarks:
+    found = run_to_end(_examine(server, goes_on))
+    for remark in (*found.remarks, *warn_of_length(found, tables)):
         say(remark)
     world = scenario if rates[0] is None else scenario.replace(qps=rates[0])
     settings = {
@@ -220,7 +222,7 @@ def _run_cells(
                 progress(before + count * each // of, total)
 
         world = scenario if cell.qps is None else scenario.replace(qps=cell.qps)
-        run = asyncio.run(run_once(server, found, world, cell.seed, resolved))
+        run = run_to_end(run_once(server, found, world, cell.seed, resolved))
         done[cell.index] = keep(store, cell, run, world, found.model)
         for text in _remarks(done[cell.index]):
             say(text)

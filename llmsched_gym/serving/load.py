@@ -37,6 +37,7 @@ class Run:
     planned_s: np.ndarray  # when each was to be sent; nan for turns whose time has not come
     is_cancelled: np.ndarray  # bool: turns that never came, as somebody before them failed
     clock_s: float  # when the run ended
+    start_s: float = 0.0  # its time 0 on the clock of its event loop
     counters: dict[str, Any] = field(default_factory=dict)  # what else was measured, columns of its row
 
     @property
@@ -101,7 +102,7 @@ class Load:
             answer.sent_s -= self.start_s
             answer.ended_s -= self.start_s
             answer.chunk_s = [time_s - self.start_s for time_s in answer.chunk_s]
-        return Run(self.table, self.answers, self.planned_s, self.is_cancelled, clock_s)
+        return Run(self.table, self.answers, self.planned_s, self.is_cancelled, clock_s, self.start_s)
 
     def _plan(self, r: int, due_s: float) -> None:
         self.planned_s[r] = due_s

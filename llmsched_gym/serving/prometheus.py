@@ -25,10 +25,12 @@ class Histogram:
 
     bounds_s: np.ndarray  # float64, increasing; the last is infinite
     counts: np.ndarray  # float64, cumulative
+    created_s: float = 0.0  # when the server began to count, where it says so
 
     def less(self, before: Histogram) -> Histogram:
         """What has come since `before`."""
-        if not np.array_equal(self.bounds_s, before.bounds_s) or (self.counts < before.counts).any():
+        goes_on = self.created_s == before.created_s and np.array_equal(self.bounds_s, before.bounds_s)
+        if not goes_on or (self.counts < before.counts).any():
             raise ServerError("check_metrics: the server's histograms began anew: it was restarted during the run")
         return Histogram(self.bounds_s, self.counts - before.counts)
 
@@ -95,7 +97,11 @@ def parse(text: str, model: str) -> dict[str, Histogram]:
 
     wanted = {metric: name for name, metric in HISTOGRAMS.items()}
     found: dict[str, dict[float, float]] = {}
+    created_s: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
+        begun = wanted.get(family.name.removesuffix("_created"))
+        if begun is not None and family.name.endswith("_created"):
+            created_s[begun] = max(sample.value for sample in family.samples)
         if family.name not in wanted:
             continue
         for sample in family.samples:
@@ -105,7 +111,9 @@ def parse(text: str, model: str) -> dict[str, Histogram]:
             bound_s = float(sample.labels["le"].replace("+Inf", "inf"))
             counts[bound_s] = counts.get(bound_s, 0.0) + sample.value
     return {
-        name: Histogram(np.array(sorted(counts)), np.array([counts[bound] for bound in sorted(counts)]))
+        name: Histogram(
+            np.array(sorted(counts)), np.array([counts[bound] for bound in sorted(counts)]), created_s.get(name, 0.0)
+        )
         for name, counts in found.items()
         if math.inf in counts
     }

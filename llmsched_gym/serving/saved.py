@@ -50,7 +50,7 @@ def read_saved(path: str | Path, scenario: Scenario) -> Run:
     )
     unknown: dict[str, Any] = {"round_trip_p50_s": None, "metrics_agree": None, "metrics": ""}
     chosen: list[Answer | None] = [answers[r] for r in order]
-    return Run(table, chosen, table.arrival_s, np.zeros(n, np.bool_), with_gaps.end_s, unknown)
+    return Run(table, chosen, table.arrival_s, np.zeros(n, np.bool_), with_gaps.end_s, counters=unknown)
 
 
 def _answer(run: ServedRun, r: int) -> Answer:
