@@ -8,23 +8,24 @@ import time
 import numpy as np
 import pytest
 
-aiohttp = pytest.importorskip("aiohttp")
+pytest.importorskip("aiohttp")
 pytest.importorskip("prometheus_client")
 
-from fake_server import FakeServer, Plan  # noqa: E402
+from fake_server import FakeServer, Plan
 
-from llmsched_gym.config import ConfigError, scenario  # noqa: E402
-from llmsched_gym.engine.records import PHASES  # noqa: E402
-from llmsched_gym.evaluation.metrics import row  # noqa: E402
-from llmsched_gym.evaluation.outcomes import Outcomes  # noqa: E402
-from llmsched_gym.serving import prometheus  # noqa: E402
-from llmsched_gym.serving.bench import Server, examine, latencies, run_once  # noqa: E402
-from llmsched_gym.serving.client import Client, base_of  # noqa: E402
-from llmsched_gym.serving.dialect import Dialect, dialects  # noqa: E402
-from llmsched_gym.serving.episode import episode_of, row_of, token_times  # noqa: E402
-from llmsched_gym.serving.load import Run, offer  # noqa: E402
-from llmsched_gym.serving.stream import Answer, Events, StreamError  # noqa: E402
-from llmsched_gym.workload import RequestTable  # noqa: E402
+from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.engine.records import PHASES
+from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.outcomes import Outcomes
+from llmsched_gym.serving import prometheus
+from llmsched_gym.serving.bench import Server, examine, latencies, run_once
+from llmsched_gym.serving.client import Client, base_of
+from llmsched_gym.serving.dialect import Dialect, dialects
+from llmsched_gym.serving.episode import episode_of, row_of, token_times
+from llmsched_gym.serving.load import Run, offer
+from llmsched_gym.serving.prompts import Prompts
+from llmsched_gym.serving.stream import Answer, Events, StreamError
+from llmsched_gym.workload import RequestTable
 
 WORLD = scenario("default", num_requests=1, warmup_s=0.0, patience_s=5.0)
 SLACK_S = 1.0  # between what the server wrote and what its client saw, on a machine that others use
@@ -375,3 +376,20 @@ def test_a_histogram_by_hand():
     found = prometheus.compare("ttft", client, server)
     assert found.buckets_apart == (1, 0, 0) and found.agrees
     assert found.largest_difference == pytest.approx(0.1)
+
+
+def test_prompts_share_what_the_table_says_and_are_a_runs_own():
+    requests = sessions([5, 6, 7], [-1, 0, 1], [0.0, 0.0, 0.0])
+    prompts = Prompts(requests, Dialect(), seed=0, nonce=1)
+    first, second = prompts.of(0), prompts.of(1)
+    assert second[:10] == first and len(second) == 25
+    prompts.answered(1, [7, 8, 9])  # a server that tells less than it said: the rest is made up
+    third = prompts.of(2)
+    assert third[:28] == [*second, 7, 8, 9] and len(third) == requests.prompt_tokens[2]
+    assert prompts.of(2) == third
+    assert Prompts(requests, Dialect(), 0, 1).of(1) == second
+    assert Prompts(requests, Dialect(), 0, 2).of(0) != first != Prompts(requests, Dialect(), 1, 1).of(0)
+    low, high = Dialect().ids
+    assert all(low <= token < high for token in third[:25] + third[28:])
+    words = Prompts(requests, Dialect(ids=None), 0, 1)
+    assert len(words.of(2).split()) == len(third) and words.of(2).startswith(words.of(1))
