@@ -23,7 +23,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q torch==2.13.0
-	$(VENV)/bin/pip install -q -c constraints.txt -e ".[agents,real,dev]"
+	$(VENV)/bin/pip install -q -c constraints.txt -e ".[agents,real,serve,dev]"
 	touch $@
 
 test: install

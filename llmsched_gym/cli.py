@@ -429,9 +429,92 @@ def replay(
         raise typer.Exit(FAILURE)
 
 
+@app.command("serve-bench")
+def serve_bench(
+    label: Annotated[str, typer.Option(help="What the server is called in rows and reports, where policies are.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results of all labels, and the report.")],
+    url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, http://HOST:PORT.")] = None,
+    saved: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="Instead of a server: a result of vllm bench serve.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name at the server (the first it lists).")] = None,
+    suite: SuiteName = "default",
+    workload: Workload = None,
+    trace: TraceFile = None,
+    trace_arrivals: TraceArrivals = None,
+    trace_invalid: TraceInvalid = None,
+    qps: Annotated[
+        str | None,
+        typer.Option(help="Arrival rates, 1/s, of requests or sessions, separated by commas; else the suite's."),
+    ] = None,
+    num_requests: NumRequests = None,
+    seeds: Seeds = 5,
+    first_seed: FirstSeed = 0,
+    strict_share: StrictShare = None,
+    patience: Patience = None,
+    tbt_rule: TbtRule = None,
+    set_: Set = None,
+    send_slos: Annotated[
+        bool, typer.Option("--send-slos", help="Tell the server each request's SLOs, as vllm_xargs.")
+    ] = False,
+    check_metrics: Annotated[
+        bool, typer.Option("--check-metrics", help="Compare TTFT and ITL with the histograms at /metrics.")
+    ] = False,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Ask for logprobs, where only they tell tokens of a chunk.")
+    ] = False,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the server's API key.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Offer a running server the requests that evaluate draws, and report on it in the same form."""
+    world = _scenario({name: value for name, value in locals().items() if name != "model"})
+    rates = None if qps is None else _numbers("qps", qps)
+    if (url is None) == (saved is None):
+        raise ConfigError("url: expected one of --url and --saved")
+    if api_key_env is not None and api_key_env not in os.environ:
+        raise ConfigError(f"api_key_env: no environment variable {api_key_env!r}")
+    from llmsched_gym.serving.join import join
+
+    if saved is not None:
+        importlib.import_module("llmsched_gym.serving.saved").add_saved(world, saved, label, out)
+    else:
+        try:
+            serving = importlib.import_module("llmsched_gym.serving.bench")
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("llmsched_gym"):
+                raise
+            raise ConfigError(f"llmsched serve-bench needs {error.name}: pip install '.[serve]'") from None
+        key = None if api_key_env is None else os.environ[api_key_env]
+        server = serving.Server(url, label, model, send_slos, check_metrics, logprobs, key)
+        with console.progress_bar("requests") as progress:
+            serving.serve_bench(
+                world,
+                server,
+                qps=rates,
+                seeds=seeds,
+                first_seed=first_seed,
+                out=out,
+                progress=progress,
+                say=lambda text: print(f"llmsched: {text}", file=sys.stderr),
+            )
+    rows = join(out)
+    try:
+        report(out)
+    finally:
+        if as_json:
+            console.print_rows(rows)
+        else:
+            for table in terminal.comparison(rows):
+                console.print_table(table)
+
+
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `evaluate --out` wrote.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder that `evaluate --out` or serve-bench wrote.")
+    ],
 ) -> None:
     """Write report.html and report.md from a folder of results."""
     from llmsched_gym.report.write import write_report

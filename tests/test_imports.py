@@ -23,7 +23,7 @@ ORDER = (
     ("baselines",),
     ("registry",),  # names to schedulers, learned ones too
     ("evaluation",),
-    ("theory", "real_backend", "agents"),
+    ("theory", "real_backend", "agents", "serving"),
     ("paper",),
     ("fit_command", "reproduce"),
     ("commands",),
@@ -34,8 +34,20 @@ LEVELS = {f"llmsched_gym.{name}": level for level, names in enumerate(ORDER) for
 BESIDE = ("baselines", "agents", "real_backend")
 FOLDERS = ("llmsched_gym", *BESIDE)
 # What only the extras install, and the adapters that exist for it.
-OPTIONAL = ("torch", "stable_baselines3", "sb3_contrib", "transformers", "tensorboard", "ray")
-ADAPTERS = ("llmsched_gym/env/sb3.py",)
+OPTIONAL = (
+    "torch",
+    "stable_baselines3",
+    "sb3_contrib",
+    "transformers",
+    "tensorboard",
+    "ray",
+    "aiohttp",
+    "prometheus_client",
+)
+ADAPTERS = (
+    "llmsched_gym/env/sb3.py",
+    *(f"llmsched_gym/serving/{name}.py" for name in ("bench", "client", "prometheus")),
+)
 
 
 def sources(*packages):

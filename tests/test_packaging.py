@@ -40,7 +40,7 @@ def test_constraints_pin_every_direct_dependency():
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     config = pyproject()["project"]
     wanted = [*config["dependencies"]]
-    for extra in ("agents", "real", "dev"):
+    for extra in ("agents", "real", "serve", "dev"):
         wanted += config["optional-dependencies"][extra]
     for requirement in wanted:
         name = re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.paper import constants
-from llmsched_gym.report import distance, statistics
+from llmsched_gym.report import distance, served, statistics
 from llmsched_gym.report.bounds import is_clairvoyant, ordinary
 from llmsched_gym.report.intervals import MIN_SEEDS
 from llmsched_gym.report.results import Results
@@ -33,7 +33,8 @@ def overview(results: Results) -> str:
     loads = f"{len(values)} loads ({', '.join(values)} {statistics.load_unit(rows)})"
     if len(values) == 1:
         loads = load_label(rows, float(rows["load"].iloc[0]))
-    who = f"{len(policies)} schedulers served the same requests" if len(policies) > 1 else f"`{policies[0]}` was run"
+    kind = "servers" if served.is_served(rows) else "schedulers"
+    who = f"{len(policies)} {kind} served the same requests" if len(policies) > 1 else f"`{policies[0]}` was run"
     each += " request" if counts == [1] else " requests"
     text = f"{who} at {loads}: {each} {'of one seed' if seeds == 1 else f'in each of {seeds} seeds'}"
     if len(rows) > 1:
@@ -236,6 +237,8 @@ def _rejected(results: Results) -> str:
     rows = results.rows
     share = 100 * rows["num_rejected"].sum() / rows["num_requests"].sum()
     text = f"{number(share)} % of requests were rejected on arrival and count as misses"
+    if served.is_served(rows):
+        return f"{number(share)} % of requests failed and count as misses: {served.failures(rows)}."
     if "num_too_long" not in rows:
         return f"{text}: they could never fit."
     long = 100 * rows["num_too_long"].sum() / rows["num_requests"].sum()

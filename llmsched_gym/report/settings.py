@@ -13,7 +13,7 @@ import pandas as pd
 from llmsched_gym.config import SUITES
 from llmsched_gym.cost import Profile, ProfileError, load_profile
 from llmsched_gym.files import encode
-from llmsched_gym.report import statistics
+from llmsched_gym.report import served, statistics
 from llmsched_gym.report.bounds import bound_of
 from llmsched_gym.report.results import Results
 
@@ -78,7 +78,10 @@ def settings(results: Results) -> list[tuple[str, str]]:
         return ", ".join(map(str, rows[column].unique())) if column in rows else "unknown"
 
     seeds = rows["seed"].unique()
-    found = [("Suite", results.suite), ("Cost profile", _profile(only("profile"))), ("Workload", only("workload"))]
+    measured = served.is_served(rows)
+    found = [("Suite", results.suite)]
+    found += [] if measured else [("Cost profile", _profile(only("profile")))]
+    found += [("Workload", only("workload"))]
     found += [("Arrivals", _arrivals(results))]
     found.append(("Seeds", f"{seeds.min()} to {seeds.max()}" if len(seeds) > 1 else str(seeds[0])))
     if statistics.has(rows, "num_sessions"):
@@ -97,6 +100,10 @@ def settings(results: Results) -> list[tuple[str, str]]:
     drain, after = get("drain_s", "inf"), "arrivals go on" if get("arrivals_continue", True) else "no arrivals"
     until = "until all are served" if drain == "inf" else f"for {drain:g} s at most"
     found.append(("Around them", f"{get('warmup_s', 0.0):g} s of warm-up; {after} behind them, {until}"))
+    if measured:
+        patience = get("patience_s", "inf")
+        found.append(("Patience", "infinite" if patience == "inf" else f"{patience:g} s late"))
+        return [*found, ("Servers", str(results.config.get("setup", "unknown"))), *served.client(rows)]
     profile = _loaded(only("profile"))
     blocks = get("num_kv_blocks", None) or (profile and profile.num_kv_blocks)
     seqs = get("max_num_seqs", None) or (profile and profile.device.max_num_seqs)

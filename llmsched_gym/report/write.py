@@ -19,6 +19,7 @@ from llmsched_gym.report import draw, findings, settings, statistics, tables
 from llmsched_gym.report.bounds import ordinary
 from llmsched_gym.report.results import read_results
 from llmsched_gym.report.sections import sections
+from llmsched_gym.report.served import is_served
 from llmsched_gym.report.statistics import ReportError
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     table = statistics.comparison_table(results.rows)
     policies = statistics.policies_of(results.rows)
     judged = ordinary(policies)
-    who = "Schedulers compared" if len(judged) > 1 else judged[0]
+    kind = "Servers" if is_served(results.rows) else "Schedulers"
+    who = f"{kind} compared" if len(judged) > 1 else judged[0]
     title = title or f"{who}: suite {results.suite}"
     parts = []
     for section in sections(results):

@@ -48,6 +48,9 @@ class ServedRun:
     last_token_s: np.ndarray  # >= first_token_s
     num_failed: int = 0  # requests of the file that failed and are left out
     unit: str = "line"  # what `row` counts
+    itl_s: tuple[np.ndarray, ...] | None = None  # of each request, the gaps between its chunks, if the file has them
+    failed_arrival_s: np.ndarray | None = None  # of those that failed, (num_failed,), if the file has them
+    failed_prompt_tokens: np.ndarray | None = None  # int32, (num_failed,)
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -148,9 +151,11 @@ def _from_csv(path: Path, text: str) -> ServedRun:
 
 def _from_bench(path: Path, text: str) -> ServedRun:
     lists = _bench_lists(path, _bench_result(path, text))
-    rows, columns = [], []
+    rows, columns, itl_s = [], [], []
+    lost: list[tuple[float | None, float | None]] = []
     for i, (error, output) in enumerate(zip(lists["errors"], lists["output_lens"], strict=True)):
         if error or output == 0:
+            lost.append((_number(lists["start_times"][i]), _number(lists["input_lens"][i])))
             continue
         where = {key: f"{path}: {key!r}, request {i}" for key in BENCH_KEYS}
         prompt, output = (_tokens(where[key], lists[key][i]) for key in ("input_lens", "output_lens"))
@@ -167,6 +172,7 @@ def _from_bench(path: Path, text: str) -> ServedRun:
             what = f"expected a list of seconds from 0 to {SPAN_S:g}"
             raise TraceError(f"{where['itls']}: {what}, got {shown(given)}")
         rows.append(i)
+        itl_s.append(np.array(gaps, np.float64))
         columns.append((prompt, output, begin_s, ttft_s, math.fsum(gap for gap in gaps if gap is not None)))
     if not rows:
         failed = f"{counted(len(lists['errors']), 'request')}, and all failed" if lists["errors"] else "no requests"
@@ -175,7 +181,20 @@ def _from_bench(path: Path, text: str) -> ServedRun:
     arrival_s = begin - begin.min()
     first_s = arrival_s + ttft
     times = [arrival_s, np.full(len(rows), np.nan), first_s, first_s + decoding]
-    return _run(path, rows, prompts, outputs, *times, num_failed=len(lists["errors"]) - len(rows), unit="request")
+    # one that failed before it was sent may have no time: it is taken to have come first
+    failed_s = np.array([begin.min() if time_s is None else time_s for time_s, _ in lost], np.float64)
+    return _run(
+        path,
+        rows,
+        prompts,
+        outputs,
+        *times,
+        num_failed=len(lost),
+        unit="request",
+        itl_s=tuple(itl_s[i] for i in np.argsort(arrival_s, kind="stable")),
+        failed_arrival_s=failed_s - begin.min(),
+        failed_prompt_tokens=np.array([max(1, int(tokens or 1)) for _, tokens in lost], np.int32),
+    )
 
 
 def _bench_lists(path: Path, data: dict[str, Any]) -> dict[str, list[Any]]:
