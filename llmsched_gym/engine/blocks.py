@@ -33,7 +33,7 @@ OWNER, POSITION = 0, 1  # the request whose own token is the block's last, and w
 USERS = 2  # requests that hold it
 NEXT, PREVIOUS = 3, 4  # in the line of free blocks
 SAME = 5  # the next oldest block of the same identity; NONE
-LAST = 6  # of the oldest: the newest of the same identity
+LAST = 6  # of the oldest: the newest of the same identity; NONE for the others
 NAMED = 7  # a slot of the table of identities, not of the block here: the oldest block of one; NONE
 _MOST_VERSIONS = 0x7FFFFFFF
 
@@ -131,11 +131,12 @@ def _name(blocks, mask, b, owner, position):
     """Give block `b` its identity: it can be found from now on, behind those that have the same."""
     slot = slot_of(blocks, mask, owner, position)
     blocks[b, OWNER], blocks[b, POSITION] = owner, position
-    blocks[b, SAME], blocks[b, LAST] = NONE, b
     first = blocks[slot, NAMED]
+    blocks[b, SAME] = NONE
     if first == NONE:
-        blocks[slot, NAMED] = b
+        blocks[slot, NAMED] = blocks[b, LAST] = b
     else:
+        blocks[b, LAST] = NONE
         blocks[blocks[first, LAST], SAME] = b
         blocks[first, LAST] = b
 
@@ -180,6 +181,18 @@ def _empty_slot(blocks, mask, gap):
     blocks[gap, NAMED] = NONE
 
 
+@kernel()
+def _behind(blocks, mask, before, owner, position):
+    """The first block of that identity, NONE if there is none; `before` is the one before it in a chain, or any.
+
+    Who left a chain left its last block first, so that most often the line of free blocks says where the next one is.
+    """
+    b = blocks[before, PREVIOUS]
+    if blocks[b, OWNER] == owner and blocks[b, POSITION] == position and blocks[b, LAST] != NONE:
+        return b
+    return blocks[slot_of(blocks, mask, owner, position), NAMED]
+
+
 @kernel(outline=True)
 def find(sim, prompt, prefixes, blocks, r):
     """Number of cached blocks that waiting request `r`, of `prompt` tokens, would share, from its first one on.
@@ -195,8 +208,9 @@ def find(sim, prompt, prefixes, blocks, r):
     for _ in range(r + 1):  # from its own tokens back to those of the root: the first block that is missing counts
         first = prefixes[owner].shared_tokens >> sim.block_bits
         used = 0
+        b = sim.total_blocks
         for position in range(first, stop):
-            b = blocks[slot_of(blocks, sim.table_mask, owner, position), NAMED]
+            b = _behind(blocks, sim.table_mask, b, owner, position)
             if b == NONE:
                 found, in_use = position, 0
                 break
@@ -240,6 +254,7 @@ def link(blocks, b, before):
 
 @kernel()
 def unlink(blocks, b):
+    """Take block `b` out of the line of free ones."""
     after, before = blocks[b, NEXT], blocks[b, PREVIOUS]
     blocks[before, NEXT], blocks[after, PREVIOUS] = after, before
 

@@ -186,6 +186,7 @@ def _check_places(state: State, k: int, require: Any) -> None:
         while b != NONE and len(seen) <= total:
             same = (owner[b], position_of[b]) == (owner[first], position_of[first])
             require(same, "equal blocks have two identities")
+            require(b == first or places[b, LAST] == NONE, "a block is taken for the oldest of its equals")
             seen.append(b)
             last, b = b, int(places[b, SAME])
         require(places[first, LAST] == last, "the newest of equal blocks is not the last")
