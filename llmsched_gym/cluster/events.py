@@ -152,9 +152,9 @@ def _enter_next(s, c, of, env):
 
 
 @kernel(inline="always")
-def begin(s, c, env, k):
+def begin(s, c, env, k, lane):
     """Execute the batch that lane `k` has formed; an empty one lets it idle until somebody comes, or its next look."""
-    lane, node, world = lane_of(s, k), c.nodes[k], s.worlds[env]
+    node, world = c.nodes[k], s.worlds[env]
     num_replicas = s.sims.shape[0] // s.episodes.shape[0]
     sim = lane.sim
     apply_batch(lane, world)
@@ -313,5 +313,5 @@ def advance(s, c, env, schedule, forms, router, routes, decode_route, to_the_end
                 route.lane = k
                 return FORM
             schedule(lane)
-        begin(s, c, env, k)
+        begin(s, c, env, k, lane)
     return MORE

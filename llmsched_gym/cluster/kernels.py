@@ -37,7 +37,8 @@ def send(s, c, env, r, replica):
 @entry()
 def begin(s, c, env, k):
     """Execute the batch that lane `k` has formed."""
-    events.begin(unpack(s), unpack_nodes(c), env, k)
+    state = unpack(s)
+    events.begin(state, unpack_nodes(c), env, k, lane_of(state, k))
 
 
 @entry()
