@@ -2,23 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import typer
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("prometheus_client")
 
 from fake_server import FakeServer, Plan
 
-from llmsched_gym.cli import main
+from llmsched_gym.cli import app, main
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation.store import read_rows
 from llmsched_gym.serving.saved import read_saved
@@ -165,6 +168,34 @@ def test_failures_are_said_and_their_rows_stand(trace, tmp_path, capsys):
     assert f"seed 0: {lost} of 20 failed: " in error and "HTTP 500" in error
     text = (tmp_path / "out" / "report.md").read_text()
     assert "of requests failed and count as misses: stock:" in text
+
+
+def test_labels_that_were_measured_in_other_ways_stand_side_by_side(trace, tmp_path):
+    out = tmp_path / "out"
+    for label, server, more in (
+        ("a", {}, []),
+        ("b", {"usage": False}, ["--check-metrics"]),
+        ("c", {"refuses": ("ids",)}, []),
+    ):
+        with FakeServer(Plan(per_chunk=2), **server) as fake:
+            assert main([*arguments(trace, out, label, url=fake.url, seeds=1), *more]) == 0
+    rows = read_rows(out)
+    assert [row["policy"] for row in rows] == ["a", "b", "c"]
+    assert [row["counted_by"] for row in rows] == ["usage", "total", "usage"]
+    assert [row["metrics_agree"] is None for row in rows] == [True, False, True]
+    text = (out / "report.md").read_text()
+    assert "a, c: between tokens: every chunk says" in text and "b: between tokens: the end of the stream" in text
+    assert "c: fake, version 1.2.3; prompts are text of so many words" in text
+
+
+def test_the_page_on_deploying_uses_options_that_there_are(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^llmsched (\S+)(.*)$", page, re.MULTILINE)
+    assert {name for name, _ in commands} == {"trace", "evaluate", "serve-bench", "report"}
+    group = typer.main.get_command(app)
+    for name, rest in commands:
+        known = {option for parameter in group.commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, (name, rest)
 
 
 # What is wrong

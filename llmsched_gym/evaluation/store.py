@@ -150,7 +150,7 @@ class Store:
         self._join("requests", len(rows))
         self._join("steps", len(rows))
         replace_file(self.out / "itl.parquet", lambda path: self._itl(len(rows)).to_parquet(path, index=False))
-        replace_file(self.out / "runs.parquet", lambda path: _write_rows(rows, path))
+        replace_file(self.out / "runs.parquet", lambda path: write_rows(rows, path))
         shutil.rmtree(self.partial)
 
     def _parts(self, kind: str, num_cells: int) -> list[Path]:
@@ -227,7 +227,8 @@ def read_rows(out: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write rows as ``runs.parquet`` holds them; a column without a figure is one of numbers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

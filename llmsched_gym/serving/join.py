@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config import ConfigError
-from llmsched_gym.evaluation.store import lock_folder, read_rows
+from llmsched_gym.evaluation.store import lock_folder, read_rows, write_rows
 from llmsched_gym.files import dumps, replace_file, write_text
 
-TABLES = ("runs", "requests", "itl")
+TABLES = ("requests", "itl")
 SAME = ("scenario", "qps", "seeds", "first_seed")
 """What labels of a folder have in common, the model's name apart: the requests, what is expected of a server."""
 
@@ -57,9 +57,10 @@ def join(out: str | Path) -> list[dict[str, Any]]:
         for name in TABLES:
             frames = [pd.read_parquet(part / f"{name}.parquet") for part in parts]
             whole = pd.concat(frames, ignore_index=True)
-            if "policy" in whole:
-                whole["policy"] = whole["policy"].astype("category" if name == "requests" else "object")
+            whole["policy"] = whole["policy"].astype("category" if name == "requests" else "object")
             replace_file(folder / f"{name}.parquet", partial(whole.to_parquet, index=False))
+        rows = [row for part in parts for row in read_rows(part)]
+        replace_file(folder / "runs.parquet", partial(write_rows, rows))
         config = dict(known[complete[0]])
         config["policies"] = complete
         config["setup"] = "; ".join(str(known[label].get("setup", label)) for label in complete)
@@ -70,7 +71,7 @@ def join(out: str | Path) -> list[dict[str, Any]]:
         raise ConfigError(f"out: cannot write to {folder}: {error.strerror or error}") from None
     finally:
         os.close(lock)
-    return [row for part in parts for row in read_rows(part)]
+    return rows
 
 
 def _asked(config: dict[str, Any]) -> dict[str, Any]:

@@ -146,10 +146,13 @@ class Load:
         self._count(r)
 
     def _cancel_turns(self, r: int) -> None:
-        for turn in self.turns.get(r, ()):
+        """Cancel all who come behind `r`: none of them has been planned."""
+        lost = list(self.turns.get(r, ()))
+        while lost:
+            turn = lost.pop()
             self.is_cancelled[turn] = True
-            self._cancel_turns(turn)
             self._count(turn)
+            lost += self.turns.get(turn, ())
 
     def _count(self, r: int) -> None:
         if not self.table.cohort_start <= r < self.table.cohort_stop:
