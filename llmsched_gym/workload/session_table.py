@@ -10,7 +10,7 @@ import numpy as np
 from llmsched_gym.config import Scenario
 from llmsched_gym.workload.arrivals import Arrivals, arrivals_until, first_guess, measured_arrivals
 from llmsched_gym.workload.identity import shares_of_turns
-from llmsched_gym.workload.sessions import SessionModel, Sessions, SessionStream, join
+from llmsched_gym.workload.sessions import DrawsSessions, Sessions, SessionStream, join
 from llmsched_gym.workload.streams import (
     COST_SCALE,
     PAST_GAP_STREAM,
@@ -82,16 +82,20 @@ def _sessions_for(stream: Stream, start: int, num_requests: int) -> int:
         n = start + 2 * (n - start)
 
 
-def in_mid_life(scenario: Scenario, model: SessionModel, seed: int, qps: float) -> tuple[Past, Coming]:
+def in_mid_life(scenario: Scenario, model: DrawsSessions, seed: int, qps: float) -> tuple[Past, Coming]:
     """Sessions that began before time 0 and are not over: what is past of them, and when and how each goes on.
 
     They began at the times of a Poisson process of the episode's mean rate, whatever its arrivals, and went on by a
     nominal timetable: a turn takes half its TTFT SLO and half the strict TBT SLO for every further token. Whatever came
     before 0 is over by then; of each session its last such turn is left, whose context has all those before it.
     """
-    longest_s = model.max_turns * (
-        _nominal_s(scenario, float(max(model.first_tokens.high, model.new_tokens.high)), model.output_tokens.high)
-        + model.think_s.high
+    longest_s = max(
+        part.max_turns
+        * (
+            _nominal_s(scenario, float(max(part.first_tokens.high, part.new_tokens.high)), part.output_tokens.high)
+            + part.think_s.high
+        )
+        for part in model.parts
     )
     n = first_guess(qps * longest_s)
     began_s = -np.cumsum(rng(seed, PAST_GAP_STREAM).standard_exponential(n)) / qps
