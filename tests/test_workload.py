@@ -129,7 +129,7 @@ def test_quantiles_of_a_trace_made_by_hand(tmp_path):
 
 def test_describe_workloads():
     rows = {row["name"]: row for row in describe_workloads()}
-    assert set(rows) == set(WORKLOADS) == {"sharegpt", "azure-conv", "chat", "agents"}
+    assert set(rows) == set(WORKLOADS) == {"sharegpt", "azure-conv", "chat", "agents", "mixed"}
     assert set(length_workloads()) == {"sharegpt", "azure-conv"}
     assert rows["sharegpt"]["prompt_tokens"]["p50"] == 1730 and "Apache-2.0" in rows["sharegpt"]["source"]
     assert rows["azure-conv"]["output_tokens"]["p90"] == 424 and "CC-BY" in rows["azure-conv"]["source"]
@@ -166,7 +166,7 @@ def test_damaged_workload_files(tmp_path, change, message):
 
 
 def test_unknown_workloads(tmp_path):
-    with pytest.raises(ConfigError, match="workload: expected one of agents, azure-conv, chat, sharegpt"):
+    with pytest.raises(ConfigError, match="workload: expected one of agents, azure-conv, chat, mixed, sharegpt"):
         make_table(finite(workload="sharegtp"), 0)
     with pytest.raises(ConfigError, match="cannot read"):
         make_table(finite(workload=str(tmp_path / "gone.json")), 0)

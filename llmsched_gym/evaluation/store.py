@@ -29,6 +29,7 @@ from llmsched_gym.cost import split_name
 from llmsched_gym.evaluation.cells import part_path
 from llmsched_gym.files import dumps, encode, make_folder, replace_file, write_text
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.workload.mixture import workload_files
 
 ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.log10(0.02), -5.0, 105)[1:], [1.0]])
 """Where the distribution of gaps is sampled, (400,): evenly, then finer and finer into the tail."""
@@ -71,8 +72,9 @@ def _code_digest(scenario: Scenario, policies: Sequence[str]) -> str:
                 origin = Path(spec.origin)
                 data.append(origin.parent if origin.name == "__init__.py" else origin)
     profiles = (split_name(name)[0] for name in (scenario.profile, scenario.scheduler_profile) if name)
-    given = (*profiles, scenario.workload, scenario.trace)
+    given = (*profiles, scenario.trace)
     data += [Path(name) for name in given if name and Path(name).is_file()]
+    data += workload_files(scenario.workload) if scenario.trace is None else ()
     return sources.digest(modules, data=data)
 
 

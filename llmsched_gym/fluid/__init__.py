@@ -4,7 +4,17 @@ Derivation, assumptions and what the bound leaves out: docs/theory.md.
 """
 
 from llmsched_gym.fluid.capacity import exclusive_capacity, exclusive_factor, fluid_capacity
+from llmsched_gym.fluid.cluster import ClusterFluid, cluster_fluid
 from llmsched_gym.fluid.solution import Fluid
 from llmsched_gym.fluid.work import Work, mean_work
 
-__all__ = ["Fluid", "Work", "exclusive_capacity", "exclusive_factor", "fluid_capacity", "mean_work"]
+__all__ = [
+    "ClusterFluid",
+    "Fluid",
+    "Work",
+    "cluster_fluid",
+    "exclusive_capacity",
+    "exclusive_factor",
+    "fluid_capacity",
+    "mean_work",
+]

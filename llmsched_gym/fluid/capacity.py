@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llmsched_gym.config import Scenario
+from llmsched_gym.config import ClusterScenario, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.fluid.additive import by_size
+from llmsched_gym.fluid.cluster import cluster_capacity
 from llmsched_gym.fluid.mixed import by_composition
 from llmsched_gym.fluid.solution import Fluid
 from llmsched_gym.fluid.work import scenario_work
@@ -28,8 +29,11 @@ def fluid_capacity(scenario: Scenario, profile: Profile | None = None) -> Fluid:
 
     Of a workload of sessions it is in sessions per second; with prefix caching at the hit rate of an infinite cache.
 
-    A profile other than the scenario's may be given.
+    Of several replicas it is that of all of them, see `cluster`; of one of them where a profile is given. Elsewhere, too,
+    a profile other than the scenario's may be given.
     """
+    if profile is None and isinstance(scenario, ClusterScenario):
+        return cluster_capacity(scenario)
     profile = profile or load_profile(scenario.profile)
     blocks = scenario.blocks(profile.num_kv_blocks)
     program = by_size if profile.surface is None else by_composition

@@ -137,8 +137,9 @@ def attention(
     surface = profile.surface
     assert surface is not None
     context = (work.kv_tokens - work.prefill_kv_tokens) / max(work.decode_tokens, 1e-12)
-    pairs = work.pairs / work.prefill_tokens  # of a prompt token, on average
-    longest = max(2 * work.own_pairs / work.prefill_tokens - 1, 1.0)  # tokens computed around a prompt token
+    prefill_tokens = max(work.prefill_tokens, 1e-12)
+    pairs = work.pairs / prefill_tokens  # of a prompt token, on average
+    longest = max(2 * work.own_pairs / prefill_tokens - 1, 1.0)  # tokens computed around a prompt token
     has_chunk, has_decodes = chunk_tokens > 0, decodes > 0
     parts = np.maximum(chunk_tokens / longest, 1.0)
     each = np.maximum(chunk_tokens, 1.0) / parts

@@ -11,7 +11,8 @@ import numpy as np
 from llmsched_gym.config import Scenario, blocks_needed
 from llmsched_gym.workload.generate import arrival_kind, trace_of
 from llmsched_gym.workload.lengths import load_lengths
-from llmsched_gym.workload.sessions import SessionModel, Sessions, SessionStream, load_sessions
+from llmsched_gym.workload.mixture import load_sessions
+from llmsched_gym.workload.sessions import DrawsSessions, Sessions, SessionStream
 from llmsched_gym.workload.traces import Trace, cached_trace
 
 LATTICE = 1 << 18
@@ -78,7 +79,7 @@ def _trace_work(scenario: Scenario, trace: Trace, num_blocks: int) -> Work:
 
 
 @functools.lru_cache(maxsize=4)
-def _drawn(model: SessionModel, max_model_len: int) -> Sessions:
+def _drawn(model: DrawsSessions, max_model_len: int) -> Sessions:
     """Sessions that stand for those of a model."""
     return SessionStream(model, np.random.default_rng(0), max_model_len).first(SESSIONS)
 

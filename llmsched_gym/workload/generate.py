@@ -20,8 +20,9 @@ from llmsched_gym.workload.arrivals import (
     random_arrivals,
 )
 from llmsched_gym.workload.lengths import load_lengths
+from llmsched_gym.workload.mixture import load_sessions
 from llmsched_gym.workload.session_table import drawn_in_mid_life, make_session_table, traced_in_mid_life
-from llmsched_gym.workload.sessions import SessionStream, load_sessions
+from llmsched_gym.workload.sessions import SessionStream
 from llmsched_gym.workload.streams import (
     BACKLOG,
     COST_SCALE,

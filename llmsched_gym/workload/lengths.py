@@ -112,9 +112,14 @@ def read_workload(workload: str) -> tuple[dict[str, Any], Path]:
 def has_sessions(data: dict[str, Any]) -> bool:
     """Whether a workload's requests come in sessions, each after the one before it; ConfigError for another kind."""
     kind = data.get("kind", "lengths")
-    if kind not in ("lengths", "sessions"):
-        raise ConfigError(f"kind: expected sessions, or none for a length distribution, got {kind!r}")
-    return bool(kind == "sessions")
+    if kind not in ("lengths", "sessions", "mixture"):
+        raise ConfigError(f"kind: expected sessions or mixture, or none for a length distribution, got {kind!r}")
+    return bool(kind != "lengths")
+
+
+def is_mixture(data: dict[str, Any]) -> bool:
+    """Whether a workload's sessions are those of several others (see `mixture`)."""
+    return bool(data.get("kind") == "mixture")
 
 
 @functools.lru_cache(maxsize=16)

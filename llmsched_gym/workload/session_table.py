@@ -16,7 +16,7 @@ from llmsched_gym.workload.arrivals import (
     measured_arrivals,
 )
 from llmsched_gym.workload.identity import shares_of_turns
-from llmsched_gym.workload.sessions import SessionModel, Sessions, SessionStream, join
+from llmsched_gym.workload.sessions import DrawsSessions, Sessions, SessionStream, join
 from llmsched_gym.workload.streams import (
     COST_SCALE,
     PAST_GAP_STREAM,
@@ -92,14 +92,18 @@ def _sessions_for(stream: Stream, start: int, num_requests: int) -> int:
         n = start + 2 * (n - start)
 
 
-def drawn_in_mid_life(scenario: Scenario, model: SessionModel, seed: int, qps: float) -> tuple[Past, Coming]:
+def drawn_in_mid_life(scenario: Scenario, model: DrawsSessions, seed: int, qps: float) -> tuple[Past, Coming]:
     """Sessions of a workload in mid-life, see `in_mid_life`.
 
     They began at the times of a Poisson process of the episode's mean rate, whatever its arrivals.
     """
-    longest_s = model.max_turns * (
-        _nominal_s(scenario, float(max(model.first_tokens.high, model.new_tokens.high)), model.output_tokens.high)
-        + model.think_s.high
+    longest_s = max(
+        part.max_turns
+        * (
+            _nominal_s(scenario, float(max(part.first_tokens.high, part.new_tokens.high)), part.output_tokens.high)
+            + part.think_s.high
+        )
+        for part in model.parts
     )
     n = first_guess(qps * longest_s)
     began_s = -np.cumsum(rng(seed, PAST_GAP_STREAM).standard_exponential(n)) / qps

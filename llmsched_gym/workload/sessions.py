@@ -9,17 +9,13 @@ itself, so that it is the same however many are drawn.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from llmsched_gym.config import ConfigError
-from llmsched_gym.files import version_of
-from llmsched_gym.workload.lengths import has_sessions, read_workload
 
 TURNS, SPREAD, SYSTEM, SLO, TTFT, SPARE = range(6)
 """Draws of a session, by position; those of its turns come behind them."""
@@ -73,6 +69,11 @@ class SessionModel:
     system_tokens: np.ndarray  # (num_systems,) int64, lengths of the system prompts
     system_bounds: np.ndarray  # (num_systems,) cumulated shares of sessions; the rest has none
     max_output_tokens: int  # the most that a client accepts
+
+    @property
+    def parts(self) -> tuple[SessionModel, ...]:
+        """What it is a mixture of: itself."""
+        return (self,)
 
     @property
     def max_turns(self) -> int:
@@ -185,10 +186,28 @@ def join(parts: list[Sessions]) -> Sessions:
     return Sessions(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 
 
+class DrawsSessions(Protocol):
+    """What sessions are drawn from: a model, or a mixture of several."""
+
+    @property
+    def parts(self) -> tuple[SessionModel, ...]:
+        """The models that sessions are of."""
+        ...
+
+    @property
+    def draws(self) -> int:
+        """Uniforms of a session."""
+        ...
+
+    def sessions(self, uniforms: np.ndarray, max_model_len: int) -> Sessions:
+        """Sessions from uniforms in [0, 1) of shape (n, `draws`)."""
+        ...
+
+
 class SessionStream:
     """An endless stream of sessions; a longer call repeats a shorter one exactly."""
 
-    def __init__(self, model: SessionModel, rng: np.random.Generator, max_model_len: int) -> None:
+    def __init__(self, model: DrawsSessions, rng: np.random.Generator, max_model_len: int) -> None:
         self._model, self._rng, self._max_model_len = model, rng, max_model_len
         self._parts: list[Sessions] = [model.sessions(rng.random((0, model.draws)), max_model_len)]
         self._drawn = 0
@@ -202,17 +221,6 @@ class SessionStream:
             self._drawn += len(uniforms)
         self._parts = [join(self._parts)]
         return self._parts[0] if self._drawn == n else self._parts[0].select(np.arange(n))
-
-
-def load_sessions(workload: str) -> SessionModel | None:
-    """The sessions of a workload by name or file, cached until the file changes; None if it has none."""
-    data, path = read_workload(workload)
-    return _parsed(path, *version_of(path)) if has_sessions(data) else None
-
-
-@functools.lru_cache(maxsize=16)
-def _parsed(path: Path, absolute: Path, version: tuple[int, ...]) -> SessionModel:
-    return parse_sessions(read_workload(str(path))[0], str(path))
 
 
 def parse_sessions(data: dict[str, Any], where: str) -> SessionModel:
