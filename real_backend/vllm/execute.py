@@ -65,7 +65,8 @@ class ExecutesBatches:
         admit = batch.admit
         if admit is None:
             admit = [name for name in tokens if self.requests[name].status != RequestStatus.RUNNING]
-        self._put_first(admit)
+        if admit:
+            self._put_first(admit)
         if len(tokens) - len(admit) < len(self.running):
             following = self.current_step + 2  # vLLM counts the step that begins first
             for request in self.running:
@@ -91,7 +92,7 @@ class ExecutesBatches:
         planned = self._planned.get(request.request_id)
         if planned is None:
             return 0 if self.is_scheduled(request.request_id) else num_new_tokens
-        return min(planned, num_new_tokens)
+        return planned if planned < num_new_tokens else num_new_tokens
 
     def _preempt_now(self, name: str) -> None:
         request = self.requests[name]

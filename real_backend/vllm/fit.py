@@ -22,21 +22,23 @@ class OnlineFit:
     def __init__(self) -> None:
         self.gram = np.zeros((4, 4))  # of the terms
         self.moment = np.zeros(4)  # terms against seconds
-        self.count = 0
         self.coefficients: np.ndarray | None = None  # base, token, pair, kv in seconds; (4,) float64
+        self._new: list[tuple[float, float, float, float]] = []
 
     def add(self, tokens: float, pairs: float, kv_tokens: float, seconds: float) -> bool:
         """Take a measured batch in; whether the coefficients have been fitted anew."""
         if not seconds > 0.0:
             return False
-        terms = np.array([1.0, tokens, pairs, kv_tokens]) / seconds
-        self.gram *= FORGET
-        self.gram += terms[:, None] * terms
-        self.moment *= FORGET
-        self.moment += terms
-        self.count += 1
-        if self.count < FIRST or (self.count % EVERY and self.coefficients is not None):
+        self._new.append((tokens, pairs, kv_tokens, seconds))
+        if len(self._new) < (FIRST if self.coefficients is None else EVERY):
             return False
+        batches = np.array(self._new)
+        self._new.clear()
+        terms = np.column_stack([np.ones(len(batches)), batches[:, :3]]) / batches[:, 3:]
+        weights = FORGET ** np.arange(len(batches))[::-1]
+        kept = FORGET ** len(batches)
+        self.gram = kept * self.gram + (weights * terms.T) @ terms
+        self.moment = kept * self.moment + weights @ terms
         self.coefficients = self._solve()
         return True
 

@@ -34,6 +34,7 @@ class Formed(NamedTuple):
     admitted: list[int]  # of `rows`, in order
     preempted: list[int]  # before it, the one whose turn comes last first
     refused: list[int]
+    num_deferred: int  # running ones that get nothing
 
 
 class Booked(NamedTuple):
@@ -79,14 +80,13 @@ class Lane:
         self.engine.reset(RequestTable.of([NEVER_S], [1], [1]))
         self._take_table_away()
         most = self.engine.state.running.shape[1]
-        self.max_num_seqs = most
         self._formed = np.zeros((3, most), np.int32)
         self._emitted = np.zeros(most, np.int32)
         self.births = np.zeros(capacity, np.int64)  # which of all requests a row has; 0 for none
         self.served = np.zeros((capacity, NUM_SERVED))
         self.num_born = 0
         self._last = -1
-        self._counted = 0, 0
+        self._new = 0, 0  # requests and their prompt tokens since the last step began
         compiled = getattr(scheduler, "kernel", None)
         self._decide = None if compiled is None or hasattr(scheduler, "decide") else kernels.make_decider(compiled)
         state = self.engine.state
@@ -106,10 +106,10 @@ class Lane:
         """The replica's record."""
         return self.engine.state.sims[0]
 
-    @property
-    def batch(self) -> Any:
-        """The record of the batch in hand."""
-        return self.engine.state.batches[0]
+    def work(self) -> tuple[int, float, float]:
+        """Tokens, query-key pairs and KV tokens of the batch in hand."""
+        found: tuple[int, float, float] = kernels.work_of(self.engine.handle, 0)
+        return found
 
     def _free_row(self) -> int:
         births = self.births
@@ -147,30 +147,15 @@ class Lane:
         kernels.forget(handle, 0, self.served, r)
         kernels.arrive(handle, 0, r)
         state.requests[0, r].num_computed_tokens = computed
+        self._new = self._new[0] + 1, self._new[1] + request.prompt_tokens
         self.num_born += 1
         self.births[r] = self.num_born
         return r
 
-    def pass_time(self, now_s: float) -> None:
-        """Set the clock, seconds; what has come since the last call enters the averages of arrivals."""
-        episode = self.engine.state.episodes[0]
-        arrived = int(episode.num_arrived), int(episode.arrived_tokens)
-        new = arrived[0] - self._counted[0], arrived[1] - self._counted[1]
-        self._counted = arrived
-        kernels.pass_time_live(self.engine.handle, 0, now_s, *new)
-
-    def see_limits(self, free_blocks: int, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        """What the server can give now."""
-        sim = self.sim
-        sim.max_num_seqs = max(0, min(max_num_seqs, self.max_num_seqs))
-        sim.max_num_batched_tokens = max_num_batched_tokens
-        kernels.see_memory(self.engine.handle, 0, free_blocks)
-
-    @property
-    def has_work(self) -> bool:
-        """Whether anybody waits or runs."""
-        sim = self.sim
-        return bool(sim.num_waiting + sim.num_running)
+    def begin(self, now_s: float, free_blocks: int, most_seqs: int, server_running: int, most_tokens: int) -> None:
+        """A step begins at `now_s`: the clock, and what the server can give; see ``begin`` of the kernels."""
+        new, self._new = self._new, (0, 0)
+        kernels.begin(self.engine.handle, 0, now_s, *new, free_blocks, most_seqs, server_running, most_tokens)
 
     def form(self) -> Formed:
         """Let the scheduler decide, and apply its batch."""
@@ -179,14 +164,17 @@ class Lane:
             self._decide(engine.handle, 0)
         else:
             engine.decide(self.scheduler)
-        state, batch = engine.state, self.batch
-        refused = state.refuse[0, : batch.num_refuse].tolist() if batch.num_refuse else []
-        count, admitted, preempted = kernels.apply_live(engine.handle, 0, self._formed)
-        rows, tokens = self._formed[0, :count].tolist(), self._formed[1, :count].tolist()
-        running = int(self.sim.num_running)
-        new = state.running[0, running - admitted : running].tolist() if admitted else []
-        gone = self._preempted(preempted) if preempted else []
-        return Formed(rows, tokens, new, gone, refused)
+        state, formed = engine.state, self._formed
+        count, admitted, preempted, refused, running = kernels.apply_live(engine.handle, 0, formed)
+        rows, tokens = formed[:2, :count].tolist()
+        return Formed(
+            rows,
+            tokens,
+            state.running[0, running - admitted : running].tolist() if admitted else [],
+            self._preempted(preempted) if preempted else [],
+            state.refuse[0, :refused].tolist() if refused else [],
+            running - count,
+        )
 
     def _preempted(self, count: int) -> list[int]:
         """Who was preempted, so that preempting them one by one leaves the line as it is."""
@@ -210,9 +198,8 @@ class Lane:
         """Seconds that the applied batch is expected to take, as batches have lately taken against predictions."""
         return float(kernels.expect(self.engine.handle, 0))
 
-    def book(self, end_s: float) -> Booked:
-        """The applied batch ends at `end_s`: its tokens are there."""
-        start_s = float(self.sim.clock_s)
+    def book(self, start_s: float, end_s: float) -> Booked:
+        """The applied batch, whose step began at `start_s`, ends at `end_s`: its tokens are there."""
         count, booked_s = kernels.commit_live(self.engine.handle, 0, end_s - start_s, self._emitted)
         emitted = self._emitted[:count].copy()
         return Booked(emitted, self.births[emitted], start_s, float(booked_s))

@@ -49,32 +49,34 @@ def arrive(s, k, r):
 
 
 @entry()
-def pass_time_live(s, k, now_s, arrivals, tokens):
-    """The clock of lane `k` is `now_s`; so many requests with so many prompt tokens have come since the last call."""
+def begin(s, k, now_s, arrivals, tokens, free_blocks, most_seqs, server_running, most_tokens):
+    """A step of lane `k` begins at `now_s`, so many requests with so many prompt tokens having come since the last.
+
+    The server has `free_blocks`: what running prompts have been promised of them is not free to the scheduler. Of its
+    `most_seqs` sequences `server_running` run, with those that the lane does not know of or has booked as finished.
+    """
     lane = lane_of(s, k)
-    lane.sim.clock_s = now_s
-    if now_s >= lane.sim.next_expiry_s:
+    sim = lane.sim
+    sim.clock_s = now_s
+    if now_s >= sim.next_expiry_s:
         expire(lane)
     average(lane.episode, arrivals, tokens, now_s)
-
-
-@entry()
-def see_memory(s, k, free_blocks):
-    """The server has `free_blocks`: of these, what running prompts have been promised is not free to the scheduler."""
-    lane = lane_of(s, k)
     promised = 0
-    if lane.sim.admission == BY_PROMPT:
-        for i in range(lane.sim.num_running):
+    if sim.admission == BY_PROMPT:
+        for i in range(sim.num_running):
             request = lane.requests[lane.running[i]]
-            promised += max(0, request.num_blocks - blocks_for(lane.sim, request.num_computed_tokens))
-    lane.sim.free_blocks = free_blocks - promised
+            promised += max(0, request.num_blocks - blocks_for(sim, request.num_computed_tokens))
+    sim.free_blocks = free_blocks - promised
+    sim.max_num_seqs = max(1, most_seqs - (server_running - sim.num_running))
+    sim.max_num_batched_tokens = most_tokens
 
 
 @entry()
 def apply_live(s, k, formed):
     """Apply the decided batch; fills `formed`, int32 of shape (3, max_num_seqs): requests, tokens, who was preempted.
 
-    Returns how many items there are, how many requests were admitted (the last of ``running``) and how many preempted.
+    Returns how many items there are, how many requests were admitted (the last of ``running``), how many preempted and
+    refused, and how many run now.
     """
     lane, world = lane_of(s, k), s.worlds[k]
     before = lane.sim.num_running
@@ -94,7 +96,8 @@ def apply_live(s, k, formed):
             formed[ROWS, count] = r
             formed[TOKENS, count] = lane.requests[r].num_scheduled_tokens
             count += 1
-    return count, lane.sim.num_running - (before - preempted), preempted
+    running = lane.sim.num_running
+    return count, running - (before - preempted), preempted, lane.batch.num_refuse, running
 
 
 @entry()
@@ -126,6 +129,13 @@ def commit_live(s, k, duration_s, emitted):
     lane.sim.next_departure_s = math.inf
     episode.num_resolved = 0  # nobody settles them
     return count, end_s
+
+
+@entry()
+def work_of(s, k):
+    """Tokens, query-key pairs and KV tokens of the batch in hand."""
+    batch = lane_of(s, k).batch
+    return batch.num_tokens, batch.pairs, batch.kv_tokens
 
 
 @entry()

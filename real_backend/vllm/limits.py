@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 FOREIGN_SHARE = 2  # of the token budget, requests that go by vLLM's own order are left at most one such part
 
@@ -33,7 +33,8 @@ def stock_reason(scheduler: Any) -> str | None:
 def is_foreign(request: Request) -> bool:
     """Whether a request goes by vLLM's own order beside those that are scheduled."""
     return bool(
-        request.mm_features
+        request.status != RequestStatus.WAITING  # for a grammar, for remote KV
+        or request.mm_features
         or request.lora_request is not None
         or request.structured_output_request is not None
         or request.pooling_params is not None

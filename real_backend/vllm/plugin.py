@@ -39,9 +39,15 @@ check_version(str(vllm.__version__))
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's, whose handlers print it
 
 DEFAULT_PROFILE = "h100-mistral-7b"  # what a fit begins with, until steps have been measured
+STOCK_POLICY, THRESHOLD = "vllm-v1", 0  # what forms vLLM's own batches; where it keeps its largest chunk
 MOST_IDLE_S = 1.0  # a policy that runs nothing for so long, though work is pending, is passed over
 OLDEST_S = 600.0  # an arrival before that is no time of this machine's clock
 _ENDED = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_REPETITION)
+
+
+def as_server(policy: str, reserves: bool) -> str:
+    """`vllm-v1` without parameters follows the server's own settings; any other policy is what it says."""
+    return f"{STOCK_POLICY}[reserve={str(reserves).lower()}]" if policy == STOCK_POLICY else policy
 
 
 @dataclass
@@ -50,7 +56,7 @@ class Step:
 
     output: SchedulerOutput
     start_s: float
-    work: tuple[float, float, float] | None  # tokens, query-key pairs, KV tokens; None: nothing of the lane runs
+    work: tuple[int, float, float]  # tokens, query-key pairs and KV tokens of the lane's requests
     booked: Booked | None = None
 
 
@@ -60,30 +66,35 @@ class PolicyDecides(ExecutesBatches):
     kv_cache_manager: Any
     max_num_scheduled_tokens: int
     vllm_config: Any
+    rows: dict[str, int] = {}  # noqa: RUF012  # of the lane, by request
+    foreign: dict[str, Request] = {}  # noqa: RUF012  # requests that go by vLLM's own order
+    lane: Lane | None = None  # None: all goes by vLLM's own order
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.options: Options = read_options(self.vllm_config.additional_config, os.environ)
-        policy = make_scheduler(self.options.policy)
+        config = self.vllm_config.scheduler_config
+        policy = make_scheduler(as_server(self.options.policy, config.scheduler_reserve_full_isl))
         self.metrics = Metrics(self.options.metrics_port)
         self.clock = time.perf_counter
         self.zero_s, self.wall_zero_s = time.perf_counter(), time.time()
-        self.rows: dict[str, int] = {}  # of the lane, by request
-        self.foreign: dict[str, Request] = {}
+        self.rows = {}
+        self.foreign = {}
         self.names: dict[int, str] = {}
-        self.lane: Lane | None = None
         self._promised: set[int] = set()
         self._steps: deque[Step] = deque()
         self._open: Step | None = None  # the last one, while its batch is not booked
         self._last_end_s = self._idle_since_s = -math.inf
         self._is_idle = False
-        self._failures = 0
+        self._failures = self._threshold = 0
         self._fit = OnlineFit() if self.options.profile is None else None
         reason = stock_reason(self)
         if reason is not None:
             logger.warning("llmsched: %s: all requests go by vLLM's own order", reason)
             return
         self.lane = Lane(self._scenario(policy), load_profile(self.options.profile or DEFAULT_PROFILE), policy)
+        if self.options.policy == STOCK_POLICY:
+            self._threshold = config.long_prefill_token_threshold
         logger.info("llmsched: policy %s, %s", self.options.policy, self.options.profile or "a profile fitted online")
 
     def _scenario(self, policy: Any) -> Scenario:
@@ -175,42 +186,47 @@ class PolicyDecides(ExecutesBatches):
         now_s = self.now_s()
         if self._open is not None:
             now_s = max(now_s, self._book_ahead(now_s))
-        lane.pass_time(now_s)
-        formed = self._form(now_s) if lane.has_work else None
-        if formed is None:
-            output = super().schedule(throttle_prefills)  # type: ignore[misc]
-            if lane.has_work:
-                self._rebook(output, ())
-        else:
-            output = self._execute(formed, throttle_prefills)
-        batch = lane.batch
-        work = (float(batch.num_tokens), float(batch.pairs), float(batch.kv_tokens)) if batch.num_tokens > 0 else None
-        step = Step(output, now_s, work)
-        self._steps.append(step)
-        self._open = step if work is not None else None
-        return output
-
-    def _form(self, now_s: float) -> Formed | None:
-        lane = self.lane
-        assert lane is not None
-        if self._pause_state != PauseState.UNPAUSED:  # type: ignore[attr-defined]
-            lane.clear()
-            self.metrics.count("fallbacks", "paused")
-            return None
         left = self.max_num_scheduled_tokens
         if self.foreign:
             left -= foreign_tokens(self, self.foreign)
         most = self.max_num_active_reqs - self.num_waiting_for_streaming_input  # type: ignore[attr-defined]
-        others = len(self.running) - int(lane.sim.num_running)
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        lane.see_limits(free, max(1, most - others), left)
+        lane.begin(now_s, free, most, len(self.running), left)
+        if self._threshold > 0:
+            lane.engine.state.knobs[0]["own"][THRESHOLD] = self._threshold_now()
+        formed = self._form(lane, now_s) if self.rows else None
+        if formed is not None:
+            output = self._execute(lane, formed, throttle_prefills)
+        else:
+            output = super().schedule(throttle_prefills)  # type: ignore[misc]
+            if self.rows:
+                self._rebook(output, ())
+        work = lane.work()
+        step = Step(output, now_s, work)
+        self._steps.append(step)
+        self._open = step if work[0] > 0 else None
+        return output
+
+    def _threshold_now(self) -> int:
+        """vLLM's largest chunk of a prompt: as told, or adaptively at least a fair share of the budget."""
+        if not self.adaptive_long_prefill_threshold:  # type: ignore[attr-defined]
+            return self._threshold
+        fair = self.vllm_config.scheduler_config.max_num_batched_tokens // max(1, len(self.requests))
+        return max(self._threshold, fair)
+
+    def _form(self, lane: Lane, now_s: float) -> Formed | None:
+        """The policy's batch; None where vLLM's own order is to go on, the lane's batch being empty then."""
+        if self._pause_state != PauseState.UNPAUSED:  # type: ignore[attr-defined]
+            lane.clear()
+            self.metrics.count("fallbacks", "paused")
+            return None
         try:
             formed = lane.form()
         except Exception as error:  # whatever a policy raises must not end the server
             lane.clear()
             self._fall_back(error)
             return None
-        if formed.rows or formed.preempted or formed.refused or len(self._steps) > 0:
+        if formed.rows or formed.preempted or formed.refused or self._steps:
             self._is_idle = False
         elif not self._is_idle:
             self._is_idle, self._idle_since_s = True, now_s
@@ -226,34 +242,27 @@ class PolicyDecides(ExecutesBatches):
             what = f"{type(error).__name__}: {one_line(error)}"
             logger.error("llmsched: policy %s: %s; such steps go by vLLM's own order", self.options.policy, what)
 
-    def _execute(self, formed: Formed, throttle_prefills: bool) -> SchedulerOutput:
+    def _execute(self, lane: Lane, formed: Formed, throttle_prefills: bool) -> SchedulerOutput:
         names = self.names
         tokens = {names[r]: n for r, n in zip(formed.rows, formed.tokens, strict=True)}
         admit = [names[r] for r in formed.admitted]
         if self.foreign:
-            admit += [name for name, request in self.foreign.items() if self._waits(request)]
+            admit += [name for name, request in self.foreign.items() if request in self.waiting]
         batch = NamedBatch(tokens, [names[r] for r in formed.preempted], [names[r] for r in formed.refused], admit)
-        deferred = len(self.rows) - int(self.lane.sim.num_waiting) - len(tokens)  # type: ignore[union-attr]
-        if deferred > 0:
-            self.metrics.count("deferrals", by=deferred)
+        if formed.num_deferred > 0:
+            self.metrics.count("deferrals", by=formed.num_deferred)
         if formed.preempted:
             self.metrics.count("preemptions", by=len(formed.preempted))
         if formed.refused:
             self.metrics.count("refusals", by=len(formed.refused))
         output = self.execute(batch, throttle_prefills)
-        if output.num_scheduled_tokens != tokens or not self._as_formed(formed.admitted):
+        if output.num_scheduled_tokens != tokens or (admit and not self._as_formed(lane, formed.admitted)):
             self._rebook(output, formed.admitted)
         return output
 
-    def _waits(self, request: Request) -> bool:
-        """Whether a request stands in vLLM's line."""
-        return request.status != RequestStatus.RUNNING and not self._holds_kv_blocks(request)  # type: ignore[attr-defined]
-
-    def _as_formed(self, admitted: list[int]) -> bool:
+    def _as_formed(self, lane: Lane, admitted: list[int]) -> bool:
         """Whether vLLM has found cached of each admitted prompt what the lane knows of."""
-        if not admitted:
-            return True
-        rows = self.lane.engine.state.requests[0]  # type: ignore[union-attr]
+        rows = lane.engine.state.requests[0]
         for r in admitted:
             computed = rows[r].num_computed_tokens + rows[r].num_scheduled_tokens
             if self.requests[self.names[r]].num_computed_tokens != computed:
@@ -282,19 +291,20 @@ class PolicyDecides(ExecutesBatches):
         lane, step = self.lane, self._open
         assert lane is not None and step is not None
         start_s = max(step.start_s, self._last_end_s)
-        step.booked = lane.book(max(now_s, start_s + lane.expected_s()))
+        step.booked = lane.book(step.start_s, max(now_s, start_s + lane.expected_s()))
         self._open = None
         return step.booked.end_s
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """vLLM's own; before it the lane books the batch, which has ended now."""
-        lane, step = self.lane, self._take(scheduler_output)
+        lane = self.lane
+        step = None if lane is None else self._take(scheduler_output)
         if lane is not None and step is not None:
             now_s = self.now_s()
-            if step.work is not None:
+            if step.work[0] > 0:
                 start_s = max(step.start_s, self._last_end_s)
                 if step is self._open:
-                    step.booked, self._open = lane.book(now_s), None
+                    step.booked, self._open = lane.book(step.start_s, now_s), None
                     lane.observe(step.booked)
                 elif step.booked is not None:
                     lane.observe(step.booked, now_s)
@@ -306,23 +316,29 @@ class PolicyDecides(ExecutesBatches):
 
     def _take(self, output: SchedulerOutput) -> Step | None:
         """The step of that output; those before it, whose ends nobody told, are forgotten."""
-        if not any(step.output is output for step in self._steps):
-            return None
-        while True:
-            step = self._steps.popleft()
+        steps = self._steps
+        if steps and steps[0].output is output:
+            return steps.popleft()
+        while any(step.output is output for step in steps):
+            step = steps.popleft()
             if step.output is output:
                 return step
+        return None
 
 
 class SyncScheduler(PolicyDecides, VLLMScheduler):
     """For synchronous scheduling."""
 
 
-class Scheduler(PolicyDecides, VLLMAsyncScheduler):
+class AsyncScheduler(PolicyDecides, VLLMAsyncScheduler):
+    """For asynchronous scheduling."""
+
+
+class Scheduler(AsyncScheduler):
     """The class for ``--scheduler-cls``: made where scheduling is synchronous, it is a :class:`SyncScheduler`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("vllm_config", args[0] if args else None)
-        if cls is Scheduler and config is not None and not config.scheduler_config.async_scheduling:
+        if config is not None and not config.scheduler_config.async_scheduling:
             return SyncScheduler(*args, **kwargs)
         return super().__new__(cls)
