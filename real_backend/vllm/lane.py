@@ -113,7 +113,7 @@ class Lane:
 
     def _free_row(self) -> int:
         births = self.births
-        if np.count_nonzero(births) >= len(births) - 1:
+        if np.count_nonzero(births) == len(births):
             self._grow(2 * len(births))
             births = self.births
         r = self._last

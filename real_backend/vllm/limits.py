@@ -8,6 +8,11 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.request import Request, RequestStatus
 
 FOREIGN_SHARE = 2  # of the token budget, requests that go by vLLM's own order are left at most one such part
+_BLOCKED = (
+    RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR,
+    RequestStatus.WAITING_FOR_REMOTE_KVS,
+    RequestStatus.WAITING_FOR_STREAMING_REQ,
+)
 
 
 def stock_reason(scheduler: Any) -> str | None:
@@ -48,6 +53,8 @@ def foreign_tokens(scheduler: Any, foreign: dict[str, Request]) -> int:
     most = scheduler.max_num_scheduled_tokens // FOREIGN_SHARE
     wanted = 0
     for request in foreign.values():
+        if request.status in _BLOCKED and getattr(request.structured_output_request, "grammar", None) is None:
+            continue
         wanted += max(1, request.num_tokens - request.num_computed_tokens)
         if wanted >= most:
             return int(most)

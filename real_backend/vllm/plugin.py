@@ -247,7 +247,8 @@ class PolicyDecides(ExecutesBatches):
         tokens = {names[r]: n for r, n in zip(formed.rows, formed.tokens, strict=True)}
         admit = [names[r] for r in formed.admitted]
         if self.foreign:
-            admit += [name for name, request in self.foreign.items() if request in self.waiting]
+            # first, since tokens are left to them and whoever is blocked there is passed over
+            admit = [name for name, request in self.foreign.items() if request in self.waiting] + admit
         batch = NamedBatch(tokens, [names[r] for r in formed.preempted], [names[r] for r in formed.refused], admit)
         if formed.num_deferred > 0:
             self.metrics.count("deferrals", by=formed.num_deferred)
