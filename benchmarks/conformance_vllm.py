@@ -76,7 +76,15 @@ class Settings:
 class VLLM:
     """vLLM's scheduler with `kv_blocks` usable blocks, and a model runner that says every token is 1."""
 
-    def __init__(self, settings: Settings, kv_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        kv_blocks: int,
+        max_model_len: int,
+        scheduler_cls: Any = None,
+        additional_config: dict[str, Any] | None = None,
+        is_async: bool = False,
+    ) -> None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import torch
         import vllm
@@ -101,15 +109,16 @@ class VLLM:
                 long_prefill_token_threshold=settings.threshold,
                 scheduler_reserve_full_isl=settings.reserve,
                 enable_chunked_prefill=True,
-                async_scheduling=False,
+                async_scheduling=is_async,
                 is_encoder_decoder=False,
             ),
             cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=settings.prefix_caching),
+            additional_config=additional_config or {},
         )
         num_blocks = kv_blocks + 1  # one of them is the null block
         world.cache_config.num_gpu_blocks = num_blocks
         attention = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=64, dtype=torch.float32)
-        self.scheduler = Scheduler(
+        self.scheduler = (scheduler_cls or Scheduler)(
             vllm_config=world,
             kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], attention)]),
             structured_output_manager=StructuredOutputManager(world),
@@ -119,22 +128,40 @@ class VLLM:
         self.tokens: dict[int, np.ndarray] = {}
         self.resumed: set[int] = set()  # of the last batch, those that come back from a preemption
 
-    def add(self, r: int, prompt_tokens: int, tokens: np.ndarray) -> None:
+    def add(
+        self,
+        r: int,
+        prompt_tokens: int,
+        tokens: np.ndarray,
+        arrival_s: float | None = None,
+        extra_args: dict[str, Any] | None = None,
+    ) -> None:
         """A request whose prompt and output are these tokens."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.request import Request
 
         self.tokens[r] = tokens
-        params = SamplingParams(max_tokens=len(tokens) - prompt_tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=len(tokens) - prompt_tokens, ignore_eos=True, extra_args=extra_args)
         prompt = tokens[:prompt_tokens].tolist()
         self.scheduler.add_request(
-            Request(str(r), prompt, params, None, arrival_time=float(r), block_hasher=self.hasher)
+            Request(
+                str(r),
+                prompt,
+                params,
+                None,
+                arrival_time=float(r) if arrival_s is None else arrival_s,
+                block_hasher=self.hasher,
+            )
         )
 
     def step(self) -> list[tuple[int, int, int]]:
         """Schedule one batch and give every complete context its token; (request, computed, tokens) of each item."""
-        from vllm.v1.outputs import ModelRunnerOutput
+        output, items, tokens = self.form()
+        self.end(output, items, tokens)
+        return items
 
+    def form(self) -> tuple[Any, list[tuple[int, int, int]], list[list[int]]]:
+        """The next batch: vLLM's output, (request, computed, tokens) of each item, and what each will be given."""
         output = self.scheduler.schedule()
         self.resumed = {int(name) for name in output.scheduled_cached_reqs.resumed_req_ids}
         items, tokens = [], []
@@ -143,10 +170,15 @@ class VLLM:
             computed = request.num_computed_tokens  # `schedule` has counted this batch already
             items.append((int(name), computed - n, n))
             tokens.append([int(self.tokens[int(name)][computed])] if computed == request.num_tokens else [])
+        return output, items, tokens
+
+    def end(self, output: Any, items: list[tuple[int, int, int]], tokens: list[list[int]]) -> None:
+        """Hand over the tokens of a batch that was formed."""
+        from vllm.v1.outputs import ModelRunnerOutput
+
         names = [str(r) for r, _, _ in items]
         ran = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
         self.scheduler.update_from_output(output, ran)
-        return items
 
 
 def _block_hasher() -> Any:
