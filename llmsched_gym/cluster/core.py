@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,6 +106,11 @@ class Cluster:
         alike = self.compiled is not None or not is_name
         lanes = self.num_envs * self.num_replicas
         self.schedulers = [first if alike or k == 0 else make_scheduler(scheduler) for k in range(lanes)]
+        for k, one in enumerate(self.schedulers if self.compiled is None else ()):
+            if hasattr(one, "stand_at"):  # a policy, which looks for a lane's features and actions in its own arrays
+                if not is_name:
+                    raise ConfigError("scheduler: expected the name of a policy, which is made for each replica")
+                one.stand_at(k, lanes)
 
     def reserve(self, capacity: int, num_gaps: int = 0) -> None:
         """Make room for so many requests and recorded gaps an environment; if the arrays grow, the handles change."""
@@ -249,9 +254,12 @@ class Cluster:
             return code
 
     def _form(self, env: int, k: int) -> None:
-        """Let a Python scheduler form the batch of lane `k`, and begin it."""
+        """Let a Python scheduler or a policy form the batch of lane `k`, and begin it."""
         scheduler: Any = self.schedulers[k]
-        submit(self.state, scheduler.schedule(View(self.state, self.handle, k)), k)
+        if hasattr(scheduler, "decide"):
+            scheduler.decide(_Lanes(self.state, self.handle), k)
+        else:
+            submit(self.state, scheduler.schedule(View(self.state, self.handle, k)), k)
         kernels.begin(self.handle, self.nodes_handle, env, k)
 
     def _change(self, env: int) -> None:
@@ -294,6 +302,17 @@ class Cluster:
                 self.send(check_replica(name, router.route(view), view.legal), env)
             else:
                 assert code == MORE
+
+
+class _Lanes(NamedTuple):
+    """What policies need of an engine."""
+
+    state: State
+    handle: Any
+
+    def view(self, k: int) -> View:
+        """What a scheduler may see of lane `k`."""
+        return View(self.state, self.handle, k)
 
 
 def _replica(scenario: ClusterScenario, profile: Profile, index: int) -> Replica:

@@ -13,7 +13,7 @@ import math
 from llmsched_gym.engine.batch import open_batch
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.run import advance, noise_due
-from llmsched_gym.engine.state import OWN_MEMORY, lane_of, unpack
+from llmsched_gym.engine.state import OWN_MEMORY, env_of, lane_of, unpack
 from llmsched_gym.engine.step import clear_batch, has_work, is_over
 from llmsched_gym.env.arrays import (
     DISCOUNT,
@@ -67,9 +67,9 @@ def fetch(lane):
 
 @entry()
 def observe_env(s, a, env):
-    """The observation of one environment between steps."""
-    arrays, lane = unpack_arrays(a), lane_of(s, env)
-    observe_features(lane, arrays.features[env], False, s.worlds[env], arrays.rules[0], arrays.outcomes[env])
+    """The observation of one environment between steps, or of one lane where there are several replicas."""
+    arrays, lane, world = unpack_arrays(a), lane_of(s, env), s.worlds[env_of(s, env)]
+    observe_features(lane, arrays.features[env], False, world, arrays.rules[0], arrays.outcomes[env])
 
 
 @entry(nogil=True)

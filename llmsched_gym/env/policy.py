@@ -163,15 +163,21 @@ class PolicyScheduler:
         self.policy, self.config, self.decision_s = policy, config or EnvConfig(), decision_s
         self.admission = self.config.admission
         self.kind, self._seen = action_of(self.config), observation_of(self.config)
-        self._space = self.kind.space(self.config)
-        self._arrays = make_arrays(self.config, 1, num_features)
-        self._handle = handle_of(self._arrays)
-        self._actions = actions_in(self._arrays, self._space)
-        self._read = self._seen.reader(self._arrays) if self._seen is not None else None
-        self._masks = self.kind.all_legal(self.config, 1) if self.kind.by_item else np.zeros((1, 0), np.bool_)
+        self._space, self._num_features = self.kind.space(self.config), num_features
+        self.stand_at(0, 1)
         self._action: Any = None
         self._left = 0
         self._asked: Any = None  # when and where `action_now` was asked for an action that no batch has used yet
+
+    def stand_at(self, lane: int, num_lanes: int) -> None:
+        """Decide for that lane of so many: 0 of 1 is an engine's own, others are replicas of a cluster."""
+        self._lane, self._arrays = lane, make_arrays(self.config, num_lanes, self._num_features)
+        self._handle = handle_of(self._arrays)
+        self._actions = actions_in(self._arrays, self._space)
+        self._read = self._seen.reader(self._arrays) if self._seen is not None else None
+        self._masks = np.zeros((1, 0), np.bool_)
+        if self.kind.by_item:
+            self._masks = self.kind.all_legal(self.config, num_lanes)
 
     def reset(self, seed: int) -> None:
         """Forget held actions; tells the policy of the new run."""
@@ -204,12 +210,12 @@ class PolicyScheduler:
     def _mask(self, engine: Engine) -> np.ndarray:
         """Which actions are legal now; (number of actions,) bool."""
         self.kind.mask(engine.handle, self._masks)
-        return self._masks[0].copy()
+        return self._masks[self._lane].copy()
 
     def decide(self, engine: Engine, env: int = 0) -> None:
-        """Form the next batch of environment `env` as the environment would under the policy's action."""
-        if env != 0:
-            raise ValueError(f"env: expected 0, got {env}")
+        """Form the next batch of lane `env`, where it stands, as the environment would under the policy's action."""
+        if env != self._lane:
+            raise ValueError(f"env: expected {self._lane}, got {env}")
         kind, handle = self.kind, engine.handle
         if not kind.by_item:
             self._act(engine)
@@ -247,13 +253,13 @@ class PolicyScheduler:
 
     def _put(self, given: Any) -> None:
         """Check an action as the environment does, and put it where the kernels look for it."""
-        self._actions[0] = as_array(self._space, given, self._actions.shape[1:])
+        self._actions[self._lane] = as_array(self._space, given, self._actions.shape[1:])
         check_range(self.kind, self.config, self._actions, given)
 
     def _observe(self, engine: Engine) -> Any:
         if self._seen is None or self._read is None:
-            return self.config.observation.observe(engine.view(0))
-        kernels.observe_env(engine.handle, self._handle, 0)
+            return self.config.observation.observe(engine.view(self._lane))
+        kernels.observe_env(engine.handle, self._handle, self._lane)
         if self._seen.fill is not None:
-            self._seen.fill(engine.handle, self._handle, 0, 1)
-        return self._read(0)
+            self._seen.fill(engine.handle, self._handle, self._lane, self._lane + 1)
+        return self._read(self._lane)

@@ -60,7 +60,7 @@ class LoadedPolicy(PolicyScheduler):
 
     def schedule(self, view: View) -> Batch:
         """The decision as a batch, for whoever has a view and no engine; the engine itself calls ``decide``."""
-        state, handle, env = view._state, view._handle, view._env
+        state, handle, env = view._state, view._handle, view._k
         self.decide(cast(Any, SimpleNamespace(handle=handle, view=lambda env: view)), env)
         formed = state.batches[env]
         items = state.items[env, : formed.num_items]
