@@ -1,6 +1,7 @@
 """Mixtures: sessions of several models by their shares, each as its own model draws it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_a_change_of_a_part_is_seen(tmp_path):
     assert make_table(world, 0).prompt_tokens.tolist() == [50, 62, 50, 62]
     assert [str(file) for file in workload_files(path)] == [path, part]
     assert workload_files("mixed") == () and [str(f) for f in workload_files(part)] == [part]
-    changed = json.loads(open(part).read()) | {"first_tokens": {"probs": [0, 1], "values": [20, 20]}}
+    changed = json.loads(Path(part).read_text()) | {"first_tokens": {"probs": [0, 1], "values": [20, 20]}}
     (tmp_path / "other.json").write_text(json.dumps(changed))
     (tmp_path / "other.json").replace(part)
     assert make_table(world, 0).prompt_tokens.tolist() == [60, 72, 60, 72]
@@ -82,13 +83,19 @@ def test_a_change_of_a_part_is_seen(tmp_path):
         ({"parts": []}, "parts: expected a list of objects with workload and share"),
         ({"parts": {"chat": 1}}, "parts: expected a list of objects with workload and share"),
         ({"parts": [{"share": 1}]}, "parts: expected the name of a workload, got None"),
-        ({"parts": [{"workload": "chat", "share": -1}]}, "parts: expected a share above 0, at most 1, got -1 for 'chat'"),
+        (
+            {"parts": [{"workload": "chat", "share": -1}]},
+            "parts: expected a share above 0, at most 1, got -1 for 'chat'",
+        ),
         ({"parts": [{"workload": "chat", "share": True}]}, "parts: expected a share above 0, at most 1, got True"),
         ({"parts": [{"workload": "chat", "share": 0.4}]}, "parts: expected shares that sum to 1, got 0.4"),
         ({"parts": [{"workload": "chat", "share": 0.5}] * 2}, "parts: expected each workload once, got 'chat' twice"),
         ({"parts": [{"workload": "sharegpt", "share": 1}]}, "parts: expected workloads of sessions, got 'sharegpt'"),
         ({"parts": [{"workload": "mixed", "share": 1}]}, "parts: expected workloads of sessions, got 'mixed'"),
-        ({"parts": [{"workload": "frob", "share": 1}]}, "workload: expected one of .*, or a fitted .json file, got 'frob'"),
+        (
+            {"parts": [{"workload": "frob", "share": 1}]},
+            "workload: expected one of .*, or a fitted .json file, got 'frob'",
+        ),
         ({"parts": [{"workload": "frob.json", "share": 1}]}, "workload: cannot read .*frob.json: No such file"),
         ({"kind": "mixtures"}, "kind: expected sessions or mixture"),
     ],
@@ -103,5 +110,5 @@ def test_a_damaged_mixture_is_one_line(tmp_path, changes, message):
 def test_a_missing_field_is_named(tmp_path):
     path = tmp_path / "less.json"
     path.write_text(json.dumps({"kind": "mixture", "name": "m", "parts": PARTS}))
-    with pytest.raises(ConfigError, match="less.json: missing field 'source'"):
+    with pytest.raises(ConfigError, match=r"less\.json: missing field 'source'"):
         load_sessions(str(path))

@@ -62,7 +62,9 @@ def cluster_fluid(scenario: ClusterScenario) -> ClusterFluid:
         return ClusterFluid(both, both, prefill, decode, math.inf, "replicas", tuple(whole))
     link = _link_qps(scenario, pool("prefill"), [*pool("decode"), *pool("both")])
     # whose requests take longest in proportion to their decodes gives up the least
-    lenders = sorted((f.qps / of(p, "decode").qps, of(p, "decode").qps) for f, p in zip(whole, pool("both"), strict=True))
+    lenders = sorted(
+        (f.qps / of(p, "decode").qps, of(p, "decode").qps) for f, p in zip(whole, pool("both"), strict=True)
+    )
     for price, most in lenders:
         lent = min(max(min(prefill, link) - decode, 0.0), most)
         both, decode = both - price * lent, decode + lent
