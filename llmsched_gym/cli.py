@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from llmsched_gym.commands import add_commands
-from llmsched_gym.config import SUITES, ConfigError, Scenario, scenario
+from llmsched_gym.config import SUITES, ClusterScenario, ConfigError, Scenario, scenario
 from llmsched_gym.report import console, terminal
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -245,7 +245,11 @@ def capacity(
     trace: TraceFile = None,
     trace_arrivals: TraceArrivals = None,
     trace_invalid: TraceInvalid = None,
-    qps: Annotated[str, typer.Option(help="Lowest and highest rate searched, 1/s.")] = "0.1,16",
+    qps: Annotated[
+        str | None, typer.Option(help="Lowest and highest rate searched, 1/s; default: 0.1,16, further for replicas.")
+    ] = None,
+    router: Annotated[str | None, typer.Option(help="Routers, each with every policy, on a suite of replicas.")] = None,
+    replicas: Annotated[str | None, typer.Option(help="Numbers of equal replicas; default: the suite's.")] = None,
     num_requests: NumRequests = None,
     seeds: Seeds = 20,
     first_seed: FirstSeed = 0,
@@ -264,29 +268,37 @@ def capacity(
 ) -> None:
     """Find the largest arrival rate at which each policy meets a criterion."""
     world = _scenario(locals())
-    bounds = _numbers("qps", qps)
-    if len(bounds) != 2 or not bounds[0] < bounds[1]:
+    bounds = None if qps is None else _numbers("qps", qps)
+    if bounds is not None and (len(bounds) != 2 or not bounds[0] < bounds[1]):
         raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
     from llmsched_gym.evaluation import capacity as search
+    from llmsched_gym.evaluation import cluster_capacity as clusters
     from llmsched_gym.workload.generate import come_in_sessions
 
+    rates = None if bounds is None else (bounds[0], bounds[1])
+    settings: dict[str, Any] = {"seeds": seeds, "first_seed": first_seed, "workers": workers, "out": out}
+    labels: list[str] = []
     with console.progress_bar("runs") as progress:
-        found = search.capacity(
-            world,
-            split_policies(policy),
-            criterion,
-            qps=(bounds[0], bounds[1]),
-            seeds=seeds,
-            first_seed=first_seed,
-            workers=workers,
-            out=out,
-            progress=progress,
-        )
+        settings["progress"] = progress
+        if isinstance(world, ClusterScenario):
+            numbers = [world.num_replicas] if replicas is None else _whole_numbers("replicas", replicas)
+            chosen = clusters.pairs(split_policies([router or world.router]), split_policies(policy))
+            several = clusters.by_replicas(world, chosen, criterion, numbers, qps=rates, **settings)
+            found = [item for _, item in several]
+            labels = [f"{item.policy} on {n}" if len(numbers) > 1 else item.policy for n, item in several]
+        elif router is not None or replicas is not None:
+            name = "router" if router is not None else "replicas"
+            raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
+        else:
+            qps_range = rates or clusters.searched_rates(world)
+            found = search.capacity(world, split_policies(policy), criterion, qps=qps_range, **settings)
+            labels = [item.policy for item in found]
     ratios, unit = search.ratios(found), "sessions/s" if come_in_sessions(world) else "1/s"
-    for item in found:
+    for label, item in zip(labels, found, strict=True):
         if item.note:
-            print(f"llmsched: {item.policy}: {item.criterion} {item.note}", file=sys.stderr)
-    rows = [item.to_row() | ratio for item, ratio in zip(found, ratios, strict=True)]
+            print(f"llmsched: {label}: {item.criterion} {item.note}", file=sys.stderr)
+    named = [{"policy": label, "ratio_to": labels[0]} for label in labels]
+    rows = [item.to_row() | ratio | name for item, ratio, name in zip(found, ratios, named, strict=True)]
     if as_json:
         console.print_rows(rows)
     else:
@@ -590,6 +602,13 @@ def _numbers(name: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{name}: expected numbers separated by commas, got {text!r}") from None
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name}: expected whole numbers separated by commas, got {text!r}") from None
 
 
 add_commands(app)
