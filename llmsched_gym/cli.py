@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from llmsched_gym.commands import add_commands
-from llmsched_gym.config import SUITES, ClusterScenario, ConfigError, Scenario, scenario
+from llmsched_gym.config import CLUSTER_SUITES, SUITES, ClusterScenario, ConfigError, Scenario, scenario
 from llmsched_gym.report import console, terminal
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -37,7 +37,11 @@ app = typer.Typer(
 Policy = Annotated[
     list[str], typer.Option(metavar="P1,P2,...", help="Names, module:Class or folders, separated by commas.")
 ]
-SuiteName = Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")]
+SuiteName = Annotated[str, typer.Option(help=f"One of {', '.join((*SUITES, *CLUSTER_SUITES))}.")]
+Routers = Annotated[
+    str | None,
+    typer.Option("--router", metavar="R1,R2,...", help="Routers, each with every policy, on a suite of replicas."),
+]
 Profile = Annotated[str | None, typer.Option(help="Cost profile: a name or a JSON file.")]
 Workload = Annotated[str | None, typer.Option(help="Fitted workload: a name or a JSON file.")]
 TraceFile = Annotated[str | None, typer.Option(help="Trace file that replaces the workload.")]
@@ -172,6 +176,9 @@ def _fail(message: str, code: int) -> int:
 def evaluate(
     policy: Policy,
     suite: SuiteName = "default",
+    router: Routers = None,
+    replicas: Annotated[int | None, typer.Option(help="Number of equal replicas; default: the suite's.")] = None,
+    staleness: Annotated[float | None, typer.Option(help="Seconds between two reports of a replica; 0: none.")] = None,
     profile: Profile = None,
     workload: Workload = None,
     trace: TraceFile = None,
@@ -204,11 +211,20 @@ def evaluate(
     """Run policies on the same requests, at each rate and seed; with --out, also shortest-total for a bound."""
     world = _scenario(locals())
     rates = None if qps is None else _numbers("qps", qps)
+    from llmsched_gym.evaluation import cluster_capacity as clusters
     from llmsched_gym.evaluation.grid import evaluate as run
     from llmsched_gym.report.bounds import with_bound
 
     named = split_policies(policy)
+    for name, given in (("router", router), ("replicas", replicas), ("staleness", staleness)):
+        if given is not None and not isinstance(world, ClusterScenario):
+            raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
+    if isinstance(world, ClusterScenario):
+        named = clusters.pairs(split_policies([router or world.router]), named)
+        world = world if replicas is None else clusters.with_replicas(world, replicas)
+        world = world if staleness is None else world.replace(router_staleness_s=staleness)
     bounded = out is not None and not no_bound and world.backend == "simulated"
+    bounded = bounded and not isinstance(world, ClusterScenario)
     chosen = with_bound(named) if bounded else named
     with console.progress_bar("runs") as progress:
         rows = run(
@@ -248,7 +264,7 @@ def capacity(
     qps: Annotated[
         str | None, typer.Option(help="Lowest and highest rate searched, 1/s; default: 0.1,16, further for replicas.")
     ] = None,
-    router: Annotated[str | None, typer.Option(help="Routers, each with every policy, on a suite of replicas.")] = None,
+    router: Routers = None,
     replicas: Annotated[str | None, typer.Option(help="Numbers of equal replicas; default: the suite's.")] = None,
     num_requests: NumRequests = None,
     seeds: Seeds = 20,
@@ -322,10 +338,23 @@ def policies(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def routers(as_json: AsJson = False) -> None:
+    """List the routers and what they do."""
+    from llmsched_gym.registry import routers as known
+
+    rows = []
+    for name, entry in sorted(known().items()):
+        options = {parameter.name: f"{parameter.default:g}" for parameter in entry.own}
+        given = "" if not options else f"[{','.join(f'{key}={value}' for key, value in options.items())}]"
+        rows.append({"name": name + given, "what": entry.what, "parameters": options})
+    console.print_listing(rows, {"name": "router", "what": "what"}, as_json)
+
+
+@app.command()
 def suites(as_json: AsJson = False) -> None:
     """List the suites."""
     rows = []
-    for name, suite in SUITES.items():
+    for name, suite in (SUITES | CLUSTER_SUITES).items():
         fields = {k: "inf" if v == float("inf") else v for k, v in suite.scenario.to_dict().items()}
         rows.append({"name": name, "what": suite.what, "env_id": suite.env_id, "scenario": fields})
     console.print_listing(rows, {"name": "suite", "env_id": "environment", "what": "what"}, as_json)
