@@ -18,7 +18,7 @@ from llmsched_gym.cluster.router import (
     make_router,
     seed_dice,
 )
-from llmsched_gym.cluster.state import Nodes, allocate, handle_of
+from llmsched_gym.cluster.state import DECODES, Nodes, allocate, handle_of
 from llmsched_gym.config import ROLES, ClusterScenario, ConfigError
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import StalledScheduler
@@ -58,7 +58,8 @@ class Cluster:
         num_gaps: int = 0,
         num_steps: int = 0,
     ) -> None:
-        self.scenario, self.num_envs, self.num_replicas = scenario, num_envs, scenario.num_replicas
+        self.scenario = self._given = scenario
+        self.num_envs, self.num_replicas = num_envs, scenario.num_replicas
         self.profiles = [load_profile(name) for name in scenario.profiles]
         distinct = list(dict.fromkeys(self.profiles))
         own = [load_profile(scenario.scheduler_profile) if scenario.scheduler_profile else p for p in distinct]
@@ -83,7 +84,7 @@ class Cluster:
             self.num_replicas,
             capacity,
             num_changes=2 * max(changes),
-            num_moving=sum(r.max_num_seqs for r in self.replicas) if "prefill" in scenario.roles else 0,
+            num_moving=capacity if "prefill" in scenario.roles else 0,
             num_records=max(table_size(r.num_kv_blocks) for r in self.replicas) if reported else 0,
             columns=NUM_COLUMNS,
         )
@@ -99,9 +100,11 @@ class Cluster:
         self.handle, self.nodes_handle = make_handle(self.state), handle_of(self.nodes)
 
     def set_scheduler(self, scheduler: str | Any) -> None:
-        """Let `scheduler` form the batches of all replicas, from the next reset on."""
+        """Let `scheduler` form the batches of all replicas, by its admission rule, from the next reset on."""
         is_name = isinstance(scheduler, str)
         first = make_scheduler(scheduler) if is_name else scheduler
+        admission = getattr(first, "admission", None)
+        self.scenario = self._given.replace(admission=admission) if admission else self._given
         self.compiled = getattr(first, "kernel", None)
         alike = self.compiled is not None or not is_name
         lanes = self.num_envs * self.num_replicas
@@ -118,10 +121,11 @@ class Cluster:
             room = self.state.waiting.shape[1]
             self.state = grow(self.state, capacity, num_gaps, room=room)
             fields = self.nodes._asdict()
-            for name in ("replica_of", "before", "held"):
+            for name in ("replica_of", "before", "held", "moving"):
                 old = fields[name]
-                fields[name] = np.zeros((len(old), max(capacity, old.shape[1])), old.dtype)
-                fields[name][:, : old.shape[1]] = old
+                if old.shape[1] > 0:
+                    fields[name] = np.zeros((len(old), max(capacity, old.shape[1])), old.dtype)
+                    fields[name][:, : old.shape[1]] = old
             self.nodes = Nodes(**fields)
             self._handles()
 
@@ -129,6 +133,9 @@ class Cluster:
         """Put environment `env` at time 0 before `table`."""
         scenario, state, nodes = self.scenario, self.state, self.nodes
         load_table(state, env, table, scenario, self.replicas, record_gaps=self._record_gaps)
+        ends = [k for k, role in zip(self.lanes(env), scenario.roles, strict=False) if role != "prefill"]
+        if ends:
+            state.episodes[env].largest_request = state.sims["largest_request"][ends].max()
         self._seeds[env] = table.seed
         n = len(table)
         nodes.replica_of[env, :n] = NONE
@@ -140,6 +147,7 @@ class Cluster:
         route.deciding = route.last_replica = NONE
         route.staleness_s = scenario.router_staleness_s
         seed_dice(nodes, env, table.seed)
+        self.decode_router.install(nodes, env, DECODES)
         self._load_nodes(env)
         if self.noisy:
             for k in self.lanes(env):

@@ -61,7 +61,7 @@ def write_report(s, c, k, report_s, mean):
 def keep_report(s, c, k, env, now_s):
     """If a report of lane `k` fell due since the last one, write it: of the state up to `now_s`, which is to change."""
     route, node = c.routes[env], c.nodes[k]
-    if route.staleness_s == 0.0:
+    if route.staleness_s == 0.0 or node.is_down:
         return
     num_replicas = s.sims.shape[0] // s.episodes.shape[0]
     phase = (k - env * num_replicas) / num_replicas
@@ -69,9 +69,17 @@ def keep_report(s, c, k, env, now_s):
     if number <= node.report or number < 0:
         return
     node.report = number
-    write_report(s, c, k, (number + phase) * route.staleness_s, mean_output_tokens(s, env))
+    send_report(s, c, k, env, (number + phase) * route.staleness_s)
+
+
+@kernel()
+def send_report(s, c, k, env, report_s):
+    """Let lane `k` report how it stands and what it has cached: from now on that is what is known of it."""
+    node = c.nodes[k]
+    write_report(s, c, k, report_s, mean_output_tokens(s, env))
     node.num_dispatched = 0
     node.dispatched_tokens = 0
+    node.dispatched_strict = 0
     if c.identities.shape[1] > 0:
         blocks, kept = s.blocks[k], c.identities[k]
         for i in range(kept.shape[0]):
@@ -130,8 +138,10 @@ def look(s, c, env, r, is_prompt):
             blocks = c.identities[k] if c.identities.shape[1] > 0 else s.blocks[k]
             if route.staleness_s == 0.0 or node.report >= 0:
                 cached = cached_tokens(sim, blocks, s.prefixes[env], request, r)
-        new = 0 if route.staleness_s == 0.0 else node.num_dispatched
-        new_tokens = 0.0 if route.staleness_s == 0.0 else float(node.dispatched_tokens)
+        new, new_strict, new_tokens = 0, 0, 0.0
+        if route.staleness_s > 0.0:
+            new, new_strict, new_tokens = node.num_dispatched, node.dispatched_strict, float(node.dispatched_tokens)
+        new += node.num_coming
         candidate.age_s = route.now_s - report.report_s
         candidate.mean_batch_s = report.mean_batch_s
         candidate.kv_usage = report.kv_usage
@@ -142,7 +152,7 @@ def look(s, c, env, r, is_prompt):
         candidate.uncached_tokens = request.prefill_tokens - cached
         candidate.num_waiting = report.num_waiting + new
         candidate.num_running = report.num_running
-        candidate.num_strict = report.num_strict
+        candidate.num_strict = report.num_strict + new_strict
         candidate.num_dispatched = new
         candidate.free_blocks = report.free_blocks
         candidate.total_blocks = sim.total_blocks
@@ -166,7 +176,12 @@ def _predicted_ttft_s(s, k, node, candidate, prompt):
 @kernel()
 def takes(s, c, k, env, r, is_prompt):
     """Whether lane `k` may be sent request `r`: it is up, does such work, and can hold it."""
-    node, sim, request = c.nodes[k], s.sims[k], s.requests[env, r]
-    if node.is_down or node.role == (DECODE if is_prompt else PREFILL):
+    return c.nodes[k].is_down == 0 and could_take(s, c, k, env, r, is_prompt)
+
+
+@kernel()
+def could_take(s, c, k, env, r, is_prompt):
+    """Whether lane `k`, were it up, does such work and can hold request `r`."""
+    if c.nodes[k].role == (DECODE if is_prompt else PREFILL):
         return False
-    return request.prompt_tokens < sim.largest_request  # how long its output will be nobody knows
+    return s.requests[env, r].prefill_tokens < s.sims[k].largest_request  # how many tokens will follow nobody knows

@@ -15,10 +15,13 @@ NODE = record_dtype(
         ("tokens_per_s", "f8"),  # of prompts alone, by the profile behind its scheduler's predictions
         ("dispatched_tokens", "i8"),  # prompt tokens that the router has sent it since its last report
         ("num_dispatched", "i4"),
+        ("dispatched_strict", "i4"),  # of them, requests of the strict class
+        ("num_coming", "i4"),  # requests whose KV is on its way here, or waits for room here
         ("num_delivered", "i4"),  # requests, since the start
         ("report", "i8"),  # which multiple of the staleness the last report was of; -1: none yet
         ("next_change", "i4"),  # which of its failures and returns comes next
         ("is_executing", "i1"),
+        ("has_ended", "i1"),  # its batch has, at this very time: whoever comes now comes before its next one
         ("is_down", "i1"),
         ("role", "i1"),
     ]
@@ -78,6 +81,7 @@ ROUTE = record_dtype(
         ("num_decisions", "i8"),
         ("num_handed_back", "i8"),
         ("num_transfers", "i8"),
+        ("num_abandoned", "i8"),  # clients that left while no replica had their request
         ("num_moving", "i4"),  # transfers under way or waiting for room
         ("dice_a", "i8"),  # of routers that draw
         ("dice_b", "i8"),

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from llmsched_gym.cluster.state import ROUTE_SIGNATURE, Nodes
+from llmsched_gym.cluster.state import PROMPTS, ROUTE_SIGNATURE, Nodes
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import State
@@ -95,12 +95,12 @@ class CompiledRouter:
         """The function, compiled for numba's cache to find in the next process."""
         return _compile(self.function)
 
-    def install(self, nodes: Nodes, env: int) -> None:
+    def install(self, nodes: Nodes, env: int, which: int = PROMPTS) -> None:
         """Write the parameters where the kernel reads them, and forget what it remembered."""
-        nodes.options[env] = 0.0
+        nodes.options[env, which] = 0.0
         values = [self.settings.get(parameter.name, parameter.default) for parameter in self.own]
-        nodes.options[env, : len(values)] = values
-        nodes.memory[env] = 0.0
+        nodes.options[env, which, : len(values)] = values
+        nodes.memory[env, which] = 0.0
 
 
 def seed_dice(nodes: Nodes, env: int, seed: int) -> None:

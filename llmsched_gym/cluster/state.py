@@ -15,6 +15,7 @@ from llmsched_gym.engine.jit import JIT_ENABLED, kernel
 from llmsched_gym.engine.records import NONE, REQUEST
 
 ROUTER_MEMORY = 8
+PROMPTS, DECODES = range(2)  # which of the two routers: the one that prompts go by, and `decode_router`
 
 
 class Nodes(NamedTuple):
@@ -30,8 +31,8 @@ class Nodes(NamedTuple):
     before: Any  # (num_envs, capacity) int32: the request of its session before it; NONE
     held: Any  # (num_envs, capacity) int32: requests at the router, first come first
     moving: Any  # (num_envs, room for transfers) TRANSFER
-    memory: Any  # (num_envs, ROUTER_MEMORY) float64, a router's own
-    options: Any  # (num_envs, ROUTER_MEMORY) float64, its settings
+    memory: Any  # (num_envs, 2, ROUTER_MEMORY) float64, a router's own
+    options: Any  # (num_envs, 2, ROUTER_MEMORY) float64, its settings
     identities: Any  # (num_lanes, blocks, columns) int32: blocks as reported; without staleness or caching no rows
 
 
@@ -60,8 +61,8 @@ _TYPES = {
     "before": _array(types.int32, 2),
     "held": _array(types.int32, 2),
     "moving": _array(TRANSFER, 2),
-    "memory": _array(types.float64, 2),
-    "options": _array(types.float64, 2),
+    "memory": _array(types.float64, 3),
+    "options": _array(types.float64, 3),
     "identities": _array(types.int32, 3),
 }
 NODES_TYPE = types.NamedTuple([_TYPES[name] for name in Nodes._fields], Nodes)
@@ -128,7 +129,7 @@ def allocate(
         before=np.full((num_envs, capacity), NONE, np.int32),
         held=np.zeros((num_envs, capacity), np.int32),
         moving=np.zeros((num_envs, num_moving), TRANSFER),
-        memory=np.zeros((num_envs, ROUTER_MEMORY)),
-        options=np.zeros((num_envs, ROUTER_MEMORY)),
+        memory=np.zeros((num_envs, 2, ROUTER_MEMORY)),
+        options=np.zeros((num_envs, 2, ROUTER_MEMORY)),
         identities=np.zeros((lanes, num_records, columns), np.int32),
     )

@@ -73,13 +73,20 @@ def handle_of(arrays: RouteArrays) -> Any:
 
 
 @kernel()
+def _pay_one(of, now_s, rules, r, terms):
+    """What the utility of live request `r` has changed by, if it is measured."""
+    world, request = of.world, of.requests[r]
+    if world.cohort_start <= r < world.cohort_stop and has_changed(now_s, rules.tbt_rule, request):
+        return pay_live(of.episode, now_s, rules, request, terms)
+    return 0.0
+
+
+@kernel()
 def _pay_listed(of, now_s, rules, listed, count, terms):
-    """What the utilities of live measured requests have changed by."""
-    world, paid = of.world, 0.0
+    """What the utilities of live requests have changed by."""
+    paid = 0.0
     for i in range(count):
-        r = listed[i]
-        if world.cohort_start <= r < world.cohort_stop and has_changed(now_s, rules.tbt_rule, of.requests[r]):
-            paid += pay_live(of.episode, now_s, rules, of.requests[r], terms)
+        paid += _pay_one(of, now_s, rules, listed[i], terms)
     return paid
 
 
@@ -99,10 +106,9 @@ def _settle(s, c, a, env):
             paid += _pay_listed(of, now_s, rules, s.waiting[k], sim.num_waiting, terms)
         paid += _pay_listed(of, now_s, rules, c.held[env], route.num_held, terms)
         for i in range(route.num_moving):
-            request = of.requests[c.moving[env, i].request]
-            r = c.moving[env, i].request
-            if world.cohort_start <= r < world.cohort_stop and has_changed(now_s, rules.tbt_rule, request):
-                paid += pay_live(of.episode, now_s, rules, request, terms)
+            paid += _pay_one(of, now_s, rules, c.moving[env, i].request, terms)
+        if route.deciding != NONE:  # back from a replica that failed it may have waited
+            paid += _pay_one(of, now_s, rules, route.deciding, terms)
     outcome[REWARD] = rules.scale * paid
     outcome[DURATION_S] = now_s - a.start_s[env]
     outcome[DISCOUNT] = math.exp(-outcome[DURATION_S] / rules.tau_s)
