@@ -33,6 +33,8 @@ class RouterView:
             with what was dispatched since, and what it means for this request (cached_tokens, predicted_ttft_s).
         legal: bool (num_replicas,), where the request may be sent.
         last_replica: that served its session last; -1: none.
+        arrivals_10s, arrived_tokens_10s: requests, and their prompt tokens, delivered per second over 10 s, to all.
+        num_held: requests that wait at the router, as no replica can take them.
         index: of the request; -1 where nothing is to be routed, as at an episode's end: then `request` is all zeros.
     """
 
@@ -40,8 +42,12 @@ class RouterView:
         route = nodes.routes[env]
         num_replicas = len(nodes.nodes) // len(nodes.routes)
         self.now_s, self.index = float(route.now_s), int(route.deciding)
-        self.last_replica = int(route.last_replica)
-        self.replicas = nodes.candidates[env * num_replicas : (env + 1) * num_replicas].copy().view(np.recarray)
+        self.last_replica, self.num_held = int(route.last_replica), int(route.num_held)
+        lanes = slice(env * num_replicas, (env + 1) * num_replicas)
+        self.replicas = nodes.candidates[lanes].copy().view(np.recarray)
+        # added up one by one, as the environment does
+        self.arrivals_10s = float(state.sims["arrivals_10s"][lanes].cumsum()[-1])
+        self.arrived_tokens_10s = float(state.sims["arrived_tokens_10s"][lanes].cumsum()[-1])
         self.request = _visible(state.requests[env][self.index], self.index != NONE)
 
     @property

@@ -85,31 +85,39 @@ def observe_route(s, c, env, out, rows):
     """Fill the request's entries `out` and the rows of the replicas; all 0 where nothing is to be routed."""
     num_replicas = s.sims.shape[0] // s.episodes.shape[0]
     first, route, r = env * num_replicas, c.routes[env], c.routes[env].deciding
+    if r == NONE:
+        out[:] = 0.0
+        rows[:] = 0.0
+        return
+    arrivals = tokens = 0.0
+    for k in range(first, first + num_replicas):
+        arrivals += s.sims[k].arrivals_10s
+        tokens += s.sims[k].arrived_tokens_10s
+    candidates, last = c.candidates[first : first + num_replicas], route.last_replica
+    observe_request(s.requests[env, r], candidates, route.now_s, last, arrivals, tokens, route.num_held, out, rows)
+
+
+@kernel()
+def observe_request(request, candidates, now_s, last_replica, arrivals, tokens, num_held, out, rows):
+    """Fill `out` and `rows` for a request that is to be routed, with `arrivals` and their `tokens` per second."""
     out[:] = 0.0
     rows[:] = 0.0
-    if r == NONE:
-        return
-    request = s.requests[env, r]
     out[OF.is_asked] = 1.0
     out[OF.prefill_tokens] = _of(OF.prefill_tokens, request.prefill_tokens)
     out[OF.is_strict] = 1.0 if request.slo_class == STRICT else 0.0
     out[OF.ttft_slo] = _of(OF.ttft_slo, min(request.ttft_slo_s, 1e9))
     if request.num_output_tokens == 0 and 0.0 < request.ttft_slo_s < math.inf:
-        left_s = request.ttft_slo_s - (route.now_s - request.arrival_s)
+        left_s = request.ttft_slo_s - (now_s - request.arrival_s)
         out[OF.ttft_slack] = max(-1.0, min(1.0, left_s / request.ttft_slo_s))
     out[OF.emitted_tokens] = _of(OF.emitted_tokens, request.num_output_tokens)
     if not math.isnan(request.length_hint):
         out[OF.length_hint] = _of(OF.length_hint, request.length_hint)
-    out[OF.has_session] = 1.0 if route.last_replica != NONE else 0.0
-    arrivals = tokens = 0.0
-    for k in range(first, first + num_replicas):
-        arrivals += s.sims[k].arrivals_10s
-        tokens += s.sims[k].arrived_tokens_10s
+    out[OF.has_session] = 1.0 if last_replica != NONE else 0.0
     out[OF.arrivals_10s] = _of(OF.arrivals_10s, arrivals)
     out[OF.arrived_tokens_10s] = _of(OF.arrived_tokens_10s, tokens)
-    out[OF.num_held] = _of(OF.num_held, route.num_held)
-    for j in range(num_replicas):
-        _observe_replica(c.candidates[first + j], j == route.last_replica, request.prefill_tokens, rows[j])
+    out[OF.num_held] = _of(OF.num_held, num_held)
+    for j in range(candidates.shape[0]):
+        _observe_replica(candidates[j], j == last_replica, request.prefill_tokens, rows[j])
 
 
 @kernel()
