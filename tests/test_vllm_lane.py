@@ -273,5 +273,7 @@ def test_other_versions_of_vllm_are_refused_in_one_line():
     check_version("0.32.0")
     check_version("0.33.1+cpu")
     for version in ("0.31.0", "0.34.0", "1.0"):
-        with pytest.raises(BackendError, match=rf"^vllm {version}: the scheduler plug-in is made for 0.32.x and 0.33.x"):
+        with pytest.raises(
+            BackendError, match=rf"^vllm {version}: the scheduler plug-in is made for 0.32.x and 0.33.x"
+        ):
             check_version(version)
