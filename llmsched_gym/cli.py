@@ -62,7 +62,8 @@ CostScale = Annotated[float | None, typer.Option(help="Hidden factor on batch ti
 LengthHint = Annotated[str | None, typer.Option(help="Output length told to policies: none, noisy:SIGMA, oracle.")]
 TbtRule = Annotated[str | None, typer.Option(help="every-gap, fraction:X, deadline or mean.")]
 BackendName = Annotated[
-    str | None, typer.Option("--backend", help="What executes batches: simulated, or transformers for a real model.")
+    str | None,
+    typer.Option("--backend", help="What executes batches: simulated, or a real model: transformers or vllm."),
 ]
 Model = Annotated[str | None, typer.Option(help="With transformers: a folder, a hub id, random:tiny.")]
 CountHostTime = Annotated[

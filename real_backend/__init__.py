@@ -13,7 +13,6 @@ from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
     from llmsched_gym.config import Scenario
-    from llmsched_gym.real_backend.backend import TransformersBackend
 
 __all__ = ["BackendError", "make_backend"]
 
@@ -21,10 +20,18 @@ if __name__ == "real_backend":  # a clone's spelling of the same package
     sys.modules[__name__] = importlib.import_module("llmsched_gym.real_backend")
 
 
-def make_backend(
-    scenario: Scenario, model: Any = "random:tiny", device: str | None = None, **options: Any
-) -> TransformersBackend:
-    """A backend for ``Engine(scenario, ..., backend=...)``; arguments: see ``make_backend`` in backend.py."""
+def make_backend(scenario: Scenario, model: Any = "random:tiny", device: str | None = None, **options: Any) -> Any:
+    """A backend for ``Engine(scenario, ..., backend=...)``; arguments: see ``make_backend`` in backend.py.
+
+    With ``backend="vllm"`` in the scenario it is vLLM, see vllm/backend.py, which places the model itself.
+    """
+    if scenario.backend == "vllm":
+        try:
+            from llmsched_gym.real_backend.vllm.backend import make_backend as make_vllm
+        except ImportError as error:
+            needs = "the vllm backend needs vLLM in an environment of its own: benchmarks/vllm_env.sh DIR"
+            raise BackendError(f"{needs} ({error})") from None
+        return make_vllm(scenario, model, **options)
     try:
         from llmsched_gym.real_backend import backend
     except ImportError as error:

@@ -34,7 +34,8 @@ ARRIVALS = ("poisson", "gamma", "mmpp", "switching", "replay")
 TRACE_ARRIVALS = ("keep", "poisson", "gamma", "mmpp", "switching")
 ADMISSIONS = ("prompt", "chunk", "prompt-check")
 """Blocks taken at admission: the whole prompt's; the first chunk's; likewise, if the whole prompt's are free now."""
-BACKENDS = ("simulated", "transformers")
+BACKENDS = ("simulated", "transformers", "vllm")
+MEASURING = BACKENDS[1:]
 TBT_RULES = ("every-gap", "deadline", "mean")  # and "fraction:X"
 
 
@@ -204,9 +205,9 @@ class Scenario:
     allow_refusal: bool = False  # whether a policy may refuse requests
     length_hint: str = "none"  # none, noisy:SIGMA, oracle
     # what executes batches
-    backend: str = "simulated"  # simulated, transformers
-    model: str | None = None  # transformers: a local folder, a hub id, random:tiny or random:mistral-7b
-    count_host_time: bool = False  # transformers: whether the scheduler's own time counts, too
+    backend: str = "simulated"  # simulated, transformers, vllm
+    model: str | None = None  # a local folder, a hub id, random:tiny or, with transformers, random:mistral-7b
+    count_host_time: bool = False  # with a model: whether the scheduler's own time counts, too
 
     def __post_init__(self) -> None:
         plain_fields(self)
@@ -325,23 +326,23 @@ class Scenario:
         if self.num_requests is None and math.isinf(self.horizon_s):
             raise ConfigError("horizon_s: expected a finite time when num_requests is None, got inf")
         self._check_choice("backend", BACKENDS)
-        if self.backend == "transformers":
+        if self.backend in MEASURING:
             self._check_measured()
         elif self.model is not None or self.count_host_time:
             name = "model" if self.model is not None else "count_host_time"
-            raise ConfigError(f"{name}: needs backend='transformers', got backend={self.backend!r}")
+            raise ConfigError(f"{name}: needs backend='transformers' or 'vllm', got backend={self.backend!r}")
 
     def _check_measured(self) -> None:
         """A model to run, and no noise: what a batch takes is measured."""
         if not isinstance(self.model, str):
-            what = "expected a folder, a hub id or random:tiny with backend='transformers'"
+            what = f"expected a folder, a hub id or random:tiny with backend={self.backend!r}"
             raise ConfigError(f"model: {what}, got {self.model!r}")
-        if self.block_size != BLOCK_SIZE:
+        if self.block_size != BLOCK_SIZE and self.backend == "transformers":
             what = f"expected {BLOCK_SIZE} with backend='transformers', whose kernels have it"
             raise ConfigError(f"block_size: {what}, got {self.block_size!r}")
         for name, neutral in MEASURED.items():
             if getattr(self, name) != neutral:
-                what = f"expected {neutral:g} with backend='transformers', whose times are measured"
+                what = f"expected {neutral:g} with backend={self.backend!r}, whose times are measured"
                 raise ConfigError(f"{name}: {what}, got {getattr(self, name)!r}")
 
 

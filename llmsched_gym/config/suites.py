@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsched_gym.config.cluster import ClusterScenario, RouteConfig
-from llmsched_gym.config.scenario import MEASURED, ConfigError, EnvConfig, Scenario, check_names
+from llmsched_gym.config.scenario import MEASURED, MEASURING, ConfigError, EnvConfig, Scenario, check_names
 
 
 @dataclass(frozen=True)
@@ -159,5 +159,5 @@ def route_config(suite: str = "cluster", **fields: Any) -> RouteConfig:
 
 
 def _measured(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that replace a suite's; those for the transformers backend leave out its simulated noise."""
-    return {**MEASURED, **fields} if fields.get("backend") == "transformers" else fields
+    """The fields that replace a suite's; those for a backend that measures leave out the simulated noise."""
+    return {**MEASURED, **fields} if fields.get("backend") in MEASURING else fields

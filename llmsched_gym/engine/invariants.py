@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmsched_gym.config import blocks_needed
 from llmsched_gym.engine.blocks import (
     BY_PROMPT,
     LAST,

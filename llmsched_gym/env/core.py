@@ -93,8 +93,8 @@ class EnvCore:
     """
 
     def __init__(self, config: EnvConfig, num_envs: int | None = None, num_threads: int = 1) -> None:
-        if config.backend == "transformers" and (num_envs or 1) != 1:
-            raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got 'transformers'")
+        if config.backend != "simulated" and (num_envs or 1) != 1:
+            raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got {config.backend!r}")
         make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
         self.config, self.num_envs = config, num_envs or 1
         self.action_space, self.observation_space = action_space(config), observation_space(config)
@@ -131,7 +131,8 @@ class EnvCore:
         import importlib
 
         if self.config.model is None:
-            raise ConfigError("model: expected a folder, a hub id or random:tiny with backend='transformers', got None")
+            what = f"expected a folder, a hub id or random:tiny with backend={self.config.backend!r}"
+            raise ConfigError(f"model: {what}, got None")
         return importlib.import_module("llmsched_gym.real_backend").make_backend(self.config, self.config.model)
 
     def reset(self, env: int, seed: int, qps: float | None = None) -> None:

@@ -62,9 +62,9 @@ class Metrics:
         if served.num_late:
             self.count("gaps", slo_class, "no", by=served.num_late)
 
-    def tell(self, now_s: float) -> None:
-        """Hand the counts to Prometheus, at most once in `TELL_EVERY_S` seconds."""
-        if now_s - self._told_s < TELL_EVERY_S:
+    def tell(self, now_s: float, at_once: bool = False) -> None:
+        """Hand the counts to Prometheus, unless `at_once` at most once in `TELL_EVERY_S` seconds."""
+        if now_s - self._told_s < TELL_EVERY_S and not at_once:
             return
         self._told_s = now_s
         for key, total in self.counts.items():

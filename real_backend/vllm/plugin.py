@@ -312,8 +312,10 @@ class PolicyDecides(ExecutesBatches):
                 if self._fit is not None and self._fit.add(*step.work, now_s - start_s):
                     self._fit.write(lane.engine.state)
             self._last_end_s = now_s
-            self.metrics.tell(now_s)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if step is not None:
+            self.metrics.tell(self._last_end_s, at_once=not self.rows)
+        return outputs
 
     def _take(self, output: SchedulerOutput) -> Step | None:
         """The step of that output; those before it, whose ends nobody told, are forgotten."""

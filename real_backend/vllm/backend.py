@@ -1,0 +1,207 @@
+"""vLLM as a backend of the engine: the gym's batches, each executed by a real vLLM engine in this process.
+
+The gym decides on everything: vLLM's scheduler is handed each batch (:mod:`.execute`), with as many KV blocks of the
+gym's size as the gym has, admission that reserves nothing, and no prefix cache. What comes back is the measured time of
+its whole step (scheduling, forward pass, sampling, update) and the tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.request import Request, RequestStatus
+
+from llmsched_gym.config import Scenario
+from llmsched_gym.cost import load_profile
+from llmsched_gym.engine import Execution, ScheduledBatch
+from llmsched_gym.real_backend.errors import BackendError, one_line
+from llmsched_gym.real_backend.tokens import prompt_ids
+from llmsched_gym.real_backend.vllm.execute import ExecutesBatches, NamedBatch
+from llmsched_gym.real_backend.vllm.tiny_model import write_tiny_model
+from llmsched_gym.real_backend.vllm.versions import check_version
+from llmsched_gym.workload import RequestTable
+
+RANDOM_MODEL = "random:tiny"
+CACHE_GIB = "4"  # of the CPU's cache before the number of blocks is said; only an upper bound
+
+
+class GivenBatches(ExecutesBatches, Scheduler):
+    """vLLM's scheduler, which runs `given`."""
+
+    given = NamedBatch()
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """The batch that was given."""
+        return self.execute(self.given, throttle_prefills)
+
+
+def _let_vllm_look_at_llvmlite() -> None:
+    """vLLM on a CPU looks into the ``__dict__`` of everything that is imported, and llvmlite has one that is none."""
+    from vllm.triton_utils import dispatcher
+
+    def attributes(value: Any) -> Any:
+        found = getattr(value, "__dict__", {})
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = attributes  # type: ignore[attr-defined]
+
+
+def make_backend(
+    scenario: Scenario, model: str = RANDOM_MODEL, *, count_host_time: bool | None = None, clock: str = "wall"
+) -> VLLMBackend:
+    """A backend for engines of `scenario`, or of one with other rates, SLOs and lengths but equal limits.
+
+    Args:
+        scenario: its `max_num_seqs`, `max_model_len`, `max_num_batched_tokens`, `block_size` and `num_kv_blocks` count;
+            without `num_kv_blocks` the profile's.
+        model: a folder, a hub id, or ``random:tiny``.
+        count_host_time: whether the time between two batches counts as well; None is as `scenario` says.
+        clock: "wall", or on a CPU "cpu": time on its cores, all threads together.
+    """
+    check_version(str(vllm.__version__))
+    if scenario.prefix_caching:
+        raise BackendError("prefix_caching: expected False with backend='vllm', which has a cache of its own")
+    if clock not in ("wall", "cpu"):
+        raise BackendError(f"clock: expected wall or cpu, got {clock!r}")
+    counts = scenario.count_host_time if count_host_time is None else count_host_time
+    return VLLMBackend(scenario, model, counts, clock)
+
+
+class VLLMBackend:
+    """Executes the engine's batches on vLLM, one engine step each.
+
+    Attributes:
+        num_kv_blocks: blocks of the cache that requests can have.
+    """
+
+    def __init__(self, scenario: Scenario, model: str, count_host_time: bool, clock: str) -> None:
+        profile = load_profile(scenario.profile)
+        self.num_kv_blocks = scenario.blocks(profile.num_kv_blocks)
+        self.name, self.clock, self.count_host_time = model, clock, count_host_time
+        self._now = time.perf_counter if clock == "wall" else time.process_time
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CACHE_GIB)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(write_tiny_model(folder, 0, scenario.max_model_len)) if model == RANDOM_MODEL else model
+            args = EngineArgs(
+                model=path,
+                skip_tokenizer_init=True,
+                dtype="float32" if model == RANDOM_MODEL else "auto",
+                max_model_len=scenario.max_model_len,
+                max_num_seqs=scenario.max_num_seqs or profile.device.max_num_seqs,
+                max_num_batched_tokens=scenario.max_num_batched_tokens,
+                block_size=scenario.block_size,  # type: ignore[arg-type]
+                num_gpu_blocks_override=self.num_kv_blocks + 1,  # one is the null block
+                enable_prefix_caching=False,
+                async_scheduling=False,
+                scheduler_cls=GivenBatches,
+                distributed_executor_backend="uni",
+            )
+            _let_vllm_look_at_llvmlite()
+            try:
+                config = args.create_engine_config()
+                config.scheduler_config.scheduler_reserve_full_isl = False
+                config.scheduler_config.watermark = 0.0
+                config.scheduler_config.long_prefill_token_threshold = 0
+                self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
+            except (OSError, RuntimeError, ValueError) as error:
+                if "block size" in str(error):
+                    what = "on a CPU blocks are of 32 tokens or a multiple"
+                    raise BackendError(f"block_size {scenario.block_size}: {what}; {one_line(error)}") from None
+                raise BackendError(f"model {model!r}: vLLM cannot load it: {one_line(error)}") from None
+        self.scheduler: Any = self.core.scheduler
+        self.vocab_size = int(config.model_config.get_vocab_size())
+        self._device = str(config.device_config.device_type)
+        self._dtype = str(config.model_config.dtype).removeprefix("torch.")
+        self._prompts = self._outputs = np.zeros(0, np.int64)
+        self._seed = 0
+        self._ended_s: float | None = None
+
+    @property
+    def setup(self) -> str:
+        """Model, device and versions in one line: results of another setup must not be mixed in."""
+        parts = [Path(self.name).name, self._dtype, self._device, platform.machine()]
+        parts += [f"torch {torch.__version__}", f"vllm {vllm.__version__}"]
+        return ", ".join(parts if self.clock == "wall" else [*parts, f"{self.clock} time"])
+
+    def reset(self, table: RequestTable) -> None:
+        """Forget everything and take the requests of a new episode; their prompts come from the table's seed."""
+        scheduler = self.scheduler
+        scheduler.finish_requests(list(scheduler.requests), RequestStatus.FINISHED_ABORTED)
+        self._step(NamedBatch())  # the workers forget them too
+        self._prompts, self._outputs, self._seed = table.prompt_tokens, table.output_tokens, table.seed
+        self._ended_s = None
+
+    def execute(self, batch: ScheduledBatch) -> Execution:
+        """Run the batch; the measured time, and the token of each request that emits."""
+        host_s = 0.0
+        start_s = self._now()
+        if self.count_host_time and self._ended_s is not None:
+            host_s = start_s - self._ended_s
+        requests = self.scheduler.requests
+        holds = {str(r) for r in batch.running.tolist()}
+        running = [request.request_id for request in self.scheduler.running]
+        preempted = {str(r) for r in batch.preempted.tolist()}
+        gone = [name for name in running if name not in holds and name not in preempted]
+        if gone:
+            self.scheduler.finish_requests(gone, RequestStatus.FINISHED_ABORTED)
+        names = [str(r) for r in batch.request.tolist()]
+        for name, r in zip(names, batch.request.tolist(), strict=True):
+            if name not in requests:
+                self._add(name, r)
+        given = NamedBatch(
+            dict(zip(names, batch.num_tokens.tolist(), strict=True)), [n for n in running if n in preempted]
+        )
+        ran, tokens = self._step(given)
+        if ran != given.tokens:
+            differing = next(name for name in {**ran, **given.tokens} if ran.get(name) != given.tokens.get(name))
+            what = f"{ran.get(differing, 0)} tokens of request {differing} instead of {given.tokens.get(differing, 0)}"
+            raise BackendError(f"vLLM ran {what}: its memory or limits are not the scenario's")
+        end_s = self._ended_s = self._now()
+        return Execution(end_s - start_s + host_s, {int(name): token for name, token in tokens.items()})
+
+    def _add(self, name: str, r: int) -> None:
+        prompt = prompt_ids(self._seed, r, int(self._prompts[r]), self.vocab_size).tolist()
+        params = SamplingParams(temperature=0.0, max_tokens=int(self._outputs[r]), ignore_eos=True)
+        self.scheduler.add_request(Request(name, prompt, params, None))
+
+    def _step(self, batch: NamedBatch) -> tuple[dict[str, int], dict[str, int]]:
+        """What vLLM ran of a batch, and the tokens that came of it, by request."""
+        scheduler = self.scheduler
+        scheduler.given = batch
+        ran: dict[str, int] = {}
+        schedule = scheduler.schedule
+
+        def noted(throttle_prefills: bool = False) -> SchedulerOutput:
+            output: SchedulerOutput = schedule(throttle_prefills)
+            ran.update(output.num_scheduled_tokens)
+            return output
+
+        scheduler.schedule = noted
+        try:
+            outputs, _ = self.core.step()
+        finally:
+            del scheduler.schedule
+        told = outputs.get(0) if outputs else None
+        found = told.outputs if told is not None else []
+        return ran, {output.request_id: output.new_token_ids[-1] for output in found if output.new_token_ids}
+
+    def close(self) -> None:
+        """Let vLLM give back its memory."""
+        self.core.shutdown()
