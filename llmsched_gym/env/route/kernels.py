@@ -17,7 +17,7 @@ from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, episode_of, unpack
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, TERMINATED, TRUNCATED
-from llmsched_gym.env.reward import RULES, has_changed, pay_live, pay_resolved
+from llmsched_gym.env.reward import RULES, pay_live, pay_resolved
 from llmsched_gym.env.route.features import observe_route
 
 
@@ -78,8 +78,7 @@ def _pay_listed(of, now_s, rules, listed, count, terms):
     world, paid = of.world, 0.0
     for i in range(count):
         r = listed[i]
-        if world.cohort_start <= r < world.cohort_stop and has_changed(now_s, rules.tbt_rule, of.requests[r]):
-            paid += pay_live(of.episode, now_s, rules, of.requests[r], terms)
+        paid += pay_live(of.episode, now_s, rules, world.cohort_start, world.cohort_stop, r, of.requests[r], terms)
     return paid
 
 
@@ -99,10 +98,8 @@ def _settle(s, c, a, env):
             paid += _pay_listed(of, now_s, rules, s.waiting[k], sim.num_waiting, terms)
         paid += _pay_listed(of, now_s, rules, c.held[env], route.num_held, terms)
         for i in range(route.num_moving):
-            request = of.requests[c.moving[env, i].request]
             r = c.moving[env, i].request
-            if world.cohort_start <= r < world.cohort_stop and has_changed(now_s, rules.tbt_rule, request):
-                paid += pay_live(of.episode, now_s, rules, request, terms)
+            paid += pay_live(of.episode, now_s, rules, world.cohort_start, world.cohort_stop, r, of.requests[r], terms)
     outcome[REWARD] = rules.scale * paid
     outcome[DURATION_S] = now_s - a.start_s[env]
     outcome[DISCOUNT] = math.exp(-outcome[DURATION_S] / rules.tau_s)
