@@ -12,10 +12,11 @@ import numpy as np
 
 from llmsched_gym.config import MOST, EnvConfig
 from llmsched_gym.cost import load_profile
-from llmsched_gym.engine.batch import can_make_ttft, is_prefill, uncached_prefill
+from llmsched_gym.engine.batch import is_prefill, uncached_prefill
 from llmsched_gym.engine.due import open_wait
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.mixing import price_of_mixing
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.env.feature import Feature, places, scales, squash
 from llmsched_gym.env.reward import pay_live
