@@ -32,7 +32,7 @@ from llmsched_gym.agents.train import Config as TrainConfig
 from llmsched_gym.agents.train import evaluate, make_model
 from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.env.actions.knobs import CAP, KNOBS, knobs_action
-from llmsched_gym.env.policy import knobs_now, sets_knobs
+from llmsched_gym.policies.bridge import knobs_now, sets_knobs
 from llmsched_gym.registry import make_scheduler
 
 Teacher = Callable[[TrainingEnv, Any], np.ndarray]

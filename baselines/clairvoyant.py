@@ -5,7 +5,6 @@ import math
 from llmsched_gym.engine.batch import (
     add_chunk,
     can_admit,
-    can_make_ttft,
     chunk_room,
     is_prefill,
     open_batch,
@@ -14,6 +13,7 @@ from llmsched_gym.engine.batch import (
 from llmsched_gym.engine.blocks import known_computed
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import SRPT, add_all_decodes, admission_filters, keep_going
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.records import WAITING
 from llmsched_gym.scheduler import Compiled
 

@@ -10,7 +10,6 @@ from llmsched_gym.engine.batch import (
     add_chunk,
     add_decode,
     can_admit,
-    can_make_ttft,
     chunk_room,
     insert_sorted,
     is_prefill,
@@ -21,6 +20,7 @@ from llmsched_gym.engine.batch import (
 from llmsched_gym.engine.batch import remaining_prefill as remaining
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import FCFS, admission_filters, keep_going
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.scheduler import Compiled
 
 FIRST_OUTPUT_GUESS = 512.0

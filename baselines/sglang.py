@@ -26,7 +26,6 @@ import math
 from llmsched_gym.engine.batch import (
     add_chunk,
     can_admit,
-    can_make_ttft,
     chunk_room,
     is_free,
     is_prefill,
@@ -38,6 +37,7 @@ from llmsched_gym.engine.batch import (
 from llmsched_gym.engine.blocks import blocks_for, blocks_to_admit, known_computed
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import add_all_decodes, admission_filters, keep_going
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.scheduler import SGLANG_CHUNK, Compiled, Own, not_negative_int
 
 ORDERS = ("fcfs", "lpm", "hrrn", "shortest-prefill-first")

@@ -22,7 +22,6 @@ import math
 
 from llmsched_gym.engine.batch import (
     add_chunk,
-    can_make_ttft,
     chunk_room,
     is_free,
     is_prefill,
@@ -32,6 +31,7 @@ from llmsched_gym.engine.batch import (
 from llmsched_gym.engine.blocks import blocks_for, blocks_to_admit
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import add_all_decodes, admission_filters, keep_going
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.scheduler import Compiled, Own, not_negative_int
 
 ORDERS = ("fcfs", "shortest-uncached-first")

@@ -39,7 +39,8 @@ def _fit(name: str, args: list[str]) -> int:
 
 
 def _on_real_model(name: str, args: list[str]) -> int:
-    function = getattr(importlib.import_module(f"llmsched_gym.real_backend.{name}"), f"{name}_command")
+    module = {"calibrate": "calibration.calibrate", "sim2real": "sim2real.compare"}[name]
+    function = getattr(importlib.import_module(f"llmsched_gym.real_backend.{module}"), f"{name}_command")
     code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
     return code
 

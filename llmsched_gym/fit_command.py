@@ -73,7 +73,7 @@ def fit_command(
         profile.to_json(out)
         for table in batch_report.tables(profile):
             terminal.print_table(table)
-        print(importlib.import_module("llmsched_gym.real_backend.calibrate").describe(profile))
+        print(importlib.import_module("llmsched_gym.real_backend.calibration.calibrate").describe(profile))
         print(f"llmsched: wrote {out}, {text}, {picture}", file=sys.stderr)
         return
     if dense is None or attention is None or per_sequence is None:
@@ -115,8 +115,8 @@ def _from_batches(
     from llmsched_gym.cost.profile import kv_blocks as blocks_of
 
     blocks = blocks_of(model, device) if kv_blocks is None else kv_blocks
-    calibrate = importlib.import_module("llmsched_gym.real_backend.calibrate")
-    sheet = importlib.import_module("llmsched_gym.real_backend.measurements").Sheet
+    calibrate = importlib.import_module("llmsched_gym.real_backend.calibration.calibrate")
+    sheet = importlib.import_module("llmsched_gym.real_backend.calibration.measurements").Sheet
     profile: Profile = calibrate.fit_csv(csv, model, device, blocks, name=name)
     return dataclasses.replace(profile, engine=engine), read_batches(sheet.of(csv).medians())
 

@@ -83,4 +83,8 @@ def _whole(module: str) -> list[str]:
     path = _file(module)
     if path is None or path.name != "__init__.py":
         return [module]
-    return [module, *(f"{module}.{file.stem}" for file in sorted(path.parent.glob("*.py")) if file != path)]
+    inside = sorted(file.relative_to(path.parent).with_suffix("").parts for file in path.parent.rglob("*.py"))
+    return [
+        module,
+        *(".".join((module, *parts)).removesuffix(".__init__") for parts in inside if parts != ("__init__",)),
+    ]

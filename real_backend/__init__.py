@@ -18,6 +18,8 @@ __all__ = ["BackendError", "make_backend"]
 
 if __name__ == "real_backend":  # a clone's spelling of the same package
     sys.modules[__name__] = importlib.import_module("llmsched_gym.real_backend")
+    for _room in ("calibration", "gpu_check", "sim2real"):
+        sys.modules[f"{__name__}.{_room}"] = importlib.import_module(f"llmsched_gym.real_backend.{_room}")
 
 
 def make_backend(scenario: Scenario, model: Any = "random:tiny", device: str | None = None, **options: Any) -> Any:

@@ -76,7 +76,7 @@ def test_an_edit_of_any_file_that_they_depend_on_changes_the_three_digests(tmp_p
         return [f"llmsched_gym/{name}.py" for name in names]
 
     always, results, paper, never = [True] * 3, [False, True, True], [False, False, True], [False] * 3
-    kernels = under("config", "scheduler", "engine/pack", "env/features", "cost/profile", "workload/table")
+    kernels = under("config/scenario", "scheduler", "engine/pack", "env/features", "cost/profile", "workload/table")
     assert which(*kernels, "baselines/slai.py") == [always] * 7
     assert which(*under("evaluation/run", "evaluation/gaps")) == [results] * 2
     assert which(*under("paper/reproduce", "fluid/mixed", "theory/stability")) == [paper] * 3

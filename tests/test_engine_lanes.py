@@ -8,7 +8,8 @@ from helpers import TICK_S, profile, request, table
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import run as kernels
 from llmsched_gym.engine.lifecycle import deliver, enter
-from llmsched_gym.engine.state import Replica, allocate, env_of, episode_of, lane_of, load_table, make_handle
+from llmsched_gym.engine.load import load_table
+from llmsched_gym.engine.state import Replica, allocate, env_of, episode_of, lane_of, make_handle
 from llmsched_gym.scheduler import default_knobs, make_scheduler
 
 ROWS = [request(prompt=40, output=4), request(prompt=90, output=6), request(prompt=50, output=3)]

@@ -11,7 +11,7 @@ from test_engine_properties import DEVICE, KNOBS, SMALL_WORLDS, RandomLegal, row
 
 from llmsched_gym.config import scenario
 from llmsched_gym.engine import Engine, check
-from llmsched_gym.engine.batch import can_make_ttft, insert_sorted, is_prefill, remaining_prefill
+from llmsched_gym.engine.batch import insert_sorted, is_prefill, remaining_prefill
 from llmsched_gym.engine.due import left_s
 from llmsched_gym.engine.invariants import InvariantError
 from llmsched_gym.engine.pack import (
@@ -26,6 +26,7 @@ from llmsched_gym.engine.pack import (
     _any_within_limit,
     next_waiting,
 )
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.promise import promise
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import lane_of

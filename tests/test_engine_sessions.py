@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.engine import Engine, check
 from llmsched_gym.engine.records import CANCELLED, FINISHED, PENDING, PHASES, REFUSED
-from llmsched_gym.engine.state import phases_of
+from llmsched_gym.engine.rows import phases_of
 from llmsched_gym.workload import shares_of_ids, shares_of_turns
 
 

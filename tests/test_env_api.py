@@ -12,7 +12,7 @@ from gymnasium.utils.env_checker import check_env
 
 from llmsched_gym import SUITES
 from llmsched_gym.config import ACTIONS
-from llmsched_gym.engine.state import rows_of
+from llmsched_gym.engine.rows import rows_of
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.workload import make_table

@@ -14,9 +14,9 @@ from llmsched_gym.engine.utility import gaps_in_time, gaps_in_time_kernel, late_
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.actions.knobs import KNOBS, knobs_action, knobs_for
 from llmsched_gym.env.arrays import TERMINATED, TRUNCATED
-from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.policies.bridge import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.scheduler import make_scheduler
 from llmsched_gym.workload import NOISE_BLOCK
 

@@ -9,9 +9,9 @@ from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.actions import InvalidAction
 from llmsched_gym.env.actions.knobs import KNOBS, ORDER, WITH_CACHING, adapt, knobs_for
 from llmsched_gym.env.core import action_space, space_settings
-from llmsched_gym.env.policy import PolicyScheduler, knobs_now
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import load_policy, read_folder, write_folder
+from llmsched_gym.policies.bridge import PolicyScheduler, knobs_now
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.scheduler import make_scheduler
 

@@ -17,6 +17,18 @@ from tests.test_policies import mlp_folder
 WORLD = {"num_requests": 60, "qps": 2.0, "warmup_s": 10.0}
 
 
+def test_users_import_the_bridges_from_the_environment():
+    from llmsched_gym.env import policy
+    from llmsched_gym.policies import bridge
+
+    assert {name: getattr(policy, name) for name in policy.__all__} == {
+        "PolicyScheduler": bridge.PolicyScheduler,
+        "SchedulerPolicy": bridge.SchedulerPolicy,
+    }
+    with pytest.raises(ImportError, match="cannot import name 'knobs_now'"):
+        from llmsched_gym.env.policy import knobs_now  # noqa: F401
+
+
 def play(env, name, how, limit=None):
     """Return, steps, and the requests at the end, of one episode."""
     env.reset(seed=5)

@@ -18,7 +18,7 @@ from llmsched_gym.cost.fit_tables import fit_tables
 from llmsched_gym.cost.kernel_tables import read_attention, read_dense, read_per_sequence
 from llmsched_gym.cost.measured_batches import Batch, batch_row
 from llmsched_gym.cost.tiles import off_tile_cost
-from llmsched_gym.real_backend.sweep import Limits, plan
+from llmsched_gym.real_backend.calibration.sweep import Limits, plan
 from llmsched_gym.report import batch_report
 
 VLLM = ("rtx4090-llama-3.1-8b-vllm", "rtx6000ada-mistral-7b-vllm", "rtxpro6000-llama-3.1-8b-vllm")

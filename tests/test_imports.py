@@ -24,6 +24,9 @@ ORDER = (
     ("registry",),  # names to schedulers, learned ones too
     ("evaluation",),
     ("theory", "real_backend", "agents", "serving"),
+    ("real_backend.calibration",),
+    ("real_backend.sim2real",),
+    ("real_backend.gpu_check",),
     ("paper",),
     ("fit_command", "reproduce"),
     ("commands",),

@@ -12,9 +12,9 @@ from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv, kernels
 from llmsched_gym.env.arrays import handle_of
 from llmsched_gym.env.core import make_arrays
 from llmsched_gym.env.features import FEATURES, MIXING, MIXING_TOKENS
-from llmsched_gym.env.policy import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import PolicySpec, load_policy, read_folder, write_folder
+from llmsched_gym.policies.bridge import PolicyScheduler, SchedulerPolicy
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.scheduler import PolicyError
 from tests.test_policies import edit, mlp_folder, mlp_tensors

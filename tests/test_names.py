@@ -22,12 +22,12 @@ from llmsched_gym.engine.jit import cache_dir
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import make_scheduler
 from llmsched_gym.config import scenario
-import llmsched_gym.agents.options, llmsched_gym.real_backend.sweep
+import llmsched_gym.agents.options, llmsched_gym.real_backend.calibration.sweep
 attained = [simulate(scenario("paper", num_requests=2), policy, 0).sim.num_finished for policy in ("slai", "learned")]
-named = "llmsched_gym.config llmsched_gym.baselines.slai llmsched_gym.agents.options llmsched_gym.real_backend.sweep"
+named = "config baselines.slai agents.options real_backend.calibration.sweep"
 print(json.dumps({
     "attained": [int(n) for n in attained],
-    "files": [sys.modules[name].__file__ for name in named.split()],
+    "files": [sys.modules["llmsched_gym." + name].__file__ for name in named.split()],
     "short": [name for name in sys.modules if name.split(".")[0] in ("agents", "baselines", "real_backend")],
     "cache": Path(cache_dir()).name,
 }))
@@ -85,7 +85,7 @@ def expected(root, where):
     """Files of the probe's four modules in a clone, or in a folder that the package is installed to."""
     beside = root if where == "clone" else root / "llmsched_gym"
     files = [root / "llmsched_gym/config/__init__.py", beside / "baselines/slai.py", beside / "agents/options.py"]
-    return [str(file) for file in (*files, beside / "real_backend/sweep.py")]
+    return [str(file) for file in (*files, beside / "real_backend/calibration/sweep.py")]
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,14 @@ assert "llmsched_gym." + {name!r} in sys.modules, "the module ran as a copy of i
 """
 
 
-@pytest.mark.parametrize("name", ["agents.compare", "agents.robustness", "real_backend.calibrate"])
+AS_COMMANDS = [
+    "agents.compare",
+    "agents.robustness",
+    *(f"real_backend.{n}" for n in ("calibration", "gpu_check", "sim2real")),
+]
+
+
+@pytest.mark.parametrize("name", AS_COMMANDS)
 def test_a_clones_spelling_runs_the_module_of_the_long_name(clone, name):
     done = run("-c", AS_COMMAND.format(name=name), cwd=clone)
     assert done.returncode == 0 and "--help" in done.stdout, done.stderr[-2000:]

@@ -13,7 +13,6 @@ from llmsched_gym.config import EnvConfig, env_config
 from llmsched_gym.engine.jit import JIT_ENABLED
 from llmsched_gym.env.actions.knobs import KNOBS, knobs_for
 from llmsched_gym.env.features import FEATURES
-from llmsched_gym.env.network import forward
 from llmsched_gym.env.slots import NUM_SLOTS, SLOT_FEATURES
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -21,6 +20,7 @@ from llmsched_gym.policies import LoadedPolicy, load_policy, read_folder, write_
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.policies.knob_rules import KnobScores
 from llmsched_gym.policies.load import make_policy
+from llmsched_gym.policies.network import forward
 from llmsched_gym.policies.networks import Mlp
 from llmsched_gym.scheduler import Compiled, PolicyError, make_scheduler
 

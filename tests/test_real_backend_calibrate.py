@@ -14,10 +14,10 @@ import pytest
 from llmsched_gym.cost import DEVICES, MODELS, Profile, TableLinear, load_profile
 from llmsched_gym.cost.measured_batches import read_batches
 from llmsched_gym.real_backend import BackendError
-from llmsched_gym.real_backend.calibrate import fit
-from llmsched_gym.real_backend.calibrate import main as calibrate_main
-from llmsched_gym.real_backend.measurements import COLUMNS, Sheet, key, run_sweep
-from llmsched_gym.real_backend.sweep import Composition, Limits, plan
+from llmsched_gym.real_backend.calibration.calibrate import fit
+from llmsched_gym.real_backend.calibration.calibrate import main as calibrate_main
+from llmsched_gym.real_backend.calibration.measurements import COLUMNS, Sheet, key, run_sweep
+from llmsched_gym.real_backend.calibration.sweep import Composition, Limits, plan
 
 SMALL = Limits(max_tokens=256, max_context=256, max_seqs=16, mixtures=40)
 BLOCKS = 400
@@ -170,8 +170,8 @@ def test_a_header_cut_off_by_a_kill_is_written_again(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from llmsched_gym.real_backend.measurements import Sheet, run_sweep
-from llmsched_gym.real_backend.sweep import Limits, plan
+from llmsched_gym.real_backend.calibration.measurements import Sheet, run_sweep
+from llmsched_gym.real_backend.calibration.sweep import Limits, plan
 
 path, calls = Path(sys.argv[1]), [0]
 
@@ -312,7 +312,7 @@ def test_rows_of_another_model_of_the_same_last_name_are_refused(tmp_path, capsy
 
 
 def test_the_staircase_of_the_h100(tmp_path, capsys):
-    from llmsched_gym.real_backend.staircase import main
+    from llmsched_gym.real_backend.calibration.staircase import main
 
     sweep = Path(__file__).parent.parent / "docs" / "gpu" / "h100" / "sweep.csv.gz"
     picture = tmp_path / "stairs.png"

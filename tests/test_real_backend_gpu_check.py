@@ -11,10 +11,11 @@ pytest.importorskip("transformers", reason="the real backend needs transformers"
 
 from llmsched_gym.config import DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, load_profile
-from llmsched_gym.real_backend import gpu_check, gpu_report, gpu_speed
-from llmsched_gym.real_backend.gpu_sections import SECTIONS
-from llmsched_gym.real_backend.gpu_state import Check, TimeUp
-from llmsched_gym.real_backend.sweep import Composition, Limits
+from llmsched_gym.real_backend.calibration.sweep import Composition, Limits
+from llmsched_gym.real_backend.gpu_check import check as gpu_check
+from llmsched_gym.real_backend.gpu_check import report, speed
+from llmsched_gym.real_backend.gpu_check.sections import SECTIONS
+from llmsched_gym.real_backend.gpu_check.state import Check, TimeUp
 
 SMALL = ["--model", "random:tiny", "--device", "cpu", "--threads", "1"]
 
@@ -31,7 +32,7 @@ def test_bounds_by_hand():
     model = ModelSpec("m", 8, 16, 2, num_heads=4, num_kv_heads=2, head_dim=2, vocab_size=10)
     device = DeviceSpec("d", 1e9, bandwidth_bytes_s=1e6, flops_s=1e6)
     assert (model.layer_params, model.head_params, model.kv_bytes_per_token) == (2 * (16 * 12 + 384), 80, 32)
-    found = gpu_speed.bound_ms(model, device, Composition(((3, 2),), (10,)))
+    found = speed.bound_ms(model, device, Composition(((3, 2),), (10,)))
     moved = 2 * (1152 + 80) + 32 * (10 + 5 + 3)
     flops = 2 * (1152 * 3 + 80 * 2) + 4 * 4 * 2 * 2 * (10 + 2 * 3 + 3)
     assert found == {"bound_ms": flops / 1e3, "bytes_ms": moved / 1e3, "flops_ms": flops / 1e3}
@@ -39,24 +40,24 @@ def test_bounds_by_hand():
 
 def test_the_bound_of_decodes_is_that_of_the_published_shapes():
     """32 decodes at 1,024 tokens on an H100: weights and KV at 3.35 TB/s, 5.5 ms."""
-    found = gpu_speed.bound_ms(MODELS["mistral-7b"], DEVICES["h100-sxm"], Composition(decodes=(1024,) * 32))
+    found = speed.bound_ms(MODELS["mistral-7b"], DEVICES["h100-sxm"], Composition(decodes=(1024,) * 32))
     assert found["bound_ms"] == pytest.approx(5.5, abs=0.1)
 
 
 def test_kernels_are_told_apart_by_name():
     names = {"_attend": "attention", "fmha_cutlassF_bf16": "attention", "nvjet_tst_128x64": "product"}
     names |= {"sm90_xmma_gemm_bf16": "product", "vectorized_elementwise_kernel": "other", "aten::addmm": "product"}
-    assert {name: gpu_speed.kind_of(name) for name in names} == names
+    assert {name: speed.kind_of(name) for name in names} == names
 
 
 def test_batches_stay_within_the_limits():
-    assert list(gpu_speed.batches(Limits(max_seqs=256), 30_000)) == [
+    assert list(speed.batches(Limits(max_seqs=256), 30_000)) == [
         *(f"{n} decodes" for n in (1, 8, 32, 64, 128, 256)),
         "16 decodes + 48 prefill",
         "64 decodes + 448 prefill",
         "64 decodes + 1984 prefill",
     ]
-    small = gpu_speed.batches(Limits(max_tokens=64, max_context=64, max_seqs=8), 100)
+    small = speed.batches(Limits(max_tokens=64, max_context=64, max_seqs=8), 100)
     assert list(small) == ["1 decodes", "8 decodes"] and small["8 decodes"].decodes == (32,) * 8
 
 
@@ -126,7 +127,7 @@ def test_everything_runs_on_the_cpu(tmp_path, capsys):
 
 
 def test_static_shapes_pass_the_check_of_graphs(tmp_path):
-    from llmsched_gym.real_backend.gpu_correct import graphs_against_eager
+    from llmsched_gym.real_backend.gpu_check.correct import graphs_against_eager
 
     limits = Limits(max_tokens=64, max_context=64, max_seqs=8)
     check = Check("random:tiny", tmp_path, "cpu", limits, graphs=True)
@@ -141,10 +142,10 @@ def test_wrong_sections_are_one_line(tmp_path, capsys):
 
 
 def test_tables_of_markdown_by_hand():
-    assert gpu_report.table([{"a": 1.23456, "b": None}, {"a": "x|y", "b": True}]) == (
+    assert report.table([{"a": 1.23456, "b": None}, {"a": "x|y", "b": True}]) == (
         "| a | b |\n|---|---|\n| 1.235 | - |\n| x/y | True |"
     )
-    assert gpu_report.table([]) == "none"
+    assert report.table([]) == "none"
 
 
 def test_a_failed_section_is_told_by_the_exit_code(tmp_path, capsys):

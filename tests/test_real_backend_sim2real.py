@@ -12,8 +12,8 @@ from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation import metrics
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.real_backend import agreement, small_world
-from llmsched_gym.real_backend.agreement import ABSOLUTE, RELATIVE
+from llmsched_gym.real_backend.sim2real import agreement, small_world
+from llmsched_gym.real_backend.sim2real.agreement import ABSOLUTE, RELATIVE
 from llmsched_gym.workload import make_table
 
 FIELDS = dict.fromkeys((*RELATIVE, *ABSOLUTE), 1.0)
@@ -149,7 +149,7 @@ def profile_file(tmp_path):
 
 
 def test_the_page_is_made_from_runs_on_both(tmp_path, one_thread, profile_file, capsys):
-    from llmsched_gym.real_backend.sim2real import main
+    from llmsched_gym.real_backend.sim2real.compare import main
 
     out = tmp_path / "page"
     command = ["--model", "random:tiny", "--device", "cpu", "--out", str(out), "--profile", str(profile_file)]
@@ -181,7 +181,7 @@ def test_the_page_is_made_from_runs_on_both(tmp_path, one_thread, profile_file, 
     ],
 )
 def test_a_wrong_command_is_one_line(tmp_path, one_thread, profile_file, arguments, expected, capsys):
-    from llmsched_gym.real_backend.sim2real import main
+    from llmsched_gym.real_backend.sim2real.compare import main
 
     base = ["--model", "random:tiny", "--device", "cpu", "--out", str(tmp_path / "x"), "--profile", str(profile_file)]
     assert main([*base, *arguments]) == 2

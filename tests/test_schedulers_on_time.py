@@ -21,10 +21,10 @@ from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.engine.records import PENDING
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env import LLMSchedEnv
-from llmsched_gym.env.policy import SchedulerPolicy, knobs_now
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.policies.bridge import SchedulerPolicy, knobs_now
 from llmsched_gym.scheduler import install, make_scheduler
 from llmsched_gym.workload import shares_of_ids
 

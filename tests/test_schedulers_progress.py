@@ -29,8 +29,8 @@ from llmsched_gym.engine import Engine
 from llmsched_gym.engine.pack import HOLDS, ORDERS
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.env.actions.knobs import KNOBS
-from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.slots import NUM_SLOTS
+from llmsched_gym.policies.bridge import PolicyScheduler
 from llmsched_gym.scheduler import (
     COMMON_OPTIONS,
     PACK_OPTIONS,

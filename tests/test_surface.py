@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import Profile, ProfileError, load_profile
 from llmsched_gym.cost.surface import Sums, Surface
-from llmsched_gym.engine.batch import predicted_s, prompt_s
+from llmsched_gym.engine.batch import predicted_s
+from llmsched_gym.engine.predict import prompt_s
 from llmsched_gym.engine.run import apply_env, commit_env, execute_env
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.surface import chunk_s, surface_s

@@ -24,8 +24,9 @@ from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import StalledScheduler
 from llmsched_gym.engine.blocks import NUM_COLUMNS, load_blocks, table_size
 from llmsched_gym.engine.core import MAX_IDLE_STEPS
+from llmsched_gym.engine.load import load_table
 from llmsched_gym.engine.records import NONE
-from llmsched_gym.engine.state import Replica, State, grow, load_table, make_handle
+from llmsched_gym.engine.state import Replica, State, grow, make_handle
 from llmsched_gym.engine.state import allocate as allocate_state
 from llmsched_gym.engine.view import View, submit
 from llmsched_gym.scheduler import install, make_scheduler

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.cluster.records import DECODE, PREFILL
-from llmsched_gym.engine.batch import is_prefill, prompt_s, remaining_prefill
+from llmsched_gym.engine.batch import is_prefill, remaining_prefill
 from llmsched_gym.engine.blocks import NAMED, owner_of, slot_of
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.predict import prompt_s
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import lane_of
 

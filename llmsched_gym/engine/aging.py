@@ -8,16 +8,10 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.engine.batch import (
-    add_chunk,
-    can_admit,
-    can_make_ttft,
-    chunk_room,
-    is_prefill,
-    predicted_s,
-)
+from llmsched_gym.engine.batch import add_chunk, can_admit, chunk_room, is_prefill, predicted_s
 from llmsched_gym.engine.blocks import blocks_to_hold, take
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.records import RUNNING
 from llmsched_gym.engine.surface import recount
 

@@ -11,8 +11,9 @@ import numpy as np
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import run as kernels
+from llmsched_gym.engine.load import append_request, load_table
 from llmsched_gym.engine.places import cached_blocks, places_of
-from llmsched_gym.engine.state import Replica, State, allocate, append_request, grow, load_table, make_handle
+from llmsched_gym.engine.state import Replica, State, allocate, grow, make_handle
 from llmsched_gym.engine.view import Batch, View, has_arrived, submit
 from llmsched_gym.workload import NOISE_BLOCK, Request, RequestTable, noise_block
 

@@ -40,7 +40,8 @@ from llmsched_gym.engine.records import (
     WAITING,
     has_come,
 )
-from llmsched_gym.engine.state import State, phases_of
+from llmsched_gym.engine.rows import phases_of
+from llmsched_gym.engine.state import State
 
 
 class InvariantError(AssertionError):

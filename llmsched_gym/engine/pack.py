@@ -14,7 +14,6 @@ from llmsched_gym.engine.batch import (
     add_decodes,
     batch_s,
     can_admit,
-    can_make_ttft,
     chunk_room,
     decode_fits,
     insert_sorted,
@@ -28,6 +27,7 @@ from llmsched_gym.engine.batch import (
 from llmsched_gym.engine.blocks import known_computed
 from llmsched_gym.engine.due import decode_due_s, next_due_s
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.queue import is_shorter, shortest_expired
 from llmsched_gym.engine.records import NONE, RUNNING
 from llmsched_gym.engine.surface import has_surface, with_decodes_s

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 
-from llmsched_gym.engine.batch import insert_sorted, is_prefill, time_alone_s, uncached_prefill
+from llmsched_gym.engine.batch import insert_sorted, is_prefill, uncached_prefill
 from llmsched_gym.engine.due import left_s
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.predict import time_alone_s
 from llmsched_gym.engine.records import NONE, WAITING
 
 STRETCH = 1.3  # chosen on selection seeds of the drift suite

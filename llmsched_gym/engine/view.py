@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.engine.batch import batch_s, can_make_ttft_env, uncached_prefill
+from llmsched_gym.engine.batch import batch_s, uncached_prefill
 from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed
+from llmsched_gym.engine.predict import can_make_ttft_env
 from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
 from llmsched_gym.engine.state import State, env_of, lane_of
 from llmsched_gym.engine.surface import chunk_s, has_surface, recount, surface_s

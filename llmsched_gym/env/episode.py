@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from llmsched_gym.engine.records import ABANDONED, CANCELLED, FINISHED, REFUSED, REJECTED, RUNNING, WAITING, has_come
-from llmsched_gym.engine.state import State, phases_of
+from llmsched_gym.engine.rows import phases_of
+from llmsched_gym.engine.state import State
 from llmsched_gym.workload import RequestTable
 
 METRICS: dict[str, str] = {

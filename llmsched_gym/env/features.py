@@ -12,13 +12,14 @@ import numpy as np
 
 from llmsched_gym.config import MOST, EnvConfig
 from llmsched_gym.cost import load_profile
-from llmsched_gym.engine.batch import can_make_ttft, is_prefill, uncached_prefill
+from llmsched_gym.engine.batch import is_prefill, uncached_prefill
 from llmsched_gym.engine.due import open_wait
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.mixing import price_of_mixing
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
 from llmsched_gym.env.feature import Feature, places, scales, squash
-from llmsched_gym.env.reward import has_changed, pay_live
+from llmsched_gym.env.reward import pay_live
 
 _SLACK_1, _SLACK_2, _SLACK_3 = 0.2, 0.4, 0.7  # shares of the TBT SLO left
 EMITTED_EDGES = (32, 128, 512)  # tokens
@@ -186,12 +187,12 @@ def observe_features(lane, out, pays, world, rules, terms):
     """Fill ``out`` (float32, as long as one of WIDTHS) with the features, in their order.
 
     If `pays`, what the utility of the measured live requests has changed is booked on the same way through the lists
-    and returned: a second pass over them would cost as much as the step's decision.
+    and returned (``pay_live`` of env/reward.py).
     """
     sim, about, requests = lane.sim, lane.episode, lane.requests
     cohort_start, cohort_stop = (world.cohort_start, world.cohort_stop) if pays else (0, 0)
     paid = 0.0
-    now_s, tbt_rule = sim.clock_s, rules.tbt_rule
+    now_s = sim.clock_s
     out[:] = 0.0
     started = started_tokens = 0
     context = 0
@@ -199,8 +200,7 @@ def observe_features(lane, out, pays, world, rules, terms):
     for i in range(sim.num_running):
         r = lane.running[i]
         request = requests[r]
-        if cohort_start <= r < cohort_stop and has_changed(now_s, tbt_rule, request):
-            paid += pay_live(about, now_s, rules, request, terms)
+        paid += pay_live(about, now_s, rules, cohort_start, cohort_stop, r, request, terms)
         if is_prefill(request):
             started += 1
             started_tokens += request.prefill_tokens - request.num_computed_tokens
@@ -227,8 +227,7 @@ def observe_features(lane, out, pays, world, rules, terms):
     for i in range(sim.num_waiting):
         r = lane.waiting[i]
         request = requests[r]
-        if cohort_start <= r < cohort_stop and has_changed(now_s, tbt_rule, request):
-            paid += pay_live(about, now_s, rules, request, terms)
+        paid += pay_live(about, now_s, rules, cohort_start, cohort_stop, r, request, terms)
         since_s, slo_s = open_wait(request)
         left_s = slo_s - (now_s - since_s)
         k = 0

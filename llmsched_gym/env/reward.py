@@ -103,7 +103,7 @@ def _pay_resolved(about, now_s, rules, request, terms):
 
 
 @kernel()
-def has_changed(now_s, tbt_rule, request):
+def _has_changed(now_s, tbt_rule, request):
     """False for a waiting or running request that surely owes nothing: the common case, small enough to be inlined."""
     is_late = left_s(request, now_s) < 0.0
     if request.num_output_tokens == 0:
@@ -115,8 +115,14 @@ def has_changed(now_s, tbt_rule, request):
 
 
 @kernel()
-def pay_live(about, now_s, rules, request, terms):
-    """What the utility of a waiting or running request has changed since it was last paid."""
+def pay_live(about, now_s, rules, cohort_start, cohort_stop, r, request, terms):
+    """Book what the utility of waiting or running request `r` has changed since it was last paid; returns the change.
+
+    0 for requests outside cohort_start, ..., cohort_stop - 1. This is the live half of the reward, for whoever comes
+    past the requests anyway: a pass of its own over them would cost as much as the step's decision.
+    """
+    if not cohort_start <= r < cohort_stop or not _has_changed(now_s, rules.tbt_rule, request):
+        return 0.0
     lateness_s = request.lateness_s + open_lateness_s(request, now_s)
     return _pay(about, rules, request, attains(request, rules, now_s), lateness_s, 0.0, terms)
 

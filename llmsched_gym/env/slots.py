@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.config import BLOCK_SIZE, EnvConfig
-from llmsched_gym.engine.batch import can_make_ttft, is_prefill, uncached_prefill
+from llmsched_gym.engine.batch import is_prefill, uncached_prefill
 from llmsched_gym.engine.due import open_wait
 from llmsched_gym.engine.jit import kernel
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.records import WAITING
 from llmsched_gym.env.feature import Feature, places, scales, squash
 from llmsched_gym.env.features import ALL_FEATURES

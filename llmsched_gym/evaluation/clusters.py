@@ -14,7 +14,7 @@ import numpy as np
 from llmsched_gym.cluster import Cluster
 from llmsched_gym.config import ClusterScenario
 from llmsched_gym.engine.records import REPLICA
-from llmsched_gym.engine.state import rows_of
+from llmsched_gym.engine.rows import rows_of
 from llmsched_gym.evaluation.run import Episode, scenario_for
 from llmsched_gym.registry import make_router, make_scheduler
 from llmsched_gym.workload import RequestTable, make_table

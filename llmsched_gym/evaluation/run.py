@@ -13,7 +13,7 @@ from llmsched_gym.config import ClusterScenario, ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import Backend, Engine
 from llmsched_gym.engine.compiling import expect_kernels
-from llmsched_gym.engine.state import rows_of
+from llmsched_gym.engine.rows import rows_of
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import RequestTable, make_table

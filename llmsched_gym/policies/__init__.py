@@ -1,4 +1,4 @@
-"""Learned policies at inference time: numpy only, loaded from folders that hold no code."""
+"""Learned policies at inference time, without torch: folders that hold no code, networks, bridges to schedulers."""
 
 from llmsched_gym.policies.folder import PolicySpec, read_folder, write_folder
 from llmsched_gym.policies.load import LoadedPolicy, load_policy

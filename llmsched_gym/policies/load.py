@@ -17,12 +17,12 @@ from llmsched_gym.engine.view import Batch, View
 from llmsched_gym.env.actions import action_of
 from llmsched_gym.env.actions.knobs import Knob, knobs_for, set_knobs
 from llmsched_gym.env.features import ALL_FEATURES
-from llmsched_gym.env.network import ACTION as COMPILED_ACTION
-from llmsched_gym.env.network import Network, choose_knobs, make_network, run_network
-from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.slots import ALL_SLOT_FEATURES
+from llmsched_gym.policies.bridge import PolicyScheduler
 from llmsched_gym.policies.folder import SPEC, TENSORS, PolicySpec, read_folder, width_of
 from llmsched_gym.policies.knob_rules import KnobScores
+from llmsched_gym.policies.network import ACTION as COMPILED_ACTION
+from llmsched_gym.policies.network import Network, choose_knobs, make_network, run_network
 from llmsched_gym.policies.networks import BadTensors, Mlp, Rows
 from llmsched_gym.scheduler import Compiled, PolicyError, default_knobs, settings_of, with_options
 

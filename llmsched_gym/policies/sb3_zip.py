@@ -20,7 +20,7 @@ from llmsched_gym.env.actions import ACTIONS
 from llmsched_gym.env.core import action_space, space_settings
 from llmsched_gym.env.features import WIDTHS
 from llmsched_gym.env.observations import observation_space
-from llmsched_gym.env.policy import PolicyScheduler
+from llmsched_gym.policies.bridge import PolicyScheduler
 from llmsched_gym.scheduler import PolicyError
 
 OPTIONS = ("allow_pickle", "repeat", "token_budget", "vecnormalize")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmsched_gym.config import Scenario
+from llmsched_gym.engine.load import TO_COME
 from llmsched_gym.engine.records import (
     ABANDONED,
     CANCELLED,
@@ -25,7 +26,6 @@ from llmsched_gym.engine.records import (
     RUNNING,
     WAITING,
 )
-from llmsched_gym.engine.state import TO_COME
 from llmsched_gym.evaluation.gaps import percentile
 from llmsched_gym.evaluation.metrics import gaps_of, requests_frame, row
 from llmsched_gym.evaluation.outcomes import Outcomes

@@ -15,8 +15,8 @@ import numpy as np
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine import Engine
+from llmsched_gym.engine.load import append_request
 from llmsched_gym.engine.records import PENDING, RUNNING, WAITING
-from llmsched_gym.engine.state import append_request
 from llmsched_gym.real_backend.vllm import lane_kernels as kernels
 from llmsched_gym.real_backend.vllm.lane_kernels import FIRST_S, MAX_GAP_S, NUM_GAPS, NUM_LATE, NUM_SERVED
 from llmsched_gym.scheduler import install

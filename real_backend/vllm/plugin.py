@@ -23,7 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from llmsched_gym.config import MOST, Scenario
 from llmsched_gym.cost import load_profile
-from llmsched_gym.engine.batch import can_make_ttft_env
+from llmsched_gym.engine.predict import can_make_ttft_env
 from llmsched_gym.real_backend.errors import one_line
 from llmsched_gym.real_backend.vllm.execute import ExecutesBatches, NamedBatch
 from llmsched_gym.real_backend.vllm.fit import OnlineFit

@@ -17,7 +17,7 @@ from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, episode_of, unpack
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, TERMINATED, TRUNCATED
-from llmsched_gym.env.reward import RULES, has_changed, pay_live, pay_resolved
+from llmsched_gym.env.reward import RULES, pay_live, pay_resolved
 from llmsched_gym.env.route.features import observe_route
 
 
@@ -75,10 +75,8 @@ def handle_of(arrays: RouteArrays) -> Any:
 @kernel()
 def _pay_one(of, now_s, rules, r, terms):
     """What the utility of live request `r` has changed by, if it is measured."""
-    world, request = of.world, of.requests[r]
-    if world.cohort_start <= r < world.cohort_stop and has_changed(now_s, rules.tbt_rule, request):
-        return pay_live(of.episode, now_s, rules, request, terms)
-    return 0.0
+    world = of.world
+    return pay_live(of.episode, now_s, rules, world.cohort_start, world.cohort_stop, r, of.requests[r], terms)
 
 
 @kernel()

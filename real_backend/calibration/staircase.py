@@ -1,6 +1,6 @@
 """Time per token of whole prompts against their length, from a sweep's rows: a staircase, and what its steps cost.
 
-python -m llmsched_gym.real_backend.staircase sweep.csv --profile profile.json --out staircase.png
+python -m llmsched_gym.real_backend.calibration.staircase sweep.csv --profile profile.json --out staircase.png
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.cost.measured_batches import read_batches
 from llmsched_gym.cost.tiles import steps
 from llmsched_gym.real_backend import command
-from llmsched_gym.real_backend.measurements import Sheet
+from llmsched_gym.real_backend.calibration.measurements import Sheet
 from llmsched_gym.report.draw import styled
 
 MEASURED, FITTED, EDGE = "#0072b2", "#d55e00", "#68737f"
@@ -76,7 +76,7 @@ def staircase_command(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(staircase_command, "python -m llmsched_gym.real_backend.staircase", argv)
+    return command.run(staircase_command, "python -m llmsched_gym.real_backend.calibration.staircase", argv)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ from llmsched_gym.config import BLOCK_SIZE, ConfigError, scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.evaluation import metrics
 from llmsched_gym.evaluation.run import Episode, simulate
-from llmsched_gym.real_backend import command, page
-from llmsched_gym.real_backend.agreement import summary
-from llmsched_gym.real_backend.calibrate import calibrate, describe, limits_for
+from llmsched_gym.real_backend import command
+from llmsched_gym.real_backend.calibration.calibrate import calibrate, describe, limits_for
 from llmsched_gym.real_backend.errors import BackendError
-from llmsched_gym.real_backend.small_world import SmallWorld, limits, make_world
+from llmsched_gym.real_backend.sim2real import page
+from llmsched_gym.real_backend.sim2real.agreement import summary
+from llmsched_gym.real_backend.sim2real.small_world import SmallWorld, limits, make_world
 from llmsched_gym.registry import make_scheduler
 
 if TYPE_CHECKING:
@@ -224,9 +225,3 @@ def sim2real_command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     return command.run(sim2real_command, "llmsched sim2real", argv)
-
-
-if __name__ == "__main__":
-    from llmsched_gym.real_backend import sim2real as module  # under its one name, not this copy of it
-
-    sys.exit(module.main())

@@ -1,6 +1,6 @@
 """Everything worth measuring on a GPU, in one command that ends in time.
 
-    python -m real_backend.gpu_check --model random:mistral-7b --out out/gpu --minutes 8
+    python -m llmsched_gym.real_backend.gpu_check --model random:mistral-7b --out out/gpu --minutes 8
 
 Sections run by importance, each within a share of the time that is left; one that fails, or runs out of time, is noted
 and the next one runs. What is measured is on the disk at once: CSVs, `summary.json` and `summary.md` in the folder. On
@@ -22,11 +22,11 @@ import typer
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.real_backend import command
-from llmsched_gym.real_backend.calibrate import limits_for
+from llmsched_gym.real_backend.calibration.calibrate import limits_for
 from llmsched_gym.real_backend.errors import BackendError, one_line
-from llmsched_gym.real_backend.gpu_report import write
-from llmsched_gym.real_backend.gpu_sections import SECTIONS
-from llmsched_gym.real_backend.gpu_state import Check, TimeUp
+from llmsched_gym.real_backend.gpu_check.report import write
+from llmsched_gym.real_backend.gpu_check.sections import SECTIONS
+from llmsched_gym.real_backend.gpu_check.state import Check, TimeUp
 
 MAX_SEQS = 256
 """Sequences of the largest batch on a GPU."""
@@ -98,10 +98,4 @@ def check_command(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(check_command, "python -m real_backend.gpu_check", argv)
-
-
-if __name__ == "__main__":
-    from llmsched_gym.real_backend import gpu_check as module  # under its one name, not this copy of it
-
-    sys.exit(module.main())
+    return command.run(check_command, "python -m llmsched_gym.real_backend.gpu_check", argv)

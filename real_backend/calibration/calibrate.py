@@ -7,7 +7,6 @@ The rows are written one by one; a killed run goes on where it stopped when star
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,9 +19,9 @@ from llmsched_gym.cost.fit import MIN_ROWS
 from llmsched_gym.cost.measured_batches import read_batches
 from llmsched_gym.cost.tiles import CANDIDATES, best_tile
 from llmsched_gym.real_backend import command
+from llmsched_gym.real_backend.calibration.measurements import Sheet, run_sweep
+from llmsched_gym.real_backend.calibration.sweep import Limits, plan
 from llmsched_gym.real_backend.errors import BackendError
-from llmsched_gym.real_backend.measurements import Sheet, run_sweep
-from llmsched_gym.real_backend.sweep import Limits, plan
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.backend import TransformersBackend
@@ -201,9 +200,3 @@ def calibrate_command(
 
 def main(argv: Sequence[str] | None = None) -> int:
     return command.run(calibrate_command, "llmsched calibrate", argv)
-
-
-if __name__ == "__main__":
-    from llmsched_gym.real_backend import calibrate as module  # under its one name, not this copy of it
-
-    sys.exit(module.main())

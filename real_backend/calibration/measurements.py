@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsched_gym.cost.measured_batches import batch_row
+from llmsched_gym.real_backend.calibration.sweep import Composition
 from llmsched_gym.real_backend.errors import BackendError
-from llmsched_gym.real_backend.sweep import Composition
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,8 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from llmsched_gym.config import DeviceSpec, ModelSpec
+from llmsched_gym.real_backend.calibration.sweep import Composition, Limits
 from llmsched_gym.real_backend.memory import release_memory
-from llmsched_gym.real_backend.sweep import Composition, Limits
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.backend import TransformersBackend

@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from llmsched_gym.cost import Profile
-from llmsched_gym.real_backend.agreement import ABSOLUTE, RELATIVE, paired
-from llmsched_gym.real_backend.small_world import SmallWorld
+from llmsched_gym.real_backend.sim2real.agreement import ABSOLUTE, RELATIVE, paired
+from llmsched_gym.real_backend.sim2real.small_world import SmallWorld
 from llmsched_gym.report.draw import policy_styles, styled
 from llmsched_gym.text import number, table
 

@@ -9,12 +9,12 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from llmsched_gym.real_backend import small_world
-from llmsched_gym.real_backend.calibrate import CPU_TILE, ROUNDS, fit
+from llmsched_gym.real_backend.calibration.calibrate import CPU_TILE, ROUNDS, fit
+from llmsched_gym.real_backend.calibration.measurements import Sheet, run_sweep
+from llmsched_gym.real_backend.calibration.sweep import plan
 from llmsched_gym.real_backend.errors import BackendError
-from llmsched_gym.real_backend.gpu_state import Check, TimeUp
-from llmsched_gym.real_backend.measurements import Sheet, run_sweep
-from llmsched_gym.real_backend.sweep import plan
+from llmsched_gym.real_backend.gpu_check.state import Check, TimeUp
+from llmsched_gym.real_backend.sim2real import small_world
 
 POLICIES = ("slai", "sarathi", "on-time", "learned", "rad-512")
 LOADS = (0.8, 1.1, 0.5)
@@ -88,7 +88,7 @@ def sweep(check: Check) -> None:
 
 def bounds(check: Check) -> None:
     """Some batches' times against what the measured ceilings allow."""
-    from llmsched_gym.real_backend.gpu_speed import batches, time_batch
+    from llmsched_gym.real_backend.gpu_check.speed import batches, time_batch
 
     for name, batch in batches(check.limits, check.backend.num_kv_blocks).items():
         check.in_time()
@@ -97,7 +97,7 @@ def bounds(check: Check) -> None:
 
 def correctness(check: Check) -> None:
     """The fast path against the portable one and against generate."""
-    from llmsched_gym.real_backend.gpu_correct import (
+    from llmsched_gym.real_backend.gpu_check.correct import (
         graphs_against_eager,
         logits_of_attentions,
         tokens_against_generate,
@@ -114,7 +114,7 @@ def sim2real(check: Check) -> None:
     """The simulator, with the profile measured here, against the model; saved after each load."""
     import pandas as pd
 
-    from llmsched_gym.real_backend.sim2real import Comparison, compare, save
+    from llmsched_gym.real_backend.sim2real.compare import Comparison, compare, save
 
     if check.profile is None:
         raise BackendError("no profile: the sweep did not get far enough")
@@ -158,7 +158,7 @@ def _requests_in_time(check: Check, world: small_world.SmallWorld) -> int:
 
 def kernel(check: Check) -> None:
     """The attention kernel alone, at several tile sizes; on a GPU only."""
-    from llmsched_gym.real_backend.gpu_speed import time_kernel
+    from llmsched_gym.real_backend.gpu_check.speed import time_kernel
 
     if check.backend.attention == "triton" and check.backend.device.type == "cuda":
         for row in time_kernel(check.backend, check.limits, check.measured):
@@ -168,7 +168,7 @@ def kernel(check: Check) -> None:
 
 def mixing(check: Check) -> None:
     """Decodes alone, a chunk alone, both together."""
-    from llmsched_gym.real_backend.gpu_speed import mixed_batches, time_mixing
+    from llmsched_gym.real_backend.gpu_check.speed import mixed_batches, time_mixing
 
     for decodes, chunk in mixed_batches(check.limits, check.backend.num_kv_blocks):
         check.in_time()
@@ -179,7 +179,7 @@ def generate(check: Check) -> None:
     """Decode steps of transformers' own generate, at the batches of `bounds`. Takes the cache's memory: comes last."""
     import torch
 
-    from llmsched_gym.real_backend.gpu_speed import batches, free_cache, time_generate
+    from llmsched_gym.real_backend.gpu_check.speed import batches, free_cache, time_generate
     from llmsched_gym.real_backend.memory import release_memory
 
     backend = check.backend

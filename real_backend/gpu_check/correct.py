@@ -11,9 +11,9 @@ import torch
 
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.real_backend.calibration.sweep import Limits
 from llmsched_gym.real_backend.runner import Work
-from llmsched_gym.real_backend.small_world import limits, scaled_workload
-from llmsched_gym.real_backend.sweep import Limits
+from llmsched_gym.real_backend.sim2real.small_world import limits, scaled_workload
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.backend import TransformersBackend

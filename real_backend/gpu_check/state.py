@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from llmsched_gym.config import DeviceSpec, scenario
 from llmsched_gym.cost import Profile
-from llmsched_gym.real_backend import small_world
+from llmsched_gym.real_backend.calibration.sweep import Limits
 from llmsched_gym.real_backend.errors import BackendError, one_line
-from llmsched_gym.real_backend.sweep import Limits
+from llmsched_gym.real_backend.sim2real import small_world
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Check:
     @property
     def scale(self) -> float:
         """Of the world's requests, as in sim2real."""
-        from llmsched_gym.real_backend.sim2real import CPU_SCALE
+        from llmsched_gym.real_backend.sim2real.compare import CPU_SCALE
 
         return 1.0 if self.torch_device.type == "cuda" else CPU_SCALE
 
@@ -75,7 +75,7 @@ class Check:
 
     def _make_backend(self, graphs: bool | None) -> TransformersBackend:
         from llmsched_gym.real_backend import make_backend
-        from llmsched_gym.real_backend.sim2real import kv_blocks
+        from llmsched_gym.real_backend.sim2real.compare import kv_blocks
 
         own = small_world.limits(self.scale)
         world = scenario(

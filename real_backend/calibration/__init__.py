@@ -1,0 +1,1 @@
+"""Measuring what batches take on a real model, and profiles fitted to it: `llmsched calibrate`."""
