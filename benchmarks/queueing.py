@@ -7,8 +7,9 @@ time is linear in its tokens. With prompts of exponential length and Poisson arr
 share of replicas with at least i requests is
 
 - load^i where requests are split at random (M/M/1), whatever the number of replicas,
-- load^(2^i - 1) with the shorter of two, as the number of replicas grows (Mitzenmacher, IEEE TPDS 2001). Some hundred
-  replicas have more of the longest queues than that, where these are rare: at 0.7 a fifth more with 4 or more requests.
+- load^(2^i - 1) with the shorter of two, as the number of replicas grows (Mitzenmacher, IEEE TPDS 2001). A finite
+  number has more of the longest queues, in inverse proportion to it (Gast and Van Houdt, POMACS 2017): beside the law
+  stands the Markov chain of so many replicas, simulated by other means.
 
 With prompts of one length the mean wait under join-the-shortest-queue lies between that of one queue for all (M/D/c,
 which no router beats, and round-robin attains as all take equally long) and that of a random split (M/D/1:
@@ -26,6 +27,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numba
 import numpy as np
 
 from llmsched_gym.cluster.core import Cluster
@@ -139,6 +141,38 @@ def waits(routers: Sequence[str], replicas: int, load: float, num_requests: int,
     return np.array(found)
 
 
+def chain(replicas: int, load: float, num_events: int, seed: int) -> np.ndarray:
+    """Shares of replicas with at least i = 1 .. MOST_QUEUED requests with the shorter of two, of the Markov chain.
+
+    Its steps are arrivals and services of one replica each, served or not: uniformized, so that all take equally long.
+    """
+    draws = np.random.default_rng((seed, 1))
+    numbers = draws.integers(replicas, size=(num_events, 2))
+    numbers[:, 1] = (numbers[:, 0] + 1 + draws.integers(replicas - 1, size=num_events)) % replicas
+    return _steps(
+        draws.random(num_events) < load / (1 + load), numbers, replicas, int(WARMUP * num_events), MOST_QUEUED
+    )
+
+
+@numba.njit(cache=True)
+def _steps(arrives, numbers, replicas, warm_up, most):
+    queue, at_least, total = np.zeros(replicas, np.int64), np.zeros(most + 1, np.int64), np.zeros(most + 1, np.int64)
+    for k in range(len(arrives)):
+        i, j = numbers[k]
+        if arrives[k]:
+            i = j if queue[j] < queue[i] else i
+            queue[i] += 1
+            if queue[i] <= most:
+                at_least[queue[i]] += 1
+        elif queue[i] > 0:
+            if queue[i] <= most:
+                at_least[queue[i]] -= 1
+            queue[i] -= 1
+        if k >= warm_up:
+            total += at_least
+    return total[1:] / ((len(arrives) - warm_up) * replicas)
+
+
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean over seeds, axis 0, and its standard error."""
     return values.mean(axis=0), values.std(axis=0, ddof=1) / math.sqrt(len(values))
@@ -154,12 +188,18 @@ def main() -> None:
     given = parser.parse_args()
     seeds = range(given.seeds)
     laws = {"power-of-two": lambda i: given.load ** (2**i - 1), "random": lambda i: given.load**i}
+    events = round(given.requests * (1 + given.load) / given.load)
+    finite = mean_and_error(np.array([chain(given.replicas, given.load, events, seed) for seed in seeds]))
     for router, law in laws.items():
         mean, error = mean_and_error(tails(router, given.replicas, given.load, given.requests, seeds))
         print(f"{router}, {given.replicas} replicas, load {given.load:g}: share with at least i requests")
         for i, (share, off) in enumerate(zip(mean, error, strict=True), start=1):
             expected = law(i)
-            print(f"  i={i}  {share:.5f} +- {off:.5f}  theory {expected:.5f}  {(share - expected) / off:+.2f} errors")
+            line = f"  i={i}  {share:.5f} +- {off:.5f}  theory {expected:.5f}  {(share - expected) / off:+.2f} errors"
+            if router == "power-of-two":
+                at, by = finite[0][i - 1], math.hypot(finite[1][i - 1], off)
+                line += f"  chain {at:.5f}  {(share - at) / by:+.2f} errors of the difference"
+            print(line)
     names = ("jsq", "power-of-two", "round-robin", "random")
     mean, error = mean_and_error(waits(names, given.replicas, given.load, given.requests, seeds))
     print(f"mean wait in service times, prompts of one length; M/D/1 {given.load / (2 * (1 - given.load)):.4f}")

@@ -28,6 +28,16 @@ def test_the_tail_of_queues_is_the_theorys(router, load, law, other):
     assert (np.abs(mean - other(load, length))[1:] > 10.0 * error[1:]).all()
 
 
+def test_two_choices_are_those_of_the_markov_chain_with_as_many_replicas():
+    """With 8 replicas, a third more than the law of many have 4 requests or more; the chain knows how many."""
+    load, replicas = 0.8, 8
+    found = queueing.tails("power-of-two", replicas, load, 20_000, range(8))
+    exact = np.array([queueing.chain(replicas, load, 400_000, seed) for seed in range(8)])
+    (mean, error), (expected, off) = queueing.mean_and_error(found), queueing.mean_and_error(exact)
+    assert (np.abs(mean - expected)[:5] < 3.0 * np.hypot(error, off)[:5]).all(), (mean, error, expected, off)
+    assert mean[3] > 1.3 * of_two(load, 4)
+
+
 def test_the_shortest_queue_waits_longer_than_one_queue_and_shorter_than_a_random_split():
     load, replicas = 0.9, 8
     found = queueing.waits(("jsq", "round-robin", "random"), replicas, load, 20_000, range(4))

@@ -24,6 +24,8 @@ def toy(tmp_path_factory):
         patch.setattr(rep, "STRICT_POLICIES", ("sarathi", "slai"))
         waves = partial(rep.experiments.ablation, devices=(rep.experiments.WAVES,))
         patch.setattr(rep.experiments, "ablation", waves)
+        pairs = partial(rep.cluster.cluster_stability, pairs=("rad-route+rad", "round-robin+rad"))
+        patch.setattr(rep.cluster, "cluster_stability", pairs)
         patch.setattr(claims.constants, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
         plan = rep.Plan(
             scenario("paper"),

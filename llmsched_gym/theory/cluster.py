@@ -21,7 +21,7 @@ from llmsched_gym.workload import make_table
 
 PAIRS = ("rad-route+rad", "least-tokens+rad", "jsq+rad", "power-of-two+rad", "round-robin+rad")
 NUM_REQUESTS = 60_000  # of a run, on several replicas
-COARSE = 0.02  # of the boundary, where a pair's guess is far from it
+STEP = 0.02  # half of the bracket with which the search for a boundary begins, share of the capacity
 
 
 def unequal(world: Scenario) -> ClusterScenario:
@@ -67,7 +67,7 @@ def pair_cell(
     # a pair that serves c and leaves the rest has a drift of 1 - c / rate
     guess = min(1.0, JUDGED * (1 - max(judged.mean, 0.0)) + (0.03 if judged.verdict == "bounded" else 0.0))
     edge = boundary(
-        scenario, pair, (guess - COARSE) * capacity, (guess + COARSE) * capacity, resolution=COARSE / 2, **settings
+        scenario, pair, (guess - STEP) * capacity, (guess + STEP) * capacity, resolution=STEP / 2, **settings
     )
     run = cluster_trajectory(scenario.replace(qps=JUDGED * capacity, num_requests=num_requests), pair, seeds[0])
     return {

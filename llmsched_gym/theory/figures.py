@@ -29,7 +29,7 @@ def plot_backlogs(rows: Sequence[dict[str, Any]], share: float) -> Figure:
     """Requests in the system over time at one share of the fluid capacity, a panel for each device."""
     devices = list(dict.fromkeys(row["profile"] for row in rows))
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    figure = Figure(figsize=(4.6 * len(devices), 4.1), layout="constrained")
+    figure = Figure(figsize=(max(4.6 * len(devices), 7.0), 4.1), layout="constrained")
     axes = figure.subplots(1, len(devices), sharey=True, squeeze=False)[0]
     styles = draw.policy_styles(policies)
     for ax, name in zip(axes, devices, strict=True):

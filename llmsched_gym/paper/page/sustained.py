@@ -109,7 +109,7 @@ def section_routers(data: dict[str, Any], plan: Any) -> str:
 
 The same requests on two H100, two A100 and four RTX 6000 Ada behind a router, which sees them as they are; RAD on each. Their fluid
 capacity is {number(rows[0]["fluid_qps"], 1)} requests/s, the sum of the eight ([theory.md](theory.md)). Drift at {experiments.JUDGED:.0%} of it, over
-{len(plan.drift_seeds)} seeds of {3 * plan.drift_requests:,} requests, and the largest load with a bounded backlog, by bisection to 2 %:
+{len(plan.drift_seeds)} seeds of {3 * plan.drift_requests:,} requests, and the largest load with a bounded backlog, by bisection to 1 %:
 
 {table(["router + scheduler", "drift at 95 %, % of arrivals", "verdict", "mean backlog, requests", "boundary, share", "requests/s"], lines)}
 
