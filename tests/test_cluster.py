@@ -1,6 +1,8 @@
 """Replicas behind a router: nothing is lost, whatever fails; one of them alone is the single engine."""
 
+import hashlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,15 +10,29 @@ from clusters import Anywhere, Named, Replicas, with_sessions
 from helpers import TICK_S, profile, request
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_engine_determinism import fresh_process
 from test_engine_sessions import root, turn
 
-from llmsched_gym.cluster import Cluster
+from llmsched_gym.cluster import Cluster, CompiledRouter
+from llmsched_gym.cluster.events import OVER, ROUTE
 from llmsched_gym.cluster.invariants import check
-from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.cluster.router import seed_dice
+from llmsched_gym.cluster.state import Route, allocate
+from llmsched_gym.config import ADMISSIONS, ConfigError, scenario
 from llmsched_gym.config.cluster import ClusterScenario
 from llmsched_gym.engine import Engine, InvariantError
 from llmsched_gym.engine.blocks import NAMED, identity_slot, owner_of
-from llmsched_gym.engine.records import ABANDONED, CANCELLED, FINISHED, PENDING, REFUSED, REJECTED, RUNNING, WAITING
+from llmsched_gym.engine.records import (
+    ABANDONED,
+    CANCELLED,
+    FINISHED,
+    PENDING,
+    REFUSED,
+    REJECTED,
+    REQUEST,
+    RUNNING,
+    WAITING,
+)
 from llmsched_gym.engine.state import rows_of
 from llmsched_gym.registry import make_router, routers
 from llmsched_gym.scheduler import PolicyError, install, make_scheduler
@@ -298,7 +314,9 @@ def state_of(run, j):
 def busy_rows(count=60, seed=5):
     rng = np.random.default_rng(seed)
     times = np.cumsum(rng.exponential(0.01, count))
-    return [request(float(t), int(rng.integers(9, 200)), int(rng.integers(1, 30)), rng.choice([0.1, 0.5])) for t in times]
+    return [
+        request(float(t), int(rng.integers(9, 200)), int(rng.integers(1, 30)), rng.choice([0.1, 0.5])) for t in times
+    ]
 
 
 def test_fresh_reports_are_the_state():
@@ -487,7 +505,9 @@ def test_an_impatient_client_leaves_the_replica_that_it_was_sent_to_anew():
     """The token that it has came long before its first one was due: that deadline does not hold it any more."""
     rows = [request(0.0, 16, 9, tbt=0.1, ttft=50.0), request(0.0, 2000, 2)]
     slow = profile((1e3 * TICK_S, 1e3 * TICK_S), pair_ms=0.0)
-    run = Replicas(rows, Named(0, 1, 1), devices=[slow, profile(5000.0)], patience_s=1.0, replica_failures=((0, 0.05, 90.0),))
+    run = Replicas(
+        rows, Named(0, 1, 1), devices=[slow, profile(5000.0)], patience_s=1.0, replica_failures=((0, 0.05, 90.0),)
+    )
     run.drain()
     assert run.phases[0] == ABANDONED and run.requests[0]["resolved_s"] < 6.0
 
@@ -537,9 +557,9 @@ def digest(num_envs=1, env=0):
         }
     )
     given = make_table(world, 4)
-    cluster = Cluster(world, len(given), num_envs=num_envs, scheduler="slai")
+    cluster = Cluster(world, 400, num_envs=num_envs, scheduler="slai")
     for i in range(num_envs):
-        cluster.reset(given if i == env else make_table(world, 4).__class__(**vars(given)), i)
+        cluster.reset(given if i == env else make_table(world, 9), i)
     for i in range(num_envs):
         cluster.run(make_router("power-of-two"), i)
     check(cluster, env)
@@ -574,12 +594,151 @@ def candidates(**columns):
 
 
 def ask(spec, nodes, *, prompt=1000, last=-1, times=1):
-    """The replicas that a router names for a prompt."""
+    """The replicas that a router names for a prompt, asked so many times."""
     router = make_router(spec)
     router.install(nodes, 0)
     nodes.routes["last_replica"] = last
     asked = np.zeros(1, REQUEST)
     asked["prompt_tokens"] = asked["prefill_tokens"] = prompt
-    rows = (nodes.routes, asked) if JIT_ENABLED else (nodes.routes, asked)
-    call = _call(router)
-    return [int(call(rows[0], rows[1], nodes.candidates, nodes.memory[0, 0], nodes.options[0, 0])) for _ in range(times)]
+    route = Route(nodes.routes[0], asked[0], nodes.candidates, nodes.memory[0, 0], nodes.options[0, 0])
+    return [int(router.kernel(route)) for _ in range(times)]
+
+
+def test_round_robin_leaves_out_who_may_not():
+    assert ask("round-robin", candidates(num_waiting=[9, 0, 0]), times=4) == [0, 1, 2, 0]
+    assert ask("round-robin", candidates(is_legal=[1, 0, 1, 1]), times=4) == [0, 2, 3, 0]
+
+
+def test_random_and_power_of_two_draw_from_those_that_may():
+    named = ask("random", candidates(is_legal=[1, 0, 1, 1]), times=3000)
+    counts = np.bincount(named, minlength=4)
+    assert counts[1] == 0 and (abs(counts[[0, 2, 3]] - 1000) < 150).all()
+    # of two different ones the shorter queue: the longest is never taken, the shortest by two of three pairs
+    named = ask("power-of-two", candidates(num_waiting=[1, 5, 2, 0], is_legal=[1, 1, 1, 0]), times=3000)
+    counts = np.bincount(named, minlength=4)
+    assert counts[1] == counts[3] == 0 and abs(counts[0] - 2000) < 150 and abs(counts[2] - 1000) < 150
+    assert ask("power-of-two", candidates(is_legal=[0, 1]), times=3) == [1, 1, 1]
+    ties = np.bincount(ask("power-of-two", candidates(num_waiting=[3, 3]), times=2000))
+    assert abs(ties[0] - 1000) < 150
+
+
+@pytest.mark.parametrize(
+    ("spec", "columns", "expected"),
+    [
+        ("jsq", {"num_waiting": [3, 1, 0], "num_running": [0, 1, 3]}, 1),
+        ("jsq", {"num_waiting": [2, 1, 0], "num_running": [0, 1, 2]}, 0),
+        ("jsq", {"num_waiting": [0, 1, 1], "is_legal": [0, 1, 1]}, 1),
+        ("least-tokens", {"prompt_tokens_left": [10.0, 30.0], "output_tokens_left": [50.0, 20.0]}, 1),
+        ("least-tokens", {"prompt_tokens_left": [40.0, 40.0], "output_tokens_left": [9.0, 9.0]}, 0),
+        ("least-kv", {"kv_usage": [0.5, 0.2, 0.3]}, 1),
+        ("least-kv", {"kv_usage": [0.2, 0.2, 0.3], "num_waiting": [2, 1, 0]}, 1),
+        ("least-kv", {"kv_usage": [0.2, 0.2], "num_waiting": [1, 1]}, 0),
+        ("slo-aware", {"predicted_ttft_s": [0.5, 0.2, 0.3]}, 1),
+        ("slo-aware", {"predicted_ttft_s": [0.2, 0.2], "prompt_tokens_left": [9.0, 3.0]}, 1),
+        # (100 + 900) / 1000 = 1 s against (500 + 1000) / 2000 = 0.75 s
+        (
+            "rad-route",
+            {"prompt_tokens_left": [100.0, 500.0], "uncached_tokens": [900, 1000], "tokens_per_s": [1e3, 2e3]},
+            1,
+        ),
+        ("rad-route", {"prompt_tokens_left": [100.0, 100.0], "uncached_tokens": [900, 900]}, 0),
+        # 1 x 0.4 - 2 / 4 = -0.1 against 0 - 1 / 4 = -0.25 and -1
+        ("prefix-affinity", {"cached_tokens": [400, 0, 0], "num_waiting": [2, 1, 4]}, 0),
+        ("prefix-affinity[weight=0.5]", {"cached_tokens": [400, 0, 0], "num_waiting": [2, 1, 4]}, 1),
+        ("prefix-affinity[imbalance=2]", {"cached_tokens": [400, 0, 0], "num_waiting": [2, 1, 4]}, 1),
+        ("prefix-affinity[imbalance=3]", {"cached_tokens": [400, 0, 0], "num_waiting": [2, 1, 4]}, 0),
+        ("prefix-affinity", {"num_waiting": [1, 1], "prompt_tokens_left": [9.0, 3.0]}, 1),
+        ("prefix-affinity", {"num_waiting": [1, 1], "prompt_tokens_left": [9.0, 9.0]}, 0),
+    ],
+)
+def test_routers_by_hand(spec, columns, expected):
+    assert ask(spec, candidates(**columns)) == [expected]
+
+
+def test_session_stays_while_load_allows_it():
+    nodes = candidates(num_waiting=[20, 5, 4], prompt_tokens_left=[100.0, 5.0, 50.0])
+    assert ask("session", nodes, last=0) == [0], "16 more than the least loaded"
+    assert ask("session[slack=15]", nodes, last=0) == [1], "else the fewest tokens"
+    assert ask("session", nodes) == [1]
+    assert ask("session", candidates(num_waiting=[1, 0, 9], is_legal=[0, 1, 1]), last=0) == [1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("jqs", "router 'jqs' is unknown; did you mean 'jsq'"),
+        ("jsq[weight=1]", "unknown parameter 'weight', it has none"),
+        ("session[weight=1]", "unknown parameter 'weight', expected one of slack"),
+        ("prefix-affinity[weight=-1]", "weight: expected number >= 0, 0 for load alone, got '-1'"),
+        ("prefix-affinity[weight]", "expected key=value in brackets"),
+        ("session[slack=nan]", "slack: expected requests >= 0"),
+        ("nowhere:Router", "cannot import 'nowhere'"),
+        ("clusters:table", "router 'clusters:table'"),
+        ("helpers:TICK_S", "router 'helpers:TICK_S'"),
+        ("]", "expected NAME"),
+    ],
+)
+def test_bad_routers_are_one_line(spec, words):
+    with pytest.raises(PolicyError, match=re.escape(words)) as error:
+        make_router(spec)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("named", [1, 2, -1, 0.5, None, True, "0"])
+def test_a_router_that_names_a_replica_that_is_not_there_or_down(named):
+    run = Replicas([request(0.0, 16, 2)], replica_failures=((1, 0.0, 9.0),))
+    with pytest.raises(PolicyError, match="router 'Named': ") as error:
+        run.cluster.run(Named(named))
+    assert "\n" not in str(error.value)
+
+
+def nobody(route):
+    """Names a replica that is not there."""
+    return 99
+
+
+def test_a_compiled_router_is_checked_too():
+    run = Replicas([request(0.0, 16, 2)])
+    with pytest.raises(PolicyError, match="expected a replica from 0 to 1, got 99"):
+        run.cluster.run(CompiledRouter("names nobody", nobody, name="nobody"))
+
+
+def test_the_decode_router_has_its_own_settings_and_memory():
+    """In turn for prompts and in turn for decodes: one does not count for the other."""
+    roles = ("prefill", "prefill", "decode", "decode")
+    rows = [request(0.5 * r, 16, 2) for r in range(4)]
+    run = Replicas(rows, make_router("round-robin"), roles=roles, num_replicas=4, decode_router="round-robin").drain()
+    assert run.nodes["num_delivered"].tolist() == [2, 2, 2, 2]
+    settings_of = make_router("session[slack=3]")
+    run = Replicas(rows, settings_of, roles=roles, num_replicas=4, decode_router="session[slack=5]")
+    assert run.cluster.nodes.options[0, :, 0].tolist() == [3.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_replicas": 0}, "num_replicas: expected"),
+        ({"num_replicas": 2, "replica_profiles": ("h100-mistral-7b",)}, "replica_profiles: expected 2 names"),
+        ({"num_replicas": 2, "roles": ("prefill", "prefill")}, "roles: expected at least one replica that decodes"),
+        ({"num_replicas": 2, "roles": ("decode", "decode")}, "roles: expected at least one replica that computes"),
+        ({"num_replicas": 2, "roles": ("prefill", "cook")}, "roles: expected both, prefill, decode"),
+        ({"num_replicas": 2, "roles": ("prefill", "decode"), "prefix_caching": True}, "prefix_caching: expected False"),
+        ({"router_staleness_s": -1.0}, "router_staleness_s: expected"),
+        ({"router_staleness_s": math.inf}, "router_staleness_s: expected a finite"),
+        ({"kv_link_bytes_per_s": 0.0}, "kv_link_bytes_per_s: expected"),
+        ({"replica_failures": ((9, 1.0, 2.0),)}, "replica_failures: expected a replica from 0 to 3"),
+        ({"replica_failures": ((0, 2.0, 1.0),)}, "replica_failures: expected 0 <= fails_s < back_s"),
+        ({"replica_failures": ((0, 1.0, 3.0), (0, 2.0, 4.0))}, "fails again at 2 s"),
+        ({"replica_failures": (1.0,)}, "replica_failures: expected"),
+    ],
+)
+def test_bad_clusters_are_one_line(fields, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as error:
+        ClusterScenario(**{**scenario("paper").to_dict(), **fields})
+    assert "\n" not in str(error.value)
+
+
+def test_replicas_go_by_their_schedulers_admission_rule():
+    run = Replicas([request(0.0, 400, 2)], scheduler="vllm-v1")
+    assert run.sims["admission"].tolist() == [ADMISSIONS.index(make_scheduler("vllm-v1").admission)] * 2
+    assert make_scheduler("vllm-v1").admission != "prompt"
