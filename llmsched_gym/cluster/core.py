@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ class Cluster:
         num_envs: environments side by side.
         scheduler: who forms the batches of all replicas: a name or a scheduler; None: the scenario's. A plain Python
             one is made once for each replica if it is given by name.
+        profiles: executing cost profiles, one a replica, instead of the scenario's.
         num_gaps, num_steps: room for recorded token gaps of an environment, and for the log of batches of a replica.
     """
 
@@ -56,12 +58,13 @@ class Cluster:
         *,
         num_envs: int = 1,
         scheduler: str | Any | None = None,
+        profiles: Sequence[Profile] | None = None,
         num_gaps: int = 0,
         num_steps: int = 0,
     ) -> None:
         self.scenario = self._given = scenario
         self.num_envs, self.num_replicas = num_envs, scenario.num_replicas
-        self.profiles = [load_profile(name) for name in scenario.profiles]
+        self.profiles = list(profiles or map(load_profile, scenario.profiles))
         distinct = list(dict.fromkeys(self.profiles))
         own = [load_profile(scenario.scheduler_profile) if scenario.scheduler_profile else p for p in distinct]
         self.replicas = [_replica(scenario, p, distinct.index(p)) for p in self.profiles]

@@ -21,7 +21,7 @@ def check(cluster: Cluster, env: int = 0, previous_s: np.ndarray | float = -math
     state, routes, lanes = cluster.state, cluster.nodes.routes[env], cluster.lanes(env)
     nodes = cluster.nodes.nodes[lanes[0] : lanes[-1] + 1]
     sims = state.sims[lanes[0] : lanes[-1] + 1]
-    held = cluster.nodes.held[env, : routes.num_held].tolist() + [routes.deciding] * (routes.deciding != NONE)
+    held = cluster.nodes.held[env, : routes.num_held].tolist() + [int(routes.deciding)] * int(routes.deciding != NONE)
     moving = cluster.nodes.moving[env, : routes.num_moving]
     afoot = Afoot(
         now_s=float(routes.now_s),

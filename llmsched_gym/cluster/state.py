@@ -123,7 +123,7 @@ def allocate(
         nodes=np.zeros(lanes, NODE),
         reports=np.zeros(lanes, REPORT),
         candidates=np.zeros(lanes, CANDIDATE),
-        tree=np.zeros((num_envs, 2 * leaves), np.int32),
+        tree=np.full((num_envs, 2 * leaves), num_replicas, np.int32),  # nobody plays where there is none
         changes_s=np.full((num_envs, num_replicas, num_changes + 1), np.inf),
         replica_of=np.full((num_envs, capacity), NONE, np.int32),
         before=np.full((num_envs, capacity), NONE, np.int32),

@@ -57,6 +57,7 @@ class Afoot(NamedTuple):
     held: list[int]  # waiting requests that no replica has
     moving: list[tuple[int, int, int, int]]  # running ones that none has: request, source, target or NONE, blocks there
     num_abandoned: int  # clients of either that left
+    is_cluster: bool = True  # requests enter one by one, and can come from a replica that failed
 
 
 Require = Callable[[Any, str], None]
@@ -72,7 +73,7 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     return float(check_lanes(state, env, clocks_s, Afoot(state.sims[env].clock_s, *_AT_REST))[0])
 
 
-_AT_REST: Any = (np.zeros(1, np.bool_), np.zeros(1, np.bool_), [], [], 0)
+_AT_REST: Any = (np.zeros(1, np.bool_), np.zeros(1, np.bool_), [], [], 0, False)
 
 
 def check_lanes(state: State, env: int, previous_s: Any, afoot: Afoot) -> np.ndarray:
@@ -83,7 +84,6 @@ def check_lanes(state: State, env: int, previous_s: Any, afoot: Afoot) -> np.nda
     requests = state.requests[env][: world.num_requests]
     outputs = state.output_tokens[env][: world.num_requests]
     phase = phases_of(state, env, int(world.num_requests))
-    is_cluster = num_lanes > 1 or afoot.executing.any() or bool(afoot.held or afoot.moving)
 
     def require(condition: Any, rule: str) -> None:
         if not np.all(condition):
@@ -110,7 +110,7 @@ def check_lanes(state: State, env: int, previous_s: Any, afoot: Afoot) -> np.nda
     require(requests["arrival_s"][arrived] == arrival_s[arrived], "a request's arrival has changed")
     require(arrival_s[arrived] <= now_s, "a request came before its arrival")
     to_come = arrival_s[world.num_past :][phase[world.num_past :] == PENDING]
-    overlooked = to_come < min(now_s, world.stop_s) if is_cluster else to_come <= now_s  # one decision at a time
+    overlooked = to_come < min(now_s, world.stop_s) if afoot.is_cluster else to_come <= now_s  # one decision at a time
     require(~overlooked, "an arrival was overlooked")
     _check_turns(state, env, require)
     require(requests["prompt_tokens"][~arrived] == 0, "a request can be read before its arrival")
@@ -146,7 +146,7 @@ def check_lanes(state: State, env: int, previous_s: Any, afoot: Afoot) -> np.nda
     require(emitted[phase == FINISHED] == outputs[phase == FINISHED], "a finished request lacks tokens")
     require(emitted[phase == RUNNING] < outputs[phase == RUNNING], "a complete request still runs")
     # a smaller replica may have rejected what another had begun
-    out = (PENDING, REFUSED, CANCELLED) if is_cluster else (PENDING, REJECTED, REFUSED, CANCELLED)
+    out = (PENDING, REFUSED, CANCELLED) if afoot.is_cluster else (PENDING, REJECTED, REFUSED, CANCELLED)
     require(emitted[np.isin(phase, out)] == 0, "a request out of service emitted tokens")
 
     require(requests["lateness_s"] <= episode.patience_s, "a lateness exceeds the patience")
