@@ -69,10 +69,14 @@ $(PEERS)/minari/.run:
 paper: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/llmsched reproduce
 
-# vLLM's own scheduler against ours, in an environment of its own: 10 minutes and 2 GB
+# vLLM's own scheduler against ours, and ours inside vLLM, in an environment of its own: 25 minutes and 2 GB
 vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m benchmarks.conformance_vllm --cells
 	$(VLLM_VENV)/bin/python -m benchmarks.conformance_vllm --cells --reserve false
+	$(VLLM_VENV)/bin/python -m benchmarks.vllm_decisions
+	$(VLLM_VENV)/bin/python -m benchmarks.vllm_tokens --seeds 1
+	$(VLLM_VENV)/bin/python -m benchmarks.vllm_step_cost
+	$(VLLM_VENV)/bin/python -m pytest -q --noconftest tests/test_vllm_plugin.py tests/test_vllm_backend.py
 
 $(VLLM_VENV)/.installed: benchmarks/vllm_env.sh pyproject.toml
 	PYTHON=$(PYTHON) benchmarks/vllm_env.sh $(VLLM_VENV)
