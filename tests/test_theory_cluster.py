@@ -33,16 +33,3 @@ def test_a_backlog_is_who_came_and_is_not_done():
     run = cluster.cluster_trajectory(world, "jsq+rad", 0)
     assert run.requests[0] <= 1 and (run.requests >= 0).all() and run.requests.max() < 200
     assert (np.diff(run.time_s) > 0).all()
-
-
-@pytest.mark.parametrize(
-    "pair, parts",
-    [("jsq+slai", ("jsq", "slai")), ("a[b=x+y]+rad[c=1+2]", ("a[b=x+y]", "rad[c=1+2]")), ("a+b+c", ("a", "b+c"))],
-)
-def test_a_pair_is_split_at_the_first_plus_outside_brackets(pair, parts):
-    assert cluster.split_pair(pair) == parts
-
-
-def test_what_is_no_pair():
-    with pytest.raises(ValueError, match="expected ROUTER\\+SCHEDULER, got 'jsq'"):
-        cluster.split_pair("jsq")

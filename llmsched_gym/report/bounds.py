@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llmsched_gym.config import Scenario
+from llmsched_gym.config import ClusterScenario, Scenario
 from llmsched_gym.fluid import Fluid, Work, fluid_capacity
 
 CLAIRVOYANT = ("shortest-total",)
@@ -39,7 +39,8 @@ def with_bound(policies: Sequence[str]) -> list[str]:
 def scenario_from_json(fields: dict[str, Any]) -> Scenario:
     """The scenario that ``config.json`` holds."""
     decoded = {k: math.inf if v == "inf" else tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return Scenario().replace(**decoded)
+    kind = ClusterScenario if "num_replicas" in decoded else Scenario
+    return kind().replace(**decoded)
 
 
 def fluid_of(config: Mapping[str, Any]) -> Fluid | None:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.paper import constants
-from llmsched_gym.report import distance, distributions, plots, statistics, tables
+from llmsched_gym.report import clusters, distance, distributions, plots, statistics, tables
 from llmsched_gym.report.bounds import ordinary, shown_capacity
 from llmsched_gym.report.intervals import MIN_SEEDS
 from llmsched_gym.report.results import Results
@@ -54,6 +54,7 @@ def sections(results: Results) -> list[Section]:
     return [
         _against_load(results),
         _sessions(results),
+        _routers(results),
         _against_bound(results),
         _against_paper(results),
         _capacity(results),
@@ -127,6 +128,21 @@ def _sessions(results: Results) -> Section:
         text += "Prompt tokens that the cache holds are not computed."
     title = " and ".join(parts)
     return Section("sessions", title[0].upper() + title[1:], text.strip(), exhibits, [table])
+
+
+def _routers(results: Results) -> Section:
+    rows = results.rows
+    if not clusters.has_replicas(rows):
+        return Section("routers", "")
+    plot = partial(clusters.plot_replicas, rows)
+    what = "Share of the run in which each replica executed a batch, and what of its prompts it found cached; means."
+    text = (
+        "A policy is a router and, behind the plus, the scheduler of every replica. Below: means over seeds with their "
+        "95 % intervals; differences on the same seeds are in the tables of policies."
+    )
+    return Section(
+        "routers", "Routers", text, [Exhibit("router-replicas", plot, what, wide=True)], clusters.matrices(rows)
+    )
 
 
 def _infinite(rows: pd.DataFrame, percentile: int) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmsched_gym.cluster.core import Cluster
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, Scenario
+from llmsched_gym.evaluation.clusters import split_policy
 from llmsched_gym.fluid import cluster_fluid
 from llmsched_gym.registry import make_router, make_scheduler
 from llmsched_gym.theory.experiments import JUDGED, Note, as_row, run_cells
@@ -30,19 +31,9 @@ def unequal(world: Scenario) -> ClusterScenario:
     return ClusterScenario(**world.to_dict(), num_replicas=of.num_replicas, replica_profiles=of.replica_profiles)
 
 
-def split_pair(pair: str) -> tuple[str, str]:
-    """Router and scheduler of a pair: what stands before and behind the first plus outside brackets."""
-    depth = 0
-    for i, letter in enumerate(pair):
-        depth += (letter == "[") - (letter == "]")
-        if letter == "+" and depth == 0:
-            return pair[:i], pair[i + 1 :]
-    raise ValueError(f"policy: expected ROUTER+SCHEDULER, got {pair!r}")
-
-
 def cluster_trajectory(scenario: ClusterScenario, pair: str, seed: int) -> Trajectory:
     """Run a pair on the requests of `seed` up to the last arrival and count who is in the cluster."""
-    router, name = split_pair(pair)
+    router, name = split_policy(pair, scenario.router)
     scheduler = make_scheduler(name)
     admission = getattr(scheduler, "admission", None)
     scenario = scenario.replace(drain_s=1e-6, arrivals_continue=False, warmup_s=0.0)
