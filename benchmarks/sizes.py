@@ -1,7 +1,7 @@
-"""How large files are and how many of their lines stand twice, of a checkout: ``python benchmarks/sizes.py [CHECKOUT]``.
+"""How large files are and how many of their lines stand twice: ``python benchmarks/sizes.py [CHECKOUT]``.
 
-Duplicates are lines in runs of six or more that stand in two places or more; blank lines, comments, imports and lone brackets
-are left out of the runs. Prints one JSON line.
+Duplicates are lines in runs of six or more that stand in several places; blank lines, comments, imports and lone
+brackets are left out of the runs. Prints one JSON line.
 """
 
 from __future__ import annotations
