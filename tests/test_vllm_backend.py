@@ -71,7 +71,7 @@ def run(backend, policy):
 
 
 def test_tokens_are_the_same_whatever_the_batches(backend):
-    found = {policy: run(backend, policy) for policy in ("slai", "sarathi[chunk=32]", "vllm-v1[budget=128]")}
+    found = {policy: run(backend, policy) for policy in ("slai", "sarathi[budget=32]", "vllm-v1[budget=128]")}
     tokens = [noting.tokens for _, noting in found.values()]
     batches = [noting.batches for _, noting in found.values()]
     assert tokens[0] == tokens[1] == tokens[2]
@@ -100,7 +100,10 @@ def test_the_environment_steps_on_vllm():
 
 @pytest.mark.parametrize(
     "fields, what",
-    [({"prefix_caching": True}, "prefix_caching: expected False"), ({"block_size": 16}, "block_size 16: on a CPU")],
+    [
+        ({"prefix_caching": True}, "prefix_caching: expected False"),
+        ({"block_size": 16, "num_kv_blocks": 48}, "block_size 16: on a CPU"),
+    ],
 )
 def test_what_vllm_cannot_do_is_one_line(fields, what):
     with pytest.raises(BackendError, match=what):

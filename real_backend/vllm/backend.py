@@ -112,6 +112,7 @@ class VLLMBackend:
                 async_scheduling=False,
                 scheduler_cls=GivenBatches,
                 distributed_executor_backend="uni",
+                enforce_eager=model == RANDOM_MODEL,  # compiling it would take longer than all that it is for
             )
             _let_vllm_look_at_llvmlite()
             try:
