@@ -17,7 +17,7 @@ from test_env_vector import MODES, assert_same, step_and_reset
 from llmsched_gym.cluster import Cluster, kernels
 from llmsched_gym.cluster.invariants import check
 from llmsched_gym.config import CLUSTER_SUITES, route_config
-from llmsched_gym.engine.records import ABANDONED, CANCELLED, FINISHED, PENDING, REFUSED, RUNNING, WAITING
+from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, RUNNING, WAITING
 from llmsched_gym.engine.state import phases_of
 from llmsched_gym.env.actions import InvalidAction
 from llmsched_gym.env.route import LLMRouteEnv, LLMRouteVectorEnv
@@ -28,7 +28,7 @@ SHORT = {"qps": 3.0, "horizon_s": 30.0, "warmup_s": 5.0}
 IDS = {suite: given.env_id for suite, given in CLUSTER_SUITES.items()}
 CROWDED = {
     "num_kv_blocks": 1500,
-    "patience_s": 8.0,
+    "patience_s": 0.8,
     "qps": 4.0,
     "num_requests": 25,
     "warmup_s": 0.5,
@@ -92,7 +92,9 @@ def test_observations_stay_in_their_space_and_have_names(suite):
     down = names.index(f"replica{failures[0][0]}.is_up")
     assert set(seen[:, down].tolist()) == {0.0, 1.0}
     assert names[-1] == f"replica{env.config.num_replicas - 1}.total_blocks"
-    assert sum(info["duration_s"] for info in infos) == pytest.approx(env.core.cluster.nodes.routes[0].now_s)
+    first_s = env.core.tables[0].arrival_s[env.core.tables[0].num_past]  # when the first step begins
+    lasted_s = sum(info["duration_s"] for info in infos)
+    assert first_s + lasted_s == pytest.approx(env.core.cluster.nodes.routes[0].now_s)
     assert all(info["discount"] == pytest.approx(math.exp(-info["duration_s"] / 120.0)) for info in infos)
 
 
@@ -161,7 +163,7 @@ def test_rewards_are_changes_of_utility(suite, fields):
     rng = np.random.default_rng(1)
     env.reset(seed=7)
     before = utilities(env)
-    total, lasted_s, clocks_s = before.sum(), 0.0, -math.inf
+    total, lasted_s, clocks_s = before.sum(), float(env.core.cluster.nodes.routes[0].now_s), -math.inf
     assert total == 0.0
     while True:
         mask = env.action_masks()
@@ -181,7 +183,7 @@ def test_rewards_are_changes_of_utility(suite, fields):
     assert not np.isin(phases[table.cohort_start : table.cohort_stop], (PENDING, WAITING, RUNNING)).any()
     assert total == pytest.approx(utilities(env).sum(), abs=1e-6)
     assert lasted_s == pytest.approx(env.core.cluster.nodes.routes[0].now_s)
-    assert (phases == CANCELLED).any() or suite == "disagg"
+    assert (phases != FINISHED).any() or "replica_failures" not in fields, "nobody waited too long"
     late = LLMRouteEnv(suite, credit="finish", reward_scale=0.5, **{**CROWDED, **fields})
     assert sum(episode(late, 7)[1]) == pytest.approx(0.5 * utilities(late).sum(), abs=1e-6)
 
@@ -191,10 +193,12 @@ def test_steps_can_last_no_time_and_the_last_one_runs_to_the_end():
     _, _, infos, terminated = episode(env, 2)
     assert terminated and infos[-1]["duration_s"] > 0.0
     env = LLMRouteEnv("cluster", replica_failures=((1, 10.0, 12.0),), qps=4.0, horizon_s=20.0, warmup_s=0.0)
+    env.reset(seed=2)
+    first_s = float(env.core.cluster.nodes.routes[0].now_s)
     _, _, infos, terminated = episode(env, 2, lambda env: 1)
     durations = [info["duration_s"] for info in infos[1:]]
     assert not terminated and durations.count(0.0) > 2  # what a failed replica had is routed at once
-    assert sum(durations) >= 20.0
+    assert first_s + sum(durations) >= 20.0
 
 
 def test_an_episode_without_requests_ends_with_its_first_step():
@@ -250,10 +254,10 @@ def test_it_equals_gymnasiums_vector_of_single_environments(suite, fields, mode)
     assert_same(ours.reset(options={"qps": 2.5}), theirs.reset(options={"qps": 2.5}))
 
 
-def trajectory(num_envs=5, num_threads=1, count=40):
+def trajectory(num_envs=5, num_threads=1, count=40, suite="cluster"):
     """All that environments side by side return; a list of numbers."""
     fields = {"replica_failures": ((2, 2.0, 4.0),), "router_staleness_s": 0.2, "horizon_s": 8.0, "warmup_s": 0.0}
-    env = LLMRouteVectorEnv(num_envs, "cluster", num_threads=num_threads, qps=3.0, **fields)
+    env = LLMRouteVectorEnv(num_envs, suite, num_threads=num_threads, qps=3.0, **fields)
     env.action_space.seed(1)
     observations, _ = env.reset(seed=9)
     found = [float(observations.sum(dtype=np.float64))]
@@ -270,8 +274,8 @@ def test_threads_do_not_change_a_trajectory():
 
 @pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="nothing is compiled")
 def test_compiled_and_interpreted_trajectories_agree():
-    code = "import json, test_env_route; print(json.dumps(test_env_route.trajectory(2, count=12)))"
-    assert fresh_process(code, NUMBA_DISABLE_JIT="1") == trajectory(2, count=12)
+    code = "import json, test_env_route; print(json.dumps(test_env_route.trajectory(1, 1, 12, 'disagg')))"
+    assert fresh_process(code, NUMBA_DISABLE_JIT="1") == trajectory(1, 1, 12, "disagg")
 
 
 def test_custom_reward_and_observation_objects():
@@ -367,7 +371,6 @@ def test_replicas_go_by_their_schedulers_admission_rule():
         ({"observation": "slots"}, "observation: expected"),
         ({"render_mode": "3d"}, "render_mode: expected"),
         ({"qps": -1.0}, "qps: expected"),
-        ({"backend": "transformers"}, "backend: expected 'simulated'"),
     ],
 )
 def test_bad_arguments_give_one_line_that_names_the_field(fields, words):
