@@ -369,7 +369,8 @@ def test_reports_have_an_age(staleness_s):
                 ages.append(seen.age_s)
             j = router.route(view)
             run.send(j)
-            sent[j].append(view.index)
+            if run.phases[view.index] != REJECTED:  # by a replica that cannot hold its output
+                sent[j].append(view.index)
         kept = [state_of(run, j) for j in range(n)]
     assert len(ages) == 60 * n and (max(ages) <= staleness_s * 2 or staleness_s == 2.0)
 
@@ -377,7 +378,7 @@ def test_reports_have_an_age(staleness_s):
 @pytest.mark.parametrize("staleness_s", [0.0, 0.3])
 def test_what_is_cached_is_found_as_by_looking_at_every_block(staleness_s):
     found = 0
-    for seed in range(6):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
         run = Replicas(
             random_sessions(rng, 40),

@@ -120,11 +120,11 @@ def route_text(shot: RouteShot, caption: str) -> Any:
     text.append(f"{caption}   t = {shot.now_s:.3f} s\n", "bold")
     text.append("   ".join(f"{name} {count:,}" for name, count in shot.counts.items()) + "\n")
     text.append(f"to be routed: {shot.request}\n")
-    text.append(f"{'replica':<16}{'wait':>5}{'run':>5} {'KV':<13}{'batch':>11} {'cached':<13}{'TTFT':>8}\n", "dim")
+    text.append(f"{'replica':<16}{'wait':>5}{'run':>5} {'KV':<12}{'batch':>11} {'cached':<12}{'TTFT':>8}\n", "dim")
     for r in shot.replicas:
         batch = f"{r.decode_tokens}+{r.prefill_tokens}"
-        line = f"{r.name[:15]:<16}{r.num_waiting:>5}{r.num_prompts + r.num_decodes:>5} {_bar(r.kv_usage, 12)}"
-        line += f" {batch:>10} {_bar(r.cached_share, 12)} {r.predicted_ttft_s:>6.2f} s"
+        line = f"{r.name[:15]:<16}{r.num_waiting:>5}{r.num_prompts + r.num_decodes:>5} {_bar(r.kv_usage, 11)}"
+        line += f" {batch:>10} {_bar(r.cached_share, 11)} {r.predicted_ttft_s:>6.2f} s"
         text.append(f"{line} {_note(r)}\n", "dim" if not r.is_up else "")
     text.rstrip()
     return text
