@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 from llmsched_gym.commands import add_commands
-from llmsched_gym.config import SUITES, ConfigError, Scenario, scenario
+from llmsched_gym.config import CLUSTER_SUITES, SUITES, ClusterScenario, ConfigError, Scenario, scenario
 from llmsched_gym.report import console, terminal
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -37,7 +37,11 @@ app = typer.Typer(
 Policy = Annotated[
     list[str], typer.Option(metavar="P1,P2,...", help="Names, module:Class or folders, separated by commas.")
 ]
-SuiteName = Annotated[str, typer.Option(help=f"One of {', '.join(SUITES)}.")]
+SuiteName = Annotated[str, typer.Option(help=f"One of {', '.join((*SUITES, *CLUSTER_SUITES))}.")]
+Routers = Annotated[
+    str | None,
+    typer.Option("--router", metavar="R1,R2,...", help="Routers, each with every policy, on a suite of replicas."),
+]
 Profile = Annotated[str | None, typer.Option(help="Cost profile: a name or a JSON file.")]
 Workload = Annotated[str | None, typer.Option(help="Fitted workload: a name or a JSON file.")]
 TraceFile = Annotated[str | None, typer.Option(help="Trace file that replaces the workload.")]
@@ -172,6 +176,9 @@ def _fail(message: str, code: int) -> int:
 def evaluate(
     policy: Policy,
     suite: SuiteName = "default",
+    router: Routers = None,
+    replicas: Annotated[int | None, typer.Option(help="Number of equal replicas; default: the suite's.")] = None,
+    staleness: Annotated[float | None, typer.Option(help="Seconds between two reports of a replica; 0: none.")] = None,
     profile: Profile = None,
     workload: Workload = None,
     trace: TraceFile = None,
@@ -204,11 +211,20 @@ def evaluate(
     """Run policies on the same requests, at each rate and seed; with --out, also shortest-total for a bound."""
     world = _scenario(locals())
     rates = None if qps is None else _numbers("qps", qps)
+    from llmsched_gym.evaluation import cluster_capacity as clusters
     from llmsched_gym.evaluation.grid import evaluate as run
     from llmsched_gym.report.bounds import with_bound
 
     named = split_policies(policy)
+    for name, given in (("router", router), ("replicas", replicas), ("staleness", staleness)):
+        if given is not None and not isinstance(world, ClusterScenario):
+            raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
+    if isinstance(world, ClusterScenario):
+        named = clusters.pairs(split_policies([router or world.router]), named)
+        world = world if replicas is None else clusters.with_replicas(world, replicas)
+        world = world if staleness is None else world.replace(router_staleness_s=staleness)
     bounded = out is not None and not no_bound and world.backend == "simulated"
+    bounded = bounded and not isinstance(world, ClusterScenario)
     chosen = with_bound(named) if bounded else named
     with console.progress_bar("runs") as progress:
         rows = run(
@@ -245,7 +261,11 @@ def capacity(
     trace: TraceFile = None,
     trace_arrivals: TraceArrivals = None,
     trace_invalid: TraceInvalid = None,
-    qps: Annotated[str, typer.Option(help="Lowest and highest rate searched, 1/s.")] = "0.1,16",
+    qps: Annotated[
+        str | None, typer.Option(help="Lowest and highest rate searched, 1/s; default: 0.1,16, further for replicas.")
+    ] = None,
+    router: Routers = None,
+    replicas: Annotated[str | None, typer.Option(help="Numbers of equal replicas; default: the suite's.")] = None,
     num_requests: NumRequests = None,
     seeds: Seeds = 20,
     first_seed: FirstSeed = 0,
@@ -264,29 +284,37 @@ def capacity(
 ) -> None:
     """Find the largest arrival rate at which each policy meets a criterion."""
     world = _scenario(locals())
-    bounds = _numbers("qps", qps)
-    if len(bounds) != 2 or not bounds[0] < bounds[1]:
+    bounds = None if qps is None else _numbers("qps", qps)
+    if bounds is not None and (len(bounds) != 2 or not bounds[0] < bounds[1]):
         raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
     from llmsched_gym.evaluation import capacity as search
+    from llmsched_gym.evaluation import cluster_capacity as clusters
     from llmsched_gym.workload.generate import come_in_sessions
 
+    rates = None if bounds is None else (bounds[0], bounds[1])
+    settings: dict[str, Any] = {"seeds": seeds, "first_seed": first_seed, "workers": workers, "out": out}
+    labels: list[str] = []
     with console.progress_bar("runs") as progress:
-        found = search.capacity(
-            world,
-            split_policies(policy),
-            criterion,
-            qps=(bounds[0], bounds[1]),
-            seeds=seeds,
-            first_seed=first_seed,
-            workers=workers,
-            out=out,
-            progress=progress,
-        )
+        settings["progress"] = progress
+        if isinstance(world, ClusterScenario):
+            numbers = [world.num_replicas] if replicas is None else _whole_numbers("replicas", replicas)
+            chosen = clusters.pairs(split_policies([router or world.router]), split_policies(policy))
+            several = clusters.by_replicas(world, chosen, criterion, numbers, qps=rates, **settings)
+            found = [item for _, item in several]
+            labels = [f"{item.policy} on {n}" if len(numbers) > 1 else item.policy for n, item in several]
+        elif router is not None or replicas is not None:
+            name = "router" if router is not None else "replicas"
+            raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
+        else:
+            qps_range = rates or clusters.searched_rates(world)
+            found = search.capacity(world, split_policies(policy), criterion, qps=qps_range, **settings)
+            labels = [item.policy for item in found]
     ratios, unit = search.ratios(found), "sessions/s" if come_in_sessions(world) else "1/s"
-    for item in found:
+    for label, item in zip(labels, found, strict=True):
         if item.note:
-            print(f"llmsched: {item.policy}: {item.criterion} {item.note}", file=sys.stderr)
-    rows = [item.to_row() | ratio for item, ratio in zip(found, ratios, strict=True)]
+            print(f"llmsched: {label}: {item.criterion} {item.note}", file=sys.stderr)
+    named = [{"policy": label, "ratio_to": labels[0]} for label in labels]
+    rows = [item.to_row() | ratio | name for item, ratio, name in zip(found, ratios, named, strict=True)]
     if as_json:
         console.print_rows(rows)
     else:
@@ -310,10 +338,23 @@ def policies(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def routers(as_json: AsJson = False) -> None:
+    """List the routers and what they do."""
+    from llmsched_gym.registry import routers as known
+
+    rows = []
+    for name, entry in sorted(known().items()):
+        options = {parameter.name: f"{parameter.default:g}" for parameter in entry.own}
+        given = "" if not options else f"[{','.join(f'{key}={value}' for key, value in options.items())}]"
+        rows.append({"name": name + given, "what": entry.what, "parameters": options})
+    console.print_listing(rows, {"name": "router", "what": "what"}, as_json)
+
+
+@app.command()
 def suites(as_json: AsJson = False) -> None:
     """List the suites."""
     rows = []
-    for name, suite in SUITES.items():
+    for name, suite in (SUITES | CLUSTER_SUITES).items():
         fields = {k: "inf" if v == float("inf") else v for k, v in suite.scenario.to_dict().items()}
         rows.append({"name": name, "what": suite.what, "env_id": suite.env_id, "scenario": fields})
     console.print_listing(rows, {"name": "suite", "env_id": "environment", "what": "what"}, as_json)
@@ -590,6 +631,13 @@ def _numbers(name: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{name}: expected numbers separated by commas, got {text!r}") from None
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{name}: expected whole numbers separated by commas, got {text!r}") from None
 
 
 add_commands(app)

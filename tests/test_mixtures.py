@@ -1,6 +1,7 @@
 """Mixtures: sessions of several models by their shares, each as its own model draws it."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_a_change_of_a_part_is_seen(tmp_path):
     assert make_table(world, 0).prompt_tokens.tolist() == [50, 62, 50, 62]
     assert [str(file) for file in workload_files(path)] == [path, part]
     assert workload_files("mixed") == () and [str(f) for f in workload_files(part)] == [part]
-    changed = json.loads(open(part).read()) | {"first_tokens": {"probs": [0, 1], "values": [20, 20]}}
+    changed = json.loads(Path(part).read_text()) | {"first_tokens": {"probs": [0, 1], "values": [20, 20]}}
     (tmp_path / "other.json").write_text(json.dumps(changed))
     (tmp_path / "other.json").replace(part)
     assert make_table(world, 0).prompt_tokens.tolist() == [60, 72, 60, 72]
@@ -109,5 +110,5 @@ def test_a_damaged_mixture_is_one_line(tmp_path, changes, message):
 def test_a_missing_field_is_named(tmp_path):
     path = tmp_path / "less.json"
     path.write_text(json.dumps({"kind": "mixture", "name": "m", "parts": PARTS}))
-    with pytest.raises(ConfigError, match="less.json: missing field 'source'"):
+    with pytest.raises(ConfigError, match=r"less\.json: missing field 'source'"):
         load_sessions(str(path))

@@ -50,6 +50,8 @@ class ClusterScenario(Scenario):
             raise ConfigError("roles: expected at least one replica that decodes behind those that prefill, got none")
         if "decode" in self.roles and set(self.roles) <= {"decode"}:
             raise ConfigError("roles: expected at least one replica that computes prompts, got none")
+        if "prefill" in self.roles and self.prefix_caching:
+            raise ConfigError("prefix_caching: expected False where some replicas prefill and others decode, got True")
         self._check_number("router_staleness_s", 0.0)
         if math.isinf(self.router_staleness_s):
             raise ConfigError("router_staleness_s: expected a finite number, got inf")

@@ -89,17 +89,18 @@ _REPLICA: dict[str, Any] = {
     "horizon_s": 1800.0,
 }
 
+# 0.6 to 1.1 of the fluid capacity: 6.87 and 11.4 sessions/s with the hit rate of an infinite cache, 20.0 requests/s
 CLUSTER_SUITES: dict[str, Suite] = {
     "cluster": Suite(
         ClusterScenario(
             suite="cluster",
-            workload="chat",
+            workload="mixed",
             profile="h100-mistral-7b",
             num_replicas=4,
-            qps_range=(4.0, 8.0),
+            qps_range=(4.1, 7.6),
             **_REPLICA,
         ),
-        "four equal replicas with prefix caching, conversations and agents",
+        "four H100 with prefix caching, conversations and agents, sessions drawn at 4.1-7.6/s",
         "LLMRoute-v0",
     ),
     "hetero": Suite(
@@ -109,10 +110,10 @@ CLUSTER_SUITES: dict[str, Suite] = {
             profile="h100-mistral-7b",
             num_replicas=8,
             replica_profiles=("h100-mistral-7b",) * 2 + ("a100-mistral-7b",) * 2 + ("rtx6000ada-mistral-7b",) * 4,
-            qps_range=(4.0, 8.0),
+            qps_range=(6.8, 12.5),
             **_REPLICA,
         ),
-        "2 H100, 2 A100 and 4 RTX 6000 Ada with prefix caching, conversations",
+        "2 H100, 2 A100 and 4 RTX 6000 Ada with prefix caching, conversations, sessions drawn at 6.8-12.5/s",
         "LLMRoute-Hetero-v0",
     ),
     "disagg": Suite(
@@ -120,10 +121,13 @@ CLUSTER_SUITES: dict[str, Suite] = {
             suite="disagg",
             profile="h100-mistral-7b",
             num_replicas=4,
+            replica_profiles=("h100-mistral-7b", "a100-mistral-7b") * 2,
             roles=("prefill", "prefill", "decode", "decode"),
-            qps_range=(8.0, 16.0),
+            arrivals="gamma",
+            burstiness=0.25,
+            qps_range=(12.0, 22.0),
         ),
-        "two replicas that prefill and two that decode, sharegpt",
+        "an H100 and an A100 that prefill, two that decode, bursts of sharegpt's requests drawn at 12-22/s",
         "LLMRoute-Disagg-v0",
     ),
 }

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import Scenario
+from llmsched_gym.config import ClusterScenario, Scenario
 from llmsched_gym.engine import Backend
+from llmsched_gym.evaluation.clusters import check_policy
 from llmsched_gym.evaluation.metrics import gaps_of, requests_frame, row
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
@@ -43,6 +44,11 @@ class Cell:
     qps: float | None  # None: the scenario's own
     seed: int
     frames: tuple[str, ...] = ()  # of requests, steps, itl: what to write besides the row
+
+
+def make_policy(scenario: Scenario, policy: str) -> Any:
+    """The scheduler of a policy; on a cluster its router is tried, too. PolicyError for what cannot be made."""
+    return check_policy(scenario, policy) if isinstance(scenario, ClusterScenario) else make_scheduler(policy)
 
 
 def run_cell(
@@ -141,7 +147,9 @@ class Runner:
     def _estimate_s(self, cell: Cell) -> float:
         scenario, qps = self.scenario, cell.qps or self.scenario.qps or max(self.scenario.qps_range)
         if cell.policy not in self._each_s:
-            self._each_s[cell.policy] = COMPILED_S if isinstance(make_scheduler(cell.policy), Compiled) else PYTHON_S
+            self._each_s[cell.policy] = (
+                COMPILED_S if isinstance(make_policy(self.scenario, cell.policy), Compiled) else PYTHON_S
+            )
         if not has_turns(scenario):
             requests = (scenario.num_requests or scenario.horizon_s * qps) + scenario.warmup_s * qps
             return requests * self._each_s[cell.policy]

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmsched_gym.config import ConfigError, Scenario, plain
+from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, plain
 from llmsched_gym.cost import load_profile
-from llmsched_gym.evaluation.cells import Cell, Runner
+from llmsched_gym.evaluation.cells import Cell, Runner, make_policy
 from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.store import Store, grid_config
 from llmsched_gym.files import digest_of
-from llmsched_gym.registry import make_scheduler
 from llmsched_gym.workload import make_table
 from llmsched_gym.workload.generate import trace_remarks
 
@@ -52,8 +51,9 @@ def check(scenario: Scenario, policies: Sequence[str], qps: Sequence[float | Non
     if not policies:
         raise ConfigError("policy: expected at least one")
     for policy in policies:
-        make_scheduler(policy)
-    for profile in (scenario.profile, scenario.scheduler_profile):
+        make_policy(scenario, policy)
+    named = scenario.profiles if isinstance(scenario, ClusterScenario) else (scenario.profile,)
+    for profile in (*named, scenario.scheduler_profile):
         if profile is not None:
             load_profile(profile)
     if not qps:

@@ -172,6 +172,7 @@ def row(episode: Episode, outcomes: Outcomes | None = None, gaps: Gaps | None = 
         "cost_scale": float(table.cost_scale),
         **cache_figures(episode),
         **session_figures(episode, o.attained),
+        **(episode.replicas or {}),
     }
 
 
@@ -211,5 +212,6 @@ def requests_frame(episode: Episode, outcomes: Outcomes | None = None) -> pd.Dat
             "attained": o.attained,
             "num_preemptions": requests["num_preemptions"],
             **turn_columns(episode),
+            **({} if episode.replica_of is None else {"replica": episode.replica_of[cohort]}),
         }
     )

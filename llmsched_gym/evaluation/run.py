@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.config import ClusterScenario, ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import Backend, Engine
 from llmsched_gym.engine.compiling import expect_kernels
@@ -36,6 +36,8 @@ class Episode:
     wall_time_s: float
     # (num_requests,) int32: of each request, found in the prefix cache after preemptions; None without prefix caching
     recached_tokens: np.ndarray | None = None
+    replicas: dict[str, Any] | None = None  # of a cluster: columns of the row about its replicas
+    replica_of: np.ndarray | None = None  # of a cluster (num_requests,) int32: where each was sent last; -1: nowhere
 
     @property
     def cohort(self) -> slice:
@@ -81,8 +83,14 @@ def simulate(
     A `table` of requests takes the place of the seed's.
 
     Clairvoyant schedulers need a scenario with ``length_hint``; they get an oracle's if it has none. A scenario for the
-    real backend needs one, see `make_backend`.
+    real backend needs one, see `make_backend`. On a cluster the policy is ``ROUTER+SCHEDULER``, see `clusters`.
     """
+    if isinstance(scenario, ClusterScenario):
+        from llmsched_gym.evaluation.clusters import simulate_cluster
+
+        if profile is not None or own_profile is not None:
+            raise ConfigError("profile: expected replica_profiles of the scenario for a cluster, got a profile")
+        return simulate_cluster(scenario, policy, seed, num_steps=num_steps, table=table)
     if scenario.backend != "simulated" and backend is None:
         raise ConfigError(f"backend: expected what make_backend gives for {scenario.backend!r}, got None")
     scheduler = make_scheduler(policy) if isinstance(policy, str) else policy

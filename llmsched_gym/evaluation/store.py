@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 from collections.abc import Sequence
 from importlib import metadata
@@ -59,7 +60,8 @@ def _code_digest(scenario: Scenario, policies: Sequence[str]) -> str:
     if scenario.backend != "simulated":
         modules.append("llmsched_gym.real_backend")
     data = [Path(llmsched_gym.__file__).parent / "data"]
-    for policy in policies:
+    parts = [part for policy in policies for part in re.split(r"\+(?![^\[\]]*\])", policy)]  # routers, schedulers
+    for policy in parts:
         name = policy.partition("[")[0]
         module = name.partition(":")[0]
         if Path(name).exists():

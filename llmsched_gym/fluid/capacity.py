@@ -29,8 +29,8 @@ def fluid_capacity(scenario: Scenario, profile: Profile | None = None) -> Fluid:
 
     Of a workload of sessions it is in sessions per second; with prefix caching at the hit rate of an infinite cache.
 
-    Of several replicas it is that of all of them, see `cluster`; of one of them where a profile is given. Elsewhere, too,
-    a profile other than the scenario's may be given.
+    A profile other than the scenario's may be given. Without it the capacity of several replicas is that of all of
+    them, see `cluster`.
     """
     if profile is None and isinstance(scenario, ClusterScenario):
         return cluster_capacity(scenario)

@@ -31,7 +31,7 @@ from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES, PU
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.scheduler import install
 from llmsched_gym.sources import digest
-from llmsched_gym.theory import experiments
+from llmsched_gym.theory import cluster, experiments
 from llmsched_gym.workload import RequestTable
 
 BUILT_IN_POLICIES = (*PAPER_POLICIES, "rad-512", "srpt-capped", "on-time")
@@ -245,6 +245,12 @@ def stability(plan: Plan, note: Note) -> Data:
     return experiments.stability(plan.world, **settings, note=note)
 
 
+def router_stability(plan: Plan, note: Note) -> Data:
+    """The same for routers on unequal replicas, with as many more requests as there is more to serve them."""
+    settings: dict[str, Any] = {"seeds": plan.drift_seeds, "num_requests": 3 * plan.drift_requests}
+    return cluster.cluster_stability(plan.world, **settings, workers=plan.workers, note=note)
+
+
 def ablation(plan: Plan, note: Note) -> Data:
     """RAD without its principles."""
     settings: dict[str, Any] = {"seeds": plan.drift_seeds, "num_requests": plan.drift_requests, "workers": plan.workers}
@@ -279,6 +285,7 @@ PIECES: dict[str, Callable[[Plan, Note], Data]] = {
         batches,
         strict_shares,
         stability,
+        router_stability,
         ablation,
         tiles,
         robustness,

@@ -14,6 +14,7 @@ SHORT = {
     "rtx6000ada-mistral-7b": "RTX 6000 Ada, smooth",
     "a100-mistral-7b": "A100, measured staircase",
     "h100-mistral-7b": "H100, measured",
+    "hetero": "2 H100, 2 A100, 4 RTX 6000 Ada",
 }
 COLOURS = ("#0072b2", "#d55e00", "#117733", "#aa4499", "#68737f")
 

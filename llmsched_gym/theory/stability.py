@@ -8,7 +8,7 @@ only the rate c has 1 - c / rate. Seeds are independent, so the interval is Stud
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,17 +109,18 @@ def drift(
     *,
     seeds: Sequence[int] = SEEDS,
     num_requests: int = NUM_REQUESTS,
-    profile: Profile | None = None,
+    run: Callable[..., Trajectory] = trajectory,
+    **settings: Any,
 ) -> Drift:
-    """The drift of the backlog at one rate. Needs at least two seeds."""
+    """The drift of the backlog at one rate, of ``run(world, policy, seed, **settings)``. Needs at least two seeds."""
     from scipy.stats import t as student
 
     world = scenario.replace(qps=qps, num_requests=num_requests)
-    runs = [trajectory(world, policy, seed, profile=profile) for seed in seeds]
-    drifts = np.array([slope(run.time_s, run.requests) / qps for run in runs])
+    runs = [run(world, policy, seed, **settings) for seed in seeds]
+    drifts = np.array([slope(found.time_s, found.requests) / qps for found in runs])
     half = float(student.ppf(0.975, len(drifts) - 1) * drifts.std(ddof=1) / np.sqrt(len(drifts)))
     mean = float(drifts.mean())
-    backlog = float(np.mean([run.requests[run.time_s >= WARMUP * run.time_s[-1]].mean() for run in runs]))
+    backlog = float(np.mean([r.requests[r.time_s >= WARMUP * r.time_s[-1]].mean() for r in runs]))
     return Drift(qps, tuple(drifts.tolist()), mean, mean - half, mean + half, backlog)
 
 

@@ -107,6 +107,7 @@ def all_figures(data: dict[str, Any], long: pd.DataFrame, short: pd.DataFrame) -
         "strict_shares": plot_strict(strict_rows(data)),
         "backlog": theory.plot_backlogs(data["stability"], experiments.JUDGED),
         "stability": theory.plot_boundaries(data["stability"]),
+        "router_backlog": theory.plot_backlogs(data["router_stability"], experiments.JUDGED),
         "ablation": theory.plot_ablation(data["ablation"]),
         "tiles": theory.plot_tiles(data["tiles"]),
     }

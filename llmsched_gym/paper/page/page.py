@@ -10,7 +10,7 @@ from typing import Any
 from llmsched_gym.paper.page.claims import section_claims
 from llmsched_gym.paper.page.figures import all_figures
 from llmsched_gym.paper.page.measured import section_bounds, section_main, section_parameters, section_strict
-from llmsched_gym.paper.page.sustained import section_ablation, section_theory
+from llmsched_gym.paper.page.sustained import section_ablation, section_routers, section_theory
 from llmsched_gym.paper.page.trust import section_assumption, section_robustness, section_speed
 from llmsched_gym.report import statistics
 
@@ -40,6 +40,7 @@ Mistral-7B unless said otherwise. The figures are simulated: what they say of re
         section_strict(data),
         section_bounds(data, short),
         section_theory(data, plan),
+        section_routers(data, plan),
         section_ablation(data),
         section_robustness(data),
         section_speed(data, plan),
