@@ -7,10 +7,14 @@ curve that the run would have had without it.
 
 ``llmsched train --backend transformers --model random:tiny --warm-start runs/first --out runs/real`` goes on
 with a policy trained in simulation on a real model: one environment, whose clock is the model's.
+
+``llmsched train --env route --out runs/router`` trains a router, see :mod:`llmsched_gym.agents.train_route`.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import sys
 import time
@@ -52,6 +56,7 @@ from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
 
 @dataclass(frozen=True)
 class Config:
+    env: str = option("sched", "route trains a router, see `--env route --help`", choices=("sched", "route"))
     out: str = option("runs/train", "folder of the run")
     resume: bool = option(False, "go on from the last checkpoint in --out, with the settings of its config.json")
     seed: int = option(0, "of everything that is random: weights, actions, minibatches, choice of episodes")
@@ -307,6 +312,11 @@ def _bar(total: int) -> Progress:
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     """Run the command line; raises what is wrong with it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--env")
+    if first.parse_known_args(argv)[0].env == "route":
+        importlib.import_module("llmsched_gym.agents.train_route").command(argv, program)
+        return
     print(train(parse(Config, argv, __doc__, program)))
 
 

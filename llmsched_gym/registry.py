@@ -19,6 +19,7 @@ from typing import Any
 from llmsched_gym.cluster.router import CompiledRouter, Router
 from llmsched_gym.cluster.state import ROUTER_MEMORY
 from llmsched_gym.policies import load_policy
+from llmsched_gym.policies.routers import load_router
 from llmsched_gym.scheduler import Compiled, PolicyError, Scheduler, with_options
 
 
@@ -115,7 +116,7 @@ def routers() -> dict[str, CompiledRouter]:
 
 
 def make_router(spec: str) -> Any:
-    """The router that `spec` names: a registered name, or ``module:Class``, with ``[parameters]``.
+    """The router that `spec` names: a registered name, ``module:Class`` or a folder, with ``[parameters]``.
 
     Raises :class:`PolicyError` with one line for an unknown name or a bad parameter.
     """
@@ -124,6 +125,11 @@ def make_router(spec: str) -> Any:
         raise PolicyError(f"router {spec!r}: expected NAME or NAME[key=value,...]")
     name, options = match[1].strip(), parse_options(spec, match[2] or "")
     entry = routers().get(name)
+    if entry is None and Path(name).is_dir():
+        return load_router(name, **options)
+    if entry is None and ("/" in name or "\\" in name or name.startswith("~")):
+        what = "expected a router folder, got a file" if Path(name).is_file() else "no such router folder"
+        raise PolicyError(f"router {name!r}: {what}")
     if entry is None and ":" in name:
         made = imported(spec, name)
         entry = made if isinstance(made, CompiledRouter) else None
@@ -132,7 +138,9 @@ def make_router(spec: str) -> Any:
     if entry is None:
         close = difflib.get_close_matches(name, routers(), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PolicyError(f"router {name!r} is unknown{hint}: expected a name of `llmsched routers` or module:Class")
+        raise PolicyError(
+            f"router {name!r} is unknown{hint}: expected a name of `llmsched routers`, module:Class or a folder"
+        )
     return _with_router_options(spec, entry, options)
 
 

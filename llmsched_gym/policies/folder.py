@@ -107,9 +107,14 @@ def width_of(observation: Mapping[str, Any]) -> int:
 
 def write_folder(folder: str | Path, spec: PolicySpec, tensors: Mapping[str, np.ndarray]) -> Path:
     """Write a policy folder; one that is there is replaced as a whole."""
+    return write_files(folder, {"format": FORMAT, **vars(spec)}, tensors)
+
+
+def write_files(folder: str | Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
+    """Write the two files of a folder, with the digest of the tensors; what was there is replaced as a whole."""
     folder = Path(folder)
     data = save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
-    text = {"format": FORMAT, **vars(spec), "tensors_sha256": hashlib.sha256(data).hexdigest()}
+    text = {**fields, "tensors_sha256": hashlib.sha256(data).hexdigest()}
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -127,16 +132,26 @@ def write_folder(folder: str | Path, spec: PolicySpec, tensors: Mapping[str, np.
 
 def read_folder(folder: str | Path) -> tuple[PolicySpec, dict[str, np.ndarray]]:
     """Spec and tensors of a policy folder, checked; a fault raises one line that names the file and the field."""
+    raw = read_fields(folder)
+    spec = _check(f"policy {str(folder)!r}: {SPEC}", raw)
+    return spec, read_tensors(folder, raw["tensors_sha256"])
+
+
+def read_fields(folder: str | Path) -> Any:
+    """What a folder's policy.json holds, unchecked."""
     folder = Path(folder)
-    where = f"policy {str(folder)!r}: {SPEC}"
     try:
-        raw = json.loads(_read(folder, SPEC), parse_constant=_no_constant)
+        return json.loads(_read(folder, SPEC), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise PolicyError(f"{where}: not JSON: {str(error).splitlines()[0]}") from None
-    spec = _check(where, raw)
+        raise PolicyError(f"policy {str(folder)!r}: {SPEC}: not JSON: {str(error).splitlines()[0]}") from None
+
+
+def read_tensors(folder: str | Path, digest: str) -> dict[str, np.ndarray]:
+    """A folder's tensors, all finite numbers, if they are those that policy.json tells the digest of."""
+    folder = Path(folder)
     data = _read(folder, TENSORS)
     where = f"policy {str(folder)!r}: {TENSORS}"
-    if hashlib.sha256(data).hexdigest() != raw["tensors_sha256"]:
+    if hashlib.sha256(data).hexdigest() != digest:
         raise PolicyError(f"{where}: damaged or of another policy: its digest is not {SPEC}'s tensors_sha256")
     try:
         tensors = load(data)
@@ -145,7 +160,7 @@ def read_folder(folder: str | Path) -> tuple[PolicySpec, dict[str, np.ndarray]]:
     for name, array in tensors.items():
         if array.dtype.kind not in "fi" or not np.isfinite(array).all():
             raise PolicyError(f"{where}: {name}: expected finite numbers")
-    return spec, tensors
+    return tensors
 
 
 def _read(folder: Path, name: str) -> bytes:
@@ -166,8 +181,7 @@ def _check(where: str, raw: Any) -> PolicySpec:
     """The spec, if every field is there, of its kind, and understood by this version."""
 
     def need(ok: bool, name: str, expected: str, got: Any) -> None:
-        if not ok:
-            raise PolicyError(f"{where}: {name}: expected {expected}, got {_short(got)}")
+        require(where, ok, name, expected, got)
 
     need(isinstance(raw, dict), "(file)", "an object", raw)
     need(raw.get("format") == FORMAT, "format", repr(FORMAT), raw.get("format"))
@@ -203,18 +217,25 @@ def _check(where: str, raw: Any) -> PolicySpec:
     if wanted == "slots":
         names["slots"] = [f.name for f in ALL_SLOT_FEATURES]
     for name, known in names.items():
-        _check_names(where, f"observation.{name}", observation.get(name), known)
+        check_names(where, f"observation.{name}", observation.get(name), known)
     if choices := action_of(config).choices(config):
         name, wanted_names = f"action.{config.action}", [choice.name for choice in choices]
         listed = action.get(config.action)
         need(isinstance(listed, dict), name, "an object", listed)
         need(list(listed) == wanted_names, name, ", ".join(wanted_names), list(listed))
         for choice in choices:
-            _check_names(where, f"{name}.{choice.name}", listed[choice.name], list(choice.labels))
+            check_names(where, f"{name}.{choice.name}", listed[choice.name], list(choice.labels))
     return spec
 
 
-def _check_names(where: str, field_name: str, names: Any, known: list[str]) -> None:
+def require(where: str, ok: bool, name: str, expected: str, got: Any) -> None:
+    """PolicyError with one line that names the field, unless `ok`."""
+    if not ok:
+        raise PolicyError(f"{where}: {name}: expected {expected}, got {_short(got)}")
+
+
+def check_names(where: str, field_name: str, names: Any, known: list[str]) -> None:
+    """PolicyError with one line unless `names` is a list of names that this version knows."""
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise PolicyError(f"{where}: {field_name}: expected a list of names, got {_short(names)}")
     for name in names:
