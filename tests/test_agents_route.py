@@ -11,6 +11,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
 
+from llmsched_gym.agents import route_headroom
 from llmsched_gym.agents import train as train_command
 from llmsched_gym.agents.route_networks import NEVER, export_router, scores_of
 from llmsched_gym.agents.routing import RouteTrainingEnv, typical_observations
@@ -20,7 +21,7 @@ from llmsched_gym.env.route.features import REPLICA_FEATURES, REQUEST_FEATURES
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies.routers import LoadedRouter, read_router, write_router
-from llmsched_gym.registry import make_router
+from llmsched_gym.registry import make_router, routers
 from llmsched_gym.scheduler import PolicyError
 
 SMALL = {
@@ -185,3 +186,19 @@ def test_ppo_learns_to_leave_the_slow_replica_what_it_can_do(tmp_path):
         for router in (folder, "random")
     )
     assert learned > chance + 0.03
+
+
+def test_headroom_names_the_best_and_pairs_the_rest(tmp_path):
+    path = tmp_path / "h.json"
+    config = route_headroom.Config(
+        set={**SMALL, "replica_profiles": ("h100-mistral-7b",) * 2 + ("rtx6000ada-mistral-7b",)},
+        **{"seeds": 2, "selection_seeds": 1, "requests": 40, "workers": 1, "out": str(path)},
+    )
+    found = route_headroom.headroom(config)
+    assert json.loads(path.read_text())["best_tuned"] == found["best_tuned"]
+    table = found["routers"]
+    assert table[found["best_tuned"]]["difference"] == 0.0
+    assert table["hindsight"]["mean_utility"] >= max(entry["mean_utility"] for entry in table.values()) - 1e-12
+    assert len(table) == len(routers()) + 2
+    with pytest.raises(ConfigError, match="suite: expected one of replicas, got 'default'"):
+        route_headroom.headroom(route_headroom.Config(suite="default"))
