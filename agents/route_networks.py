@@ -5,6 +5,7 @@ The scores are those of :mod:`llmsched_gym.policies.routers`, which computes the
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Replicas(nn.Module):
         self.register_buffer("scale", torch.ones(NUM_INPUTS))
         self.activation, self.act = activation, ACTIVATIONS[activation]()
         widths = (NUM_INPUTS, *hidden)
-        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.out = nn.Linear(widths[-1], outputs)
 
     def forward(self, flat: torch.Tensor) -> torch.Tensor:
@@ -120,19 +121,22 @@ class MaskableRoutePolicy(_Heads, MaskableActorCriticPolicy):  # type: ignore[mi
 class RouteDQNPolicy(DQNPolicy):
     """Values of the replicas by the same network."""
 
-    def __init__(self, *args: Any, hidden: tuple[int, ...], activation: str, **kwargs: Any) -> None:
-        self.settings = hidden, activation
-        super().__init__(*args, net_arch=[], **kwargs)
+    def __init__(
+        self, observation_space: spaces.Space, action_space: spaces.Discrete, lr_schedule: Any, **kwargs: Any
+    ) -> None:
+        self.settings = kwargs.pop("hidden"), kwargs.pop("activation")
+        super().__init__(observation_space, action_space, lr_schedule, net_arch=[], **kwargs)
 
     def make_q_net(self) -> QNetwork:
         net = super().make_q_net()
-        net.q_net = Scores(*self.settings)
+        net.q_net = Scores(*self.settings)  # type: ignore[assignment]
         return net
 
 
 def scores_of(policy: Any) -> Scores:
     """The network that routes, of whichever policy."""
-    found: Scores = policy.q_net.q_net if isinstance(policy, DQNPolicy) else policy.action_net
+    found: Any = policy.q_net.q_net if isinstance(policy, DQNPolicy) else policy.action_net
+    assert isinstance(found, Scores)
     return found
 
 
@@ -146,7 +150,7 @@ def fit_normalisation(policy: Any, flat: np.ndarray) -> None:
 def export_router(policy: Any, **fields: Any) -> tuple[RouterSpec, dict[str, np.ndarray]]:
     """Spec and tensors of a policy for a router's folder; `fields` (training) go into the spec."""
     net = scores_of(policy)
-    tensors = {"normalise.mean": net.mean, "normalise.scale": net.scale}
+    tensors: dict[str, Any] = {"normalise.mean": net.mean, "normalise.scale": net.scale}
     for i, layer in enumerate(net.hidden):
         tensors |= {f"hidden.{i}.weight": layer.weight, f"hidden.{i}.bias": layer.bias}
     tensors |= {"out.weight": net.out.weight, "out.bias": net.out.bias}

@@ -1,4 +1,4 @@
-"""What agents that route train in and are judged by: episodes of training seeds, and runs of a router on given seeds."""
+"""What agents that route train in: episodes of the training seeds, and a replay memory with each step's discount."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from llmsched_gym.agents.envs import TRAINING_SEEDS
-from llmsched_gym.cluster import Cluster
-from llmsched_gym.config import RouteConfig
-from llmsched_gym.env.episode import episode_metrics
 from llmsched_gym.env.route import LLMRouteVectorEnv
 from llmsched_gym.env.sb3 import SimulatedVecEnv
-from llmsched_gym.workload import make_table
 
 
 class _SeededRouteEnv(LLMRouteVectorEnv):
@@ -50,22 +46,15 @@ class DiscountedReplay(ReplayBuffer):
         super().add(obs, next_obs, action, reward, done, infos)
 
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> ReplayBufferSamples:
-        at = batch_inds, np.random.randint(0, self.n_envs, len(batch_inds))  # noqa: NPY002  SB3's generator
+        # which environment of each step: SB3 draws it from numpy's own generator, too
+        at = batch_inds, np.random.randint(0, self.n_envs, len(batch_inds))  # noqa: NPY002
         is_last = self.dones[at] * (1.0 - self.timeouts[at])
         columns = is_last, self.rewards[at], self.discounts[at]
         last, rewards, discounts = (self.to_torch(column[:, None].astype(np.float32)) for column in columns)
-        seen = [self.to_torch(array[at]) for array in (self.observations, self.actions, self.next_observations)]
-        return ReplayBufferSamples(*seen, last, rewards, discounts)
-
-
-def route_figures(config: RouteConfig, router: Any, seed: int, scheduler: str | None = None) -> dict[str, float]:
-    """The figures of :data:`~llmsched_gym.env.episode.METRICS` of a whole run of `router` on the requests of `seed`."""
-    table = make_table(config, seed)
-    cluster = Cluster(config, max(len(table), 1), scheduler=scheduler)
-    cluster.reset(table)
-    cluster.run(router)
-    tokens = int(cluster.state.sims["tokens_emitted"].sum())
-    return episode_metrics(cluster.state, 0, table, float(cluster.nodes.routes[0].now_s), tokens, has_gaps=False)
+        before, actions, after = (
+            self.to_torch(array[at]) for array in (self.observations, self.actions, self.next_observations)
+        )
+        return ReplayBufferSamples(before, actions, after, last, rewards, discounts)
 
 
 def typical_observations(env: RouteTrainingEnv, seed: int, steps: int = 300) -> np.ndarray:

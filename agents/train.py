@@ -8,7 +8,7 @@ curve that the run would have had without it.
 ``llmsched train --backend transformers --model random:tiny --warm-start runs/first --out runs/real`` goes on
 with a policy trained in simulation on a real model: one environment, whose clock is the model's.
 
-``llmsched train --env route --out runs/router`` trains a router of clusters, see :mod:`llmsched_gym.agents.train_route`.
+``llmsched train --env route --out runs/router`` trains a router, see :mod:`llmsched_gym.agents.train_route`.
 """
 
 from __future__ import annotations

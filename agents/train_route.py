@@ -39,9 +39,11 @@ from llmsched_gym.agents.route_networks import (
     fit_normalisation,
     scores_of,
 )
-from llmsched_gym.agents.routing import DiscountedReplay, RouteTrainingEnv, route_figures, typical_observations
+from llmsched_gym.agents.routing import DiscountedReplay, RouteTrainingEnv, typical_observations
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
-from llmsched_gym.config import ConfigError, route_config
+from llmsched_gym.config import ClusterScenario, ConfigError, scenario
+from llmsched_gym.evaluation.clusters import simulate_cluster
+from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.policies.routers import LoadedRouter, read_router, write_router
 
 
@@ -90,10 +92,7 @@ class Config:
         return {"reward_scale": self.reward_scale, "tau_s": self.tau_s, **self.set}
 
 
-Model = PPO | MaskablePPO | DQN
-
-
-def make_model(config: Config, env: RouteTrainingEnv) -> Model:
+def make_model(config: Config, env: RouteTrainingEnv) -> Any:
     """An SB3 model with our buffer and policy; everything random in it comes from the seed."""
     rate = config.learning_rate
     common: dict[str, Any] = {
@@ -117,7 +116,8 @@ def make_model(config: Config, env: RouteTrainingEnv) -> Model:
             **common,
         )
     masks = config.algorithm == "maskable"
-    return (MaskablePPO if masks else PPO)(
+    learner: Any = MaskablePPO if masks else PPO
+    return learner(
         MaskableRoutePolicy if masks else RoutePolicy,
         env,
         n_steps=config.n_steps,
@@ -133,10 +133,12 @@ def make_model(config: Config, env: RouteTrainingEnv) -> Model:
 
 def evaluate(policy: Any, config: Config) -> dict[str, float]:
     """Means over selection seeds of whole runs of the exported router."""
-    world = route_config(config.suite, **{"num_requests": config.eval_requests, **config.set})
-    router = LoadedRouter(*export_router(policy))
-    runs = [route_figures(world, router, seed) for seed in SELECTION_SEEDS[: config.eval_seeds]]
-    return {name: float(np.mean([run[name] for run in runs])) for name in ("utility", "attainment")}
+    world = scenario(config.suite, **{"num_requests": config.eval_requests, **config.set})
+    assert isinstance(world, ClusterScenario)
+    router, scheduler = LoadedRouter(*export_router(policy)), world.replica_scheduler
+    seeds = SELECTION_SEEDS[: config.eval_seeds]
+    rows = [row(simulate_cluster(world, scheduler, seed, router=router)) for seed in seeds]
+    return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
 
 
 class _Keeper(BaseCallback):
@@ -174,8 +176,8 @@ class _Keeper(BaseCallback):
             self.last_eval = step
             found = evaluate(self.model.policy, config)
             figures |= {f"eval/{name}": value for name, value in found.items()}
-            if found["utility"] > self.best:
-                self.best = found["utility"]
+            if found["mean_utility"] > self.best:
+                self.best = found["mean_utility"]
                 summary = {**settings_of(config), "warm_start": bool(config.warm_start), "step": step}
                 write_router(
                     self.out / "best", *export_router(self.model.policy, training={**summary, "selection": found})

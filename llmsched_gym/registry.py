@@ -116,7 +116,7 @@ def routers() -> dict[str, CompiledRouter]:
 
 
 def make_router(spec: str) -> Any:
-    """The router that `spec` names: a registered name, ``module:Class`` or a folder of a trained one, with ``[parameters]``.
+    """The router that `spec` names: a registered name, ``module:Class`` or a folder, with ``[parameters]``.
 
     Raises :class:`PolicyError` with one line for an unknown name or a bad parameter.
     """

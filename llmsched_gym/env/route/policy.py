@@ -81,7 +81,7 @@ class RouterPolicy:
         return found
 
     def action(self) -> int:
-        """The replica that the router names now, the same until the environment has stepped; 0 where there is no request.
+        """The replica that the router names now, the same until the environment steps; 0 where there is no request.
 
         Raises:
             PolicyError: the router names a replica that is not there, or that cannot take the request.
