@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from llmsched_gym.cluster.records import CANDIDATE
+from llmsched_gym.config import scenario
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.env.actions.knobs import WITH_CACHING
 from llmsched_gym.env.docs import fields, page, worked_steps
 from llmsched_gym.env.features import FEATURES
+from llmsched_gym.env.route.features import REPLICA_FEATURES, REQUEST_FEATURES
 from llmsched_gym.env.slots import SLOT_FEATURES
+from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.registry import routers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -62,5 +67,20 @@ def test_the_custom_scheduler_serves_everybody_where_memory_is_short(seed):
 
 def test_the_readme_shows_the_examples_as_they_are():
     readme = (ROOT / "README.md").read_text()
-    for name in ("ppo.py", "custom_scheduler.py"):
+    for name in ("ppo.py", "custom_scheduler.py", "custom_router.py"):
         assert (ROOT / "examples" / name).read_text().rstrip() in readme, name
+
+
+def test_the_page_of_routing_names_every_entry_router_and_field():
+    page = (ROOT / "docs" / "routing.md").read_text()
+    entries = [f"| `{f.name}` | {f.meaning} |" for f in (*REQUEST_FEATURES, *REPLICA_FEATURES)]
+    assert [entry for entry in entries if entry not in page] == []
+    assert [name for name in (*routers(), *(CANDIDATE.names or ())) if f"`{name}" not in page] == []
+
+
+def test_the_custom_router_sends_requests_to_where_their_prompts_are_cached():
+    world = scenario("cluster", num_requests=60, warmup_s=0.0, qps=4.0, workload="chat", arrivals_continue=False)
+    own, blind = (
+        row(simulate(world, f"{router}+slai", 0)) for router in ("examples.custom_router:CheapestPrompt", "round-robin")
+    )
+    assert own["num_finished"] == own["num_requests"] and own["prefix_hit_rate"] > blind["prefix_hit_rate"]
