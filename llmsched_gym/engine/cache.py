@@ -16,7 +16,10 @@ from pathlib import Path
 
 from llmsched_gym.sources import digest
 
-KERNELS = tuple(f"llmsched_gym.{name}" for name in ("engine", "env", "scheduler", "baselines", "policies"))
+KERNELS = tuple(
+    f"llmsched_gym.{name}"
+    for name in ("engine", "env", "scheduler", "baselines", "policies", "real_backend.vllm.lane_kernels")
+)
 """Modules and packages that hold kernels."""
 
 KEPT, KEPT_S = 8, 14 * 24 * 3600.0  # folders beside the one in use, by last use, and how long they are kept at most
