@@ -12,7 +12,7 @@ from llmsched_gym.cluster.invariants import check
 from llmsched_gym.config import scenario
 from llmsched_gym.config.cluster import ClusterScenario
 from llmsched_gym.engine.records import FINISHED
-from llmsched_gym.engine.state import phases_of
+from llmsched_gym.engine.rows import phases_of
 from llmsched_gym.workload import RequestTable
 
 

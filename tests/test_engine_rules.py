@@ -366,7 +366,7 @@ def test_a_compiled_decision_can_be_taken_twice():
 
 
 DAMAGE = [
-    ("sims", 0, "clock_s", 0.01, "the clock went back"),
+    ("sims", 0, "clock_s", 0.01, "a clock went back"),
     ("sims", 0, "num_waiting", 2, "waiting count differs"),
     ("sims", 0, "num_running", 1, "running count differs"),
     ("sims", 0, "num_finished", 2, "finished count differs"),
@@ -382,8 +382,8 @@ DAMAGE = [
     ("sims", 0, "max_num_seqs", 1, "more sequences run than max_num_seqs"),
     ("episodes", 0, "patience_s", 0.001, "a lateness exceeds the patience"),
     ("worlds", 0, "num_unresolved", 1, "unresolved count differs"),
-    ("waiting", 0, 0, 0, "waiting list and phases differ"),
-    ("running", 0, 1, 0, "running list and phases differ"),
+    ("waiting", 0, 0, 0, "a request is in two places"),
+    ("running", 0, 1, 0, "a request is in two places"),
     ("arrivals", 4, "arrival_s", 0.0, "an arrival was overlooked"),
     ("requests", 0, "arrival_s", 1.0, "a request's arrival has changed"),
     ("requests", 4, "prompt_tokens", 5, "a request can be read before its arrival"),
@@ -392,7 +392,7 @@ DAMAGE = [
     ("requests", 0, "num_computed_tokens", 33, "blocks held != ceil"),
     ("requests", 0, "num_computed_tokens", 21, "a decode's KV is not its prompt"),
     ("requests", 2, "num_computed_tokens", 1, "a waiting request holds KV"),
-    ("requests", 0, "num_output_tokens", 2, "tokens emitted != sum over requests"),
+    ("requests", 0, "num_output_tokens", 2, "a decode's KV is not its prompt and emitted tokens but the last"),
     ("requests", 0, "num_scheduled_tokens", 1, "marked as scheduled"),
     ("requests", 0, "resolved_s", 1.0, "resolved_s and phase disagree"),
     ("requests", 2, "ttft_slo_s", -9.0, "a client whose patience is over is still here"),

@@ -18,7 +18,7 @@ from llmsched_gym.cluster import Cluster, kernels
 from llmsched_gym.cluster.invariants import check
 from llmsched_gym.config import CLUSTER_SUITES, route_config
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, REFUSED, RUNNING, WAITING
-from llmsched_gym.engine.state import phases_of
+from llmsched_gym.engine.rows import phases_of
 from llmsched_gym.env.actions import InvalidAction
 from llmsched_gym.env.route import LLMRouteEnv, LLMRouteVectorEnv
 from llmsched_gym.env.route import kernels as steps

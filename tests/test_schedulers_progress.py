@@ -26,6 +26,7 @@ import llmsched_gym  # noqa: F401 - registers the environments
 from llmsched_gym.baselines.on_time import MIXES
 from llmsched_gym.config import ADMISSIONS, EnvConfig, scenario
 from llmsched_gym.engine import Engine
+from llmsched_gym.engine.eviction import EVICTIONS
 from llmsched_gym.engine.pack import HOLDS, ORDERS
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.env.actions.knobs import KNOBS
@@ -51,6 +52,7 @@ VALUES = {
     "limit": ["16", "100"],
     "cap": ["0.001", "0.05", "0.3"],  # a batch takes 5 ms, and 0.05 of a strict user's SLO is less
     "victim": VICTIMS,
+    "evict": EVICTIONS,
     "admission": ADMISSIONS,
     "refuse": ["true"],
     "offset": ["0", "2", "10"],

@@ -197,7 +197,7 @@ BAD = {
     "slai[reserve=true]": "unknown parameter 'reserve'",
     "vllm-v1[reserve=half]": "reserve: expected true or false, got 'half'",
     "vllm-v1[threshold=-1]": "threshold: expected whole number of tokens, 0 for none, got '-1'",
-    "orca[offset=3]": "unknown parameter 'offset', expected one of budget, hold, limit, cap, victim, admission",
+    "orca[offset=3]": "unknown parameter 'offset', expected one of budget, hold, limit, cap, victim, evict, admission",
     "random[budget=many]": "policy 'random",
     "random[hold=true]": "policy 'random",
     "no_such_module:Thing": "cannot import 'no_such_module'",

@@ -233,7 +233,7 @@ def test_a_run_ends_without_those_that_are_nobodys_measure():
 
 
 def test_a_run_is_cut_off_behind_its_drain():
-    world = WORLD.replace(drain_s=0.3)
+    world = WORLD.replace(drain_s=3.0)
     with FakeServer(plans={3: Plan(), 9: Plan(fault="hang", fault_after=2)}) as fake:
         load, _ = run(fake, table([3, 9]), world)
     assert phases(load, world) == ["finished", "running"]

@@ -86,7 +86,6 @@ class Lane:
         self.served = np.zeros((capacity, NUM_SERVED))
         self.num_born = 0
         self._last = -1
-        self._new = 0, 0  # requests and their prompt tokens since the last step began
         compiled = getattr(scheduler, "kernel", None)
         self._decide = None if compiled is None or hasattr(scheduler, "decide") else kernels.make_decider(compiled)
         state = self.engine.state
@@ -147,15 +146,13 @@ class Lane:
         kernels.forget(handle, 0, self.served, r)
         kernels.arrive(handle, 0, r)
         state.requests[0, r].num_computed_tokens = computed
-        self._new = self._new[0] + 1, self._new[1] + request.prompt_tokens
         self.num_born += 1
         self.births[r] = self.num_born
         return r
 
     def begin(self, now_s: float, free_blocks: int, most_seqs: int, server_running: int, most_tokens: int) -> None:
         """A step begins at `now_s`: the clock, and what the server can give; see ``begin`` of the kernels."""
-        new, self._new = self._new, (0, 0)
-        kernels.begin(self.engine.handle, 0, now_s, *new, free_blocks, most_seqs, server_running, most_tokens)
+        kernels.begin(self.engine.handle, 0, now_s, free_blocks, most_seqs, server_running, most_tokens)
 
     def form(self) -> Formed:
         """Let the scheduler decide, and apply its batch."""

@@ -49,18 +49,19 @@ def arrive(s, k, r):
 
 
 @entry()
-def begin(s, k, now_s, arrivals, tokens, free_blocks, most_seqs, server_running, most_tokens):
-    """A step of lane `k` begins at `now_s`, so many requests with so many prompt tokens having come since the last.
+def begin(s, k, now_s, free_blocks, most_seqs, server_running, most_tokens):
+    """A step of lane `k` begins at `now_s`.
 
     The server has `free_blocks`: what running prompts have been promised of them is not free to the scheduler. Of its
     `most_seqs` sequences `server_running` run, with those that the lane does not know of or has booked as finished.
     """
     lane = lane_of(s, k)
     sim = lane.sim
+    elapsed_s = now_s - sim.clock_s
     sim.clock_s = now_s
     if now_s >= sim.next_expiry_s:
         expire(lane)
-    average(lane.episode, arrivals, tokens, now_s)
+    average(sim, elapsed_s)
     promised = 0
     if sim.admission == BY_PROMPT:
         for i in range(sim.num_running):

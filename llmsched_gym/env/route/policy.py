@@ -11,7 +11,7 @@ from numba import types
 
 from llmsched_gym.cluster.records import CANDIDATE
 from llmsched_gym.cluster.router import CompiledRouter, RouterView, check_replica, make_router
-from llmsched_gym.cluster.state import NODES_HANDLE_TYPE, ROUTER_MEMORY, ROUTER_TYPE, unpack_nodes
+from llmsched_gym.cluster.state import NODES_HANDLE_TYPE, PROMPTS, ROUTER_MEMORY, ROUTER_TYPE, unpack_nodes
 from llmsched_gym.cluster.transfer import make_route
 from llmsched_gym.config import ConfigError, RouteConfig, route_config
 from llmsched_gym.engine.jit import JIT_ENABLED, entry
@@ -26,7 +26,7 @@ from llmsched_gym.scheduler import PolicyError
 def choose(s, c, env, router):
     """The replica that a compiled router names for the request that is to be routed."""
     nodes = unpack_nodes(c)
-    return router(make_route(unpack(s), nodes, env, nodes.routes[env].deciding))
+    return router(make_route(unpack(s), nodes, env, nodes.routes[env].deciding, PROMPTS))
 
 
 @cache
