@@ -21,7 +21,7 @@ from llmsched_gym.cluster.state import Route, allocate
 from llmsched_gym.config import ADMISSIONS, ConfigError, scenario
 from llmsched_gym.config.cluster import ClusterScenario
 from llmsched_gym.engine import Engine, InvariantError
-from llmsched_gym.engine.blocks import NAMED, identity_slot, owner_of
+from llmsched_gym.engine.blocks import NAMED, owner_of, slot_of
 from llmsched_gym.engine.records import (
     ABANDONED,
     CANCELLED,
@@ -397,7 +397,7 @@ def test_what_is_cached_is_found_as_by_looking_at_every_block(staleness_s):
                 if staleness_s == 0.0 or nodes.nodes[k].report >= 0:
                     for i in range((int(run.requests[r]["prefill_tokens"]) - 1) >> int(sim.block_bits)):
                         owner = owner_of(state.prefixes[0], r, i, sim.block_bits)
-                        if blocks[identity_slot(blocks, sim.table_mask, owner, i), NAMED] < 0:
+                        if blocks[slot_of(blocks, sim.table_mask, owner, i), NAMED] < 0:
                             break
                         count += 1
                 assert view.replicas[k].cached_tokens == count << sim.block_bits
