@@ -33,7 +33,7 @@ from llmsched_gym.engine.records import (
     RUNNING,
     WAITING,
 )
-from llmsched_gym.engine.state import rows_of
+from llmsched_gym.engine.rows import rows_of
 from llmsched_gym.registry import make_router, routers
 from llmsched_gym.scheduler import PolicyError, install, make_scheduler
 from llmsched_gym.workload import make_table
