@@ -60,12 +60,8 @@ def tell_prefix(of, r):
 
 
 @kernel()
-def enter(of, r):
-    """Request `r` `of` an Episode comes: its row is written, and what can never fit is rejected (rule 7).
-
-    Returns whether it is to be delivered to a replica.
-    """
-    episode, request, given = of.episode, of.requests[r], of.arrivals[r]
+def tell(episode, request, given):
+    """What the client of a request asks for becomes known."""
     request.arrival_s = given.arrival_s
     request.ttft_slo_s = given.ttft_slo_s
     request.tbt_slo_s = given.tbt_slo_s
@@ -75,10 +71,20 @@ def enter(of, r):
     request.prompt_tokens = given.prompt_tokens
     request.prefill_tokens = given.prompt_tokens
     request.max_output_tokens = given.max_output_tokens
-    if of.prefixes.shape[0] > 0:
-        tell_prefix(of, r)
     episode.num_arrived += 1
     episode.arrived_tokens += given.prompt_tokens
+
+
+@kernel()
+def enter(of, r):
+    """Request `r` `of` an Episode comes: its row is written, and what can never fit is rejected (rule 7).
+
+    Returns whether it is to be delivered to a replica.
+    """
+    episode, given = of.episode, of.arrivals[r]
+    tell(episode, of.requests[r], given)
+    if of.prefixes.shape[0] > 0:
+        tell_prefix(of, r)
     if given.prompt_tokens + of.output_tokens[r] > episode.largest_request:
         episode.num_rejected += 1
         resolve(of, of.world, r, REJECTED, given.arrival_s)

@@ -16,7 +16,7 @@ from numba.experimental import structref
 from llmsched_gym.engine.batch import clear_sums, is_prefill, predicted_s
 from llmsched_gym.engine.blocks import BY_PROMPT, blocks_for, blocks_to_hold
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
-from llmsched_gym.engine.lifecycle import admit, average, deliver, leave_running, preempt
+from llmsched_gym.engine.lifecycle import admit, average, deliver, leave_running, preempt, tell
 from llmsched_gym.engine.queue import expire, leave_waiting, return_to_waiting
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, RUNNING, WAITING
 from llmsched_gym.engine.run import schedule_env
@@ -32,19 +32,8 @@ NUM_SERVED = 5
 @entry()
 def arrive(s, k, r):
     """Request `r`, whose row and arrival are written, joins the line of lane `k`."""
-    lane, given = lane_of(s, k), s.arrivals[k, r]
-    request, episode = lane.requests[r], lane.episode
-    request.arrival_s = given.arrival_s
-    request.ttft_slo_s = given.ttft_slo_s
-    request.tbt_slo_s = given.tbt_slo_s
-    request.length_hint = given.length_hint
-    request.session_id = given.session_id
-    request.slo_class = given.slo_class
-    request.prompt_tokens = given.prompt_tokens
-    request.prefill_tokens = given.prompt_tokens
-    request.max_output_tokens = given.max_output_tokens
-    episode.num_arrived += 1
-    episode.arrived_tokens += given.prompt_tokens
+    lane = lane_of(s, k)
+    tell(lane.episode, lane.requests[r], s.arrivals[k, r])
     deliver(lane, r)
 
 
