@@ -409,7 +409,7 @@ def test_pictures():
         assert before == (env.core.cluster.state.requests.tobytes(), env.core.cluster.nodes.candidates.tobytes())
         assert all(isinstance(frame, kind) for frame in frames) and not np.array_equal(*frames)
         if mode == "rgb_array":
-            assert frames[0].dtype == np.uint8 and frames[0].shape == frames[1].shape == (540, 960, 3)
+            assert frames[0].dtype == np.uint8 and frames[0].shape == frames[1].shape == (336, 960, 3)
         else:
             assert "down" in frames[1] and max(len(line) for line in frames[1].splitlines()) <= 76
         env.close()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmsched_gym.engine.batch import is_prefill
-from llmsched_gym.env.picture import DECODE, EMPTY, FAINT, INK, MEMORY, PREFILL, SLACK_COLOURS, Canvas
+from llmsched_gym.env.picture import DECODE, EMPTY, FAINT, HEIGHT, INK, MEMORY, PREFILL, SLACK_COLOURS, WIDTH, Canvas
 from llmsched_gym.env.render import LivePanel
 
 ROWS = 16  # replicas in an image, the first ones
@@ -170,7 +170,8 @@ class RouteViewer:
             _draw_replica(canvas, TOP + i * LINE, replica, most_waiting, most_tokens)
         if len(shot.replicas) > ROWS:
             canvas.text(16, TOP + ROWS * LINE + 12, f"and {len(shot.replicas) - ROWS} more replicas", fill=FAINT)
-        return canvas.image
+        rows = min(len(shot.replicas), ROWS + 1)
+        return canvas.image.crop((0, 0, WIDTH, min(HEIGHT, TOP + rows * LINE + 16)))
 
     def close(self) -> None:
         """Stop the live panel."""
