@@ -137,7 +137,7 @@ def _routers(results: Results) -> Section:
     plot = partial(clusters.plot_replicas, rows)
     what = "Share of the run in which each replica executed a batch, and what of its prompts it found cached; means."
     text = (
-        "A policy is a router and, behind the plus, the scheduler of every replica. Below: means over seeds, with their "
+        "A policy is a router and, behind the plus, the scheduler of every replica. Below: means over seeds with their "
         f"95 % intervals from {MIN_SEEDS} seeds on; differences on the same seeds are in the tables of policies."
     )
     return Section(
