@@ -78,7 +78,7 @@ def parse_options(spec: str, text: str) -> dict[str, str]:
     return options
 
 
-def imported(spec: str, name: str) -> Any:
+def imported(spec: str, name: str, kind: str = "policy") -> Any:
     """The class, or whatever else, that ``module:name`` means; modules in the working directory are found too."""
     module, _, attribute = name.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -86,10 +86,10 @@ def imported(spec: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except AttributeError:
-        raise PolicyError(f"policy {spec!r}: {module!r} has no {attribute!r}") from None
+        raise PolicyError(f"{kind} {spec!r}: {module!r} has no {attribute!r}") from None
     except Exception as error:  # whatever a user's module raises, a syntax error included
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PolicyError(f"policy {spec!r}: cannot import {module!r}: {reason}") from None
+        raise PolicyError(f"{kind} {spec!r}: cannot import {module!r}: {reason}") from None
 
 
 def _instantiate(spec: str, entry: Any, options: dict[str, str]) -> Any:
@@ -131,7 +131,7 @@ def make_router(spec: str) -> Any:
         what = "expected a router folder, got a file" if Path(name).is_file() else "no such router folder"
         raise PolicyError(f"router {name!r}: {what}")
     if entry is None and ":" in name:
-        made = imported(spec, name)
+        made = imported(spec, name, "router")
         entry = made if isinstance(made, CompiledRouter) else None
         if entry is None:
             return _instantiate_router(spec, made, options)

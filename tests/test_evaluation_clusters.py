@@ -98,6 +98,7 @@ def test_the_matrix_has_routers_in_lines_and_schedulers_in_columns():
         ("--suite cluster --router jsk --policy slai", "router 'jsk' is unknown; did you mean 'jsq'?"),
         ("--suite cluster --router jsq[x=1] --policy slai", "router 'jsq[x=1]': unknown parameter 'x', it has none"),
         ("--suite cluster --router jsq --policy slay", "policy 'slay' is unknown"),
+        ("--suite cluster --router none:Class --policy slai", "router 'none:Class': cannot import 'none'"),
         ("--suite cluster --replicas 0 --policy slai", "num_replicas: expected a whole number >= 1, got 0"),
         ("--suite hetero --replicas 2 --policy slai", "replicas: expected 8, as suite 'hetero' names replica_profiles"),
         ("--suite cluster --staleness -1 --policy slai", "router_staleness_s: expected a number >= 0, got -1"),
