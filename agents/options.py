@@ -66,6 +66,9 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
             if values[field.name] < low:
                 name = field.name.replace("_", "-")
                 raise ConfigError(f"--{name}: expected a whole number >= {low}, got {values[field.name]}")
+        if hints[field.name] is float and not values[field.name] >= 0.0:  # nan, too
+            name = field.name.replace("_", "-")
+            raise ConfigError(f"--{name}: expected a number >= 0, got {values[field.name]}")
     return cls(**values)
 
 
@@ -90,7 +93,10 @@ def _whole(text: str) -> int:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part)
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
 
 
 def fail_in_one_line(main: Callable[[], Any]) -> int:

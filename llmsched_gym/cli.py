@@ -221,7 +221,8 @@ def evaluate(
         if given is not None and not isinstance(world, ClusterScenario):
             raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
     if isinstance(world, ClusterScenario):
-        named = clusters.pairs(split_policies([router or world.router]), named)
+        routers_named = split_policies([world.router if router is None else router], "router")
+        named = clusters.pairs(routers_named, named)
         world = world if replicas is None else clusters.with_replicas(world, replicas)
         world = world if staleness is None else world.replace(router_staleness_s=staleness)
     bounded = out is not None and not no_bound and world.backend == "simulated"
@@ -299,7 +300,8 @@ def capacity(
         settings["progress"] = progress
         if isinstance(world, ClusterScenario):
             numbers = [world.num_replicas] if replicas is None else _whole_numbers("replicas", replicas)
-            chosen = clusters.pairs(split_policies([router or world.router]), split_policies(policy))
+            routers_named = split_policies([world.router if router is None else router], "router")
+            chosen = clusters.pairs(routers_named, split_policies(policy))
             several = clusters.by_replicas(world, chosen, criterion, numbers, qps=rates, **settings)
             found = [item for _, item in several]
             labels = [f"{item.policy} on {n}" if len(numbers) > 1 else item.policy for n, item in several]
@@ -586,11 +588,11 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
     return list(value.items()) if isinstance(value, dict) else [("", value)]
 
 
-def split_policies(texts: Sequence[str]) -> list[str]:
+def split_policies(texts: Sequence[str], what: str = "policy") -> list[str]:
     """Names separated by commas, those inside brackets left alone."""
     names = [name.strip() for text in texts for name in re.split(r",(?![^\[\]]*\])", text)]
     if not all(names):
-        raise ConfigError(f"policy: expected names separated by commas, got {','.join(texts)!r}")
+        raise ConfigError(f"{what}: expected names separated by commas, got {','.join(texts)!r}")
     sys.path.append(os.getcwd())  # module:Class may lie where the user is
     return names
 

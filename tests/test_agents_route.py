@@ -143,6 +143,13 @@ def test_the_command_line_reaches_it(tmp_path, capsys):
     assert "dqn" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--steps: expected a whole number >= 1"):
         train_command.command(["--env", "route", "--steps", "0", "--out", str(tmp_path / "x")])
+    for flag, value, said in (
+        ("--learning-rate", "-1", "--learning-rate: expected a number >= 0, got -1.0"),
+        ("--tau-s", "nan", "--tau-s: expected a number >= 0, got nan"),
+        ("--hidden", "a", "expected whole numbers separated by commas, got 'a'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            train_command.command(["--env", "route", flag, value, "--out", str(tmp_path / "x")])
     with pytest.raises(ConfigError, match="invalid choice: 'walk'"):
         train_command.command(["--env", "walk", "--out", str(tmp_path / "x")])
     with pytest.raises(ConfigError, match="suite: expected one of"):

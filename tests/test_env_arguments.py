@@ -227,3 +227,13 @@ def test_a_spec_read_back_from_json_is_equal(fields):
 def test_arrivals_of_a_trace_need_one():
     with pytest.raises(ValueError, match="trace_arrivals: needs a trace"):
         gym.make("LLMSched-v0", trace_arrivals="keep")
+
+
+@pytest.mark.parametrize("name", ["LLMSched-v0", "LLMRoute-v0"])
+@pytest.mark.parametrize("paid", [None, math.nan, math.inf, "much", np.zeros(2)])
+def test_a_reward_that_is_no_number_is_said_at_once(name, paid):
+    fields = {"num_requests": 5, "warmup_s": 0.0, "qps": 3.0, "reward": lambda transition: paid}
+    env = gym.make(name, disable_env_checker=True, **fields)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="reward: expected a finite number, got"):
+        env.step(env.action_space.sample())

@@ -8,12 +8,15 @@ import pandas as pd
 import pytest
 
 from llmsched_gym.cli import main
+from llmsched_gym.cluster.router import check_replica
 from llmsched_gym.config import ClusterScenario, scenario
 from llmsched_gym.evaluation.clusters import simulate_cluster, split_policy
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.metrics import requests_frame, row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.store import read_rows
 from llmsched_gym.report import clusters as report
+from llmsched_gym.scheduler import PolicyError
 
 ONE = scenario("paper", num_requests=60, qps=1.4, warmup_s=0.0)
 TWO = ClusterScenario(**ONE.replace(qps=2.6).to_dict(), num_replicas=2)
@@ -97,6 +100,7 @@ def test_the_matrix_has_routers_in_lines_and_schedulers_in_columns():
         ("--suite default --router jsq --policy slai", "router: expected a suite of several replicas"),
         ("--suite cluster --router jsk --policy slai", "router 'jsk' is unknown; did you mean 'jsq'?"),
         ("--suite cluster --router jsq[x=1] --policy slai", "router 'jsq[x=1]': unknown parameter 'x', it has none"),
+        ("--suite cluster --router , --policy slai", "router: expected names separated by commas"),
         ("--suite cluster --router jsq --policy slay", "policy 'slay' is unknown"),
         ("--suite cluster --router none:Class --policy slai", "router 'none:Class': cannot import 'none'"),
         ("--suite cluster --replicas 0 --policy slai", "num_replicas: expected a whole number >= 1, got 0"),
@@ -113,6 +117,18 @@ def test_bad_input_is_one_line(capsys, given, said):
     assert main(["evaluate", *given.split()]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+def test_runs_without_prefix_caching_are_kept(tmp_path):
+    found = evaluate(TWO, ["jsq+slai"], seeds=2, out=tmp_path / "out")  # whose hit rates are lists of nothing
+    assert read_rows(tmp_path / "out") == found and found[0]["hit_rate_by_replica"] == [None, None]
+
+
+@pytest.mark.parametrize("named", [float("inf"), float("nan"), 1.0, np.array([1, 2]), None, "1", True, np.True_, -1, 4])
+def test_what_is_no_replica_is_one_line(named):
+    with pytest.raises(PolicyError, match="router 'mine': expected a replica from 0 to 3, got"):
+        check_replica("mine", named, np.ones(4, np.bool_))
+    assert check_replica("mine", np.int32(2), np.ones(4, np.bool_)) == 2
 
 
 class Gone:

@@ -249,6 +249,8 @@ def test_a_server_of_something_else_is_one_line(trace, tmp_path, capsys):
     [
         ({"label": "a/b"}, "label: expected letters"),
         ({"url": "localhost"}, "url: expected http://HOST:PORT, got 'localhost'"),
+        ({"url": "http://[::1"}, "url: expected http://HOST:PORT, got 'http://[::1'"),
+        ({"url": "http://127.0.0.1:99999"}, "url: expected http://HOST:PORT, got 'http://127.0.0.1:99999'"),
         ({"seeds": 0}, "seeds: expected a whole number >= 1"),
         ({"saved": "x.json"}, "url: expected one of --url and --saved"),
         ({"api-key-env": "NO_SUCH_KEY"}, "no environment variable 'NO_SUCH_KEY'"),

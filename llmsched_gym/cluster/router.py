@@ -6,6 +6,7 @@ A router is compiled (:class:`CompiledRouter`: a kernel and its settings) or any
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
@@ -142,10 +143,10 @@ def make_router(spec: str) -> Any:
 def check_replica(spec: str, replica: Any, legal: np.ndarray) -> int:
     """The replica that a router has named; PolicyError if the request may not be sent there."""
     try:
-        found = int(replica)
-    except (TypeError, ValueError):
+        found = operator.index(replica)
+    except TypeError:
         found = NONE
-    if isinstance(replica, bool) or found != replica or not 0 <= found < len(legal):
+    if isinstance(replica, bool | np.bool_) or not 0 <= found < len(legal):
         raise PolicyError(f"router {spec!r}: expected a replica from 0 to {len(legal) - 1}, got {replica!r}")
     if not legal[found]:
         allowed = ", ".join(map(str, np.flatnonzero(legal))) or "none"

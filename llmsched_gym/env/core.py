@@ -20,7 +20,7 @@ from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, RE
 from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import features_of
 from llmsched_gym.env.observations import FEATURES_PART, PARTS, observation_of, observation_space
-from llmsched_gym.env.reward import TERMS, Transition, rules_of
+from llmsched_gym.env.reward import TERMS, Transition, as_reward, rules_of
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, make_table
 
@@ -252,7 +252,8 @@ class EnvCore:
         kernels.settle(self.engine.handle, self.handle, env, start_s)
         self._observe_more(env, env + 1)
         if callable(self.config.reward):
-            self.arrays.outcomes[env, REWARD] = self.config.reward(self._transition(env, resolved_before))
+            paid = self.config.reward(self._transition(env, resolved_before))
+            self.arrays.outcomes[env, REWARD] = as_reward(paid)
 
     def _transition(self, env: int, resolved_before: int) -> Transition:
         state, world = self.engine.state, self.engine.state.worlds[env]

@@ -148,3 +148,14 @@ class Transition:
     terms: Mapping[str, float]  # parts of the built-in reward, unscaled
     resolved: Any  # records of the measured requests resolved in this step, engine.state.REQUEST
     view: View | Any  # the engine after the step; of a routing environment its RouterView
+
+
+def as_reward(paid: Any) -> float:
+    """What a reward of the user's paid, as a number; ValueError for what is none, such as a forgotten return."""
+    try:
+        reward = float(paid)
+    except (TypeError, ValueError):
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise ValueError(f"reward: expected a finite number, got {paid!r}")
+    return reward

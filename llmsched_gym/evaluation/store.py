@@ -232,10 +232,16 @@ def read_rows(out: str | Path) -> list[dict[str, Any]]:
 
 
 def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write rows as ``runs.parquet`` holds them; a column without a figure is one of numbers."""
+    """Write rows as ``runs.parquet`` holds them; a column without a figure, or of lists without any, is of numbers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist(list(rows))
-    known = [field.with_type(pa.float64()) if pa.types.is_null(field.type) else field for field in table.schema]
-    pq.write_table(table.cast(pa.schema(known)), path, compression="zstd")
+    def known(kind: Any) -> Any:
+        if pa.types.is_list(kind):
+            return pa.list_(known(kind.value_type))
+        return pa.float64() if pa.types.is_null(kind) else kind
+
+    guessed = pa.Table.from_pylist(list(rows)).schema
+    schema = pa.schema([field.with_type(known(field.type)) for field in guessed])
+    # made anew: pyarrow cannot cast lists of nothing
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), path, compression="zstd")

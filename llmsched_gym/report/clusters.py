@@ -104,6 +104,7 @@ def plot_replicas(rows: pd.DataFrame) -> Figure:
         panel.set_ylabel("%", fontsize=8)
     for panel in panels[-1]:
         panel.set_xlabel("replica", fontsize=8)
-    panels.flat[0].legend(fontsize=7, loc="upper right")
-    figure.tight_layout()
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.legend(handles, labels, fontsize=8, ncols=2, frameon=False, loc="upper right")
     return figure

@@ -28,8 +28,12 @@ PROBE_PROMPT_TOKENS, PROBE_OUTPUT_TOKENS = 8, 4
 
 def base_of(url: str) -> str:
     """The address of a server without its ``/v1``; one line of error for what is none."""
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url.strip())
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # half an IPv6 address, a port that is none
+        is_address = False
+    if not is_address:
         raise ConfigError(f"url: expected http://HOST:PORT, got {url!r}")
     return url.strip().rstrip("/").removesuffix("/v1")
 

@@ -20,7 +20,7 @@ from llmsched_gym.env.actions import InvalidAction, as_array
 from llmsched_gym.env.arrays import DISCOUNT, FIRST_TERM, REWARD
 from llmsched_gym.env.core import expected_requests
 from llmsched_gym.env.episode import METRICS, episode_metrics
-from llmsched_gym.env.reward import TERMS, Transition, rules_of
+from llmsched_gym.env.reward import TERMS, Transition, as_reward, rules_of
 from llmsched_gym.env.route import kernels
 from llmsched_gym.env.route.features import REPLICA_FEATURES, REQUEST_FEATURES, bounds, route_features
 from llmsched_gym.workload import RequestTable, make_table
@@ -137,7 +137,7 @@ class RouteCore:
                     self._finish(env, code)
         if callable(self.config.reward):
             for env in np.flatnonzero(self.arrays.codes != NOTHING).tolist():
-                self.arrays.outcomes[env, REWARD] = self.config.reward(self._transition(env))
+                self.arrays.outcomes[env, REWARD] = as_reward(self.config.reward(self._transition(env)))
 
     def _step_range(self, first: int, stop: int) -> int:
         cluster = self.cluster
