@@ -44,7 +44,14 @@ def open_run(config: Settings) -> Settings:
     if not isinstance(settings, dict) or not settings.keys() <= fields.keys():
         raise ConfigError(f"out: {path}: expected the settings of such a run, got something else's")
     tuples = {name: tuple(value) for name, value in settings.items() if isinstance(fields[name], tuple)}
-    return type(given)(**{**settings, **tuples}, out=given.out, resume=True)
+    kept = type(given)(**{**settings, **tuples}, out=given.out, resume=True)
+    for field in dataclasses.fields(given):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        asked, held = (getattr(one, field.name) for one in (given, kept))
+        if asked not in (default, held):
+            flag = field.name.replace("_", "-")
+            raise ConfigError(f"--{flag}: the run in {given.out} has {held}, got {asked}; a run goes on as it began")
+    return kept
 
 
 def start_run(config: Any) -> None:

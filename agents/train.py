@@ -167,6 +167,8 @@ def typical_features(env: TrainingEnv, seed: int, steps: int = 200) -> np.ndarra
 
 def warm_start(policy: Any, world: EnvConfig, source: Path) -> None:
     """Start from a run (its last checkpoint, critic and all), a file of weights, or a policy folder's actor."""
+    if not source.exists():
+        raise ConfigError(f"warm_start: {source}: no such file or folder")
     saved = load_checkpoint(source) if source.is_dir() else None
     if source.is_dir() and saved is None:
         load_actor(policy, world, source)

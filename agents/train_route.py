@@ -45,6 +45,7 @@ from llmsched_gym.config import ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.clusters import simulate_cluster
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.policies.routers import LoadedRouter, read_router, write_router
+from llmsched_gym.scheduler import PolicyError
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,10 @@ class _Keeper(BaseCallback):
 
 def start_from(policy: Any, source: str) -> None:
     """Give a policy the scores of a router's folder; ConfigError if its network is another."""
-    spec, tensors = read_router(source)
+    try:
+        spec, tensors = read_router(source)
+    except PolicyError as error:
+        raise ConfigError(f"warm_start: {error}") from None
     wanted, own = export_router(policy)
     shapes = [{name: array.shape for name, array in arrays.items()} for arrays in (tensors, own)]
     if (spec.architecture, spec.observation, shapes[0]) != (wanted.architecture, wanted.observation, shapes[1]):

@@ -61,7 +61,7 @@ def make_scheduler(spec: str) -> Any:
         entry = imported(spec, name)
         return with_options(spec, entry, options) if isinstance(entry, Compiled) else _instantiate(spec, entry, options)
     close = difflib.get_close_matches(name, registry(), 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
     raise PolicyError(
         f"policy {name!r} is unknown{hint}: expected a name of `llmsched policies`, module:Class or a policy folder"
     )
@@ -137,7 +137,7 @@ def make_router(spec: str) -> Any:
             return _instantiate_router(spec, made, options)
     if entry is None:
         close = difflib.get_close_matches(name, routers(), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise PolicyError(
             f"router {name!r} is unknown{hint}: expected a name of `llmsched routers`, module:Class or a folder"
         )

@@ -273,6 +273,9 @@ def test_killed_and_resumed_is_the_unbroken_run(tmp_path, observation, action, m
 def test_what_a_user_gets_wrong(tmp_path):
     with pytest.raises(ConfigError, match="nothing to resume"):
         train(Config(out=str(tmp_path / "none"), resume=True))
+    with pytest.raises(ConfigError, match="warm_start: /no/dir: no such file or folder"):
+        train(replace(TINY, out=str(tmp_path / "none"), warm_start="/no/dir"))
+    assert not (tmp_path / "none").exists()
     with pytest.raises(ConfigError, match="maskable"):
         train(Config(out=str(tmp_path / "a"), action="request"))
     with pytest.raises(ConfigError, match="did you mean"):

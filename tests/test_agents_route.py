@@ -113,7 +113,9 @@ def test_a_run_leaves_a_router_that_evaluate_runs(tmp_path, algorithm):
     going_on = tiny(out, resume=True)
     settings = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**settings, "steps": 512}))
-    train(going_on)
+    with pytest.raises(ConfigError, match=r"--steps: the run in .* has 512, got 256; a run goes on as it began"):
+        train(going_on)
+    train(tiny(out, resume=True, steps=512))
     after = [json.loads(line) for line in (out / "progress.jsonl").read_text().splitlines()]
     assert after[: len(lines)] == lines and after[-1]["step"] >= 512
 

@@ -667,7 +667,7 @@ def test_session_stays_while_load_allows_it():
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("jqs", "router 'jqs' is unknown; did you mean 'jsq'"),
+        ("jqs", "router 'jqs' is unknown (did you mean 'jsq'?)"),
         ("jsq[weight=1]", "unknown parameter 'weight', it has none"),
         ("session[weight=1]", "unknown parameter 'weight', expected one of slack"),
         ("prefix-affinity[weight=-1]", "weight: expected number >= 0, 0 for load alone, got '-1'"),

@@ -12,6 +12,7 @@ from gymnasium.envs.registration import EnvSpec
 from llmsched_gym.config import OF_THE_VECTOR, DeviceSpec, EnvConfig, Scenario, UnknownField, env_config, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
+from llmsched_gym.env.route import LLMRouteEnv
 from llmsched_gym.evaluation.capacity import capacity
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.metrics import row
@@ -237,3 +238,25 @@ def test_a_reward_that_is_no_number_is_said_at_once(name, paid):
     env.reset(seed=0)
     with pytest.raises(ValueError, match="reward: expected a finite number, got"):
         env.step(env.action_space.sample())
+
+
+class Seen:
+    """An observation that answers whatever it is given."""
+
+    space = gym.spaces.Box(0.0, 1.0, (2,), np.float32)
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def observe(self, view):
+        return self.answer
+
+
+@pytest.mark.parametrize("make", [LLMSchedEnv, lambda **fields: LLMSchedVectorEnv(2, **fields), LLMRouteEnv])
+def test_an_observation_of_the_users_is_one_of_its_space(make):
+    for answer in (None, 0.5, [0.5], [[0.5, 0.5]], [0.5, math.nan], [0.5, 1.5], "ab", [None, 0]):
+        with pytest.raises(ValueError, match=r"observation: expected an element of Box\(") as error:
+            make(observation=Seen(answer)).reset(seed=0)
+        assert "\n" not in str(error.value)
+    seen = make(observation=Seen([0, 0.5])).reset(seed=0)[0]
+    assert seen.dtype == np.float32 and seen.reshape(-1, 2).tolist() == [[0.0, 0.5]] * (seen.size // 2)

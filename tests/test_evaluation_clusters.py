@@ -98,7 +98,7 @@ def test_the_matrix_has_routers_in_lines_and_schedulers_in_columns():
     "given, said",
     [
         ("--suite default --router jsq --policy slai", "router: expected a suite of several replicas"),
-        ("--suite cluster --router jsk --policy slai", "router 'jsk' is unknown; did you mean 'jsq'?"),
+        ("--suite cluster --router jsk --policy slai", "router 'jsk' is unknown (did you mean 'jsq'?)"),
         ("--suite cluster --router jsq[x=1] --policy slai", "router 'jsq[x=1]': unknown parameter 'x', it has none"),
         ("--suite cluster --router , --policy slai", "router: expected names separated by commas"),
         ("--suite cluster --router jsq --policy slay", "policy 'slay' is unknown"),

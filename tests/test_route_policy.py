@@ -192,7 +192,7 @@ def test_what_is_wrong_is_one_line():
     env = LLMRouteEnv(**WORLD)
     with pytest.raises(ConfigError, match="leave the action space"):
         RouterPolicy(wrappers.TransformAction(env, lambda a: a, gym.spaces.Discrete(9)), "jsq")
-    with pytest.raises(PolicyError, match="router 'jsp' is unknown; did you mean 'jsq'"):
+    with pytest.raises(PolicyError, match=r"router 'jsp' is unknown \(did you mean 'jsq'\?\)"):
         RouterPolicy(env, "jsp")
     for answer, words in {7: "from 0 to 2, got 7", "1": "expected an integer", 0.5: "expected an integer"}.items():
         with pytest.raises(PolicyError, match=words):

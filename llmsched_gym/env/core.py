@@ -19,7 +19,7 @@ from llmsched_gym.env.actions import action_of, as_array, check_range
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, Arrays, handle_of
 from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import features_of
-from llmsched_gym.env.observations import FEATURES_PART, PARTS, observation_of, observation_space
+from llmsched_gym.env.observations import FEATURES_PART, PARTS, as_observation, observation_of, observation_space
 from llmsched_gym.env.reward import TERMS, Transition, as_reward, rules_of
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, make_table
@@ -302,7 +302,7 @@ class EnvCore:
     def _seen_by_user(self, where: Any) -> Any:
         """What an object of the user's makes of the state."""
         if where is not ...:
-            return self.config.observation.observe(self.engine.view(where))
+            return as_observation(self.observation_space, self.config.observation.observe(self.engine.view(where)))
         views = [self._seen_by_user(env) for env in range(self.num_envs)]
         out: Any = create_empty_array(self.observation_space, self.num_envs)
         return concatenate(self.observation_space, views, out)

@@ -102,3 +102,19 @@ def observation_space(config: EnvConfig, num_features: int | None = None) -> spa
     if not isinstance(space, spaces.Space):
         raise ConfigError(f"observation: expected an object with a gymnasium space in `space`, got {space!r}")
     return space
+
+
+def as_observation(space: spaces.Space, seen: Any) -> Any:
+    """What an object of the user's made of the state, as an element of its space; arrays take the space's dtype.
+
+    Raises :class:`ConfigError` for what is none, such as a wrong shape, a forgotten return or nan.
+    """
+    if isinstance(space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
+        try:
+            seen = np.asarray(seen, space.dtype)
+        except (TypeError, ValueError):
+            raise ConfigError(f"observation: expected an element of {space}, got {seen!r:.80}") from None
+    if not space.contains(seen):
+        shown = f"an array of shape {seen.shape}" if getattr(seen, "shape", ()) != space.shape else repr(seen)
+        raise ConfigError(f"observation: expected an element of {space}, got {' '.join(shown.split()):.80}")
+    return seen

@@ -140,8 +140,9 @@ def read_folder(folder: str | Path) -> tuple[PolicySpec, dict[str, np.ndarray]]:
 def read_fields(folder: str | Path) -> Any:
     """What a folder's policy.json holds, unchecked."""
     folder = Path(folder)
+    data = _read(folder, SPEC)
     try:
-        return json.loads(_read(folder, SPEC), parse_constant=_no_constant)
+        return json.loads(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"policy {str(folder)!r}: {SPEC}: not JSON: {str(error).splitlines()[0]}") from None
 

@@ -127,12 +127,12 @@ def _shown(value: Any) -> str:
     return given if len(given) <= 40 else given[:37] + "..."
 
 
-def _not_milliseconds(item: Any, name: str) -> str | None:
+def _not_a_time(item: Any, name: str, unit: str = "milliseconds") -> str | None:
     """What is wrong with a time of the file, which need not be there."""
     value = item.get(name) if isinstance(item, dict) else None
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf):
         return None
-    return f"expected milliseconds >= 0, got {_shown(value)}"
+    return f"expected {unit} >= 0, got {_shown(value)}"
 
 
 def _items(item: Any, name: str) -> list[Any]:
@@ -211,7 +211,7 @@ def _copilot(item: dict[str, Any]) -> Iterator[list[str] | str]:
     if not calls:
         yield f"column 'turns': expected a session with llm_calls, got {_shown(item.get('turns'))}"
     for batch in (batch for turn in _items(item, "turns") for batch in _items(turn, "tool_batches")):
-        if wrong := _not_milliseconds(batch, "duration_ms"):
+        if wrong := _not_a_time(batch, "duration_ms"):
             yield f"column 'tool_batches.duration_ms': {wrong}"
     over_s = math.nan
     for call in sorted(calls, key=lambda call: _field(call, "timestamp")):
@@ -220,7 +220,7 @@ def _copilot(item: dict[str, Any]) -> Iterator[list[str] | str]:
         if not status.startswith("2"):
             yield "a call that did not succeed; leave such out with drop"
             continue
-        if wrong := _not_milliseconds(call, "duration_ms"):
+        if wrong := _not_a_time(call, "duration_ms"):
             yield f"column 'llm_calls.duration_ms': {wrong}"
             continue
         row = [_field(call, "timestamp"), _field(tokens, "prompt"), _field(tokens, "completion")]
@@ -241,7 +241,7 @@ class _Rounds:
     def row(self, item: dict[str, Any]) -> Iterator[list[str] | str]:
         for tool in _items(item, "tools"):
             for name in (key for key in tool if key.endswith("_ms")) if isinstance(tool, dict) else ():
-                if wrong := _not_milliseconds(tool, name):
+                if wrong := _not_a_time(tool, name):
                     yield f"column 'tools.{name}': {wrong}"
                     return
         if not _items(item, "timing_events"):
@@ -273,6 +273,9 @@ def _sessions(item: dict[str, Any]) -> Iterator[list[str] | str]:
         return
     gap = "0"
     for call in calls:
+        if wrong := _not_a_time(call, "tool_duration_ns", "nanoseconds"):
+            yield f"column 'sub_requests.tool_duration_ns': {wrong}"
+            return
         yield [text(arrival), _field(call, "input_toks"), _field(call, "output_toks"), session, gap, ""]
         pause = call.get("tool_duration_ns", 0) if isinstance(call, dict) else 0
         gap = text(pause)

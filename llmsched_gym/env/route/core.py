@@ -20,6 +20,7 @@ from llmsched_gym.env.actions import InvalidAction, as_array
 from llmsched_gym.env.arrays import DISCOUNT, FIRST_TERM, REWARD
 from llmsched_gym.env.core import expected_requests
 from llmsched_gym.env.episode import METRICS, episode_metrics
+from llmsched_gym.env.observations import as_observation
 from llmsched_gym.env.reward import TERMS, Transition, as_reward, rules_of
 from llmsched_gym.env.route import kernels
 from llmsched_gym.env.route.features import REPLICA_FEATURES, REQUEST_FEATURES, bounds, route_features
@@ -203,7 +204,7 @@ class RouteCore:
     def _read(self, where: Any) -> Any:
         config, arrays = self.config, self.arrays
         if not isinstance(config.observation, str):
-            return config.observation.observe(self.cluster.view(where))
+            return as_observation(self.observation_space, config.observation.observe(self.cluster.view(where)))
         asked, rows = arrays.asked[where], arrays.rows[where]
         if config.observation == "replicas":
             return {"request": asked.copy(), "replicas": rows.copy()}
