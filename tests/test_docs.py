@@ -52,7 +52,7 @@ def test_the_worked_steps_add_up():
     assert [n[:2] for n in numbers] == [[1.0, 0.0], [0.0, 0.0], [2.0, -1.0]]
 
 
-@pytest.mark.parametrize("name", ["custom_reward", "custom_observation"])
+@pytest.mark.parametrize("name", ["custom_reward", "custom_observation", "custom_batched"])
 def test_examples_run(name, capsys):
     runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert capsys.readouterr().out.strip()

@@ -355,7 +355,7 @@ def test_calls_that_overlap_follow_at_once(tmp_path):
 def test_bad_pauses(tmp_path, pause):
     calls = [{"input_toks": 10, "output_toks": 2, "tool_duration_ns": pause}, {"input_toks": 20, "output_toks": 3}]
     path = write(tmp_path, lines({"session_id": "a", "arrival_time_ns": 0, "sub_requests": calls}))
-    with pytest.raises(TraceError, match="line 1, column 'sub_requests.tool_duration_ns': expected nanoseconds >= 0"):
+    with pytest.raises(TraceError, match=r"line 1, column 'sub_requests\.tool_duration_ns': expected nanoseconds >= 0"):
         load_trace(path)
 
 

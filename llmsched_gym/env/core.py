@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector.utils import concatenate, create_empty_array
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
 from llmsched_gym.config import ConfigError, EnvConfig, RouteConfig
 from llmsched_gym.engine import Engine
@@ -17,6 +17,7 @@ from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.env import kernels
 from llmsched_gym.env.actions import action_of, as_array, check_range
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, Arrays, handle_of
+from llmsched_gym.env.batched import is_batched, observe_together, pay_together
 from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import features_of
 from llmsched_gym.env.observations import FEATURES_PART, PARTS, as_observation, observation_of, observation_space
@@ -105,6 +106,7 @@ class EnvCore:
             backend=self._backend(),
             num_gaps=int(config.episode_metrics),  # reset makes room
         )
+        self._space_of_all = batch_space(self.observation_space, self.num_envs)
         self.kind, self.seen = action_of(config), observation_of(config)
         self.has_masks = self.kind.has_masks
         self.arrays = make_arrays(config, self.num_envs)
@@ -123,7 +125,9 @@ class EnvCore:
         repeats_noise = self.engine.noisy and config.action_repeat > NOISE_BLOCK
         self.num_threads = min(num_threads, self.num_envs)
         self._threads = ThreadPoolExecutor(self.num_threads - 1) if self.num_threads > 1 else None
-        self._outside = config.backend != "simulated" or callable(config.reward) or repeats_noise
+        self._pays_together = is_batched(config.reward)
+        pays_alone = callable(config.reward) and not self._pays_together
+        self._outside = config.backend != "simulated" or pays_alone or repeats_noise
 
     def _backend(self) -> Any:
         if self.config.backend == "simulated":
@@ -184,6 +188,7 @@ class EnvCore:
             for env in np.flatnonzero(self.arrays.outcomes[:, PAUSED] == 0.0).tolist():
                 self._step_outside(env)
             return
+        resolved_before = self.engine.state.episodes["num_resolved"].copy() if self._pays_together else None
         due = self._step_range(0, self.num_envs) if self._threads is None else self._step_in_threads(self._threads)
         if due < 0:
             check_range(self.kind, self.config, self.actions, given, self.arrays.outcomes[:, PAUSED])
@@ -191,6 +196,8 @@ class EnvCore:
             sims = self.engine.state.sims
             for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat).tolist():
                 self.engine.refill_noise(env)
+        if resolved_before is not None:
+            pay_together(self, 0, self.num_envs, resolved_before)
 
     def _step_range(self, first: int, stop: int) -> int:
         """Step environments first, ..., stop - 1; returns what the kernel does."""
@@ -251,7 +258,9 @@ class EnvCore:
         """Reward and observation after engine steps made in Python."""
         kernels.settle(self.engine.handle, self.handle, env, start_s)
         self._observe_more(env, env + 1)
-        if callable(self.config.reward):
+        if self._pays_together:
+            pay_together(self, env, env + 1, np.array([resolved_before]))
+        elif callable(self.config.reward):
             paid = self.config.reward(self._transition(env, resolved_before))
             self.arrays.outcomes[env, REWARD] = as_reward(paid)
 
@@ -301,6 +310,11 @@ class EnvCore:
 
     def _seen_by_user(self, where: Any) -> Any:
         """What an object of the user's makes of the state."""
+        if is_batched(self.config.observation.observe):
+            if where is ...:
+                return observe_together(self, self._space_of_all, 0, self.num_envs)
+            space = batch_space(self.observation_space)
+            return next(iterate(space, observe_together(self, space, where, where + 1)))
         if where is not ...:
             return as_observation(self.observation_space, self.config.observation.observe(self.engine.view(where)))
         views = [self._seen_by_user(env) for env in range(self.num_envs)]

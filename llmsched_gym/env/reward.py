@@ -159,3 +159,17 @@ def as_reward(paid: Any) -> float:
     if not math.isfinite(reward):
         raise ValueError(f"reward: expected a finite number, got {paid!r}")
     return reward
+
+
+def as_rewards(paid: Any, num_envs: int) -> np.ndarray:
+    """What a batched reward of the user's paid, float64 (num_envs,); ValueError for what is no such array."""
+    try:
+        rewards = np.asarray(paid, np.float64)
+    except (TypeError, ValueError):
+        rewards = np.full(num_envs, math.nan)
+    if rewards.shape != (num_envs,) or not np.isfinite(rewards).all():
+        got = f"shape {rewards.shape}" if rewards.shape != (num_envs,) else f"{paid!r:.60}"
+        raise ValueError(
+            f"reward: expected {num_envs} finite numbers, shape ({num_envs},), got {' '.join(got.split())}"
+        )
+    return rewards

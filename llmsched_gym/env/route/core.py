@@ -18,6 +18,7 @@ from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.engine.core import MAX_IDLE_STEPS
 from llmsched_gym.env.actions import InvalidAction, as_array
 from llmsched_gym.env.arrays import DISCOUNT, FIRST_TERM, REWARD
+from llmsched_gym.env.batched import refuse_batched
 from llmsched_gym.env.core import expected_requests
 from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.observations import as_observation
@@ -56,6 +57,7 @@ class RouteCore:
     """Clusters, arrays and bookkeeping of `num_envs` environments; see :class:`llmsched_gym.env.core.EnvCore`."""
 
     def __init__(self, config: RouteConfig, num_envs: int | None = None, num_threads: int = 1) -> None:
+        refuse_batched(config)
         make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
         self.config, self.num_envs = config, num_envs or 1
         self.action_space, self.observation_space = route_space(config), route_observation_space(config)
