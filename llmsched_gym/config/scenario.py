@@ -365,7 +365,7 @@ def check_names(cls: type, fields: dict[str, Any]) -> None:
             raise UnknownField(f"{cls.__name__} got an unexpected keyword argument {name!r}{hint}")
 
 
-ACTIONS = {"knobs": math.inf, "priority": math.inf, "request": 1}
+ACTIONS = {"knobs": math.inf, "preset": math.inf, "priority": math.inf, "request": 1}
 """Kinds of actions, each with the most batches that one action may decide; `llmsched_gym.env.actions` has the rest."""
 OBSERVATIONS = ("features", "slots")
 CREDITS = ("early", "finish")
@@ -386,7 +386,7 @@ def check_reward(config: Any) -> None:
 class EnvConfig(Scenario):
     """A scenario and how an agent meets it: the keyword arguments of ``gym.make("LLMSched-v0", ...)``."""
 
-    action: str = "knobs"  # knobs, priority, request
+    action: str = "knobs"  # knobs, preset, priority, request
     action_repeat: int = 1  # batches that one knobs or priority action decides
     observation: Any = "features"  # features, slots, or an object with `space` and `observe(view)`
     reward: Any = "slo"  # slo, or a callable on a Transition

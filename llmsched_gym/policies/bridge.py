@@ -15,6 +15,8 @@ from llmsched_gym.env import kernels
 from llmsched_gym.env.actions import action_of, as_array, check_range
 from llmsched_gym.env.actions.knobs import ACTION as KNOBS_ACTION
 from llmsched_gym.env.actions.knobs import CAP, KNOBS, LIMIT, TOKEN_BUDGET, knobs_action
+from llmsched_gym.env.actions.preset import ACTION as PRESET_ACTION
+from llmsched_gym.env.actions.preset import preset_action
 from llmsched_gym.env.arrays import handle_of
 from llmsched_gym.env.core import actions_in, make_arrays
 from llmsched_gym.env.observations import observation_of
@@ -121,9 +123,12 @@ def sets_knobs(scheduler: Any) -> bool:
 def knobs_now(scheduler: Compiled, engine: Engine, env: int, config: EnvConfig) -> np.ndarray:
     """The knobs action that does what such a scheduler does now in environment `env`; int64 of shape (num_knobs,).
 
+    In an environment of presets the one that it is, of shape ().
     A planned cap becomes the nearest of the knob, a limit the next larger, a larger room for tokens the next smaller.
     ValueError where no knob has the value.
     """
+    if config.action == PRESET_ACTION.name and scheduler.plan is None:
+        return preset_action(settings_of(scheduler.knobs))
     if config.action != KNOBS_ACTION.name:
         raise ValueError(f"it sets knobs, and the environment has {config.action} actions")
     state = engine.state
