@@ -201,6 +201,8 @@ class Engine:
         self._check_env(env)
         if self.scenario.prefix_caching:
             kernels.clear_batch_env(self.handle, env)  # one that was formed and not run holds blocks
+        if self.scenario.async_lag:
+            kernels.see_flight_env(self.handle, env)
         submit(self.state, batch, env)
 
     def decide(self, scheduler: Any, env: int = 0) -> None:
@@ -214,6 +216,8 @@ class Engine:
         else:
             kernels.clear_batch_env(self.handle, env)
             if self.has_work(env):
+                if self.scenario.async_lag:
+                    kernels.see_flight_env(self.handle, env)
                 self.submit(scheduler.schedule(self.view(env)), env)
 
     def execute(self, env: int = 0) -> Execution:
