@@ -241,6 +241,8 @@ class Engine:
 
     def _end(self, env: int, scheduled: ScheduledBatch, ended: Collection[int]) -> None:
         """Let the token that comes now be the last of those requests."""
+        if ended and self.scenario.async_lag:
+            raise ConfigError("async_lag: expected False with a backend that ends requests, got True")
         emitting = set(scheduled.request[scheduled.emits].tolist()) if ended else set()
         for r in ended:
             if r not in emitting:

@@ -61,7 +61,8 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
 
     counts = {p: int(np.sum(phase == p)) for p in range(len(PHASES))}
     require(counts[WAITING] == sim.num_waiting, "waiting count differs from the phases")
-    require(counts[RUNNING] == sim.num_running, "running count differs from the phases")
+    num_running = int(sim.num_running + sim.num_ending)
+    require(counts[RUNNING] == num_running, "running count differs from the phases")
     require(counts[FINISHED] == sim.num_finished, "finished count differs from the phases")
     require(counts[REJECTED] == episode.num_rejected, "rejected count differs from the phases")
     require(counts[REFUSED] == sim.num_refused, "refused count differs from the phases")
@@ -79,11 +80,11 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(requests["prompt_tokens"][~arrived] == 0, "a request can be read before its arrival")
 
     waiting = state.waiting[env][: sim.num_waiting]
-    running = state.running[env][: sim.num_running]
+    running = state.running[env][:num_running]
     require(len(np.unique(waiting)) == len(waiting) and phase[waiting] == WAITING, "waiting list and phases differ")
     require(requests["prefill_tokens"][waiting].sum() == sim.waiting_tokens, "waiting tokens != sum over waiting")
     require(len(np.unique(running)) == len(running) and phase[running] == RUNNING, "running list and phases differ")
-    require(sim.num_running <= sim.max_num_seqs, "more sequences run than max_num_seqs")
+    require(num_running <= sim.max_num_seqs, "more sequences run than max_num_seqs")
 
     blocks = requests["num_blocks"]
     require(blocks >= 0, "a request holds a negative number of blocks")
@@ -112,6 +113,8 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(computed[phase == WAITING] == 0, "a waiting request holds KV")
     decoding = running[computed[running] >= prefill[running]]
     total = requests["prompt_tokens"][decoding] + emitted[decoding] - 1
+    emitting = _check_flight(state, env, require)  # their next token is in flight, its KV counts as computed
+    total = total + np.isin(decoding, emitting)
     require(computed[decoding] == total, "a decode's KV is not its prompt and emitted tokens but the last")
     require(requests["num_scheduled_tokens"] == 0, "a request is marked as scheduled between steps")
 
@@ -129,6 +132,30 @@ def check(state: State, env: int = 0, previous_clock_s: float = -np.inf) -> floa
     require(np.sum(~over[cohort]) == world.num_unresolved, "unresolved count differs from the phases")
     _check_index(state, env, require)
     return float(sim.clock_s)
+
+
+def _check_flight(state: State, env: int, require: Callable[[Any, str], None]) -> np.ndarray:
+    """The batch in flight, see `engine.lag`; returns the requests that get a token of it, int32 (n,)."""
+    sim, flight, requests = state.sims[env], state.flights[env], state.requests[env]
+    if not sim.in_flight:
+        require(sim.num_ending == 0, "a request ends with a batch in flight, and none is")
+        return np.zeros(0, np.int32)
+    require(sim.async_lag, "a batch is in flight between steps")
+    require(not flight.is_foreseen, "a token that is in flight counts as emitted")
+    require(flight.num_tokens > 0 and flight.duration_s >= 0.0, "an empty batch is in flight")
+    items = state.flying[env, : flight.num_items]
+    r = items["request"]
+    require(len(np.unique(r)) == len(r), "a request is in flight twice")
+    require(requests["phase"][r] == RUNNING, "a request in flight does not run")
+    complete = requests["num_computed_tokens"][r] >= requests["prefill_tokens"][r]
+    require((items["emits"] != 0) == complete, "a request in flight emits if and only if its prompt is complete")
+    emitting = r[items["emits"] != 0]
+    most = np.minimum(requests["max_output_tokens"], sim.max_model_len - requests["prompt_tokens"])
+    ends = np.sort(emitting[requests["num_output_tokens"][emitting] + 1 >= most[emitting]])
+    hidden = state.running[env, sim.num_running : sim.num_running + sim.num_ending]
+    require(np.array_equal(np.sort(hidden), ends), "hidden requests are not those that end with the batch in flight")
+    require(np.diff(requests["place"][hidden]) > 0, "hidden requests are out of order")
+    return np.asarray(emitting)
 
 
 def _check_turns(state: State, env: int, require: Callable[[Any, str], None]) -> None:
