@@ -25,10 +25,10 @@ from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.lifecycle import leave_running, resolve
 from llmsched_gym.engine.queue import leave_waiting
 from llmsched_gym.engine.records import FINISHED, RUNNING, WAITING
-from llmsched_gym.engine.step import NO_GAPS, count_batch, count_finished, emit
+from llmsched_gym.engine.step import NO_GAPS, compare_cost, count_batch, count_finished, emit
 
 
-@kernel()
+@kernel(outline=True)
 def foresee(lane, flight, flying):
     """Let a scheduler see the batch in flight as if it had landed, as far as can be foreseen; twice is once."""
     sim, requests = lane.sim, lane.requests
@@ -46,7 +46,7 @@ def foresee(lane, flight, flying):
             request.num_output_tokens += 1
 
 
-@kernel()
+@kernel(outline=True)
 def settle(lane, flight, flying):
     """Undo :func:`foresee`, and put who is hidden back into the list of running requests, at its place."""
     sim, requests, running = lane.sim, lane.requests, lane.running
@@ -69,7 +69,7 @@ def settle(lane, flight, flying):
     sim.num_ending = 0
 
 
-@kernel()
+@kernel(outline=True)
 def land(lane, world, flight, flying, output_tokens, gaps, arrivals, duration_s):
     """The batch in flight, which took `duration_s`, has ended: hand out its tokens; returns when that is."""
     sim, requests = lane.sim, lane.requests
@@ -94,10 +94,11 @@ def land(lane, world, flight, flying, output_tokens, gaps, arrivals, duration_s)
             request.prefill_tokens += 1
             sim.waiting_tokens += 1
     sim.in_flight = 0
+    compare_cost(sim)
     return end_s
 
 
-@kernel()
+@kernel(outline=True)
 def take_off(lane, flight, flying, duration_s):
     """The applied batch is in flight from now on, for `duration_s`; who has left on the way is computed in vain."""
     sim, batch, requests = lane.sim, lane.batch, lane.requests
@@ -125,7 +126,7 @@ def take_off(lane, flight, flying, duration_s):
     _hide_ending(lane, flight, flying)
 
 
-@kernel()
+@kernel(outline=True)
 def _hide_ending(lane, flight, flying):
     """Move who is foreseen to end with the batch in flight behind the other running requests."""
     sim, requests, running = lane.sim, lane.requests, lane.running

@@ -167,8 +167,6 @@ REPLICA = record_dtype(
         ("allow_refusal", "i1"),
         ("prefix_caching", "i1"),
         ("async_lag", "i1"),  # whether batches are formed while the one before them executes, see engine.lag
-        ("in_flight", "i1"),  # likewise: whether one does
-        ("num_ending", "i4"),  # likewise: running requests that end with it, behind the others in their list
         ("preempted_at_token", "i8"),  # tokens_emitted at the last preemption
         ("profile", "i4"),  # which row of the cost arrays it runs on
         ("block_size", "i4"),  # tokens in a KV block, a power of two
@@ -188,6 +186,9 @@ REPLICA = record_dtype(
         ("last_expired", "i4"),
         ("expired_strict", "i4"),  # root of the tree of expired requests of class 0, by length
         ("expired_others", "i4"),  # of all other classes
+        # with async_lag
+        ("num_ending", "i4"),  # running requests that end with the batch in flight, behind the others in their list
+        ("in_flight", "i1"),  # whether there is one
     ]
 )
 
