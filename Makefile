@@ -73,6 +73,8 @@ paper: $(DEMO_VENV)/.installed
 vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m benchmarks.conformance_vllm --cells
 	$(VLLM_VENV)/bin/python -m benchmarks.conformance_vllm --cells --reserve false
+	$(VLLM_VENV)/bin/python -m benchmarks.conformance_vllm --async --cells --requests 150
+	$(VLLM_VENV)/bin/python -m benchmarks.conformance_vllm --async --cells --requests 150 --stop-share 0.5
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_decisions
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_tokens --seeds 1
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_step_cost

@@ -29,7 +29,22 @@ THRESHOLD = 0  # largest chunk of a prompt while there is another request
 def next_chunk(lane, r):
     """Prompt tokens of `r` in this batch: what room there is, below the threshold unless `r` is all alone."""
     n, most = chunk_room(lane, r), int(lane.knobs.own[THRESHOLD])
-    return min(n, most) if most > 0 and lane.sim.num_running + lane.sim.num_waiting > 1 else n
+    sim = lane.sim
+    return min(n, most) if most > 0 and sim.num_running + sim.num_ending + sim.num_waiting > 1 else n
+
+
+@kernel()
+def next_victim(lane, last, last_ending):
+    """Who was admitted last of ``running[:last]`` and, of those that end with the batch in flight, the first so many.
+
+    Returns the request and both numbers without it.
+    """
+    running, requests = lane.running, lane.requests
+    if last_ending > 0:
+        r = running[lane.sim.num_running + last_ending - 1]
+        if requests[running[last - 1]].place < requests[r].place:
+            return r, last, last_ending - 1
+    return running[last - 1], last - 1, last_ending
 
 
 def vllm_v1(lane):
@@ -40,7 +55,7 @@ def vllm_v1(lane):
     """
     open_batch(lane)
     sim, batch = lane.sim, lane.batch
-    last = sim.num_running  # running[last:] have been preempted
+    last, last_ending = sim.num_running, sim.num_ending  # those behind have been preempted
     for i in range(sim.num_running):
         if i >= last or batch.token_room <= 0:
             break
@@ -50,11 +65,11 @@ def vllm_v1(lane):
         if n <= 0 or (not prefill and not decode_fits(lane, r) and batch.num_items > 0):
             continue
         need = blocks_to_hold(sim, lane.requests[r], n) - lane.requests[r].num_blocks
-        for _ in range(sim.num_running):
+        for _ in range(sim.num_running + sim.num_ending):
             if batch.free_blocks >= need or last <= i:
                 break
-            last -= 1
-            preempt(lane, lane.running[last])
+            victim, last, last_ending = next_victim(lane, last, last_ending)
+            preempt(lane, victim)
         if last <= i:
             break
         if prefill:

@@ -13,6 +13,11 @@ compares with prefix caching on requests that have tokens in common (`prefix_tab
 cells of sessions under memory pressure. A line then has also what was found cached: tokens at first admissions and at
 resumes, and ``"cached_mismatches"``, the requests of which the two found another number.
 
+    DIR/bin/python -m benchmarks.conformance_vllm --async --cells --stop-share 0.5
+
+compares vLLM's `AsyncScheduler`, driven as its engine core drives it, with ours on an engine with `async_lag`. A share
+of the requests ends with a stop token, the others at their `max_tokens`.
+
 Requests that our engine rejects at arrival are not sent to vLLM, where one that can never fit stays at the head for
 ever. After a mismatch each side goes on with its own state.
 """
@@ -21,173 +26,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import sys
-import tempfile
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.conformance import Recording, next_batch
 from benchmarks.prefix_tables import Case, at_random, by_hand, cells, tokens_of
-from llmsched_gym.config import BLOCK_SIZE, ConfigError, Scenario, blocks_needed, scenario
-from llmsched_gym.cost import load_profile
+from benchmarks.vllm_scheduler import STOP, VLLM, Item, Settings
+from llmsched_gym.config import MOST, ConfigError, Scenario, blocks_needed, scenario
+from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import Engine, Execution, ScheduledBatch
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.scheduler import PolicyError, install
 from llmsched_gym.workload import RequestTable, make_table
 
 QPS, KV_BLOCKS, SEEDS = (1.2, 1.8, 2.4), (14_733, 2_500), (0, 1, 2)
-# what the scheduler reads of a model: its context and its vocabulary
-MODEL = {
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "vocab_size": 128,
-    "sliding_window": None,
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What both schedulers are told."""
-
-    budget: int = 2048  # tokens in a batch
-    threshold: int = 0  # vLLM's long_prefill_token_threshold
-    reserve: bool = True  # vLLM's scheduler_reserve_full_isl
-    max_num_seqs: int = 128
-    prefix_caching: bool = False
-
-    @property
-    def policy(self) -> str:
-        options = {"budget": self.budget, "threshold": self.threshold, "reserve": str(self.reserve).lower()}
-        return f"vllm-v1[{','.join(f'{key}={value}' for key, value in options.items())}]"
-
-
-class VLLM:
-    """vLLM's scheduler with `kv_blocks` usable blocks, and a model runner that says every token is 1."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        kv_blocks: int,
-        max_model_len: int,
-        scheduler_cls: Any = None,
-        additional_config: dict[str, Any] | None = None,
-        is_async: bool = False,
-    ) -> None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        import torch
-        import vllm
-        from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
-        from vllm.v1.core.sched.scheduler import Scheduler
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-        from vllm.v1.structured_output import StructuredOutputManager
-
-        self.version = str(vllm.__version__)
-        with tempfile.TemporaryDirectory() as folder:
-            config = {**MODEL, "max_position_embeddings": max_model_len}
-            Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
-            model = ModelConfig(
-                model=folder, skip_tokenizer_init=True, dtype="float32", max_model_len=max_model_len, seed=0
-            )
-        world = VllmConfig(
-            model_config=model,
-            scheduler_config=SchedulerConfig(
-                max_num_seqs=settings.max_num_seqs,
-                max_num_batched_tokens=settings.budget,
-                max_model_len=max_model_len,
-                long_prefill_token_threshold=settings.threshold,
-                scheduler_reserve_full_isl=settings.reserve,
-                enable_chunked_prefill=True,
-                async_scheduling=is_async,
-                is_encoder_decoder=False,
-            ),
-            cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=settings.prefix_caching),
-            additional_config=additional_config or {},
-        )
-        num_blocks = kv_blocks + 1  # one of them is the null block
-        world.cache_config.num_gpu_blocks = num_blocks
-        attention = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=64, dtype=torch.float32)
-        self.scheduler = (scheduler_cls or Scheduler)(
-            vllm_config=world,
-            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], attention)]),
-            structured_output_manager=StructuredOutputManager(world),
-            block_size=BLOCK_SIZE,
-        )
-        self.hasher = _block_hasher() if settings.prefix_caching else None
-        self.tokens: dict[int, np.ndarray] = {}
-        self.resumed: set[int] = set()  # of the last batch, those that come back from a preemption
-
-    def add(
-        self,
-        r: int,
-        prompt_tokens: int,
-        tokens: np.ndarray,
-        arrival_s: float | None = None,
-        extra_args: dict[str, Any] | None = None,
-    ) -> None:
-        """A request whose prompt and output are these tokens."""
-        from vllm.sampling_params import SamplingParams
-        from vllm.v1.request import Request
-
-        self.tokens[r] = tokens
-        params = SamplingParams(max_tokens=len(tokens) - prompt_tokens, ignore_eos=True, extra_args=extra_args)
-        prompt = tokens[:prompt_tokens].tolist()
-        self.scheduler.add_request(
-            Request(
-                str(r),
-                prompt,
-                params,
-                None,
-                arrival_time=float(r) if arrival_s is None else arrival_s,
-                block_hasher=self.hasher,
-            )
-        )
-
-    def step(self) -> list[tuple[int, int, int]]:
-        """Schedule one batch and give every complete context its token; (request, computed, tokens) of each item."""
-        output, items, tokens = self.form()
-        self.end(output, items, tokens)
-        return items
-
-    def form(self) -> tuple[Any, list[tuple[int, int, int]], list[list[int]]]:
-        """The next batch: vLLM's output, (request, computed, tokens) of each item, and what each will be given."""
-        output = self.scheduler.schedule()
-        self.resumed = {int(name) for name in output.scheduled_cached_reqs.resumed_req_ids}
-        items, tokens = [], []
-        for name, n in output.num_scheduled_tokens.items():
-            request = self.scheduler.requests[name]
-            computed = request.num_computed_tokens  # `schedule` has counted this batch already
-            items.append((int(name), computed - n, n))
-            tokens.append([int(self.tokens[int(name)][computed])] if computed == request.num_tokens else [])
-        return output, items, tokens
-
-    def end(self, output: Any, items: list[tuple[int, int, int]], tokens: list[list[int]]) -> None:
-        """Hand over the tokens of a batch that was formed."""
-        from vllm.v1.outputs import ModelRunnerOutput
-
-        names = [str(r) for r, _, _ in items]
-        ran = ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, tokens)
-        self.scheduler.update_from_output(output, ran)
-
-
-def _block_hasher() -> Any:
-    """What gives vLLM's blocks their identity."""
-    from vllm.utils.hashing import sha256
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-
-    init_none_hash(sha256)
-    return get_request_block_hasher(BLOCK_SIZE, sha256)
 
 
 class Watched(Recording):
@@ -207,7 +65,7 @@ class Found:
     def __init__(self, num_requests: int) -> None:
         self.first, self.resumed = np.full(num_requests, -1), np.zeros(num_requests, np.int64)
 
-    def see(self, items: Iterable[tuple[int, int, int]], resumed: Container[int]) -> None:
+    def see(self, items: Iterable[Item], resumed: Container[int]) -> None:
         for r, computed, _ in items:
             if self.first[r] < 0:
                 self.first[r] = computed
@@ -242,9 +100,7 @@ def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[st
         items = real.step()
         if not items:
             raise RuntimeError(f"vLLM schedules nothing in batch {batches} although requests are pending")
-        chunks = [(computed, n) for r, computed, n in items if computed < prompt[r] or n > 1]
-        contexts = [computed + n for r, computed, n in items if not (computed < prompt[r] or n > 1)]
-        duration_s = profile.predict_s(chunks, contexts)
+        duration_s = seconds(profile, prompt, items)
         recording.durations_s.append(duration_s)
         found.see(items, real.resumed)
         if not next_batch(engine, scheduler) or set(items) != recording.batch:
@@ -267,7 +123,65 @@ def compare(world: Scenario, table: RequestTable, settings: Settings) -> dict[st
     return figures
 
 
-def run_cell(qps: float, requests: int, kv_blocks: int, seed: int, settings: Settings) -> dict[str, Any]:
+def compare_async(world: Scenario, table: RequestTable, settings: Settings, stop_share: float) -> dict[str, Any]:
+    """:func:`compare` with batches formed one ahead: vLLM's `AsyncScheduler` against ours with `async_lag`.
+
+    A share of the requests ends with a stop token that nobody foresees, the others at the limit that both are told.
+    """
+    kv_blocks = world.num_kv_blocks or load_profile(world.profile).num_kv_blocks
+    stops = np.random.default_rng(table.seed).random(len(table)) < stop_share
+    table = replace(table, max_output_tokens=np.where(stops, MOST, table.output_tokens).astype(np.int32))
+    real, profile = VLLM(settings, kv_blocks, world.max_model_len), load_profile(world.profile)
+    tokens, prompt = tokens_of(table), table.prompt_tokens
+    total = prompt + table.output_tokens
+    for r in np.flatnonzero(stops):
+        tokens[r][-1] = STOP
+    fits = (total <= world.max_model_len) & (blocks_needed(total) <= kv_blocks)
+    arrived = 0
+
+    def admit(now_s: float) -> float:
+        nonlocal arrived
+        while arrived < len(table) and table.arrival_s[arrived] <= now_s:
+            if fits[arrived]:
+                most = world.max_model_len - int(prompt[arrived]) if stops[arrived] else None
+                real.add(arrived, int(prompt[arrived]), tokens[arrived], max_tokens=most)
+            arrived += 1
+        return float(table.arrival_s[arrived]) if arrived < len(table) else math.inf
+
+    made = list(real.batches(admit, lambda items: seconds(profile, prompt, items)))
+    recording, scheduler = Watched([s for _, s in made]), make_scheduler(settings.policy)
+    engine = Engine(world.replace(admission=scheduler.admission, async_lag=True), len(table), backend=recording)
+    engine.reset(table)
+    install(scheduler, engine.state)
+    differing = []
+    for i, (items, _) in enumerate(made):
+        if not next_batch(engine, scheduler) or set(items) != recording.batch:
+            differing.append(i)
+    batches = len(made)
+    while next_batch(engine, scheduler):
+        differing.append(batches)
+        batches += 1
+    computed = sum(n for items, _ in made for _, _, n in items)
+    return {
+        "version": real.version,
+        "batches": batches,
+        "mismatches": len(differing),
+        "first_mismatch": differing[0] if differing else None,
+        "computed_tokens": computed,
+        "preemptions": int(engine.state.sims[0].num_preemptions),
+    }
+
+
+def seconds(profile: Profile, prompt: np.ndarray, items: Sequence[Item]) -> float:
+    """What the cost model says of a batch."""
+    chunks = [(computed, n) for r, computed, n in items if computed < prompt[r] or n > 1]
+    contexts = [computed + n for r, computed, n in items if not (computed < prompt[r] or n > 1)]
+    return float(profile.predict_s(chunks, contexts))
+
+
+def run_cell(
+    qps: float, requests: int, kv_blocks: int, seed: int, settings: Settings, stop_share: float = 0.0
+) -> dict[str, Any]:
     """The comparison on `requests` requests of the paper suite."""
     world = scenario(
         "paper",
@@ -278,7 +192,10 @@ def run_cell(qps: float, requests: int, kv_blocks: int, seed: int, settings: Set
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.budget,
     )
-    return compare(world, make_table(world, seed), settings)
+    table = make_table(world, seed)
+    return (
+        compare_async(world, table, settings, stop_share) if settings.asynchronous else compare(world, table, settings)
+    )
 
 
 def run_case(case: Case, settings: Settings) -> dict[str, Any]:
@@ -302,10 +219,10 @@ def runs(args: argparse.Namespace, settings: Settings) -> Iterator[dict[str, Any
             yield run_case(case, settings)
     elif args.cells:
         for qps, blocks, seed in product(QPS, KV_BLOCKS, SEEDS):
-            found = run_cell(qps, args.requests, blocks, seed, settings)
+            found = run_cell(qps, args.requests, blocks, seed, settings, args.stop_share)
             yield {**found, "qps": qps, "kv_blocks": blocks, "seed": seed}
     else:
-        yield run_cell(args.qps, args.requests, args.kv_blocks, args.seed, settings)
+        yield run_cell(args.qps, args.requests, args.kv_blocks, args.seed, settings, args.stop_share)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -323,8 +240,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cells", action="store_true", help=f"all of {QPS} x {KV_BLOCKS} blocks x seeds {SEEDS}")
     parser.add_argument("--prefix-caching", action="store_true", help="requests that have tokens in common")
     parser.add_argument("--random", type=int, default=100, help="with prefix caching: small random cases (100)")
+    parser.add_argument("--async", dest="asynchronous", action="store_true", help="batches formed one ahead")
+    parser.add_argument("--stop-share", type=float, default=0.0, help="of the requests, with --async: end unforeseen")
     args = parser.parse_args(argv)
-    settings = Settings(args.budget, args.threshold, args.reserve == "true", args.max_num_seqs)
+    if args.asynchronous and args.prefix_caching:
+        parser.error("--async: expected without --prefix-caching, which the engine does not have with async_lag")
+    settings = Settings(
+        args.budget, args.threshold, args.reserve == "true", args.max_num_seqs, asynchronous=args.asynchronous
+    )
     mismatches = 0
     try:
         for found in runs(args, settings):

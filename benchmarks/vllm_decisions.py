@@ -17,8 +17,9 @@ import sys
 from typing import Any
 
 from benchmarks.conformance import next_batch
-from benchmarks.conformance_vllm import VLLM, Settings, Watched
+from benchmarks.conformance_vllm import Watched, seconds
 from benchmarks.prefix_tables import tokens_of
+from benchmarks.vllm_scheduler import VLLM, Settings
 from llmsched_gym.config import BLOCK_SIZE, SLO_CLASSES, ConfigError, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine import Engine
@@ -83,20 +84,18 @@ def run_cell(policy: str, qps: float, requests: int, seed: int, kv_blocks: int, 
             arrived += 1
         if not plugin.has_unfinished_requests():
             continue
-        output, items, given = real.form()
-        if not items:
-            real.end(output, items, given)
+        formed = real.form()
+        if not formed.items:
+            real.end(formed)
             following = float(table.arrival_s[arrived]) if arrived < len(table) else clock_s + world.idle_step_s
             clock_s = min(following, clock_s + world.idle_step_s)
             continue
-        chunks = [(computed, n) for r, computed, n in items if computed < prompt[r] or n > 1]
-        contexts = [computed + n for r, computed, n in items if not (computed < prompt[r] or n > 1)]
-        end_s = clock_s + profile.predict_s(chunks, contexts)
+        end_s = clock_s + seconds(profile, prompt, formed.items)
         recording.durations_s.append(end_s - clock_s)  # adding it to the clock gives the same end on both sides
-        if not next_batch(engine, scheduler) or set(items) != recording.batch:
+        if not next_batch(engine, scheduler) or set(formed.items) != recording.batch:
             differing.append(batches)
         now[0] = clock_s = end_s
-        real.end(output, items, given)
+        real.end(formed)
         batches += 1
     while next_batch(engine, scheduler):
         differing.append(batches)

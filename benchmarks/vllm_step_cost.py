@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.conformance_vllm import VLLM, Settings
+from benchmarks.vllm_scheduler import VLLM, Settings
 
 RUNNING, PROMPT, OUTPUT, KV_BLOCKS = 100, 64, 4000, 40_000
 

@@ -35,6 +35,7 @@ SMALL_WORLDS = st.fixed_dictionaries(
         "jitter": st.sampled_from([0.0, 0.3]),
         "allow_refusal": st.booleans(),
         "idle_step_s": st.sampled_from([0.01, 0.1]),
+        "async_lag": st.booleans(),
     }
 )
 REQUESTS = st.lists(

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: benchmarks/vllm_env.sh")
 
-from benchmarks.conformance_vllm import VLLM, Settings
+from benchmarks.vllm_scheduler import VLLM, Settings
 from llmsched_gym.engine import Batch
 from llmsched_gym.engine.records import RUNNING, WAITING
 from llmsched_gym.real_backend.vllm.execute import ExecutesBatches, NamedBatch
@@ -96,8 +96,7 @@ def test_lane_and_vllm_agree_over_arrivals_aborts_and_scarce_memory(policy, cach
             name = list(plugin.requests)[int(rng.integers(len(plugin.requests)))]
             plugin.finish_requests(name, RequestStatus.FINISHED_ABORTED)
             over += 1
-        output, items, tokens = real.form()
-        real.end(output, items, tokens)
+        real.step()
         audit(plugin)
         if came == 60 and not plugin.requests:
             break

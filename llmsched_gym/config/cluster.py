@@ -56,6 +56,8 @@ class ClusterScenario(Scenario):
         if math.isinf(self.router_staleness_s):
             raise ConfigError("router_staleness_s: expected a finite number, got inf")
         self._check_number("kv_link_bytes_per_s", 0.0, open_low=True)
+        if self.async_lag:
+            raise ConfigError("async_lag: expected False for replicas, got True")
         if self.backend != "simulated":
             raise ConfigError(f"backend: expected 'simulated' for replicas, got {self.backend!r}")
         self._check_failures()

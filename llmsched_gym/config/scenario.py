@@ -196,6 +196,7 @@ class Scenario:
     num_kv_blocks: int | None = None  # None: the profile's
     block_size: int = 16  # tokens in a KV block, a power of two
     prefix_caching: bool = False  # whether requests share the KV blocks of what they begin with alike, as vLLM does
+    async_lag: bool = False  # whether batches are formed while the one before them executes, as vLLM does
     watermark: float = 0.01  # share of blocks that admission leaves free
     max_model_len: int = 8192  # requests with more prompt and output tokens are rejected
     max_num_seqs: int | None = None  # largest number of running requests; None: 128, on an H100 or H200 1,024
@@ -320,12 +321,15 @@ class Scenario:
             self._check_integer(name, 1)
         if self.block_size.bit_count() != 1:
             raise ConfigError(f"block_size: expected a power of two, got {self.block_size!r}")
-        for name in ("arrivals_continue", "allow_refusal", "count_host_time", "prefix_caching"):
+        for name in ("arrivals_continue", "allow_refusal", "count_host_time", "prefix_caching", "async_lag"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.num_requests is None and math.isinf(self.horizon_s):
             raise ConfigError("horizon_s: expected a finite time when num_requests is None, got inf")
         self._check_choice("backend", BACKENDS)
+        if self.async_lag and (self.prefix_caching or self.backend != "simulated"):
+            what = "prefix_caching=True" if self.prefix_caching else f"backend={self.backend!r}"
+            raise ConfigError(f"async_lag: expected False with {what}, got True")
         if self.backend in MEASURING:
             self._check_measured()
         elif self.model is not None or self.count_host_time:
@@ -402,6 +406,8 @@ class EnvConfig(Scenario):
         self._check_integer("action_repeat", 1)
         self._check_integer("token_budget", 1)
         self._check_choice("action", tuple(ACTIONS))
+        if self.async_lag and self.action == "request":
+            raise ConfigError("async_lag: expected False with action='request', got True")
         if not hasattr(self.observation, "observe"):
             self._check_choice("observation", OBSERVATIONS)
         if self.action_repeat > ACTIONS[self.action]:

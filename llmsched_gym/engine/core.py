@@ -202,6 +202,8 @@ class Engine:
         self._check_env(env)
         if self.scenario.prefix_caching:
             kernels.clear_batch_env(self.handle, env)  # one that was formed and not run holds blocks
+        if self.scenario.async_lag:
+            kernels.see_flight_env(self.handle, env)
         submit(self.state, batch, env)
 
     def decide(self, scheduler: Any, env: int = 0) -> None:
@@ -215,6 +217,8 @@ class Engine:
         else:
             kernels.clear_batch_env(self.handle, env)
             if self.has_work(env):
+                if self.scenario.async_lag:
+                    kernels.see_flight_env(self.handle, env)
                 self.submit(scheduler.schedule(self.view(env)), env)
 
     def execute(self, env: int = 0) -> Execution:
@@ -238,6 +242,8 @@ class Engine:
 
     def _end(self, env: int, scheduled: ScheduledBatch, ended: Collection[int]) -> None:
         """Let the token that comes now be the last of those requests."""
+        if ended and self.scenario.async_lag:
+            raise ConfigError("async_lag: expected False with a backend that ends requests, got True")
         emitting = set(scheduled.request[scheduled.emits].tolist()) if ended else set()
         for r in ended:
             if r not in emitting:

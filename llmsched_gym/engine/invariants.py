@@ -95,7 +95,8 @@ def check_lanes(state: State, env: int, previous_s: Any, afoot: Afoot) -> np.nda
     counts = {p: int(np.sum(phase == p)) for p in range(len(PHASES))}
     total = {name: int(sims[name].sum()) for name in sims.dtype.names if name.startswith("num_")}
     require(counts[WAITING] == total["num_waiting"] + len(afoot.held), "waiting count differs from the phases")
-    require(counts[RUNNING] == total["num_running"] + len(afoot.moving), "running count differs from the phases")
+    running = total["num_running"] + total["num_ending"] + len(afoot.moving)
+    require(counts[RUNNING] == running, "running count differs from the phases")
     require(counts[FINISHED] == total["num_finished"], "finished count differs from the phases")
     require(counts[REJECTED] == episode.num_rejected, "rejected count differs from the phases")
     require(counts[REFUSED] == total["num_refused"], "refused count differs from the phases")
@@ -118,7 +119,7 @@ def check_lanes(state: State, env: int, previous_s: Any, afoot: Afoot) -> np.nda
     everywhere = [*afoot.held, *(r for r, *_ in afoot.moving)]
     for k in lanes:
         everywhere += state.waiting[k][: state.sims[k].num_waiting].tolist()
-        everywhere += state.running[k][: state.sims[k].num_running].tolist()
+        everywhere += _running(state, k).tolist()
     require(len(set(everywhere)) == len(everywhere), "a request is in two places")
     require(phase[afoot.held] == WAITING, "who is held at the router does not wait")
     require(phase[[r for r, *_ in afoot.moving]] == RUNNING, "who is in transfer does not run")
@@ -129,15 +130,16 @@ def check_lanes(state: State, env: int, previous_s: Any, afoot: Afoot) -> np.nda
     emitted = requests["num_output_tokens"]
     require(computed[phase == WAITING] == 0, "a waiting request holds KV")
     moved = np.array([r for r, *_ in afoot.moving], np.int64)
+    in_flight = []  # requests whose next token is: its KV counts as computed
     for replica, k in enumerate(lanes):
         _check_lane(state, env, k, replica, afoot, require)
+        in_flight += _check_flight(state, env, k, require)
     marked = requests["num_scheduled_tokens"] != 0
     in_batches = [r for k in lanes if afoot.executing[k - lanes[0]] for r in _items(state, k)]
     require(set(np.flatnonzero(marked).tolist()) <= set(in_batches), "a request is marked as scheduled between steps")
-    running = np.flatnonzero(phase == RUNNING)
-    decoding = running[computed[running] >= prefill[running]]
+    decoding = np.flatnonzero((phase == RUNNING) & (computed >= prefill))
     require(np.isin(moved, decoding), "a request in transfer has not computed its prompt")
-    tokens = requests["prompt_tokens"][decoding] + emitted[decoding] - 1
+    tokens = requests["prompt_tokens"][decoding] + emitted[decoding] - 1 + np.isin(decoding, in_flight)
     require(computed[decoding] == tokens, "a decode's KV is not its prompt and emitted tokens but the last")
 
     require(requests["num_preemptions"].sum() == total["num_preemptions"], "preemptions != sum over requests")
@@ -166,16 +168,22 @@ def _items(state: State, k: int) -> list[int]:
     return found
 
 
+def _running(state: State, k: int) -> np.ndarray:
+    """Who runs on lane `k`, who ends with the batch in flight included; int32 (n,)."""
+    running: np.ndarray = state.running[k][: state.sims[k].num_running + state.sims[k].num_ending]
+    return running
+
+
 def _check_lane(state: State, env: int, k: int, replica: int, afoot: Afoot, require: Require) -> None:
     """One replica: its lists, its blocks, its clients' patience."""
     sim, requests, clock_s = state.sims[k], state.requests[env], state.sims[k].clock_s
-    waiting, running = state.waiting[k][: sim.num_waiting], state.running[k][: sim.num_running]
+    waiting, running = state.waiting[k][: sim.num_waiting], _running(state, k)
     phase = requests["phase"]
     require(clock_s <= afoot.now_s, "a replica is ahead of the time")
     require(len(np.unique(waiting)) == len(waiting) and phase[waiting] == WAITING, "waiting list and phases differ")
     require(requests["prefill_tokens"][waiting].sum() == sim.waiting_tokens, "waiting tokens != sum over waiting")
     require(len(np.unique(running)) == len(running) and phase[running] == RUNNING, "running list and phases differ")
-    require(sim.num_running <= sim.max_num_seqs, "more sequences run than max_num_seqs")
+    require(len(running) <= sim.max_num_seqs, "more sequences run than max_num_seqs")
 
     executing = bool(afoot.executing[replica])
     if executing:
@@ -201,6 +209,31 @@ def _check_lane(state: State, env: int, k: int, replica: int, afoot: Afoot, requ
     patience_s = state.episodes[env].patience_s
     require(late_s < patience_s + 1e-9 * (1.0 + clock_s), "a client whose patience is over is still here")
     _check_index(state, env, k, executing or bool(afoot.behind[replica]), require)
+
+
+def _check_flight(state: State, env: int, k: int, require: Require) -> list[int]:
+    """The batch in flight of lane `k`, see `engine.lag`; returns the requests that get a token of it."""
+    sim, flight, requests = state.sims[k], state.flights[k], state.requests[env]
+    if not sim.in_flight:
+        require(sim.num_ending == 0, "a request ends with a batch in flight, and none is")
+        return []
+    require(sim.async_lag, "a batch is in flight between steps")
+    require(not flight.is_foreseen, "a token that is in flight counts as emitted")
+    require(flight.num_tokens > 0 and flight.duration_s >= 0.0, "an empty batch is in flight")
+    items = state.flying[k, : flight.num_items]
+    r = items["request"]
+    require(len(np.unique(r)) == len(r), "a request is in flight twice")
+    require(requests["phase"][r] == RUNNING, "a request in flight does not run")
+    complete = requests["num_computed_tokens"][r] >= requests["prefill_tokens"][r]
+    require((items["emits"] != 0) == complete, "a request in flight emits if and only if its prompt is complete")
+    emitting = r[items["emits"] != 0]
+    most = np.minimum(requests["max_output_tokens"], sim.max_model_len - requests["prompt_tokens"])
+    ends = np.sort(emitting[requests["num_output_tokens"][emitting] + 1 >= most[emitting]])
+    hidden = _running(state, k)[sim.num_running :]
+    require(np.array_equal(np.sort(hidden), ends), "hidden requests are not those that end with the batch in flight")
+    require(np.diff(requests["place"][hidden]) > 0, "hidden requests are out of order")
+    found: list[int] = emitting.tolist()
+    return found
 
 
 def _check_turns(state: State, env: int, require: Require) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmsched_gym.config import ADMISSIONS, MOST, Scenario
 from llmsched_gym.engine.blocks import load_blocks, table_size
-from llmsched_gym.engine.records import BATCH, EPISODE, NONE, PREFIX, REPLICA, REQUEST
+from llmsched_gym.engine.records import BATCH, EPISODE, FLIGHT, NONE, PREFIX, REPLICA, REQUEST
 from llmsched_gym.engine.state import Replica, State, empty_line, row_blocks
 from llmsched_gym.workload import Request, RequestTable
 
@@ -117,6 +117,7 @@ def load_replica(state: State, k: int, scenario: Scenario, replica: Replica) -> 
     sim.admission = ADMISSIONS.index(scenario.admission)
     sim.allow_refusal = scenario.allow_refusal
     sim.prefix_caching = scenario.prefix_caching
+    sim.async_lag = scenario.async_lag
     if scenario.prefix_caching:
         sim.blocks_version = 1  # 0 is that of requests that have not been looked up
         sim.table_mask = table_size(num_kv_blocks) - 1
@@ -129,6 +130,7 @@ def load_replica(state: State, k: int, scenario: Scenario, replica: Replica) -> 
     sim.largest_request = min(sim.max_model_len, int(sim.total_blocks - sim.watermark_blocks) * int(sim.block_size))
     state.memory[k] = 0.0
     state.batches[k] = np.zeros((), BATCH)
+    state.flights[k] = np.zeros((), FLIGHT)
 
 
 def append_request(state: State, env: int, request: Request, arrival_s: float) -> int:

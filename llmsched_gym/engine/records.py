@@ -61,7 +61,7 @@ REQUEST = record_dtype(
         ("num_cached_tokens", "i4"),  # of the prompt, found in the prefix cache at the first admission
         ("num_preemptions", "i4"),
         # links of engine.queue, of waiting requests
-        ("place", "i4"),  # grows along the waiting list
+        ("place", "i4"),  # grows along the waiting list; of running ones a note of engine.lag
         ("earlier", "i4"),  # the one before it in its part of the line; -1: it is the first
         ("shorter", "i4"),  # children in the tree of expired requests; -1: none
         ("longer", "i4"),
@@ -166,6 +166,7 @@ REPLICA = record_dtype(
         ("admission", "i1"),  # see config.ADMISSIONS
         ("allow_refusal", "i1"),
         ("prefix_caching", "i1"),
+        ("async_lag", "i1"),  # whether batches are formed while the one before them executes, see engine.lag
         ("preempted_at_token", "i8"),  # tokens_emitted at the last preemption
         ("profile", "i4"),  # which row of the cost arrays it runs on
         ("block_size", "i4"),  # tokens in a KV block, a power of two
@@ -185,6 +186,9 @@ REPLICA = record_dtype(
         ("last_expired", "i4"),
         ("expired_strict", "i4"),  # root of the tree of expired requests of class 0, by length
         ("expired_others", "i4"),  # of all other classes
+        # with async_lag
+        ("num_ending", "i4"),  # running requests that end with the batch in flight, behind the others in their list
+        ("in_flight", "i1"),  # whether there is one
     ]
 )
 
@@ -267,6 +271,26 @@ BATCH = record_dtype(
 )
 
 ITEM = record_dtype([("request", "i4"), ("tokens", "i4")])
+
+# The batch that executes while the next one is formed, and its items.
+FLIGHT = record_dtype(
+    [
+        ("duration_s", "f8"),
+        ("price_s", "f8"),  # what the scheduler's own profile says of it
+        ("kv_cache_usage", "f8"),
+        ("num_items", "i4"),
+        ("num_tokens", "i4"),  # computed, those computed in vain included
+        ("num_decodes", "i4"),
+        ("is_foreseen", "i1"),  # whether requests look as if it had landed
+    ]
+)
+FLYING = record_dtype(
+    [
+        ("last_token_s", "f8"),  # the request's, while its token is foreseen
+        ("request", "i4"),
+        ("emits", "i1"),
+    ]
+)
 
 # One line of the log of batches.
 STEP = record_dtype(

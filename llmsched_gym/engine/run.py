@@ -12,9 +12,10 @@ from numba import types
 
 from llmsched_gym.engine.batch import batch_s
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
+from llmsched_gym.engine.lag import foresee, land, settle, take_off
 from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time, remember
 from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, env_of, episode_of, lane_of, unpack
-from llmsched_gym.engine.step import apply_batch, clear_batch, commit, has_work, idle, is_over
+from llmsched_gym.engine.step import apply_batch, clear_batch, commit, count_usage, has_work, idle, is_over
 from llmsched_gym.engine.surface import ID, has_surface, predicted_s, recount
 
 
@@ -34,7 +35,7 @@ def execute_s(s, k, lane, world):
     else:
         seconds = batch_s(linear_s, coef_s, batch.num_tokens, batch.pairs, batch.kv_tokens)
     noise = s.noise[k]  # two blocks; the caller refills one while the other is in use
-    return seconds * world.cost_scale * noise[lane.sim.num_batches % noise.shape[0]]
+    return seconds * world.cost_scale * noise[(lane.sim.num_batches + lane.sim.in_flight) % noise.shape[0]]
 
 
 @kernel(inline="always")
@@ -53,9 +54,9 @@ def log_step(s, k, lane, start_s, duration_s):
         step.start_s = start_s
         step.duration_s = duration_s
         step.predicted_s = lane.sim.last_predicted_s
-        step.kv_cache_usage = lane.sim.kv_cache_usage
-        step.decode_tokens = lane.batch.num_decodes
-        step.prefill_tokens = lane.batch.num_tokens - lane.batch.num_decodes
+        step.kv_cache_usage = s.flights[k].kv_cache_usage if lane.sim.async_lag else lane.sim.kv_cache_usage
+        step.decode_tokens = lane.sim.last_batch_decodes
+        step.prefill_tokens = lane.sim.last_batch_tokens - lane.sim.last_batch_decodes
         step.num_running = lane.sim.num_running
         step.num_waiting = lane.sim.num_waiting
 
@@ -77,9 +78,51 @@ def book(s, k, lane, world, duration_s):
 
 
 @kernel(inline="always")
+def see_flight(s, k, lane):
+    """Before a decision: let schedulers see the batch in flight as if it had landed, if there is one."""
+    if lane.sim.async_lag:
+        foresee(lane, s.flights[k], s.flying[k])
+
+
+@kernel()
+def apply_lagging(s, k, lane, world):
+    """:func:`~llmsched_gym.engine.step.apply_batch` while another batch is in flight."""
+    settle(lane, s.flights[k], s.flying[k])
+    apply_batch(lane, world)
+    if lane.batch.num_tokens > 0:
+        count_usage(lane.sim)
+
+
+@kernel()
+def book_lagging(s, k, lane, world, duration_s):
+    """Let the batch in flight land and time pass, then the applied one take off; returns whether one has landed."""
+    env, flight, flying = env_of(s, k), s.flights[k], s.flying[k]
+    sim, arrivals, output_tokens = lane.sim, s.arrivals[env], s.output_tokens[env]
+    start_s, landed, follows = sim.clock_s, sim.in_flight != 0, lane.batch.num_tokens > 0
+    if landed:
+        # the decision ran beside the batch; the tokens are looked at when both are over
+        took_s = max(flight.duration_s, sim.decision_s)
+        end_s = land(lane, world, flight, flying, output_tokens, s.gaps[env], arrivals, took_s)
+        pass_time(lane, world, arrivals, output_tokens, s.due[env], end_s)
+        if s.steps.shape[1] > 0:
+            log_step(s, k, lane, start_s, flight.duration_s)
+    elif not follows:
+        end_s = idle(lane, world)
+        pass_time(lane, world, arrivals, output_tokens, s.due[env], end_s)
+    if follows:
+        take_off(lane, flight, flying, duration_s if landed else duration_s + sim.decision_s)
+    else:
+        clear_batch(lane)
+    return landed
+
+
+@kernel(inline="always")
 def advance(s, k, lane):
     """Run the scheduled batch on the simulated device: the part of a step behind the decision."""
     world = s.worlds[env_of(s, k)]
+    if lane.sim.async_lag:
+        apply_lagging(s, k, lane, world)
+        return book_lagging(s, k, lane, world, execute_s(s, k, lane, world))
     apply_batch(lane, world)
     return book(s, k, lane, world, execute_s(s, k, lane, world))
 
@@ -106,8 +149,12 @@ def enter_env(s, k, r):
 @entry()
 def apply_env(s, k):
     """First half of a step whose batch was formed outside compiled code; returns the tokens that are to run."""
-    lane = lane_of(s, k)
-    apply_batch(lane, s.worlds[env_of(s, k)])
+    state = unpack(s)
+    lane, world = lane_of(state, k), state.worlds[env_of(state, k)]
+    if lane.sim.async_lag:
+        apply_lagging(state, k, lane, world)
+    else:
+        apply_batch(lane, world)
     return lane.batch.num_tokens
 
 
@@ -122,6 +169,8 @@ def execute_env(s, k):
 def commit_env(s, k, duration_s):
     """Second half of a step: `duration_s` is what the batch took; an empty one idles. Returns whether a batch ran."""
     state = unpack(s)
+    if state.sims[k].async_lag:
+        return book_lagging(state, k, lane_of(state, k), state.worlds[env_of(state, k)], duration_s)
     return book(state, k, lane_of(state, k), state.worlds[env_of(state, k)], duration_s)
 
 
@@ -143,7 +192,14 @@ def schedule_env(s, k, schedule):
     lane = lane_of(s, k)
     clear_batch(lane)
     if has_work(lane):
+        see_flight(s, k, lane)
         schedule(lane)
+
+
+@entry()
+def see_flight_env(s, k):
+    """:func:`see_flight` of lane `k`, for Python."""
+    see_flight(s, k, lane_of(s, k))
 
 
 @kernel(inline="always")
@@ -155,6 +211,7 @@ def run_lane(s, k, schedule, max_steps, max_idle_steps):
             return i
         clear_batch(lane)
         if has_work(lane):
+            see_flight(s, k, lane)
             schedule(lane)
         if advance(s, k, lane) and noise_due(s, k):
             return i + 1

@@ -27,6 +27,8 @@ from llmsched_gym.engine.records import (
     BATCH,
     CACHE_LINE,
     EPISODE,
+    FLIGHT,
+    FLYING,
     ITEM,
     KNOBS,
     NONE,
@@ -73,6 +75,8 @@ class State(NamedTuple):
     gaps: Any  # (num_envs, num_gaps) float32, recorded gaps between tokens
     steps: Any  # (num_lanes, log_size) STEP
     blocks: Any  # (num_lanes, num_records, NUM_COLUMNS) int32, see engine.blocks; without prefix caching one record
+    flights: Any  # (num_lanes,) FLIGHT, the batch in flight, see engine.lag
+    flying: Any  # (num_lanes, max_num_seqs; without async_lag 0) FLYING, its items
 
 
 class Lane(NamedTuple):
@@ -140,6 +144,8 @@ _STATE_FIELDS = {
     "gaps": (types.float32, 2),
     "steps": (STEP, 2),
     "blocks": (_I4, 3),
+    "flights": (FLIGHT, 1),
+    "flying": (FLYING, 2),
 }
 
 
@@ -197,7 +203,7 @@ def _make_handle(state):
     s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
     s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
     s.gaps, s.steps = state.gaps, state.steps
-    s.blocks = state.blocks
+    s.blocks, s.flights, s.flying = state.blocks, state.flights, state.flying
     s.linear_s, s.coef_s, s.own_linear_s, s.own_coef_s = (
         state.linear_s,
         state.coef_s,
@@ -238,6 +244,8 @@ def unpack(s):
         s.gaps,
         s.steps,
         s.blocks,
+        s.flights,
+        s.flying,
     )
 
 
@@ -368,6 +376,8 @@ def allocate(
         gaps=np.zeros((num_envs, max(num_gaps, 1)), np.float32),
         steps=np.zeros((lanes, num_steps), STEP),
         blocks=aligned_zeros((lanes, records, NUM_COLUMNS), np.int32),
+        flights=np.zeros(lanes, FLIGHT),
+        flying=np.zeros((lanes, seqs if scenario.async_lag else 0), FLYING),
     )
 
 

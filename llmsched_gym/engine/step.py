@@ -141,7 +141,7 @@ def apply_batch(lane, world):
 
 
 @kernel(inline="always")
-def _emit(sim, patience_s, request, gaps, gap_start, end_s):
+def emit(sim, patience_s, request, gaps, gap_start, end_s):
     """Hand one token to the request's client at `end_s`; False if its patience ran out before.
 
     Takes records instead of the lane: this is the innermost loop, and a lane is 700 bytes.
@@ -170,13 +170,49 @@ def _emit(sim, patience_s, request, gaps, gap_start, end_s):
     return True
 
 
+@kernel(inline="always")
+def count_finished(sim, request):
+    """Take a finished request into the replica's sums."""
+    sim.num_finished += 1
+    sim.output_length_sum += request.num_output_tokens
+
+
 @kernel()
 def _finish(lane, world, r, end_s):
-    sim = lane.sim
     leave_running(lane, r)
-    sim.num_finished += 1
-    sim.output_length_sum += lane.requests[r].num_output_tokens
+    count_finished(lane.sim, lane.requests[r])
     resolve(lane, world, r, FINISHED, end_s)
+
+
+@kernel(inline="always")
+def count_batch(sim, num_tokens, num_decodes, expected_s, duration_s):
+    """Take a batch of `duration_s`, expected to take `expected_s`, into the replica's means; returns its end."""
+    end_s = sim.clock_s + duration_s
+    sim.num_batches += 1
+    sim.num_idle_steps = 0
+    # as a clock would measure it, rounding included: the authors' mean to the last bit
+    sim.mean_batch_s += (end_s - sim.clock_s - sim.mean_batch_s) / sim.num_batches
+    sim.last_batch_s = duration_s
+    sim.last_predicted_s = expected_s
+    sim.last_batch_tokens = num_tokens
+    sim.last_batch_decodes = num_decodes
+    sim.batch_tokens_sum += num_tokens
+    sim.busy_s += duration_s
+    return end_s
+
+
+@kernel(inline="always")
+def compare_cost(sim):
+    """Take what the last batch took beside what was expected of it into their mean ratio."""
+    if sim.last_predicted_s > 0.0:
+        sim.cost_ratio += COST_RATIO_STEP * (sim.last_batch_s / sim.last_predicted_s - sim.cost_ratio)
+
+
+@kernel(inline="always")
+def count_usage(sim):
+    """Note what share of the blocks is held, with those of the batch that is to run."""
+    sim.kv_cache_usage = (sim.total_blocks - sim.free_blocks) / sim.total_blocks
+    sim.kv_cache_usage_max = max(sim.kv_cache_usage_max, sim.kv_cache_usage)
 
 
 @kernel()
@@ -187,19 +223,9 @@ def commit(lane, world, output_tokens, gaps, arrivals, duration_s):
     """
     sim, batch, requests = lane.sim, lane.batch, lane.requests
     patience_s, records_gaps = lane.episode.patience_s, world.records_gaps
-    end_s = sim.clock_s + duration_s
-    sim.num_batches += 1
-    sim.num_idle_steps = 0
-    # as a clock would measure it, rounding included: the authors' mean to the last bit
-    sim.mean_batch_s += (end_s - sim.clock_s - sim.mean_batch_s) / sim.num_batches
-    sim.last_batch_s = duration_s
-    sim.last_predicted_s = batch.price_s if batch.price_s >= 0.0 else predicted_s(lane)
-    sim.last_batch_tokens = batch.num_tokens
-    sim.last_batch_decodes = batch.num_decodes
-    sim.batch_tokens_sum += batch.num_tokens
-    sim.busy_s += duration_s
-    sim.kv_cache_usage = (sim.total_blocks - sim.free_blocks) / sim.total_blocks
-    sim.kv_cache_usage_max = max(sim.kv_cache_usage_max, sim.kv_cache_usage)
+    expected_s = batch.price_s if batch.price_s >= 0.0 else predicted_s(lane)
+    end_s = count_batch(sim, batch.num_tokens, batch.num_decodes, expected_s, duration_s)
+    count_usage(sim)
     for i in range(batch.num_items):
         r = lane.items[i].request
         request = requests[r]
@@ -209,13 +235,12 @@ def commit(lane, world, output_tokens, gaps, arrivals, duration_s):
         request.num_scheduled_tokens = 0
         request.num_computed_tokens += n
         gap_start = arrivals[r].gap_start if records_gaps else NO_GAPS
-        if not is_prefill(request) and _emit(sim, patience_s, request, gaps, gap_start, end_s):
+        if not is_prefill(request) and emit(sim, patience_s, request, gaps, gap_start, end_s):
             sim.tokens_emitted += 1
             if request.num_output_tokens == output_tokens[r]:
                 _finish(lane, world, r, end_s)
     batch.is_marked = 0
-    if sim.last_predicted_s > 0.0:
-        sim.cost_ratio += COST_RATIO_STEP * (duration_s / sim.last_predicted_s - sim.cost_ratio)
+    compare_cost(sim)  # behind the loop: a division that nothing waits for
     return end_s
 
 

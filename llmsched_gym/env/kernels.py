@@ -12,7 +12,7 @@ import math
 
 from llmsched_gym.engine.batch import open_batch
 from llmsched_gym.engine.jit import entry, kernel
-from llmsched_gym.engine.run import advance, noise_due
+from llmsched_gym.engine.run import advance, noise_due, see_flight
 from llmsched_gym.engine.state import OWN_MEMORY, env_of, lane_of, unpack
 from llmsched_gym.engine.step import clear_batch, has_work, is_over
 from llmsched_gym.env.arrays import (
@@ -142,6 +142,7 @@ def step_all(s, a, first, stop, is_legal, put, schedule, by_item):
         start_s = lane.sim.clock_s
         put(lane, a, env)
         for _ in range(a.rules[0].action_repeat):
+            see_flight(s, env, lane)
             if form(lane, schedule, by_item):
                 if advance(s, env, lane):
                     due += noise_due(s, env)
@@ -158,4 +159,5 @@ def decide_one(s, a, env, put, schedule, by_item):
     """The decision alone, for a batch that the engine executes; returns whether it is closed."""
     lane = lane_of(s, env)
     put(lane, a, env)
+    see_flight(s, env, lane)
     return form(lane, schedule, by_item)

@@ -92,7 +92,8 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
     recent = arrived & (rows["arrival_s"] >= clock_s - ATTAINMENT_WINDOW_S)
     judged = np.count_nonzero(recent & (has_verdict | gone))
 
-    running = [_shown(state, env, r, clock_s, is_late) for r in state.running[env, : sim.num_running].tolist()]
+    num_running = sim.num_running + sim.num_ending
+    running = [_shown(state, env, r, clock_s, is_late) for r in state.running[env, :num_running].tolist()]
     is_prompt = [s.computed_tokens < s.tokens for s in running]
     requests = state.requests[env]
     decodes = tuple(

@@ -111,6 +111,7 @@ def settings(results: Results) -> list[tuple[str, str]]:
     limits += f"max_num_batched_tokens {get('max_num_batched_tokens', 8192):,}"
     limits += f", max_model_len {get('max_model_len', 8192):,}"
     limits += ", prefix caching" * bool(get("prefix_caching", False))
+    limits += ", async scheduling" * bool(get("async_lag", False))
     found.append(("Engine", f"{f'{blocks:,} KV blocks, ' if blocks else ''}{limits}"))
     patience = get("patience_s", "inf")
     found.append(("Patience", "infinite" if patience == "inf" else f"{patience:g} s late"))
