@@ -54,9 +54,7 @@ def requests(num_requests: int, output_tokens: int, mixed: bool) -> RequestTable
     prompt = np.full(num_requests, PROMPT_TOKENS)
     if mixed:
         prompt = np.random.default_rng(0).integers(PROMPT_TOKENS // 3, 5 * PROMPT_TOKENS // 3, num_requests)
-    return RequestTable.of(
-        np.zeros(num_requests), prompt, output_tokens, ttft_slo_s=10.0, tbt_slo_s=0.5, qps=np.inf
-    )
+    return RequestTable.of(np.zeros(num_requests), prompt, output_tokens, ttft_slo_s=10.0, tbt_slo_s=0.5, qps=np.inf)
 
 
 class Stamps:
