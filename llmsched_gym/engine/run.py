@@ -156,32 +156,27 @@ def schedule_env(s, k, schedule):
         schedule(lane)
 
 
-if JIT_ENABLED:
+def _code_at(context: Any, address: Any) -> Any:
+    """For numba: the compiled scheduler whose code begins at `address`."""
 
-    @intrinsic
-    def _scheduler_at(context: Any, address: Any) -> Any:
-        """The compiled scheduler whose code begins at `address`."""
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function: Any = cgutils.create_struct_proxy(SCHEDULE_TYPE)(context, builder)
+        function.jit_addr = builder.inttoptr(args[0], cgutils.voidptr_t)
+        return function._getvalue()
 
-        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            function = cgutils.create_struct_proxy(SCHEDULE_TYPE)(context, builder)
-            function.jit_addr = builder.inttoptr(args[0], cgutils.voidptr_t)
-            return function._getvalue()
+    return SCHEDULE_TYPE(types.intp), build
 
-        return SCHEDULE_TYPE(types.intp), build
 
-    @cache
-    def address_of(schedule: Any) -> int:
-        """Where the code of a compiled scheduler begins: 200 times as quick to hand over as the scheduler itself."""
-        done = schedule.get_compile_result(SCHEDULE_SIGNATURE)
-        return done.library.get_pointer_to_function(done.fndesc.llvm_func_name)
+_scheduler_at: Any = intrinsic(_code_at) if JIT_ENABLED else lambda schedule: schedule
 
-else:
 
-    def _scheduler_at(address: Any) -> Any:
-        return address
-
-    def address_of(schedule: Any) -> Any:
+@cache
+def address_of(schedule: Any) -> Any:
+    """Where the code of a compiled scheduler begins, which costs nothing to hand over; itself without compilation."""
+    if not JIT_ENABLED:
         return schedule
+    done = schedule.get_compile_result(SCHEDULE_SIGNATURE)
+    return done.library.get_pointer_to_function(done.fndesc.llvm_func_name)
 
 
 @entry()

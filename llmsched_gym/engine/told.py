@@ -41,7 +41,8 @@ def apply_told(state: State, handle: Any, k: int) -> ScheduledBatch | None:
 def tell(state: State, handle: Any, k: int) -> ScheduledBatch:
     """The applied batch of lane `k`, without those that were preempted for it."""
     told, emits = _room(state)
-    return _scheduled(state, k, told, emits, *tell_env(handle, k, told, emits), 0)
+    num_items, num_running = tell_env(handle, k, told, emits)
+    return _scheduled(state, k, told, emits, num_items, num_running, 0)
 
 
 def _room(state: State) -> tuple[np.ndarray, np.ndarray]:
