@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FUSED_TOLERANCE = {torch.float32: 1e-3}
 """Relative difference of logits up to which the fused pass is the model's own; 0.05 in half precision, which rounds."""
+NO_ROWS = np.zeros(0, np.int64)
 
 
 class Inputs(NamedTuple):
@@ -60,7 +61,7 @@ class Runner:
         shape = self.static.shape_of(work) if self.static is not None else None
         if self.static is not None and shape is not None:
             emitting, best, ids = self.static.run(shape, work, table, tokens)
-            return emitting, self._finite(best, ids, emitting)
+            return emitting, self._checked(ids, np.flatnonzero(~np.isfinite(best)), emitting)
         inputs = self.lay_out(work, table, tokens)
         return inputs.emitting, self.run(inputs)
 
@@ -130,13 +131,13 @@ class Runner:
     def run(self, inputs: Inputs) -> np.ndarray:
         """Run the pass; the greedy token of each emitting request, (num_emitting,)."""
         with self._inference:
-            best, ids = greedy(self.forward(inputs))
-        return self._finite(best, ids, inputs.emitting)
+            ids, strange = greedy(self.forward(inputs))
+        return self._checked(ids, strange, inputs.emitting)
 
-    def _finite(self, best: np.ndarray, ids: np.ndarray, emitting: np.ndarray) -> np.ndarray:
-        """The tokens, if the logits they were chosen by are numbers."""
-        if not _are_finite(best):
-            names = ", ".join(str(r) for r in emitting[~np.isfinite(best)].tolist()[:5])
+    def _checked(self, ids: np.ndarray, strange: np.ndarray, emitting: np.ndarray) -> np.ndarray:
+        """The tokens, if the logits they were chosen by are numbers; those of `strange` rows are not."""
+        if len(strange) > 0:
+            names = ", ".join(str(r) for r in emitting[strange].tolist()[:5])
             raise BackendError(
                 f"request {names}: the model's logits are not finite (nan or inf); check the weights of "
                 f"{self.loaded.name}, or use another dtype than {str(self.loaded.dtype).removeprefix('torch.')}"
@@ -173,26 +174,18 @@ class Runner:
 
 
 def greedy(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The largest logit of each row and its token, each (rows,), on the host; a nan in a row is its largest."""
+    """The token of each row's largest logit, (rows,), and the rows where it is not finite; a nan is a row's largest."""
     if logits.device.type == "cpu":  # numpy's argmax is the faster one there
         rows: np.ndarray = (logits if logits.dtype == torch.float32 else logits.float()).numpy()
         ids: np.ndarray = rows.argmax(-1)
-        best = np.empty(len(rows), np.float32)
-        _pick(rows, ids, best)
-        return best, ids
+        return ids, NO_ROWS if _are_finite(rows, ids) else np.flatnonzero(~np.isfinite(rows[np.arange(len(ids)), ids]))
     largest, chosen = logits.max(-1)
-    return largest.float().cpu().numpy(), chosen.cpu().numpy()
+    return chosen.cpu().numpy(), np.flatnonzero(~np.isfinite(largest.float().cpu().numpy()))
 
 
 @entry()
-def _pick(rows, ids, best):
-    for i in range(rows.shape[0]):
-        best[i] = rows[i, ids[i]]
-
-
-@entry()
-def _are_finite(values):
+def _are_finite(rows, ids):
     num_strange = 0
-    for i in range(values.shape[0]):
-        num_strange += not math.isfinite(values[i])
+    for i in range(rows.shape[0]):
+        num_strange += not math.isfinite(rows[i, ids[i]])
     return num_strange == 0

@@ -93,17 +93,18 @@ class TokenStore:
             self._num_given[r] = num_tokens
 
     def append(self, requests: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """Add one answered token to each request; the ids, or what somebody's prompt has had in their place, and how
-        many of the requests have all their tokens now.
+        """Add one answered token to each request, `ids` int64.
+
+        Returns the ids, in whose place is what somebody's prompt has had there, and how many of the requests have all
+        their tokens now.
         """
-        said = np.array(ids, np.int64)
         num_complete = _append(
-            requests, said, self.start, self.ids, self.num_known, self._num_given, self.shares is not None
+            requests, ids, self.start, self.ids, self.num_known, self._num_given, self.shares is not None
         )
         if num_complete < 0:
             r = int(requests[-1 - num_complete])
             raise BackendError(f"request {r}: a token behind the {self.total_tokens[r]} that it is to have")
-        return said, num_complete
+        return ids, num_complete
 
     def is_complete(self, requests: np.ndarray) -> np.ndarray:
         """Whether the requests have all tokens that they are to have."""
