@@ -98,7 +98,7 @@ class Layout:
         if self._copied is not None:
             size = int(counts[SIZE])
             self._there[:size].copy_(self._pinned[:size], non_blocking=True)
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))
         ids, positions, slots, wanted, *others = self._views
         decodes, chunks = [], []
         for (start, stop, _, computed), lengths, blocks in zip(self._rows, others[::2], others[1::2], strict=True):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FUSED_TOLERANCE = {torch.float32: 1e-3}
 """Relative difference of logits up to which the fused pass is the model's own; 0.05 in half precision, which rounds."""
-NO_ROWS = np.zeros(0, np.int64)
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 class Inputs(NamedTuple):
@@ -178,7 +178,9 @@ def greedy(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     if logits.device.type == "cpu":  # numpy's argmax is the faster one there
         rows: np.ndarray = (logits if logits.dtype == torch.float32 else logits.float()).numpy()
         ids: np.ndarray = rows.argmax(-1)
-        return ids, NO_ROWS if _are_finite(rows, ids) else np.flatnonzero(~np.isfinite(rows[np.arange(len(ids)), ids]))
+        if _are_finite(rows, ids):
+            return ids, _NO_ROWS
+        return ids, np.flatnonzero(~np.isfinite(rows[np.arange(len(ids)), ids]))
     largest, chosen = logits.max(-1)
     return chosen.cpu().numpy(), np.flatnonzero(~np.isfinite(largest.float().cpu().numpy()))
 
