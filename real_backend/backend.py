@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,13 +15,14 @@ from llmsched_gym.config import BLOCK_SIZE, Scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine import Execution, ScheduledBatch
 from llmsched_gym.real_backend.attention import KVCache, choose_attention
-from llmsched_gym.real_backend.block_table import FIRST, NOBODY, SCRATCH, BlockTable, PlacedBlocks
+from llmsched_gym.real_backend.block_table import FIRST, SCRATCH, BlockTable, PlacedBlocks
 from llmsched_gym.real_backend.ceilings import device_name
 from llmsched_gym.real_backend.errors import BackendError, one_line
 from llmsched_gym.real_backend.graphs import StaticBatches
+from llmsched_gym.real_backend.layout import Work
 from llmsched_gym.real_backend.memory import Stopwatch, fitting_blocks, is_out_of_memory, release_memory
 from llmsched_gym.real_backend.past import chains
-from llmsched_gym.real_backend.runner import Runner, Work
+from llmsched_gym.real_backend.runner import Runner
 from llmsched_gym.real_backend.tokens import TokenStore
 from llmsched_gym.real_backend.weights import LoadedModel, load_model
 from llmsched_gym.workload import RequestTable
@@ -212,11 +213,11 @@ class TransformersBackend:
             work = self._take_blocks(batch.request, batch.num_tokens, batch.num_computed, batch.emits)
         else:
             blocks = self._placed(batch.blocks)
-            rows, computed = np.arange(len(batch.request)), batch.num_computed.astype(np.int64)
-            work = Work(batch.request, rows, batch.num_tokens, computed, batch.emits)
+            rows = np.arange(len(batch.request))
+            work = _work(batch.request, rows, batch.num_tokens, batch.num_computed, batch.emits)
         self.tokens.make_prompts(work.request)
-        tokens = self._run(work, blocks)
-        self._book(tokens)
+        emitting, ids = self._run(work, blocks)
+        tokens = dict(zip(emitting.tolist(), self._book(emitting, ids).tolist(), strict=True))
         duration_s = self._watch.stop()
         self._ended_s = self._watch.now()
         return Execution(duration_s + host_s, tokens)
@@ -228,8 +229,7 @@ class TransformersBackend:
             self.tokens.give(r, stop)
             for computed in range(start * BLOCK_SIZE, stop, self._most_tokens):
                 n = min(self._most_tokens, stop - computed)
-                one, row, num_tokens, num_computed = np.array([[r], [0], [n], [computed]])
-                self._run(Work(one, row, num_tokens, num_computed, np.zeros(1, bool)), blocks)
+                self._run(_work([r], [0], [n], [computed], [False]), blocks)
 
     def measure(self, chunks: list[tuple[int, int]], decode_contexts: list[int], seed: int = 0) -> float:
         """Seconds of a made-up batch: chunks as (computed, n) tokens, decodes as context lengths, itself included.
@@ -240,7 +240,7 @@ class TransformersBackend:
         self._ended_s = None
         self._watch.start()
         work = self._take_blocks(request, num_tokens, computed, np.ones(len(request), bool))
-        self._book(self._run(work, self.blocks))
+        self._book(*self._run(work, self.blocks))
         duration_s = self._watch.stop()
         self.blocks.clear(0)
         return duration_s
@@ -259,10 +259,11 @@ class TransformersBackend:
                 f"a batch of {len(chunks) + len(decode_contexts)} sequences; at most {len(self.blocks.owner)}"
             )
         items = [*((n, computed) for computed, n in chunks), *((1, context - 1) for context in decode_contexts)]
-        num_tokens, computed = (np.array(part, np.int64) for part in zip(*items, strict=True))
-        request = np.arange(len(items))
+        # the types of the engine's batches, so that warming up compiles what these need
+        num_tokens, computed = (np.array(part, np.int32) for part in zip(*items, strict=True))
+        request = np.arange(len(items), dtype=np.int32)
         self.blocks.clear(len(items))
-        self.blocks.grow(self.blocks.occupy(request), computed)
+        self.blocks.take(request, computed, np.zeros_like(computed))
         self.tokens = TokenStore(computed + num_tokens, np.full(len(items), 2), seed, self.loaded.spec.vocab_size)
         self.tokens.make_prompts(request)
         return request, num_tokens, computed
@@ -276,8 +277,15 @@ class TransformersBackend:
         for num_tokens in WARM_UP_TOKENS:
             for _ in range(WARM_UP_PASSES):
                 self.runner.run(self.runner.scratch_inputs(num_tokens))
+        few = min(8, self.num_kv_blocks, len(self.blocks.owner))
         for _ in range(WARM_UP_PASSES):
-            self.measure([], [1] * min(8, self.num_kv_blocks, len(self.blocks.owner)))
+            self.measure([], [1] * few)
+        # and all that the books of a batch of the engine need, which is compiled when first called
+        request, one, none = self._make_up([], [1] * few, 0)
+        self.execute(ScheduledBatch(request, one, none, np.ones(few, bool), request[:0], request))
+        self.blocks.release(request.astype(np.int64))
+        self.blocks.clear(0)
+        self._ended_s = None
 
     def check(self) -> None:
         """Raise AssertionError unless every block is accounted for and every request holds just what it needs."""
@@ -287,19 +295,8 @@ class TransformersBackend:
         self, request: np.ndarray, num_tokens: np.ndarray, num_computed: np.ndarray, emits: np.ndarray
     ) -> Work:
         """Blocks for the KV that the pass will write; a request that starts over gives its old ones back first."""
-        computed = num_computed.astype(np.int64)
-        rows = self.blocks.row_of[request]
-        held = np.where(rows == NOBODY, 0, self.blocks.num_tokens[rows])
-        for i in np.flatnonzero(held != computed).tolist():
-            if computed[i] > 0:
-                what = f"{computed[i]} tokens count as computed, the cache holds {held[i]}"
-                raise BackendError(f"request {request[i]}: {what}")
-            self.blocks.release(int(request[i]))
-        rows = self.blocks.occupy(request)
-        if not self.blocks.can_grow(rows, computed + num_tokens):
-            raise BackendError(f"the cache has {self.num_kv_blocks} blocks, fewer than the engine counts on")
-        self.blocks.grow(rows, computed + num_tokens)
-        return Work(request, rows, num_tokens, computed, emits)
+        r, row, n, computed = self.blocks.take(request, num_tokens, num_computed)
+        return Work(r, row, n, computed, emits)
 
     def _placed(self, places: np.ndarray) -> PlacedBlocks:
         """The engine's own blocks as the cache's; (items, most blocks of one), below 0 behind an item's last."""
@@ -307,8 +304,8 @@ class TransformersBackend:
             raise BackendError(f"the cache has {self.num_kv_blocks} blocks, fewer than the engine counts on")
         return PlacedBlocks(np.maximum(places.astype(np.int64) + FIRST, SCRATCH))
 
-    def _run(self, work: Work, blocks: BlockTable | PlacedBlocks) -> dict[int, int]:
-        """Emitted tokens by request; a pass that runs out of memory is split in two, down to single tokens."""
+    def _run(self, work: Work, blocks: BlockTable | PlacedBlocks) -> tuple[np.ndarray, np.ndarray]:
+        """Emitting requests and their tokens; a pass that runs out of memory is split in two, down to single tokens."""
         try:
             return self.runner.step(work, blocks, self.tokens)
         except BackendError:
@@ -331,19 +328,16 @@ class TransformersBackend:
             )
         self.num_splits += 1
         release_memory(self.device)
-        first, second = split(work)
-        return {**self._run(first, blocks), **self._run(second, blocks)}
+        parts = [self._run(part, blocks) for part in split(work)]
+        emitting, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return emitting, ids
 
-    def _book(self, tokens: dict[int, int]) -> None:
+    def _book(self, emitting: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Remember what was emitted, which shared tokens may decide; requests with all their tokens leave."""
-        emitting = np.fromiter(tokens, np.int64, len(tokens))
-        ids = np.fromiter(tokens.values(), np.int64, len(tokens))
-        said = self.tokens.append(emitting, ids)
-        if said is not ids:
-            tokens.update(zip(tokens, said.tolist(), strict=True))
-        for r in emitting[self.tokens.is_complete(emitting)].tolist():
-            if self.blocks.row_of[r] != NOBODY:
-                self.blocks.release(r)
+        said, num_complete = self.tokens.append(emitting, ids)
+        if num_complete > 0:
+            self.blocks.release(emitting[self.tokens.is_complete(emitting)])
+        return said
 
     def _check_hook(self, runner: Runner) -> None:
         """Refuse a model whose layers do not all come to the paged attention."""
@@ -357,6 +351,11 @@ class TransformersBackend:
                 f"model {self.loaded.name!r}: {runner.cache.num_writes} of {self.loaded.spec.num_layers} layers use "
                 "the attention interface; expected a decoder-only model such as Mistral, Llama or Qwen2"
             )
+
+
+def _work(request: Any, row: Any, num_tokens: Any, num_computed: Any, emits: Any) -> Work:
+    r, row, n, computed = (np.asarray(part, np.int64) for part in (request, row, num_tokens, num_computed))
+    return Work(r, row, n, computed, np.asarray(emits, bool))
 
 
 def split(work: Work) -> tuple[Work, Work]:

@@ -19,7 +19,8 @@ import torch
 from llmsched_gym.config import BLOCK_SIZE, blocks_needed
 from llmsched_gym.real_backend.attention import DecodeGroup, Segments
 from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, PlacedBlocks
-from llmsched_gym.real_backend.runner import Inputs, Runner, Work
+from llmsched_gym.real_backend.layout import Work
+from llmsched_gym.real_backend.runner import Inputs, Runner
 from llmsched_gym.real_backend.tokens import TokenStore
 
 DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,9 +10,11 @@ import numpy as np
 import torch
 
 from llmsched_gym.config import BLOCK_SIZE, blocks_needed
-from llmsched_gym.real_backend.attention import Chunk, DecodeGroup, KVCache, Segments
+from llmsched_gym.engine.jit import entry
+from llmsched_gym.real_backend.attention import Chunk, KVCache, Segments
 from llmsched_gym.real_backend.block_table import SCRATCH, BlockTable, PlacedBlocks
 from llmsched_gym.real_backend.errors import BackendError, one_line
+from llmsched_gym.real_backend.layout import Layout, Work
 from llmsched_gym.real_backend.tokens import TokenStore
 from llmsched_gym.real_backend.weights import LoadedModel
 
@@ -22,21 +25,7 @@ if TYPE_CHECKING:
 
 FUSED_TOLERANCE = {torch.float32: 1e-3}
 """Relative difference of logits up to which the fused pass is the model's own; 0.05 in half precision, which rounds."""
-MAX_PADDED_TOKENS = 1 << 16
-"""KV tokens, padding included, that one group of decodes gathers at a time: bounds the portable path's memory."""
-
-
-class Work(NamedTuple):
-    """Items of one forward pass; arrays of shape (num_items,)."""
-
-    request: np.ndarray  # request index
-    row: np.ndarray  # its row in the table of blocks
-    num_tokens: np.ndarray  # tokens to compute
-    num_computed: np.ndarray  # tokens whose KV is held already
-    emits: np.ndarray  # bool, whether a token is wanted
-
-    def take(self, order: np.ndarray | slice) -> Work:
-        return Work(*(part[order] for part in self))
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 class Inputs(NamedTuple):
@@ -62,19 +51,19 @@ class Runner:
         self.loaded, self.cache = loaded, cache
         self.device = loaded.device
         self.attention = attention
+        self.layout = Layout(self.device)
+        self._inference = torch.inference_mode()
         self.fused: FusedModel | None = None
         self.static: StaticBatches | None = None
 
-    def step(self, work: Work, table: BlockTable | PlacedBlocks, tokens: TokenStore) -> dict[int, int]:
-        """Run one batch; the greedy token of each emitting request. Blocks and prompts must be there."""
+    def step(self, work: Work, table: BlockTable | PlacedBlocks, tokens: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+        """Run one batch; emitting requests and the greedy token of each. Blocks and prompts must be there."""
         shape = self.static.shape_of(work) if self.static is not None else None
         if self.static is not None and shape is not None:
             emitting, best, ids = self.static.run(shape, work, table, tokens)
-            ids = self._finite(best, ids, emitting)
-        else:
-            inputs = self.lay_out(work, table, tokens)
-            emitting, ids = inputs.emitting, self.run(inputs)
-        return dict(zip(emitting.tolist(), ids.tolist(), strict=True))
+            return emitting, self._checked(ids, np.flatnonzero(~np.isfinite(best)), emitting)
+        inputs = self.lay_out(work, table, tokens)
+        return inputs.emitting, self.run(inputs)
 
     def try_kernel(self) -> None:
         """Go back to sdpa, with a warning, if the paged kernel does not run here (without a C compiler, say)."""
@@ -112,53 +101,15 @@ class Runner:
         )
 
     def lay_out(self, work: Work, table: BlockTable | PlacedBlocks, tokens: TokenStore) -> Inputs:
-        """The batch as tensors; blocks and prompts must be there."""
-        num_blocks = blocks_needed(work.num_computed + work.num_tokens)
-        single = work.num_tokens == 1
-        num_single = int(np.count_nonzero(single))
-        # Single tokens first, by the blocks of their sequences, so that groups of decodes are slices.
-        order = np.argsort(np.where(single, num_blocks, np.iinfo(np.int64).max), kind="stable")
-        work, num_blocks = work.take(order), num_blocks[order]
-        rows, lengths = work.row, work.num_computed + work.num_tokens
-
-        ends = np.cumsum(work.num_tokens, dtype=np.int64)
-        starts = ends - work.num_tokens
-        item: np.ndarray | slice  # of each row of the batch; (tokens,)
-        if num_single == len(rows):
-            item, positions = slice(None), work.num_computed
-        else:
-            item = np.repeat(np.arange(len(rows)), work.num_tokens)
-            positions = np.arange(ends[-1]) - starts[item] + work.num_computed[item]
-        blocks = table.blocks[rows[item], positions // BLOCK_SIZE]
-        slots = blocks * BLOCK_SIZE + positions % BLOCK_SIZE
-        ids = tokens.read(work.request[item], positions)
-        segments = Segments(self.cache, self._tensor(slots))
-        if self.attention == "triton":
-            widest = int(num_blocks.max())
-            segments.paged = self._paged(table.blocks[rows, :widest], work.num_tokens, work.num_computed)
-        else:
-            segments.decodes = [
-                DecodeGroup(
-                    a, b, self._tensor(table.blocks[rows[a:b], : num_blocks[b - 1]]), self._tensor(lengths[a:b])
-                )
-                for a, b in group_decodes(num_blocks[:num_single])
-            ]
-            segments.chunks = [
-                Chunk(
-                    int(starts[i]),
-                    int(ends[i]),
-                    int(work.num_computed[i]),
-                    self._tensor(table.blocks[rows[i] : rows[i] + 1, : num_blocks[i]]),
-                )
-                for i in range(num_single, len(rows))
-            ]
-        return Inputs(
-            input_ids=self._tensor(ids)[None],
-            position_ids=self._tensor(positions)[None],
-            last_rows=self._tensor(ends[work.emits] - 1),
-            segments=segments,
-            emitting=work.request[work.emits],
-        )
+        """The batch as tensors, good until the next one; blocks and prompts must be there."""
+        is_paged = self.attention == "triton"
+        laid = self.layout.fill(work, table, tokens, portable=not is_paged)
+        segments = Segments(self.cache, laid.slots, laid.decodes, laid.chunks)
+        if is_paged:
+            work = work.take(laid.order)
+            widest = int((work.num_computed + work.num_tokens - 1).max()) // BLOCK_SIZE + 1
+            segments.paged = self._paged(table.blocks[work.row, :widest], work.num_tokens, work.num_computed)
+        return Inputs(laid.ids, laid.positions, laid.wanted, segments, laid.emitting)
 
     def forward(self, inputs: Inputs) -> torch.Tensor:
         """Logits of the emitting rows, (num_emitting, vocab)."""
@@ -179,15 +130,14 @@ class Runner:
 
     def run(self, inputs: Inputs) -> np.ndarray:
         """Run the pass; the greedy token of each emitting request, (num_emitting,)."""
-        with torch.inference_mode():
-            best, ids = greedy(self.forward(inputs))
-        return self._finite(best, ids, inputs.emitting)
+        with self._inference:
+            ids, strange = greedy(self.forward(inputs))
+        return self._checked(ids, strange, inputs.emitting)
 
-    def _finite(self, best: np.ndarray, ids: np.ndarray, emitting: np.ndarray) -> np.ndarray:
-        """The tokens, if the logits they were chosen by are numbers."""
-        finite = np.isfinite(best)
-        if not finite.all():
-            names = ", ".join(str(r) for r in emitting[~finite].tolist()[:5])
+    def _checked(self, ids: np.ndarray, strange: np.ndarray, emitting: np.ndarray) -> np.ndarray:
+        """The tokens, if the logits they were chosen by are numbers; those of `strange` rows are not."""
+        if len(strange) > 0:
+            names = ", ".join(str(r) for r in emitting[strange].tolist()[:5])
             raise BackendError(
                 f"request {names}: the model's logits are not finite (nan or inf); check the weights of "
                 f"{self.loaded.name}, or use another dtype than {str(self.loaded.dtype).removeprefix('torch.')}"
@@ -224,23 +174,20 @@ class Runner:
 
 
 def greedy(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The largest logit of each row and its token, each (rows,), on the host; a nan in a row is its largest."""
+    """The token of each row's largest logit, (rows,), and the rows where it is not finite; a nan is a row's largest."""
     if logits.device.type == "cpu":  # numpy's argmax is the faster one there
-        rows = logits.float().numpy()
-        ids = rows.argmax(-1)
-        return rows[np.arange(len(rows)), ids], ids
-    best, chosen = logits.max(-1)
-    return best.float().cpu().numpy(), chosen.cpu().numpy()
+        rows: np.ndarray = (logits if logits.dtype == torch.float32 else logits.float()).numpy()
+        ids: np.ndarray = rows.argmax(-1)
+        if _are_finite(rows, ids):
+            return ids, _NO_ROWS
+        return ids, np.flatnonzero(~np.isfinite(rows[np.arange(len(ids)), ids]))
+    largest, chosen = logits.max(-1)
+    return chosen.cpu().numpy(), np.flatnonzero(~np.isfinite(largest.float().cpu().numpy()))
 
 
-def group_decodes(num_blocks: np.ndarray) -> list[tuple[int, int]]:
-    """Slices of decodes, given their increasing numbers of blocks, in which padding at most doubles what is read."""
-    groups = []
-    stop = len(num_blocks)
-    while stop > 0:
-        widest = int(num_blocks[stop - 1])
-        fit = max(MAX_PADDED_TOKENS // (widest * BLOCK_SIZE), 1)
-        start = max(int(np.searchsorted(num_blocks[:stop], (widest + 1) // 2)), stop - fit)
-        groups.append((start, stop))
-        stop = start
-    return groups[::-1]
+@entry()
+def _are_finite(rows, ids):
+    num_strange = 0
+    for i in range(rows.shape[0]):
+        num_strange += not math.isfinite(rows[i, ids[i]])
+    return num_strange == 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmsched_gym.engine.jit import entry
+from llmsched_gym.real_backend.errors import BackendError
+
 NUM_SPECIAL_IDS = 3
 """Ids at the start of a vocabulary that made-up prompts leave out (unknown, begin, end)."""
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -53,14 +56,16 @@ class TokenStore:
         self.seed, self.vocab_size = seed, vocab_size
         self.shares = shares
         self._num_given = np.zeros(len(self.prompt_tokens), np.int64)  # made up, or known when somebody shared them
-        self._ids = np.empty(int(self.start[-1]), np.int32)
+        self.ids = np.empty(int(self.start[-1]), np.int32)  # those of request r begin at start[r]
 
     def read(self, requests: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Ids at positions of requests, arrays of one shape; the tokens must be known."""
-        return self._ids[self.start[requests] + positions]
+        return self.ids[self.start[requests] + positions]
 
     def make_prompts(self, requests: np.ndarray) -> None:
         """Make the prompts that have not been needed yet."""
+        if not _any_new(requests, self.num_known):
+            return
         for r in requests[self.num_known[requests] == 0].tolist():
             n = int(self.prompt_tokens[r])
             self.give(r, n)
@@ -83,18 +88,23 @@ class TokenStore:
             own, at = there, int(self.start[r])
             if there == 0 and parent >= 0 and self.shares is not None:
                 own, first = int(self.shares[1][r]), int(self.start[parent])
-                self._ids[at : at + own] = self._ids[first : first + own]
-            self._ids[at + own : at + num_tokens] = prompt_ids(self.seed, r, num_tokens, self.vocab_size)[own:]
+                self.ids[at : at + own] = self.ids[first : first + own]
+            self.ids[at + own : at + num_tokens] = prompt_ids(self.seed, r, num_tokens, self.vocab_size)[own:]
             self._num_given[r] = num_tokens
 
-    def append(self, requests: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """Add one answered token to each request; the ids, or what somebody's prompt has had in their place."""
-        at = self.start[requests] + self.num_known[requests]
-        if self.shares is not None:
-            ids = np.where(self.num_known[requests] < self._num_given[requests], self._ids[at], ids)
-        self._ids[at] = ids
-        self.num_known[requests] += 1
-        return ids
+    def append(self, requests: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """Add one answered token to each request, `ids` int64.
+
+        Returns the ids, in whose place is what somebody's prompt has had there, and how many of the requests have all
+        their tokens now.
+        """
+        num_complete = _append(
+            requests, ids, self.start, self.ids, self.num_known, self._num_given, self.shares is not None
+        )
+        if num_complete < 0:
+            r = int(requests[-1 - num_complete])
+            raise BackendError(f"request {r}: a token behind the {self.total_tokens[r]} that it is to have")
+        return ids, num_complete
 
     def is_complete(self, requests: np.ndarray) -> np.ndarray:
         """Whether the requests have all tokens that they are to have."""
@@ -103,15 +113,41 @@ class TokenStore:
     def prompt(self, request: int) -> np.ndarray:
         self.make_prompts(np.array([request]))
         at = int(self.start[request])
-        return self._ids[at : at + int(self.prompt_tokens[request])].copy()
+        return self.ids[at : at + int(self.prompt_tokens[request])].copy()
 
     def answer(self, request: int) -> np.ndarray:
         """The tokens emitted so far."""
         at = int(self.start[request])
-        return self._ids[at + int(self.prompt_tokens[request]) : at + int(max(self.num_known[request], 0))].copy()
+        return self.ids[at + int(self.prompt_tokens[request]) : at + int(max(self.num_known[request], 0))].copy()
 
     def owner(self, r: int, position: int) -> int:
         """Whose own token stands at `position` of request `r`."""
         while self.shares is not None and position < self.shares[1][r]:
             r = int(self.shares[0][r])
         return r
+
+
+@entry()
+def _append(requests, said, start, ids, num_known, num_given, is_shared):
+    """Returns how many requests have all their tokens, -1 - i if the i-th had them before."""
+    num_complete = 0
+    for i in range(requests.shape[0]):
+        r = requests[i]
+        known, total = num_known[r], start[r + 1] - start[r]
+        if known >= total:
+            return -1 - i
+        if is_shared and known < num_given[r]:
+            said[i] = ids[start[r] + known]
+        else:
+            ids[start[r] + known] = said[i]
+        num_known[r] = known + 1
+        num_complete += known + 1 == total
+    return num_complete
+
+
+@entry()
+def _any_new(requests, num_known):
+    num_new = 0
+    for i in range(requests.shape[0]):
+        num_new += num_known[requests[i]] == 0
+    return num_new > 0

@@ -153,7 +153,7 @@ def test_a_second_process_finds_all_compiled_code(tmp_path):
     second = fresh_process(CACHE_USE, NUMBA_CACHE_DIR=str(tmp_path))
     assert len(list(tmp_path.glob("kernels-*"))) == 1, "a kernel's source was edited while the test ran"
     step = "llmsched_gym.engine.run"
-    for name in (f"{step}.run", f"{step}.schedule_env", f"{step}.commit_env", "slai", "vllm-v1", "rad"):
+    for name in (f"{step}.run", f"{step}.schedule_at", f"{step}.commit_env", "slai", "vllm-v1", "rad"):
         # once for all schedulers, not once for each
         assert first[name] == [0, 1], f"{name} was compiled {first[name][1]} times in the first process"
         assert second[name] == [1, 0], f"{name} was not found in the cache by the second"

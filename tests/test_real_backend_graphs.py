@@ -11,7 +11,8 @@ from test_real_backend import WORLD, generated, random_table, run_chaos, tiny_mo
 from llmsched_gym.real_backend import BackendError, make_backend
 from llmsched_gym.real_backend.attention import NAME, KVCache, choose_attention
 from llmsched_gym.real_backend.graphs import Shape, StaticBatches, decode_sizes, padded_size
-from llmsched_gym.real_backend.runner import Runner, Work
+from llmsched_gym.real_backend.layout import Work
+from llmsched_gym.real_backend.runner import Runner
 from llmsched_gym.real_backend.weights import LoadedModel, model_spec
 
 torch.set_num_threads(1)
@@ -35,7 +36,7 @@ def prefilled(graphs, lengths=(40, 17, 33)):
     request, computed = np.arange(n), np.array(lengths)
     prompts = backend._take_blocks(request, computed, np.zeros(n, np.int32), np.ones(n, bool))
     backend.tokens.make_prompts(request)
-    backend._book(backend._run(prompts, backend.blocks))
+    backend._book(*backend._run(prompts, backend.blocks))
     return backend, backend._take_blocks(request, np.ones(n, np.int64), computed, np.ones(n, bool))
 
 
@@ -68,7 +69,8 @@ def test_static_shapes_give_what_the_eager_path_gives():
     for graphs in (True, False):
         backend, work = prefilled(graphs)
         assert (backend.runner.static is not None) == graphs
-        steps.append(backend.runner.step(work, backend.blocks, backend.tokens))
+        emitting, ids = backend.runner.step(work, backend.blocks, backend.tokens)
+        steps.append(dict(zip(emitting.tolist(), ids.tolist(), strict=True)))
     assert steps[0] == steps[1] and len(steps[0]) == 3
 
 

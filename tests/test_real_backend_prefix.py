@@ -300,8 +300,8 @@ def test_prompts_begin_with_what_they_share():
     assert store.prompt(1)[:25].tolist() == last[:25].tolist()
     assert [store.owner(2, i) for i in (0, 21, 22, 24, 25)] == [0, 0, 1, 1, 2]
     # what request 0 has not said before others begin with it, it says then; behind that it is free again
-    assert store.append(np.array([0]), np.array([12])).tolist() == [last[21]]
-    assert store.append(np.array([0]), np.array([13])).tolist() == [13]
+    assert store.append(np.array([0]), np.array([12]))[0].tolist() == [last[21]]
+    assert store.append(np.array([0]), np.array([13]))[0].tolist() == [13]
     assert store.answer(0).tolist() == [11, last[21], 13]
 
 

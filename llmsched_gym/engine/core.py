@@ -12,8 +12,9 @@ from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import run as kernels
 from llmsched_gym.engine.load import append_request, load_table
-from llmsched_gym.engine.places import cached_blocks, places_of
+from llmsched_gym.engine.places import cached_blocks
 from llmsched_gym.engine.state import Replica, State, allocate, grow, make_handle
+from llmsched_gym.engine.told import ScheduledBatch, apply_told, tell
 from llmsched_gym.engine.view import Batch, View, has_arrived, submit
 from llmsched_gym.workload import NOISE_BLOCK, Request, RequestTable, noise_block
 
@@ -34,20 +35,6 @@ class Execution(NamedTuple):
     duration_s: float  # measured
     tokens: dict[int, int] | None = None  # by request, if it is a real one
     ended: Collection[int] = ()
-
-
-class ScheduledBatch(NamedTuple):
-    """The applied batch as a backend gets it; arrays of shape (num_items,), by order of scheduling."""
-
-    request: np.ndarray  # int32, request index
-    num_tokens: np.ndarray  # int32, tokens to compute
-    num_computed: np.ndarray  # int32, tokens whose KV is held already
-    emits: np.ndarray  # bool, whether the pass produces a token
-    preempted: np.ndarray  # int32, requests whose KV was freed before this batch
-    running: np.ndarray  # int32, all requests that hold KV; whoever left since the last batch is not among them
-    # with prefix caching int32 (num_items, most blocks of an item), NONE behind an item's last: places of its blocks,
-    # those that this batch fills included; what is computed already lies there, whoever computed it. Else None.
-    blocks: np.ndarray | None = None
 
 
 class Backend(Protocol):
@@ -213,7 +200,7 @@ class Engine:
         if hasattr(scheduler, "decide"):
             scheduler.decide(self, env)
         elif compiled is not None:
-            kernels.with_scheduler("schedule_env")(self.handle, env, compiled)
+            kernels.schedule_at(self.handle, env, kernels.address_of(compiled))
         else:
             kernels.clear_batch_env(self.handle, env)
             if self.has_work(env):
@@ -224,27 +211,26 @@ class Engine:
     def execute(self, env: int = 0) -> Execution:
         """Apply the decided batch, run it on the backend and commit it; an empty one idles."""
         self._check_env(env)
-        handle = self.handle
-        preempted_before = self._preemptions(env) if self.backend is not None else None
-        execution = Execution(0.0)
-        if kernels.apply_env(handle, env):
-            if self.backend is None:
+        handle, execution = self.handle, Execution(0.0)
+        if self.backend is None:
+            if kernels.apply_env(handle, env):
                 execution = Execution(float(kernels.execute_env(handle, env)))
-            else:
-                scheduled = self.scheduled(env, preempted_before)
-                execution = self.backend.execute(scheduled)
-                if not 0.0 <= execution.duration_s < math.inf:
-                    raise ValueError(f"backend: expected a duration in seconds >= 0, got {execution.duration_s!r}")
-                self._end(env, scheduled, execution.ended)
+        elif (scheduled := apply_told(self.state, handle, env)) is not None:
+            execution = self.backend.execute(scheduled)
+            if not 0.0 <= execution.duration_s < math.inf:
+                raise ValueError(f"backend: expected a duration in seconds >= 0, got {execution.duration_s!r}")
+            self._end(env, scheduled, execution.ended)
         if kernels.commit_env(handle, env, execution.duration_s) and self.noise_due(env):
             self.refill_noise(env)
         return execution
 
     def _end(self, env: int, scheduled: ScheduledBatch, ended: Collection[int]) -> None:
         """Let the token that comes now be the last of those requests."""
-        if ended and self.scenario.async_lag:
+        if not ended:
+            return
+        if self.scenario.async_lag:
             raise ConfigError("async_lag: expected False with a backend that ends requests, got True")
-        emitting = set(scheduled.request[scheduled.emits].tolist()) if ended else set()
+        emitting = set(scheduled.request[scheduled.emits].tolist())
         for r in ended:
             if r not in emitting:
                 raise ValueError(f"backend: expected ended requests to emit a token in this batch, got {r!r}")
@@ -281,21 +267,7 @@ class Engine:
                 raise StalledScheduler(f"no batch in {MAX_IDLE_STEPS} steps although work is pending")
         return self.is_over(env)
 
-    def scheduled(self, env: int = 0, preempted_before: np.ndarray | None = None) -> ScheduledBatch:
-        """The applied batch, evicted requests left out."""
-        requests = self.state.requests[env]
-        items = self.state.items[env, : self.state.batches[env].num_items]
-        r = items["request"][requests["num_scheduled_tokens"][items["request"]] > 0]
-        n = requests["num_scheduled_tokens"][r]
-        computed = requests["num_computed_tokens"][r]
-        emits = computed + n >= requests["prefill_tokens"][r]
-        preempted = np.zeros(0, np.int32)
-        if preempted_before is not None:
-            now = self._preemptions(env)
-            preempted = np.flatnonzero(now > preempted_before).astype(np.int32)
-        running = self.state.running[env, : self.state.sims[env].num_running]
-        blocks = places_of(self.state, env, r, computed + n) if self.scenario.prefix_caching else None
-        return ScheduledBatch(r.copy(), n.copy(), computed.copy(), emits, preempted, running.copy(), blocks)
-
-    def _preemptions(self, env: int) -> np.ndarray:
-        return self.state.requests[env]["num_preemptions"].copy()
+    def scheduled(self, env: int = 0) -> ScheduledBatch:
+        """The applied batch, evicted requests left out; of those preempted for it nothing is told."""
+        self._check_env(env)
+        return tell(self.state, self.handle, env)

@@ -9,12 +9,22 @@ from functools import cache
 from typing import Any
 
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from llmsched_gym.engine.batch import batch_s
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.lag import foresee, land, settle, take_off
 from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time, remember
-from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, env_of, episode_of, lane_of, unpack
+from llmsched_gym.engine.state import (
+    HANDLE_TYPE,
+    SCHEDULE_SIGNATURE,
+    SCHEDULE_TYPE,
+    env_of,
+    episode_of,
+    lane_of,
+    unpack,
+)
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, count_usage, has_work, idle, is_over
 from llmsched_gym.engine.surface import ID, has_surface, predicted_s, recount
 
@@ -146,15 +156,21 @@ def enter_env(s, k, r):
     average(lane.sim, 0.0)
 
 
+@kernel()
+def apply_formed(s, k, lane):
+    """Apply the batch that was formed for lane `k`, with or without another one under way."""
+    if lane.sim.async_lag:
+        apply_lagging(s, k, lane, s.worlds[env_of(s, k)])
+    else:
+        apply_batch(lane, s.worlds[env_of(s, k)])
+
+
 @entry()
 def apply_env(s, k):
     """First half of a step whose batch was formed outside compiled code; returns the tokens that are to run."""
     state = unpack(s)
-    lane, world = lane_of(state, k), state.worlds[env_of(state, k)]
-    if lane.sim.async_lag:
-        apply_lagging(state, k, lane, world)
-    else:
-        apply_batch(lane, world)
+    lane = lane_of(state, k)
+    apply_formed(state, k, lane)
     return lane.batch.num_tokens
 
 
@@ -202,6 +218,35 @@ def see_flight_env(s, k):
     see_flight(s, k, lane_of(s, k))
 
 
+def _code_at(context: Any, address: Any) -> Any:
+    """For numba: the compiled scheduler whose code begins at `address`."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function: Any = cgutils.create_struct_proxy(SCHEDULE_TYPE)(context, builder)
+        function.jit_addr = builder.inttoptr(args[0], cgutils.voidptr_t)
+        return function._getvalue()
+
+    return SCHEDULE_TYPE(types.intp), build
+
+
+_scheduler_at: Any = intrinsic(_code_at) if JIT_ENABLED else lambda schedule: schedule
+
+
+@cache
+def address_of(schedule: Any) -> Any:
+    """Where the code of a compiled scheduler begins, which costs nothing to hand over; itself without compilation."""
+    if not JIT_ENABLED:
+        return schedule
+    done = schedule.get_compile_result(SCHEDULE_SIGNATURE)
+    return done.library.get_pointer_to_function(done.fndesc.llvm_func_name)
+
+
+@entry()
+def schedule_at(s, k, address):
+    """:func:`schedule_env` for Python, with the scheduler's :func:`address_of`."""
+    schedule_env(s, k, _scheduler_at(address))
+
+
 @kernel(inline="always")
 def run_lane(s, k, schedule, max_steps, max_idle_steps):
     """:func:`run` on an unpacked state, for kernels to inline: the one loop of whole runs, whoever decides."""
@@ -232,15 +277,12 @@ def run(s, k, schedule, max_steps, max_idle_steps):
     return _run(unpack(s), k, schedule, max_steps, max_idle_steps)
 
 
-_POINTER_SIGNATURES = {
-    "schedule_env": types.void(HANDLE_TYPE, types.int64, SCHEDULE_TYPE),
-    "run": types.int64(HANDLE_TYPE, types.int64, SCHEDULE_TYPE, types.int64, types.int64),
-}
+_POINTER_SIGNATURES = {"run": types.int64(HANDLE_TYPE, types.int64, SCHEDULE_TYPE, types.int64, types.int64)}
 
 
 @cache
 def with_scheduler(name: str) -> Any:
-    """The kernel `run` or `schedule_env`, compiled once for schedulers as function pointers.
+    """The kernel `run`, compiled once for schedulers as function pointers.
 
     Left to itself numba compiles it for each scheduler, and no later process finds that in the cache.
     """
