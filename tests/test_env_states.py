@@ -247,6 +247,25 @@ def test_a_single_environment_and_a_slot_exchange_states():
     assert [t[1] for t in again] == [m[1][1] for m in play_all(envs, [np.stack([a, a]) for a in actions[60:]])]
 
 
+def test_turns_that_are_due_and_what_schedulers_remember_come_back():
+    env = LLMSchedEnv("agents", horizon_s=40.0)
+    env.reset(seed=0)
+    action, state = np.zeros(env.action_space.shape, np.int64), env.core.engine.state
+    while state.worlds["num_due"][0] < 3:
+        env.step(action)
+    state.memory[0] = np.arange(state.memory.shape[1])
+    now, count = env.get_state(), int(state.worlds["num_due"][0])
+    due, memory, blocks = state.due[0, :count].copy(), state.memory.tobytes(), state.blocks.tobytes()
+    env.reset(seed=1)
+    state = env.core.engine.state  # which may have grown
+    state.due[:], state.memory[:] = 0, 0.0
+    play(env, [action] * 50)
+    env.set_state(now)
+    state = env.core.engine.state
+    assert state.worlds["num_due"][0] == count and np.array_equal(state.due[0, :count], due) and due.any()
+    assert (state.memory.tobytes(), state.blocks.tobytes()) == (memory, blocks)
+
+
 @pytest.mark.parametrize("name", ["slai", "rad", "sglang", "learned"])
 def test_schedulers_go_on_from_a_state(name):
     admission = getattr(make_scheduler(name), "admission", "prompt")
