@@ -29,8 +29,8 @@ class _SeededVectorEnv(LLMSchedVectorEnv):
 class TrainingEnv(LLMSchedVecEnv):
     """`num_envs` environments on episodes of the training seeds, chosen by `seed`.
 
-    The state between two steps is a dict of arrays (:meth:`get_state`); an environment of the same settings goes on
-    from it as if nothing had happened (:meth:`set_state`).
+    The state of all between two steps is a dict of arrays (:meth:`save`), which a checkpoint keeps without a pickle; an
+    environment of the same settings goes on from it as if nothing had happened (:meth:`restore`).
     """
 
     def __init__(self, num_envs: int, suite: str, seed: int, **fields: Any) -> None:
@@ -47,7 +47,7 @@ class TrainingEnv(LLMSchedVecEnv):
         self._seeds = [None] * self.num_envs
         self._options = [{} for _ in range(self.num_envs)]
 
-    def get_state(self) -> dict[str, Any]:
+    def save(self) -> dict[str, Any]:
         core = self.env.core
         tables = [table.seed for table in core.tables if table is not None]
         return {
@@ -59,7 +59,7 @@ class TrainingEnv(LLMSchedVecEnv):
             "episodes": json.dumps(self.env.episodes.bit_generator.state),
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         core = self.env.core
         core.engine.reserve(state["arrays"]["requests"].shape[1], state["arrays"]["gaps"].shape[1])
         for arrays, saved in ((core.engine.state, state["arrays"]), (core.arrays, state["outputs"])):
@@ -67,8 +67,8 @@ class TrainingEnv(LLMSchedVecEnv):
                 array[...] = saved[name].view(array.dtype)
         for env, seed in enumerate(state["tables"].tolist()):
             core.tables[env] = table = make_table(self.env.config, seed)
-            core.engine._seeds[env] = core.seeds[env] = seed
-            core.qps[env] = table.qps
+            core.seeds[env], core.qps[env] = seed, table.qps
+            core.engine.adopt(env, seed)
         self.env._is_over[:], self.env._any_over = False, False
         self._returns[:], self._lengths[:] = state["returns"], state["lengths"]
         self.env.episodes.bit_generator.state = json.loads(state["episodes"])

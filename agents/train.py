@@ -230,7 +230,7 @@ def train(config: Config) -> Path:
         model.policy.load_state_dict(saved["policy"])
         model.policy.optimizer.load_state_dict(saved["optimizer"])
         model.ep_info_buffer.extend(saved["episodes"])  # type: ignore[union-attr]
-        env.set_state(saved["env"])
+        env.restore(saved["env"])
         if config.is_real:  # no checkpoint holds a model's KV
             start_episodes(model, env)
         set_random_state(saved["random"])
@@ -284,7 +284,7 @@ def train(config: Config) -> Path:
                     "observation": model._last_obs,
                     "episode_starts": np.asarray(model._last_episode_starts),
                     "episodes": list(model.ep_info_buffer or ()),
-                    "env": env.get_state(),
+                    "env": env.save(),
                     "random": random_state(),
                     "best": best,
                     "last_eval": last_eval,

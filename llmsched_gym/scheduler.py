@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -100,6 +100,17 @@ class Compiled:
     own: tuple[Own, ...] = ()  # and those that it alone has, at most records.OWN_KNOBS
     orders: tuple[str, ...] = ORDERS  # what its `order` may be
     plan: Callable | None = None  # entry (handle, env) that sets the knobs of the batch to come, if they change
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            if make_scheduler(self.name) == self:  # what is compiled of it is made anew where it is read
+                return make_scheduler, (self.name,)
+        except PolicyError:
+            pass
+        return Compiled, tuple(getattr(self, field.name) for field in fields(self))
+
+    def __deepcopy__(self, memo: Any) -> Compiled:
+        return self
 
     @cached_property
     def kernel(self) -> Any:

@@ -127,7 +127,7 @@ def test_episodes_come_from_training_seeds_and_the_state_can_be_put_back():
     for a in actions[:50]:
         first.step(a)
     second.reset()
-    second.set_state(first.get_state())
+    second.restore(first.save())
     for a in actions[50:]:
         x, y = first.step(a), second.step(a)
         assert np.array_equal(x[0], y[0]) and np.array_equal(x[1], y[1]) and np.array_equal(x[2], y[2])

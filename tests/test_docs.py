@@ -58,6 +58,12 @@ def test_examples_run(name, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_planning_with_states_pays(capsys):
+    runpy.run_path(str(ROOT / "examples" / "planning.py"), run_name="__main__")
+    rows = [list(map(float, line.split()[1:])) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(rows) == 3 and all(planned > alone for alone, planned in rows)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_custom_scheduler_serves_everybody_where_memory_is_short(seed):
     world = LLMSchedEnv("paper", qps=3.0, num_requests=150, num_kv_blocks=2000).config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from llmsched_gym.cluster.router import (
     make_router,
     seed_dice,
 )
+from llmsched_gym.cluster.saved import NodeCopier, SavedCluster
 from llmsched_gym.cluster.state import DECODES, Nodes, allocate, handle_of
 from llmsched_gym.config import ROLES, ClusterScenario, ConfigError
 from llmsched_gym.cost import Profile, load_profile
@@ -27,7 +29,8 @@ from llmsched_gym.engine.blocks import NUM_COLUMNS, load_blocks, table_size
 from llmsched_gym.engine.core import MAX_IDLE_STEPS
 from llmsched_gym.engine.load import load_table
 from llmsched_gym.engine.records import NONE
-from llmsched_gym.engine.state import Replica, State, grow, make_handle
+from llmsched_gym.engine.saved import Copier
+from llmsched_gym.engine.state import Replica, State, aligned, grow, make_handle
 from llmsched_gym.engine.state import allocate as allocate_state
 from llmsched_gym.engine.view import View, submit
 from llmsched_gym.scheduler import install, make_scheduler
@@ -92,16 +95,52 @@ class Cluster:
             num_records=max(table_size(r.num_kv_blocks) for r in self.replicas) if reported else 0,
             columns=NUM_COLUMNS,
         )
-        self._handles()
+        self._point()
         self._record_gaps = num_gaps > 0
-        self._seeds = np.zeros(num_envs, np.int64)
+        self._seeds, self._noise_seeds = [0] * num_envs, [0] * num_envs
         self.decode_router = make_router(scenario.decode_router)
         if not isinstance(self.decode_router, CompiledRouter):
             raise ConfigError(f"decode_router: expected a compiled router, got {scenario.decode_router!r}")
         self.set_scheduler(scenario.replica_scheduler if scheduler is None else scheduler)
 
-    def _handles(self) -> None:
+    def _point(self) -> None:
+        """Refer to the arrays."""
         self.handle, self.nodes_handle = make_handle(self.state), handle_of(self.nodes)
+        self._copier, self._node_copier = Copier(self.state), NodeCopier(self.nodes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = ("handle", "nodes_handle", "_copier", "_node_copier", "compiled")
+        return {name: value for name, value in vars(self).items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.state = aligned(self.state)
+        self.compiled = getattr(state["schedulers"][0], "kernel", None)
+        self._point()
+
+    def save(self, env: int = 0) -> SavedCluster:
+        """Environment `env` as it is now, to be put back with :meth:`restore`; so are schedulers in Python."""
+        saved = self._copier.take(env, self._noise_seeds[env])
+        schedulers = [] if self.compiled is not None else [self.schedulers[k] for k in self.lanes(env)]
+        return self._node_copier.take(env, saved, tuple(copy.deepcopy(schedulers)), self._seeds[env])
+
+    def restore(self, saved: SavedCluster, env: int = 0, noise_seed: int | None = None) -> None:
+        """Make environment `env` what `saved`, of a cluster of the same scenario and profiles, is.
+
+        The noise on the batches to come is that which it would have been, or is drawn from `noise_seed`.
+        """
+        self.reserve(saved.saved.given.num_requests, saved.saved.given.num_gaps)
+        while self.state.waiting.shape[1] < saved.room:
+            self._make_room()
+        self._copier.put(env, saved.saved)
+        self._node_copier.put(env, saved)
+        for k, scheduler in zip(self.lanes(env), copy.deepcopy(list(saved.schedulers)), strict=False):
+            self.schedulers[k] = scheduler
+            if hasattr(scheduler, "stand_at"):
+                scheduler.stand_at(k, len(self.schedulers))
+        self._seeds[env] = saved.seed
+        self._noise_seeds[env] = saved.saved.noise_seed if noise_seed is None else noise_seed
+        self._fill_noise(env)
 
     def set_scheduler(self, scheduler: str | Any) -> None:
         """Let `scheduler` form the batches of all replicas, by its admission rule, from the next reset on."""
@@ -131,7 +170,7 @@ class Cluster:
                     fields[name] = np.zeros((len(old), max(capacity, old.shape[1])), old.dtype)
                     fields[name][:, : old.shape[1]] = old
             self.nodes = Nodes(**fields)
-            self._handles()
+            self._point()
 
     def reset(self, table: RequestTable, env: int = 0) -> None:
         """Put environment `env` at time 0 before `table`."""
@@ -140,7 +179,9 @@ class Cluster:
         ends = [k for k, role in zip(self.lanes(env), scenario.roles, strict=False) if role != "prefill"]
         if ends:
             state.episodes[env].largest_request = state.sims["largest_request"][ends].max()
-        self._seeds[env] = table.seed
+        self._copier.forget(env)
+        self._node_copier.forget(env)
+        self._seeds[env] = self._noise_seeds[env] = table.seed
         n = len(table)
         nodes.replica_of[env, :n] = NONE
         nodes.replica_of[env, : table.num_past] = table.session_id[: table.num_past] % self.num_replicas
@@ -153,10 +194,7 @@ class Cluster:
         seed_dice(nodes, env, table.seed)
         self.decode_router.install(nodes, env, DECODES)
         self._load_nodes(env)
-        if self.noisy:
-            for k in self.lanes(env):
-                for block in (0, 1):
-                    self._fill_noise(k, block)
+        self._fill_noise(env)
         for k in self.lanes(env):
             install(self.schedulers[k], state, k, table.seed)
         kernels.start(self.handle, self.nodes_handle, env, self.num_replicas)
@@ -186,10 +224,17 @@ class Cluster:
         """The indices of an environment's replicas among all lanes."""
         return range(env * self.num_replicas, (env + 1) * self.num_replicas)
 
-    def _fill_noise(self, k: int, block: int) -> None:
+    def _fill_noise(self, env: int) -> None:
+        """Of each replica the noise block in use, and the one after it."""
+        for k in self.lanes(env) if self.noisy else ():
+            block = int(self.state.sims["num_batches"][k]) // NOISE_BLOCK
+            for each in (block, block + 1):
+                self._draw_noise(k, each)
+
+    def _draw_noise(self, k: int, block: int) -> None:
         env, replica = divmod(k, self.num_replicas)
         start = (block % 2) * NOISE_BLOCK
-        draws = noise_block(self.scenario, int(self._seeds[env]), block, replica)
+        draws = noise_block(self.scenario, self._noise_seeds[env], block, replica)
         self.state.noise[k, start : start + NOISE_BLOCK] = draws
 
     def view(self, env: int = 0) -> RouterView:
@@ -211,7 +256,7 @@ class Cluster:
         """Let twice as many requests wait at a replica."""
         state = self.state
         self.state = grow(state, state.requests.shape[1], room=2 * state.waiting.shape[1])
-        self._handles()
+        self._point()
 
     @property
     def loop_args(self) -> tuple[Any, bool]:
@@ -225,7 +270,7 @@ class Cluster:
             self._form(env, int(route.lane))
         elif code == REFILL:
             k = int(route.lane)
-            self._fill_noise(k, int(self.state.sims[k].num_batches) // NOISE_BLOCK + 1)
+            self._draw_noise(k, int(self.state.sims[k].num_batches) // NOISE_BLOCK + 1)
         elif code == ROOM:
             self.send(int(route.lane), env)
         elif code == CHANGE:
@@ -304,7 +349,7 @@ class Cluster:
         if isinstance(router, CompiledRouter):
             router.install(self.nodes, env)
         elif hasattr(router, "reset"):
-            router.reset(int(self._seeds[env]))
+            router.reset(self._seeds[env])
         while True:
             code = self.advance(env, router, to_the_end=True)
             if code == OVER:

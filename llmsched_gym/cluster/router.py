@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -96,6 +96,17 @@ class CompiledRouter:
     own: tuple[Own, ...] = ()  # parameters in brackets, read as ``route.options[i]``
     settings: Mapping[str, float] = field(default_factory=dict)
     name: str = ""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            if make_router(self.name) == self:  # what is compiled of it is made anew where it is read
+                return make_router, (self.name,)
+        except PolicyError:
+            pass
+        return CompiledRouter, tuple(getattr(self, field.name) for field in fields(self))
+
+    def __deepcopy__(self, memo: Any) -> CompiledRouter:
+        return self
 
     @cached_property
     def kernel(self) -> Any:

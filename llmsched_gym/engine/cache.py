@@ -27,9 +27,15 @@ _NAME = re.compile(r"kernels-[0-9a-f]{16}")
 
 
 @cache
+def kernels_digest() -> str:
+    """16 hexadecimal digits that change with any file that kernels depend on."""
+    return digest(KERNELS)
+
+
+@cache
 def cache_dir() -> str:
     """Folder of the compiled kernels: in NUMBA_CACHE_DIR or the user's cache, else in the system's temporary folder."""
-    name = f"kernels-{digest(KERNELS)}"
+    name = f"kernels-{kernels_digest()}"
     for root in (_user_root(), _temporary_root()):
         path = _usable(root, name)
         if path is not None:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.engine import run as kernels
 from llmsched_gym.engine.load import append_request, load_table
 from llmsched_gym.engine.places import cached_blocks
-from llmsched_gym.engine.state import Replica, State, allocate, grow, make_handle
+from llmsched_gym.engine.saved import Copier, Saved
+from llmsched_gym.engine.state import Replica, State, aligned, allocate, grow, make_handle
 from llmsched_gym.engine.told import ScheduledBatch, apply_told, tell
 from llmsched_gym.engine.view import Batch, View, has_arrived, submit
 from llmsched_gym.workload import NOISE_BLOCK, Request, RequestTable, noise_block
@@ -94,15 +93,56 @@ class Engine:
             num_gaps=num_gaps,
             num_steps=num_steps,
         )
-        self.handle = make_handle(self.state)
         self._record_gaps = num_gaps > 0
-        self._seeds = np.zeros(num_envs, np.int64)
+        self._noise_seeds = [0] * num_envs
+        self._point()
+
+    def _point(self) -> None:
+        """Refer to the arrays of the state."""
+        self.handle, self._copier = make_handle(self.state), Copier(self.state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_backend()
+        return {name: value for name, value in vars(self).items() if name not in ("handle", "_copier")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.state = aligned(self.state)
+        self._point()
+
+    def _check_backend(self) -> None:
+        if self.backend is not None:
+            what = "expected the simulated device for saved states, pickles and copies"
+            raise ConfigError(f"backend: {what}, got {type(self.backend).__name__}, which holds a state of its own")
+
+    def save(self, env: int = 0) -> Saved:
+        """Environment `env` as it is now, to be put back with :meth:`restore`. ConfigError on a real backend."""
+        self._check_env(env)
+        self._check_backend()
+        return self._copier.take(env, self._noise_seeds[env])
+
+    def restore(self, saved: Saved, env: int = 0, noise_seed: int | None = None) -> None:
+        """Make environment `env` what `saved`, of an engine of the same scenario and profiles, is.
+
+        The noise on the batches to come is that which it would have been, or is drawn from `noise_seed`.
+        """
+        self._check_env(env)
+        self._check_backend()
+        self.reserve(saved.given.num_requests, saved.given.num_gaps)
+        self._copier.put(env, saved)
+        self._noise_seeds[env] = saved.noise_seed if noise_seed is None else noise_seed
+        self._fill_noise(env)
 
     def reserve(self, capacity: int, num_gaps: int = 0) -> None:
         """Make room for so many requests and recorded gaps an environment; if the arrays grow, the handle changes."""
         if capacity > self.state.requests.shape[1] or num_gaps > self.state.gaps.shape[1]:
             self.state = grow(self.state, capacity, num_gaps)
-            self.handle = make_handle(self.state)
+            self._point()
+
+    def adopt(self, env: int, noise_seed: int) -> None:
+        """Go on from what was written into the arrays of environment `env`, with the noise of `noise_seed`."""
+        self._copier.forget(env)
+        self._noise_seeds[env] = noise_seed
 
     def _check_env(self, env: int) -> None:
         """Compiled code does not notice an index outside its arrays."""
@@ -114,13 +154,12 @@ class Engine:
         """Put environment `env` at time 0 before `table`."""
         self._check_env(env)
         load_table(self.state, env, table, self.scenario, self._replicas, record_gaps=self._record_gaps)
-        self._seeds[env] = table.seed
+        self._copier.forget(env)
+        self._noise_seeds[env] = table.seed
         forget = getattr(self.backend, "reset", None)
         if forget is not None:
             forget(table)
-        if self.noisy:
-            for block in (0, 1):
-                self._fill_noise(env, block)
+        self._fill_noise(env)
         kernels.start(self.handle, env)
         fill = getattr(self.backend, "fill", None)
         if fill is not None and self.scenario.prefix_caching and table.num_past > 0:
@@ -142,6 +181,7 @@ class Engine:
         gaps = int(state.output_tokens[env, :r].sum()) + request.output_tokens - r if self._record_gaps else 0
         self.reserve(room if r < room else 2 * room, gaps if gaps <= state.gaps.shape[1] else 2 * gaps)
         append_request(self.state, env, request, arrival_s)
+        self._copier.forget(env)
         kernels.enter_env(self.handle, env, r)
         return r
 
@@ -155,9 +195,16 @@ class Engine:
         if request.shared_tokens > most:
             raise ConfigError(f"shared_tokens: expected 0 to {most}, got {request.shared_tokens}")
 
-    def _fill_noise(self, env: int, block: int) -> None:
+    def _fill_noise(self, env: int) -> None:
+        """The noise block in use, and the one after it."""
+        if self.noisy:
+            block = int(self.state.sims["num_batches"][env]) // NOISE_BLOCK
+            for each in (block, block + 1):
+                self._draw_noise(env, each)
+
+    def _draw_noise(self, env: int, block: int) -> None:
         start = (block % 2) * NOISE_BLOCK
-        self.state.noise[env, start : start + NOISE_BLOCK] = noise_block(self.scenario, int(self._seeds[env]), block)
+        self.state.noise[env, start : start + NOISE_BLOCK] = noise_block(self.scenario, self._noise_seeds[env], block)
 
     def noise_due(self, env: int) -> bool:
         """Whether the batch just done was the last of its noise block."""
@@ -167,7 +214,7 @@ class Engine:
         """Draw the noise block after the one in use; call it whenever a block has been used up."""
         block = int(self.state.sims[env].num_batches) // NOISE_BLOCK
         if block >= 1:
-            self._fill_noise(env, block + 1)
+            self._draw_noise(env, block + 1)
 
     def is_over(self, env: int = 0) -> bool:
         """Whether the run has ended: its cohort is resolved, or its time is up."""

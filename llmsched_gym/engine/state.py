@@ -311,6 +311,15 @@ def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def aligned(state: State) -> State:
+    """The same state with the arrays that :func:`aligned_zeros` makes where it makes them, as copies are not."""
+    fields = state._asdict()
+    for name in ("requests", "blocks"):
+        fields[name] = aligned_zeros(fields[name].shape, fields[name].dtype)
+        fields[name].reshape(-1).view(np.uint8)[:] = getattr(state, name).reshape(-1).view(np.uint8)
+    return State(**fields)
+
+
 def empty_line(sims: Any) -> None:
     """Nobody stands in the waiting line's index: also before the first table, where 0 would be a request."""
     for name in ("first_open", "last_open", "first_expired", "last_expired", "expired_strict", "expired_others"):

@@ -8,10 +8,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.utils.seeding import np_random
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.env.arrays import DURATION_S, INFOS, PAUSED
 from llmsched_gym.env.episode import METRICS
+from llmsched_gym.env.saved import EnvState
 from llmsched_gym.env.spec import JsonSpec
 from llmsched_gym.workload import check_seed
 
@@ -50,12 +52,24 @@ class SimulatedEnv(JsonSpec, gym.Env):
         """Be environment `index` of `core`."""
         self.core, self._index, self.render_mode = core, index, render_mode
         self.action_space, self.observation_space = core.action_space, core.observation_space
-        outcome = core.arrays.outcomes[index]
-        self._verdict, self._told = outcome[:PAUSED], outcome[DURATION_S:]
+        self._connect()
         self._episode = np.int64(0), np.float64(math.nan)  # seed and rate
         self._has_metrics = core.config.episode_metrics
         self._is_over = True  # until reset
+        self._scheduler: Any = None  # whose settings the engine holds, see LLMSchedEnv
+        self._next_scheduler: Any = None
+
+    def _connect(self) -> None:
+        outcome = self.core.arrays.outcomes[self._index]
+        self._verdict, self._told = outcome[:PAUSED], outcome[DURATION_S:]
         self._viewer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_verdict", "_told", "_viewer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connect()
 
     @property
     def config(self) -> Any:
@@ -89,6 +103,38 @@ class SimulatedEnv(JsonSpec, gym.Env):
             raise gym.error.ResetNeeded(NO_EPISODE)
         self.core.act(action)
         return self._outcome()
+
+    def get_state(self) -> EnvState:
+        """This moment of the episode, to be gone back to with :meth:`set_state`.
+
+        ResetNeeded before the first reset, ConfigError on a real backend.
+        """
+        if self.core.tables[self._index] is None:
+            raise gym.error.ResetNeeded("get_state: no episode has begun, call reset()")
+        generator = self.np_random.bit_generator.state
+        moment = self.core.save(self._index)
+        return EnvState(moment, generator, self._np_random_seed or 0, self._is_over, scheduler=self._scheduler)
+
+    def set_state(self, state: EnvState, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Be at the moment at which `state` was taken; returns the observation and the info of that moment.
+
+        What follows is what followed then, bit for bit: the noise on batch times and the seeds of later episodes are
+        part of the state. With `seed` both are drawn anew from it; where nothing is noisy the episode goes on as it
+        did. ConfigError for a state of other settings, another cost profile or another version.
+        """
+        state = self.core.check_state(state)
+        if seed is not None:
+            seed = check_seed(seed, SEED_BITS)
+        self.core.restore(self._index, state.moment, seed)
+        if seed is None:
+            self.np_random.bit_generator.state = state.generator
+            self._np_random_seed = state.generator_seed
+        else:
+            self._np_random, self._np_random_seed = np_random(seed)
+        self._episode = self.core.seeds[self._index], self.core.qps[self._index]
+        self._is_over = state.is_over
+        self._scheduler, self._next_scheduler = state.scheduler, None
+        return self.core.observation(self._index), self._info(bool(self._verdict[1:].any()))
 
     def _outcome(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         reward, terminated, truncated = self._verdict.tolist()

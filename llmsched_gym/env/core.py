@@ -22,6 +22,7 @@ from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import features_of
 from llmsched_gym.env.observations import FEATURES_PART, PARTS, as_observation, observation_of, observation_space
 from llmsched_gym.env.reward import TERMS, Transition, as_reward, rules_of
+from llmsched_gym.env.saved import SavedCore
 from llmsched_gym.scheduler import install
 from llmsched_gym.workload import NOISE_BLOCK, RequestTable, make_table
 
@@ -86,7 +87,7 @@ def actions_in(arrays: Arrays, space: spaces.Space) -> np.ndarray:
     return array.reshape(len(array), *(space.shape or ()))
 
 
-class EnvCore:
+class EnvCore(SavedCore):
     """Engine, arrays and bookkeeping of `num_envs` environments; all step kernels run over all of them at once.
 
     Without `num_envs` there is one, whose actions have no axis of environments. `num_threads` share the environments of
@@ -107,27 +108,36 @@ class EnvCore:
             num_gaps=int(config.episode_metrics),  # reset makes room
         )
         self._space_of_all = batch_space(self.observation_space, self.num_envs)
-        self.kind, self.seen = action_of(config), observation_of(config)
-        self.has_masks = self.kind.has_masks
-        self.arrays = make_arrays(config, self.num_envs)
-        self.handle = handle_of(self.arrays)
-        self.actions = actions_in(self.arrays, self.action_space)
-        self._input = self.actions if num_envs else self.actions.reshape(self.actions.shape[1:])
-        self._shape = self._input.shape
+        self.arrays, self._is_single = make_arrays(config, self.num_envs), num_envs is None
         self.tables: list[RequestTable | None] = [None] * self.num_envs
         self.seeds = np.zeros(self.num_envs, np.int64)
         self.qps = np.full(self.num_envs, math.nan)  # true rates, for logs
-        self._fill = self.seen.fill if self.seen is not None else None
-        self._read = self.seen.reader(self.arrays) if self.seen is not None else self._seen_by_user
-        self._masks: np.ndarray | None = None  # made when they are asked for
+        self._connect()
         expected = self._fill, self.kind.mask, self.kind.reopen
         expect_kernels(3 + sum(kernel is not None for kernel in expected))  # start, observation, step, and more
         repeats_noise = self.engine.noisy and config.action_repeat > NOISE_BLOCK
         self.num_threads = min(num_threads, self.num_envs)
-        self._threads = ThreadPoolExecutor(self.num_threads - 1) if self.num_threads > 1 else None
+        self._start_threads()
         self._pays_together = is_batched(config.reward)
         pays_alone = callable(config.reward) and not self._pays_together
         self._outside = config.backend != "simulated" or pays_alone or repeats_noise
+
+    _derived = (
+        *("kind", "seen", "has_masks", "handle", "actions", "_input", "_shape", "_fill", "_read"),
+        "_masks",
+    )
+
+    def _connect(self) -> None:
+        super()._connect()
+        self.kind, self.seen = action_of(self.config), observation_of(self.config)
+        self.has_masks = self.kind.has_masks
+        self.handle = handle_of(self.arrays)
+        self.actions = actions_in(self.arrays, self.action_space)
+        self._input = self.actions.reshape(self.actions.shape[1:]) if self._is_single else self.actions
+        self._shape = self._input.shape
+        self._fill = self.seen.fill if self.seen is not None else None
+        self._read = self.seen.reader(self.arrays) if self.seen is not None else self._seen_by_user
+        self._masks: np.ndarray | None = None  # made when they are asked for
 
     def _backend(self) -> Any:
         if self.config.backend == "simulated":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from llmsched_gym.config import ConfigError
 from llmsched_gym.env.base import EPISODE_INFOS
 from llmsched_gym.env.route import LLMRouteVectorEnv
+from llmsched_gym.env.saved import EnvState
 from llmsched_gym.env.vector import LLMSchedVectorEnv, SimulatedVectorEnv
 
 
@@ -79,6 +81,17 @@ class SimulatedVecEnv(VecEnv):
             self._returns[env] = 0.0
             self._lengths[env] = 0
         return observations, rewards.astype(np.float32), done, infos
+
+    def get_state(self, slot: int) -> EnvState:
+        """This moment of environment `slot`; see :meth:`~llmsched_gym.env.vector.SimulatedVectorEnv.get_state`."""
+        totals = float(self._returns[slot]), int(self._lengths[slot])
+        return replace(self.env.get_state(slot), totals=totals)
+
+    def set_state(self, slot: int, state: EnvState, *, seed: int | None = None) -> Any:
+        """Put environment `slot` at the moment at which `state` was taken; returns the observation there."""
+        observation, _ = self.env.set_state(slot, state, seed=seed)
+        self._returns[slot], self._lengths[slot] = state.totals
+        return observation
 
     def action_masks(self) -> np.ndarray:
         """Legal actions of all environments; bool (num_envs, choices)."""

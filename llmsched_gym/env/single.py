@@ -64,11 +64,6 @@ class LLMSchedEnv(SimulatedEnv):
         check_render_mode(render_mode)
         self._stand_on(EnvCore(env_config(suite, **fields)), 0, render_mode)
 
-    def _stand_on(self, core: EnvCore, index: int, render_mode: str | None) -> None:
-        super()._stand_on(core, index, render_mode)
-        self._scheduler: Any = None  # whose settings the engine holds
-        self._next_scheduler: Any = None  # who forms the next step's batches, see decide_by
-
     def restart(self, seed: int | None, qps: float | None = None) -> None:
         """What :meth:`reset` does to the state."""
         super().restart(seed, qps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -24,6 +25,7 @@ from llmsched_gym.env.base import (
 )
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.reward import TERMS
+from llmsched_gym.env.saved import EnvState
 from llmsched_gym.env.single import LLMSchedEnv
 from llmsched_gym.env.spec import JsonSpec
 from llmsched_gym.workload import check_seed
@@ -191,6 +193,26 @@ class SimulatedVectorEnv(JsonSpec, VectorEnv):
         info |= {"_final_info": terminated | truncated, **self._infos(self._outcomes()[DURATION_S:], None)}
         return self.core.observations(), rewards, terminated, truncated, info
 
+    def get_state(self, slot: int) -> EnvState:
+        """This moment of environment `slot`: as the single environment's, and for it. IndexError for no such slot."""
+        found = SimulatedEnv.get_state(self.envs[self._slot(slot)])
+        return replace(found, is_over=bool(self._is_over[slot]), num_steps=int(self._steps[slot]))
+
+    def set_state(self, slot: int, state: EnvState, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Put environment `slot`, and no other, at the moment at which `state` was taken, of whichever slot it was.
+
+        Otherwise as the single environment's method, whose states can be set too.
+        """
+        found = SimulatedEnv.set_state(self.envs[self._slot(slot)], state, seed=seed)
+        self._steps[slot], self._is_over[slot] = state.num_steps, state.is_over
+        self._any_over = bool(self._is_over.any())
+        return found
+
+    def _slot(self, slot: int) -> int:
+        if not hasattr(slot, "__index__") or not 0 <= slot < self.num_envs:
+            raise IndexError(f"slot: expected 0 to {self.num_envs - 1}, got {slot!r}")
+        return operator.index(slot)
+
     def reward_terms(self) -> dict[str, np.ndarray]:
         """Parts of the last step's rewards, before ``reward_scale``; arrays of shape (num_envs,)."""
         return {name: self.core.arrays.outcomes[:, -len(TERMS) + k].copy() for k, name in enumerate(TERMS)}
@@ -259,8 +281,9 @@ class LLMSchedVectorEnv(SimulatedVectorEnv):
 
 
 def together(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a member of a vector environment does when it is to step by itself."""
-    raise AttributeError("step, reset: expected a call of the vector environment's, which does it for all")
+    """What a member of a vector environment does when it is to step, or to go back, by itself."""
+    what = "step, reset, get_state, set_state"
+    raise AttributeError(f"{what}: expected a call of the vector environment's, which does it for all")
 
 
 class Member(LLMSchedEnv):
@@ -269,7 +292,7 @@ class Member(LLMSchedEnv):
     def __init__(self, core: EnvCore, index: int, render_mode: str | None) -> None:
         self._stand_on(core, index, render_mode)
 
-    step = reset = step_scheduler = together
+    step = reset = step_scheduler = get_state = set_state = together
 
 
 def _positive(name: str, value: Any) -> int:

@@ -176,13 +176,23 @@ class PolicyScheduler:
 
     def stand_at(self, lane: int, num_lanes: int) -> None:
         """Decide for that lane of so many: 0 of 1 is an engine's own, others are replicas of a cluster."""
-        self._lane, self._arrays = lane, make_arrays(self.config, num_lanes, self._num_features)
+        self._lane, self._num_lanes = lane, num_lanes
+        self._arrays = make_arrays(self.config, num_lanes, self._num_features)
         self._handle = handle_of(self._arrays)
         self._actions = actions_in(self._arrays, self._space)
         self._read = self._seen.reader(self._arrays) if self._seen is not None else None
         self._masks = np.zeros((1, 0), np.bool_)
         if self.kind.by_item:
             self._masks = self.kind.all_legal(self.config, num_lanes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        arrays = ("kind", "_seen", "_arrays", "_handle", "_actions", "_read", "_masks")
+        return {name: value for name, value in vars(self).items() if name not in arrays}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.kind, self._seen = action_of(self.config), observation_of(self.config)
+        self.stand_at(self._lane, self._num_lanes)
 
     def reset(self, seed: int) -> None:
         """Forget held actions; tells the policy of the new run."""

@@ -39,13 +39,23 @@ class LoadedPolicy(PolicyScheduler):
     def __init__(
         self, spec: PolicySpec, tensors: dict[str, np.ndarray], name: str = "", decision_s: float | None = None
     ) -> None:
-        policy = make_policy(spec, tensors)
+        self.spec, self.name, self._tensors = spec, name, tensors
+        self._make()
         # as many on every profile, so that the layout of the policy's arrays is its own
         seen = width_of(spec.observation)
-        super().__init__(policy, spec.config, spec.decision_s if decision_s is None else decision_s, seen)
-        self.network = policy.network if isinstance(policy, Knobs) and JIT_ENABLED else None
-        self.spec, self.name = spec, name
+        super().__init__(self.policy, spec.config, spec.decision_s if decision_s is None else decision_s, seen)
         self.what: str = f"a learned policy ({spec.architecture['kind']}, {spec.action['kind']} action)"
+
+    def _make(self) -> None:
+        self.policy = make_policy(self.spec, self._tensors)
+        self.network = self.policy.network if isinstance(self.policy, Knobs) and JIT_ENABLED else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name not in ("policy", "network")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._make()
 
     def run_steps(self, engine: Engine, max_steps: int, max_idle_steps: int) -> int:
         """As the method it replaces; a network from features to knobs stays in compiled code."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import lru_cache
 
 import numpy as np
 
@@ -213,7 +214,7 @@ def arrival_kind(scenario: Scenario, trace: Trace | None) -> str:
 
 
 def noise_block(scenario: Scenario, seed: int, block: int, replica: int = 0) -> np.ndarray:
-    """Factors on the execution times of steps block * NOISE_BLOCK and on, float64 of shape (NOISE_BLOCK,).
+    """Factors on the execution times of steps block * NOISE_BLOCK and on, float64 of shape (NOISE_BLOCK,), read-only.
 
     Log-normal with median 1 and sigma `jitter`, times `straggler_factor` for a share `straggler_share` of the steps.
     Without either it is `np.ones(1)`: one factor for every step. Each replica has its own; the first has the single
@@ -221,10 +222,17 @@ def noise_block(scenario: Scenario, seed: int, block: int, replica: int = 0) -> 
     """
     if scenario.jitter == 0.0 and scenario.straggler_share == 0.0:
         return np.ones(1)
-    draws = rng(check_seed(seed), NOISE_STREAM, block, *([replica] if replica else []))
-    noise = np.exp(scenario.jitter * draws.standard_normal(NOISE_BLOCK))
-    if scenario.straggler_share > 0.0:
-        noise[draws.random(NOISE_BLOCK) < scenario.straggler_share] *= scenario.straggler_factor
+    stragglers = scenario.straggler_share, scenario.straggler_factor
+    return _noise(scenario.jitter, *stragglers, check_seed(seed), block, replica)
+
+
+@lru_cache(maxsize=256)  # 8 MB: who goes back to a moment again and again needs the same blocks
+def _noise(jitter: float, share: float, factor: float, seed: int, block: int, replica: int) -> np.ndarray:
+    draws = rng(seed, NOISE_STREAM, block, *([replica] if replica else []))
+    noise = np.exp(jitter * draws.standard_normal(NOISE_BLOCK))
+    if share > 0.0:
+        noise[draws.random(NOISE_BLOCK) < share] *= factor
+    noise.setflags(write=False)
     return noise
 
 

@@ -25,6 +25,7 @@ from llmsched_gym.env.observations import as_observation
 from llmsched_gym.env.reward import TERMS, Transition, as_reward, rules_of
 from llmsched_gym.env.route import kernels
 from llmsched_gym.env.route.features import REPLICA_FEATURES, REQUEST_FEATURES, bounds, route_features
+from llmsched_gym.env.saved import SavedCore
 from llmsched_gym.workload import RequestTable, make_table
 
 EVENTS = 1 << 20  # of one step of the compiled loop
@@ -53,7 +54,7 @@ def route_observation_space(config: RouteConfig) -> spaces.Space:
     )
 
 
-class RouteCore:
+class RouteCore(SavedCore):
     """Clusters, arrays and bookkeeping of `num_envs` environments; see :class:`llmsched_gym.env.core.EnvCore`."""
 
     def __init__(self, config: RouteConfig, num_envs: int | None = None, num_threads: int = 1) -> None:
@@ -78,19 +79,24 @@ class RouteCore:
             codes=np.zeros(self.num_envs, np.int64),
             resolved=np.zeros(self.num_envs, np.int64),
         )
-        self.handle = kernels.handle_of(self.arrays)
+        self._connect()
         self.tables: list[RequestTable | None] = [None] * self.num_envs
         self.seeds = np.zeros(self.num_envs, np.int64)
         self.qps = np.full(self.num_envs, math.nan)  # true rates, for logs
         self._shape = self.arrays.choices.shape if num_envs else ()
         self.num_threads = min(num_threads, self.num_envs)
-        self._threads = ThreadPoolExecutor(self.num_threads - 1) if self.num_threads > 1 else None
+        self._start_threads()
         expect_kernels(5)  # start, send, the loop, the step and what it settles
 
     has_masks = True
+    _derived = ("handle",)
+
+    def _connect(self) -> None:
+        super()._connect()
+        self.handle = kernels.handle_of(self.arrays)
 
     @property
-    def engine(self) -> Cluster:
+    def engine(self) -> Cluster:  # type: ignore[override]
         """What holds the state."""
         return self.cluster
 

@@ -56,7 +56,7 @@ class RouteMember(LLMRouteEnv):
     def __init__(self, core: RouteCore, index: int, render_mode: str | None) -> None:
         self._stand_on(core, index, render_mode)
 
-    step = reset = together  # type: ignore[assignment]
+    step = reset = get_state = set_state = together  # type: ignore[assignment]
 
 
 class LLMRouteVectorEnv(SimulatedVectorEnv):

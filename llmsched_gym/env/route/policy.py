@@ -73,7 +73,7 @@ class RouterPolicy:
         self.name = router if isinstance(router, str) else getattr(router, "name", type(router).__name__)
         self._memory, self._options = np.zeros(ROUTER_MEMORY), np.zeros(ROUTER_MEMORY)
         self._table: Any = None  # of the episode that it was last asked in
-        self._asked, self._replica = 0, 0  # decisions made before the one that it was last asked for, and its answer
+        self._asked, self._replica = (0, 0), 0  # for which decision it was last asked, and its answer
 
     def step(self) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step of the environment: the request goes where the router sends it."""
@@ -90,7 +90,7 @@ class RouterPolicy:
         cluster = core.cluster
         if cluster.deciding(env) < 0:
             return 0
-        made = int(cluster.nodes.routes[env].num_decisions)
+        made = int(cluster.nodes.routes[env].num_decisions), core.num_restored
         if core.tables[env] is not self._table:
             self._table = core.tables[env]
             self._begin(cluster, env)
