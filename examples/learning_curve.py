@@ -1,83 +1,116 @@
-"""The learning curve of examples/ppo.py over three seeds, beside what reference schedulers earn in the same episodes.
+"""How examples/ppo.py learns: mean utility of greedy and of sampled actions on seeds that nobody trained on.
 
-python -m examples.learning_curve [--steps 1000000] [--out docs/figures/ppo_learning_curve.png]
+    python -m examples.learning_curve [--steps 400000] [--seeds 5] [--out docs/figures/ppo_learning_curve.png]
+
+Beside it what SLAI, `on-time` and the best preset held throughout earn on the same requests.
 """
 
 import argparse
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from llmsched_gym.env import LLMSchedEnv
-from llmsched_gym.env.policy import SchedulerPolicy
-from llmsched_gym.env.sb3 import LLMSchedVecEnv
+from examples.ppo import WORLD, make_model
+from llmsched_gym import env_config
+from llmsched_gym.env.actions.preset import PRESETS
+from llmsched_gym.env.policy import PolicyScheduler
+from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.text import table
 
-WORLD = {"qps": 1.8}
-REFERENCES = {"slai": "C1", "sarathi": "C2"}
+EVERY = 32_768  # decisions between two evaluations
+TEST_SEEDS = range(2000, 2004)
+CHOOSING_SEEDS = range(4000, 4004)  # the best preset is chosen on others than it is shown on
+EVALUATED = env_config("default", **WORLD, num_requests=500)
 
 
-class Returns(BaseCallback):
-    """Return of every finished episode and the step it ended at."""
+def utility(scheduler, seeds=TEST_SEEDS) -> float:
+    """Mean utility of a scheduler, by name or as an object, over runs of 500 requests."""
+    return float(np.mean([row(simulate(EVALUATED, scheduler, seed=seed))["mean_utility"] for seed in seeds]))
+
+
+class Evaluations(BaseCallback):
+    """Rows (decisions, greedy, sampled, entropy in nats), the first before any training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, float, float, float]] = []
 
     def _on_training_start(self) -> None:
-        self.rows: list[tuple[int, float]] = []
+        self.evaluate()
 
     def _on_step(self) -> bool:
-        ends = [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
-        self.rows += [(self.num_timesteps, episode_return) for episode_return in ends]
+        if self.num_timesteps % EVERY == 0:
+            self.evaluate()
         return True
+
+    def evaluate(self) -> None:
+        """Append a row; torch's generator is left as it was."""
+        state = torch.get_rng_state()
+        agents = [PolicyScheduler(lambda seen, d=d: self.model.predict(seen, deterministic=d)[0], EVALUATED) for d in (1, 0)]
+        seen = self.model._last_obs
+        with torch.no_grad():
+            entropy = self.model.policy.get_distribution(self.model.policy.obs_to_tensor(seen)[0]).entropy().mean()
+        self.rows.append((self.num_timesteps, *map(utility, agents), float(entropy)))
+        torch.set_rng_state(state)
 
 
 def train(seed: int, steps: int) -> np.ndarray:
-    """Rows (step, return) of one training run."""
-    env = LLMSchedVecEnv(num_envs=64, action_repeat=4, **WORLD)
-    env.seed(1000 + 100 * seed)
-    returns = Returns()
-    model = PPO("MlpPolicy", env, n_steps=128, batch_size=2048, n_epochs=4, gamma=0.998, seed=seed, device="cpu")
-    model.learn(steps, callback=returns)
-    return np.array(returns.rows)
+    """Evaluations of one training run, (number of them, 4)."""
+    torch.set_num_threads(1)
+    evaluations = Evaluations()
+    make_model(seed).learn(steps, callback=evaluations)
+    return np.array(evaluations.rows)
 
 
-def reference_return(name: str, episodes: int = 40) -> float:
-    """Mean return of a scheduler over training episodes."""
-    env, total = LLMSchedEnv(**WORLD), 0.0
-    for seed in range(1000, 1000 + episodes):
-        env.reset(seed=seed)
-        policy, done = SchedulerPolicy(env, name), False
-        while not done:
-            _, reward, terminated, truncated, _ = policy.step()
-            total += reward
-            done = terminated or truncated
-    return total / episodes
+def plot(runs: list[np.ndarray], levels: dict[str, float]) -> Figure:
+    """Both measures of every run over decisions, and the references as lines."""
+    figure = Figure(figsize=(8.0, 4.2), layout="constrained", dpi=130)
+    axes = figure.subplots(1, 2, sharey=True)
+    for panel, column, title in zip(axes, (1, 2), ("greedy actions", "sampled actions"), strict=True):
+        for seed, rows in enumerate(runs):
+            panel.plot(rows[:, 0] / 1e3, rows[:, column], color="C0", alpha=0.75, label="PPO" if seed == 0 else None)
+        for k, (name, level) in enumerate(levels.items(), 1):
+            panel.axhline(level, color=f"C{k}", linestyle="--", label=f"{name}: {level:.3f}")
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel("decisions (thousands)")
+        panel.grid(alpha=0.3)
+    axes[0].set_ylabel("mean utility of a request")
+    axes[0].set_ylim(min(0.0, *(rows[:, 1:3].min() for rows in runs)) - 0.02, 1.02)
+    axes[1].legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"PPO over 32 presets, {len(runs)} training seeds, {WORLD['qps']} requests/s, unseen requests", fontsize=11)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.learning_curve", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1_000_000, help="decisions per training run")
+    parser.add_argument("--steps", type=int, default=400_000, help="decisions per training run")
+    parser.add_argument("--seeds", type=int, default=5, help="training seeds")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("docs/figures/ppo_learning_curve.png"), help="the plot")
     args = parser.parse_args()
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained", dpi=130)
-    axes = figure.subplots()
-    for seed in range(3):
-        rows = train(seed, args.steps)
-        bins = np.array_split(rows[np.argsort(rows[:, 0], kind="stable")], max(1, len(rows) // 64))
-        x, y = (np.array([b[:, k].mean() for b in bins]) for k in (0, 1))
-        axes.plot(x / 1e6, y, color="C0", alpha=0.5 + 0.2 * seed, label="PPO, three seeds" if seed == 0 else None)
-        print(f"seed {seed}: last 64 episodes {y[-1]:.1f}", flush=True)
-    for name, colour in REFERENCES.items():
-        level = reference_return(name)
-        axes.axhline(level, color=colour, linestyle="--", label=f"{name}: {level:.0f}")
-        print(f"{name}: {level:.1f}", flush=True)
-    axes.set_xlabel("decisions of 4 batches (millions)")
-    axes.set_ylabel("return of a 300 s episode\n(utility, about 540 requests)")
-    axes.set_title("PPO on LLMSched-v0 at 1.8 requests/s; each point is the mean of 64 episodes", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    held = {name: utility(name, CHOOSING_SEEDS) for name in PRESETS}
+    best = max(held, key=held.__getitem__)
+    levels = {name: utility(name) for name in ("slai", "on-time", best)}
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+        runs = list(pool.map(train, range(args.seeds), [args.steps] * args.seeds))
+    rows = []
+    for seed, found in enumerate(runs):
+        above = (found[:, 1] > levels["slai"]) & (found[:, 2] > levels["slai"])
+        since = len(above) - int(np.argmin(above[::-1])) if not above.all() else 0
+        when = f"{found[since, 0]:,.0f}" if since < len(found) else "not yet"
+        rows.append([seed, f"{found[0, 3]:.2f}", when, *(f"{x:.3f}" for x in found[-1, 1:3]), f"{found[-1, 3]:.2f}"])
+    header = ["seed", "entropy at first", "above SLAI for good from", "greedy", "sampled", "entropy"]
+    print(table(header, rows, 0))
+    print("\n" + ", ".join(f"{name} {level:.3f}" for name, level in levels.items()))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out)
+    plot(runs, levels).savefig(args.out)
 
 
 if __name__ == "__main__":

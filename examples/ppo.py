@@ -10,15 +10,27 @@ from llmsched_gym.env.sb3 import LLMSchedVecEnv
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
-env = LLMSchedVecEnv(num_envs=64, qps=1.8, action_repeat=4)
-env.seed(1000)
-model = PPO("MlpPolicy", env, n_steps=128, batch_size=2048, n_epochs=4, gamma=0.998, verbose=1, seed=0)
-model.learn(total_timesteps=steps)
-model.save("out/ppo")
+WORLD = {"qps": 1.8, "action": "preset", "action_repeat": 8}
 
-world = env_config("default", qps=1.8, num_requests=1000, action_repeat=4)
-agent = PolicyScheduler(lambda observation: model.predict(observation, deterministic=True)[0], world)
-for scheduler in (agent, "slai", "sarathi"):
-    result = row(simulate(world, scheduler, seed=2000))
-    print(result["policy"], result["slo_attainment"], result["mean_utility"])
+
+def make_model(seed: int) -> PPO:
+    """PPO that chooses one of 32 schedulers for every 8 batches."""
+    env = LLMSchedVecEnv(num_envs=64, **WORLD)
+    env.seed(1000 + 100 * seed)
+    learner = {"n_steps": 64, "batch_size": 1024, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 0.99}
+    return PPO("MlpPolicy", env, **learner, ent_coef=0.003, seed=seed, device="cpu")
+
+
+if __name__ == "__main__":
+    model = make_model(seed=0)
+    model.learn(total_timesteps=int(sys.argv[1]) if len(sys.argv) > 1 else 262_144, progress_bar=True)
+    model.save("out/ppo")
+
+    world = env_config("default", **WORLD, num_requests=1000)
+    for deterministic in (True, False):
+        agent = PolicyScheduler(lambda seen, d=deterministic: model.predict(seen, deterministic=d)[0], world)
+        result = row(simulate(world, agent, seed=2000))
+        print("greedy " if deterministic else "sampled", result["slo_attainment"], result["mean_utility"])
+    for scheduler in ("slai", "on-time", "sarathi"):
+        result = row(simulate(world, scheduler, seed=2000))
+        print(f"{scheduler:7}", result["slo_attainment"], result["mean_utility"])
