@@ -41,6 +41,7 @@ ONE_SHARE = 0.9  # of the fluid capacity, where one load has to do
 WEIGHTS = ("0", "0.25", "0.5", "1", "2", "4", "16")
 UNCHECKED = ("1", "4", "16")  # weights that are tried without the check of load, too
 STALENESS_S = (0.0, 0.1, 1.0, 5.0)
+NAMED = 2  # routers as good as the best that are named beside it
 BLIND = ("round-robin", "random")  # routers to whom reports are nothing
 
 Rows = list[dict[str, Any]]
@@ -174,8 +175,8 @@ def suites_text(found: Found) -> str:
         utility = columns("mean_utility", 1.0)
         for head, column in zip(heads, utility, strict=True):
             best, ties = best_and_ties(column)
-            same = ", ".join(f"`{name}`" for name in ties) or "-"
-            wins.append([suite, f"{head[1]:g}", head[0], f"`{best}`", plus_minus(column[best], 3), same])
+            same = ", ".join(ties[:NAMED]) + f", {len(ties) - NAMED} more" * (len(ties) > NAMED) or "-"
+            wins.append([suite, f"{head[1]:g}", head[0], best, plus_minus(column[best], 3), same])
         labels = [f"{policy}, {share:g}" for policy, share in heads]
         rate = f"{capacity(suite):.3g}/s are its fluid capacity"
         for what, lines in (
@@ -185,7 +186,7 @@ def suites_text(found: Found) -> str:
             parts.append(f"`{suite}`, {what}:\n\n" + table(["router", *labels], lines, 1))
         if scenario(suite).prefix_caching:
             parts.append(f"`{suite}`, {balance_text(own, names, heads)}")
-    head = ["suite", "load", "scheduler", "best router", "its utility", "not told apart from it"]
+    head = ["suite", "load", "scheduler", "best", "its utility", "not told apart"]
     return "Where each wins:\n\n" + table(head, wins, 6) + "\n\n" + "\n\n".join(parts)
 
 
