@@ -95,6 +95,17 @@ def make_weighted(weights: Sequence[float] | np.ndarray, name: str = "weighted")
     return WeightedRouter("a weighted sum", weighted, name=name, weights=tuple(map(float, weights)))
 
 
+TUNED = make_weighted(
+    [0.5, 0.0, 0.5, 0.0, 0.5, 0.0, 1.0, 0.5, -0.5, 0.0, 0.0],
+    name="tuned-router",
+)
+"""What ``agents.tune_route --suite hetero --seeds 6 --selection-seeds 8`` finds: a router for everybody.
+
+Cached share against load as `prefix-affinity`, and besides seconds of its own prompt and of the outputs left at the
+replica's speed, its memory, and requests of the other SLO class for company.
+"""
+
+
 def told(table: RequestTable) -> RequestTable:
     """The table with hints that say how long outputs are and, behind the point, how many turns are to come."""
     return dataclasses.replace(table, length_hint=table.output_tokens + TURN * later_turns(table))

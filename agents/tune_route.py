@@ -1,16 +1,17 @@
-"""Tune the weights of a router by CMA-ES: ``python -m llmsched_gym.agents.tune_route --suite hetero``.
+"""Tune the weights of a router: ``python -m llmsched_gym.agents.tune_route --suite hetero``.
 
 The router adds up what speaks for each replica (:mod:`llmsched_gym.agents.route_scores`). A candidate's value is its
-mean utility over short continuing runs on training seeds, the same for all of a generation; at the end the mean of the
-search and the start are judged on selection seeds, and the better one is kept. With ``--told`` the router knows output
-lengths and later turns: how much that is worth is what routing could gain.
+mean utility over short continuing runs on training seeds. `steps` moves one weight after another by `sigma`, up or
+down, and stays where that helps, always on the same seeds; `cma` is CMA-ES with other seeds in each generation. At the
+end what was found and the start are judged on selection seeds, and the better one is kept. With ``--told`` the router
+knows output lengths and later turns: how much that is worth is what routing could gain.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,12 @@ class Config:
     told: bool = option(False, "tell the router output lengths and later turns")
     start: str = option("", "file of weights to start from; by default those of prefix-affinity")
     horizon_s: float = option(200.0, "seconds of a run")
-    seeds: int = option(4, "training seeds of a generation")
+    search: str = option("steps", "how to search", choices=("steps", "cma"))
+    seeds: int = option(8, "training seeds of a candidate")
     selection_seeds: int = option(16, "selection seeds (2000, 2001, ...)")
-    generations: int = option(20, "of the search")
-    population: int = option(10, "candidates of a generation")
-    sigma: float = option(0.3, "how far the search looks at first")
+    generations: int = option(20, "cma: of the search")
+    population: int = option(10, "cma: candidates of a generation")
+    sigma: float = option(0.5, "length of a step; cma: how far the search looks at first")
     seed: int = option(0, "of the search")
     out: str = option("runs/weights.json", "file to write")
 
@@ -50,37 +52,65 @@ def world_of(suite: str, fields: dict[str, Any]) -> ClusterScenario:
     return world
 
 
-def tune(config: Config) -> dict[str, Any]:
-    """Search; returns what it writes."""
-    world = world_of(config.suite, {"horizon_s": config.horizon_s, **config.set})
-    start = read_weights(config.start) if config.start else AFFINITY
-    free = [i for i, name in enumerate(NAMES) if config.told or name != "goes_on"]
+Value = Callable[[np.ndarray, Sequence[int]], float]
+"""Mean utility of weights over seeds."""
+
+
+def by_steps(config: Config, start: np.ndarray, free: Sequence[int], value: Value) -> np.ndarray:
+    """One pass over the weights, each a step up or down or as it was."""
+    seeds = np.random.default_rng(config.seed).choice(TRAINING_SEEDS, config.seeds, replace=False).tolist()
+    best, highest = start, value(start, seeds)
+    for i in free:
+        tried = [best.copy(), best.copy()]
+        for weights, step in zip(tried, (config.sigma, -config.sigma), strict=True):
+            weights[i] += step
+        found = [value(weights, seeds) for weights in tried]
+        if max(found) > highest:
+            best, highest = tried[int(np.argmax(found))], max(found)
+        say(f"{NAMES[i]}: {found[0]:.4f} up, {found[1]:.4f} down; {best[i]:g} for {highest:.4f}")
+    return best
+
+
+def by_cma(config: Config, start: np.ndarray, free: Sequence[int], value: Value) -> np.ndarray:
+    """The mean of the search distribution after the last generation."""
 
     def whole(x: np.ndarray) -> np.ndarray:
         weights = start.copy()
         weights[free] = x
         return weights
 
-    def value(weights: np.ndarray, seeds: Sequence[int]) -> list[float]:
-        return [utility(world, config.scheduler, weights, seed, is_told=config.told) for seed in seeds]
-
     settings = {"popsize": config.population, "seed": config.seed + 1, "verbose": -9}
     search, rng = cma.CMAEvolutionStrategy(start[free], config.sigma, settings), np.random.default_rng(config.seed)
     for number in range(config.generations):
         seeds = rng.choice(TRAINING_SEEDS, config.seeds, replace=False).tolist()
         asked = search.ask()
-        found = [float(np.mean(value(whole(x), seeds))) for x in asked]
+        found = [value(whole(x), seeds) for x in asked]
         search.tell(asked, [-utility for utility in found])
-        print(
-            f"{number + 1}/{config.generations}: {np.mean(found):.4f} to {max(found):.4f}", file=sys.stderr, flush=True
-        )
-    tuned, chosen_on = whole(search.mean), SELECTION_SEEDS[: config.selection_seeds]
+        say(f"{number + 1}/{config.generations}: {np.mean(found):.4f} to {max(found):.4f}")
+    return whole(search.mean)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def tune(config: Config) -> dict[str, Any]:
+    """Search; returns what it writes."""
+    world = world_of(config.suite, {"horizon_s": config.horizon_s, **config.set})
+    start = read_weights(config.start) if config.start else AFFINITY
+    free = [i for i, name in enumerate(NAMES) if config.told or name != "goes_on"]
+
+    def value(weights: np.ndarray, seeds: Sequence[int]) -> float:
+        return float(np.mean([utility(world, config.scheduler, weights, seed, is_told=config.told) for seed in seeds]))
+
+    search = by_steps if config.search == "steps" else by_cma
+    tuned, chosen_on = search(config, start, free, value), SELECTION_SEEDS[: config.selection_seeds]
     before, after = value(start, chosen_on), value(tuned, chosen_on)
-    kept = tuned if np.mean(after) > np.mean(before) else start
+    kept = tuned if after > before else start
     result = {
         "weights": dict(zip(NAMES, np.round(kept, 4).tolist(), strict=True)),
-        "start": float(np.mean(before)),
-        "tuned": float(np.mean(after)),
+        "start": before,
+        "tuned": after,
         "config": config.__dict__,
     }
     make_folder(Path(config.out).parent)

@@ -122,9 +122,10 @@ def test_a_student_learns_to_route_as_its_teacher(tmp_path):
     assert alike.mean() > 0.3  # runs part ways after the first difference
 
 
-def test_tuning_keeps_the_better_one_and_is_compared(tmp_path):
+@pytest.mark.parametrize("search", ["steps", "cma"])
+def test_tuning_keeps_the_better_one_and_is_compared(search, tmp_path):
     file = str(tmp_path / "w.json")
-    tiny = {"generations": 2, "population": 4, "seeds": 1, "selection_seeds": 2, "horizon_s": 20.0}
+    tiny = {"search": search, "generations": 2, "population": 4, "seeds": 1, "selection_seeds": 2, "horizon_s": 20.0}
     fields = {"num_replicas": 3, "qps": 3.0}
     found = tune_route.tune(tune_route.Config(set=fields, out=file, **tiny))
     assert read_weights(file).tolist() == list(found["weights"].values()) and found["weights"]["goes_on"] == 0.0
