@@ -11,7 +11,16 @@ pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("cma", reason="cma is not installed")
 
 from llmsched_gym.agents import imitate_route, route_headroom, tune_route
-from llmsched_gym.agents.route_scores import AFFINITY, NAMES, later_turns, make_weighted, read_weights, told, utility
+from llmsched_gym.agents.route_scores import (
+    AFFINITY,
+    NAMES,
+    TUNED,
+    later_turns,
+    make_weighted,
+    read_weights,
+    told,
+    utility,
+)
 from llmsched_gym.agents.routing import RouteTrainingEnv
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.evaluation.clusters import simulate_cluster
@@ -56,6 +65,11 @@ def test_each_weight_has_a_say():
     assert nobody == alone["goes_on"] == routed(make_router("least-tokens"), **MIXED)  # nobody has been told
     with pytest.raises(ValueError, match="weights: expected 11, got 2"):
         make_weighted([1.0, 2.0])
+
+
+def test_the_weights_that_were_found_have_a_name():
+    found = routed(make_router("llmsched_gym.agents.route_scores:TUNED"), **MIXED)
+    assert found == routed(TUNED, **MIXED) and len(set(found)) == 3
 
 
 def test_who_is_told_knows_lengths_and_turns():
