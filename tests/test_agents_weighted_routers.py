@@ -69,7 +69,7 @@ def test_each_weight_has_a_say():
 
 def test_the_weights_that_were_found_have_a_name():
     found = routed(make_router("llmsched_gym.agents.route_scores:TUNED"), **MIXED)
-    assert found == routed(TUNED, **MIXED) and len(set(found)) == 3
+    assert found == routed(TUNED, **MIXED) and set(found) >= {0, 1, 2}
 
 
 def test_who_is_told_knows_lengths_and_turns():
