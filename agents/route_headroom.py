@@ -1,12 +1,15 @@
 """What routing could gain: ``python -m llmsched_gym.agents.route_headroom --suite hetero``.
 
 Each router's parameters are chosen on selection seeds; the best of the tuned ones is what all are compared with, on the
-same requests, other seeds. Beside it two routers that nobody could run:
+same requests, other seeds. Beside it routers of tuned weights (``--weights``, of agents.tune_route), agents
+(``--also``) and three that nobody could run:
 
 - `lengths`: the tuned routers told every output length (``length_hint="oracle"``), the best on selection seeds.
+- `told`: weights tuned for a router that knows output lengths and later turns (``--told``, of agents.tune_route).
 - `hindsight`: for each seed the best of all of them, chosen on the requests that it is judged on, which flatters it.
 
-Differences are paired by seed, with 95 % intervals from ten seeds on.
+Runs are finite, of so many measured requests, or with ``--horizon-s`` episodes of the environment. Differences are
+paired by seed, with 95 % intervals from ten seeds on.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from rich.progress import track
 
 from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
-from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.agents.route_scores import read_weights, utility
+from llmsched_gym.config import ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.workers import Workers
@@ -46,64 +50,88 @@ HINTED = ("least-tokens", "slo-aware", "rad-route", "session")
 class Config:
     suite: str = option("cluster", "suite of replicas")
     set: dict[str, Any] = option({}, "any other field of the scenario, as --set qps=6; may be repeated")  # noqa: RUF009
-    also: str = option("", "another router to compare, such as a trained one's folder")
+    load: float = option(1.0, "factor on the suite's rates")
+    also: str = option("", "other routers to compare, such as trained ones' folders, with commas between")
+    weights: str = option("", "file of weights, of agents.tune_route")
+    told: str = option("", "file of weights for a router that is told the future, of agents.tune_route --told")
     scheduler: str = option("slai", "who forms the batches of replicas")
-    seeds: int = option(10, "seeds of a router")
+    judged: int = option(10, "how many of the tuned routers are judged, the best on selection seeds")
+    seeds: int = option(20, "seeds of a router")
     first_seed: int = option(3000, "the first")
     selection_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
-    requests: int = option(1000, "measured requests of a run")
+    requests: int = option(1000, "measured requests of a finite run")
+    horizon_s: float = option(0.0, "instead of finite runs: seconds of an episode, whose requests all count")
     workers: int = option(2, "processes")
     out: str = option("runs/route_headroom.json", "file to write")
 
 
-Run = tuple[str, str, int, dict[str, Any]]
-"""Suite, policy, seed, fields."""
+Run = tuple[ClusterScenario, str, str, int]
+"""World, scheduler, router, seed."""
+WEIGHTS, TOLD = "weights: ", "told: "
+"""Before the file of a router of tuned weights."""
 
 
-def utility(run: Run) -> float:
+def value(run: Run) -> float:
     """Mean utility of one run."""
-    suite, policy, seed, fields = run
-    return float(row(simulate(scenario(suite, **fields), policy, seed))["mean_utility"])
+    world, scheduler, router, seed = run
+    for prefix in (WEIGHTS, TOLD):
+        if router.startswith(prefix):
+            weights = read_weights(router.removeprefix(prefix))
+            return utility(world, scheduler, weights, seed, is_told=prefix == TOLD)
+    return float(row(simulate(world, f"{router}+{scheduler}", seed))["mean_utility"])
+
+
+def world_of(config: Config) -> ClusterScenario:
+    """The suite at its load; ConfigError if it has one engine."""
+    lasts = {"horizon_s": config.horizon_s} if config.horizon_s else {"num_requests": config.requests}
+    world = scenario(config.suite, **lasts, **config.set)
+    if not isinstance(world, ClusterScenario):
+        raise ConfigError(f"suite: expected one of replicas, got {config.suite!r}")
+    low, high = world.qps_range
+    qps = None if world.qps is None else config.load * world.qps
+    return world.replace(qps=qps, qps_range=(config.load * low, config.load * high))
 
 
 def headroom(config: Config) -> dict[str, Any]:
     """Run everything; returns the table and writes it."""
-    world = {"num_requests": config.requests, **config.set}
-    if not hasattr(scenario(config.suite, **world), "num_replicas"):
-        raise ConfigError(f"suite: expected one of replicas, got {config.suite!r}")
-    told = {**world, "length_hint": "oracle"}
+    world = world_of(config)
+    informed = world.replace(length_hint="oracle")
+    for file in (config.weights, config.told):
+        if file:
+            read_weights(file)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
     settings = [spec for name in routers() for spec in GRIDS.get(name, (name,))]
     hinted = [spec for spec in settings if spec.split("[")[0] in HINTED]
     with Workers(config.workers) as pool:
 
-        def run(what: str, specs: list[str], seeds: Any, fields: dict[str, Any]) -> np.ndarray:
+        def run(what: str, specs: list[str], seeds: Any, world: ClusterScenario) -> np.ndarray:
             """Utilities, (len(specs), len(seeds))."""
-            runs = [
-                (config.suite, f"{spec}+{config.scheduler}", seed, fields)
-                for spec, seed in itertools.product(specs, seeds)
-            ]
-            found = track(pool.map(utility, runs), what, len(runs), console=Console(stderr=True))
+            runs = [(world, config.scheduler, spec, seed) for spec, seed in itertools.product(specs, seeds)]
+            found = track(pool.map(value, runs), what, len(runs), console=Console(stderr=True))
             return np.array(list(found)).reshape(len(specs), len(seeds))
 
         selection = run("choosing settings", settings, chosen_on, world).mean(1)
         tuned: dict[str, tuple[float, str]] = {}
-        for spec, value in zip(settings, selection.tolist(), strict=True):
+        for spec, mean in zip(settings, selection.tolist(), strict=True):
             name = spec.split("[")[0]
-            tuned[name] = max(tuned.get(name, (-1.0, "")), (value, spec))
-        best = max(tuned.values())[1]
-        specs = [spec for _, spec in tuned.values()] + ([config.also] if config.also else [])
+            tuned[name] = max(tuned.get(name, (-1.0, "")), (mean, spec))
+        judged = sorted(tuned.values(), reverse=True)[: config.judged]
+        best = judged[0][1]
+        specs = [spec for _, spec in judged] + [spec for spec in config.also.split(",") if spec]
+        specs += [WEIGHTS + config.weights] if config.weights else []
         table = run("judging", specs, seeds, world)
-        of_best = hinted[int(run("choosing, told the lengths", hinted, chosen_on, told).mean(1).argmax())]
-        lengths = run("judging, told the lengths", [of_best], seeds, told)[0]
-    base = table[specs.index(best)]
-    found = {spec: values for spec, values in zip(specs, table, strict=True)}
-    found |= {f"lengths: {of_best}": lengths, "hindsight": np.maximum(table.max(0), lengths)}
+        of_best = hinted[int(run("choosing, told the lengths", hinted, chosen_on, informed).mean(1).argmax())]
+        found = dict(zip(specs, table, strict=True))
+        found[f"lengths: {of_best}"] = run("judging, told the lengths", [of_best], seeds, informed)[0]
+        if config.told:
+            found["told"] = run("judging, told all", [TOLD + config.told], seeds, world)[0]
+    base = found[best]
+    found["hindsight"] = np.max(list(found.values()), axis=0)
     result = {
         "config": config.__dict__,
         "best_tuned": best,
-        "selection": {spec: value for value, spec in tuned.values()},
+        "selection": {spec: mean for mean, spec in tuned.values()},
         "routers": {
             name: {
                 "mean_utility": float(values.mean()),
