@@ -2,7 +2,8 @@
 
     python -m examples.learning_curve [--steps 400000] [--seeds 5] [--out docs/figures/ppo_learning_curve.png]
 
-Beside it what SLAI, `on-time` and the best preset held throughout earn on the same requests.
+Beside it what SLAI, `on-time` and the best preset held throughout earn on the same requests; what each preset is worth
+when it is held throughout comes first, on other seeds.
 """
 
 import argparse
@@ -53,7 +54,9 @@ class Evaluations(BaseCallback):
     def evaluate(self) -> None:
         """Append a row; torch's generator is left as it was."""
         state = torch.get_rng_state()
-        agents = [PolicyScheduler(lambda seen, d=d: self.model.predict(seen, deterministic=d)[0], EVALUATED) for d in (1, 0)]
+        agents = [
+            PolicyScheduler(lambda seen, d=d: self.model.predict(seen, deterministic=d)[0], EVALUATED) for d in (1, 0)
+        ]
         seen = self.model._last_obs
         with torch.no_grad():
             entropy = self.model.policy.get_distribution(self.model.policy.obs_to_tensor(seen)[0]).entropy().mean()
@@ -84,7 +87,9 @@ def plot(runs: list[np.ndarray], levels: dict[str, float]) -> Figure:
     axes[0].set_ylabel("mean utility of a request")
     axes[0].set_ylim(min(0.0, *(rows[:, 1:3].min() for rows in runs)) - 0.02, 1.02)
     axes[1].legend(loc="lower right", fontsize=8)
-    figure.suptitle(f"PPO over 32 presets, {len(runs)} training seeds, {WORLD['qps']} requests/s, unseen requests", fontsize=11)
+    figure.suptitle(
+        f"PPO over 32 presets, {len(runs)} training seeds, {WORLD['qps']} requests/s, unseen requests", fontsize=11
+    )
     return figure
 
 
@@ -97,6 +102,11 @@ def main() -> None:
     args = parser.parse_args()
     held = {name: utility(name, CHOOSING_SEEDS) for name in PRESETS}
     best = max(held, key=held.__getitem__)
+    names = sorted(held, key=held.__getitem__, reverse=True)
+    half = len(names) // 2
+    pairs = zip(names[:half], names[half:], strict=True)
+    header = ["preset", "held", "preset", "held"]
+    print(table(header, [[f"`{a}`", f"{held[a]:.3f}", f"`{b}`", f"{held[b]:.3f}"] for a, b in pairs]), flush=True)
     levels = {name: utility(name) for name in ("slai", "on-time", best)}
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
         runs = list(pool.map(train, range(args.seeds), [args.steps] * args.seeds))

@@ -10,15 +10,15 @@ from llmsched_gym.env.sb3 import LLMSchedVecEnv
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 
-WORLD = {"qps": 1.8, "action": "preset", "action_repeat": 8}
+WORLD = {"qps": 1.8, "action": "preset", "action_repeat": 32}
 
 
 def make_model(seed: int) -> PPO:
-    """PPO that chooses one of 32 schedulers for every 8 batches."""
-    env = LLMSchedVecEnv(num_envs=64, **WORLD)
+    """PPO that chooses one of 32 schedulers for every 32 batches."""
+    env = LLMSchedVecEnv(num_envs=64, reward_scale=0.05, **WORLD)
     env.seed(1000 + 100 * seed)
-    learner = {"n_steps": 64, "batch_size": 1024, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 0.99}
-    return PPO("MlpPolicy", env, **learner, ent_coef=0.003, seed=seed, device="cpu")
+    learner = {"n_steps": 32, "batch_size": 512, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 0.98}
+    return PPO("MlpPolicy", env, **learner, seed=seed, device="cpu")
 
 
 if __name__ == "__main__":
