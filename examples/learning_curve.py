@@ -68,7 +68,9 @@ def train(seed: int, steps: int) -> np.ndarray:
     """Evaluations of one training run, (number of them, 4)."""
     torch.set_num_threads(1)
     evaluations = Evaluations()
-    make_model(seed).learn(steps, callback=evaluations)
+    model = make_model(seed)
+    model.verbose = 0
+    model.learn(steps, callback=evaluations)
     return np.array(evaluations.rows)
 
 

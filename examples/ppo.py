@@ -18,12 +18,12 @@ def make_model(seed: int) -> PPO:
     env = LLMSchedVecEnv(num_envs=64, reward_scale=0.05, **WORLD)
     env.seed(1000 + 100 * seed)
     learner = {"n_steps": 32, "batch_size": 512, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 0.98}
-    return PPO("MlpPolicy", env, **learner, seed=seed, device="cpu")
+    return PPO("MlpPolicy", env, **learner, seed=seed, device="cpu", verbose=1)
 
 
 if __name__ == "__main__":
     model = make_model(seed=0)
-    model.learn(total_timesteps=int(sys.argv[1]) if len(sys.argv) > 1 else 262_144, progress_bar=True)
+    model.learn(total_timesteps=int(sys.argv[1]) if len(sys.argv) > 1 else 262_144)
     model.save("out/ppo")
 
     world = env_config("default", **WORLD, num_requests=1000)

@@ -30,6 +30,7 @@ from llmsched_gym.paper.reproduce import code_digest
 
 def digests():
     cache.cache_dir.cache_clear()
+    cache.kernels_digest.cache_clear()
     return [cache.cache_dir(), grid_config(scenario("paper"), ["slai"])["code"], code_digest()]
 
 was, changed = digests(), {}

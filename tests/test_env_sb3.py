@@ -89,8 +89,8 @@ def test_the_ppo_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script), "8192"])
     runpy.run_path(str(script), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[0] for line in lines] == ["PolicyScheduler", "slai", "sarathi"]
+    lines = capsys.readouterr().out.splitlines()[-5:]
+    assert [line.split()[0] for line in lines] == ["greedy", "sampled", "slai", "on-time", "sarathi"]
     assert (tmp_path / "out" / "ppo.zip").exists()
 
 

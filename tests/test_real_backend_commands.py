@@ -315,7 +315,7 @@ def test_what_a_warm_start_cannot_use_is_one_line(simulated_run, one_thread, tmp
         ({"hidden": (4,)}, PolicyError, r"out.weight is \(\d+, 8\), this training's network \(\d+, 4\)"),
         ({"action_repeat": 4}, PolicyError, "action.repeat is 2, this training's 4"),
         ({"activation": "relu"}, PolicyError, "architecture.activation is tanh, this training's relu"),
-        ({"warm_start": str(tmp_path / "none")}, ConfigError, "warm_start: .*none: expected a run"),
+        ({"warm_start": str(tmp_path / "none")}, ConfigError, "warm_start: .*none: no such file or folder"),
         ({"warm_start": str(tmp_path / "model.zip")}, ConfigError, "agents.export makes one of an SB3 zip"),
         ({"backend": "transformers"}, ConfigError, "model: expected a folder, a hub id or random:tiny"),
         ({"model": "random:tiny"}, ConfigError, "model: needs backend='transformers'"),

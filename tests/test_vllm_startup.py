@@ -16,7 +16,10 @@ CLASS = "llmsched_gym.real_backend.vllm_plugin.Scheduler"
     "arguments, what",
     [
         (["--additional-config", '{"llmsched": {"policy": "./no/folder"}}'], "policy './no/folder': no such policy"),
-        (['--additional-config={"llmsched": {"policy": "slay"}}'], "policy 'slay' is unknown (did you mean 'slai'?)"),
+        (
+            ['--additional-config={"llmsched": {"policy": "slay"}}'],
+            r"policy 'slay' is unknown \(did you mean 'slai'\?\)",
+        ),
         (["--additional_config", '{"llmsched": {"polcy": "slai"}}'], "expected some of policy, .* got 'polcy'"),
         (["--additional-config", '{"llmsched": {"profile": "b300"}}'], "profile: expected one of"),
     ],

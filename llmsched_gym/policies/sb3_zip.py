@@ -161,14 +161,15 @@ def _guesses(model: Any, given: dict[str, Any]) -> list[EnvConfig]:
     settings = {"observation": "slots" if slots else "features", **given}
     found = []
     for name, action in ACTIONS.items():
-        if not isinstance(model.action_space, type(action.space(EnvConfig(action=name)))):
+        flags = product((False, True), repeat=2)
+        variants: list[dict[str, Any]] = [{"allow_refusal": r, "prefix_caching": c} for r, c in flags]
+        if all(action.space(EnvConfig(action=name, **variant)) != model.action_space for variant in variants):
             continue
         if action.is_held and "action_repeat" not in given:
             raise _unknown("repeat", "action_repeat")
         if action.has_budget and "token_budget" not in given:
             raise _unknown("token_budget", "token_budget")
-        for refusal, cached in product((False, True), repeat=2):
-            found.append(EnvConfig(**settings, action=name, allow_refusal=refusal, prefix_caching=cached))
+        found += [EnvConfig(**settings, action=name, **variant) for variant in variants]
     return found
 
 
