@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from examples.ppo import WORLD, make_model
@@ -64,14 +65,22 @@ class Evaluations(BaseCallback):
         torch.set_rng_state(state)
 
 
-def train(seed: int, steps: int) -> np.ndarray:
-    """Evaluations of one training run, (number of them, 4)."""
+def favourite(model: PPO) -> str:
+    """The preset that the policy chooses most, in the mean over the environments where training stopped."""
+    with torch.no_grad():
+        seen = model.policy.obs_to_tensor(model._last_obs)[0]
+        shares = model.policy.get_distribution(seen).distribution.probs.mean(0)
+    return f"`{list(PRESETS)[int(shares.argmax())]}` {float(shares.max()):.2f}"
+
+
+def train(seed: int, steps: int) -> tuple[np.ndarray, str]:
+    """Evaluations of one training run, (number of them, 4), and its favourite at the end."""
     torch.set_num_threads(1)
     evaluations = Evaluations()
     model = make_model(seed)
     model.verbose = 0
     model.learn(steps, callback=evaluations)
-    return np.array(evaluations.rows)
+    return np.array(evaluations.rows), favourite(model)
 
 
 def plot(runs: list[np.ndarray], levels: dict[str, float]) -> Figure:
@@ -111,18 +120,19 @@ def main() -> None:
     print(table(header, [[f"`{a}`", f"{held[a]:.3f}", f"`{b}`", f"{held[b]:.3f}"] for a, b in pairs]), flush=True)
     levels = {name: utility(name) for name in ("slai", "on-time", best)}
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        runs = list(pool.map(train, range(args.seeds), [args.steps] * args.seeds))
+        trained = list(pool.map(train, range(args.seeds), [args.steps] * args.seeds))
     rows = []
-    for seed, found in enumerate(runs):
+    for seed, (found, liked) in enumerate(trained):
         above = (found[:, 1] > levels["slai"]) & (found[:, 2] > levels["slai"])
         since = len(above) - int(np.argmin(above[::-1])) if not above.all() else 0
         when = f"{found[since, 0]:,.0f}" if since < len(found) else "not yet"
-        rows.append([seed, f"{found[0, 3]:.2f}", when, *(f"{x:.3f}" for x in found[-1, 1:3]), f"{found[-1, 3]:.2f}"])
-    header = ["seed", "entropy at first", "above SLAI for good from", "greedy", "sampled", "entropy"]
+        at_last = *(f"{x:.3f}" for x in found[-1, 1:3]), f"{found[0, 3]:.2f} to {found[-1, 3]:.2f}"
+        rows.append([seed, when, *at_last, liked])
+    header = ["seed", "above SLAI for good from", "greedy", "sampled", "entropy (nats)", "favourite and its share"]
     print(table(header, rows, 0))
     print("\n" + ", ".join(f"{name} {level:.3f}" for name, level in levels.items()))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    plot(runs, levels).savefig(args.out)
+    plot([found for found, _ in trained], levels).savefig(args.out)
 
 
 if __name__ == "__main__":

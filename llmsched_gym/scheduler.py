@@ -102,12 +102,7 @@ class Compiled:
     plan: Callable | None = None  # entry (handle, env) that sets the knobs of the batch to come, if they change
 
     def __reduce__(self) -> tuple[Any, ...]:
-        try:
-            if make_scheduler(self.name) == self:  # what is compiled of it is made anew where it is read
-                return make_scheduler, (self.name,)
-        except PolicyError:
-            pass
-        return Compiled, tuple(getattr(self, field.name) for field in fields(self))
+        return reduced(self, make_scheduler)
 
     def __deepcopy__(self, memo: Any) -> Compiled:
         return self
@@ -222,6 +217,19 @@ COMMON_OPTIONS = (
     "admission",
 )  # what all compiled schedulers honour
 PACK_OPTIONS = tuple(name for name in (*OPTIONS, "admission") if name != "chunk")
+
+
+def reduced(made: Any, make: Callable[[str], Any]) -> tuple[Any, ...]:
+    """How a dataclass pickles itself: by its name if `make` makes it of that, else by its fields.
+
+    What is compiled of it is made anew where it is read.
+    """
+    try:
+        if make(made.name) == made:
+            return make, (made.name,)
+    except PolicyError:
+        pass
+    return type(made), tuple(getattr(made, field.name) for field in fields(made))
 
 
 def with_options(spec: str, entry: Compiled, options: Mapping[str, str]) -> Compiled:

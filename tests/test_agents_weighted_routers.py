@@ -1,6 +1,7 @@
 """Weighted routers, told and not: their kernel, their tuning, what they could gain, and students of them."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -156,3 +157,9 @@ def test_tuning_keeps_the_better_one_and_is_compared(search, tmp_path):
         route_headroom.headroom(route_headroom.Config(weights="nowhere.json"))
     with pytest.raises(ConfigError, match="suite: expected one of replicas, got 'default'"):
         tune_route.tune(tune_route.Config(suite="default"))
+
+
+def test_weights_are_kept_in_a_pickle():
+    for router in (TUNED, make_weighted(np.arange(len(NAMES)))):
+        again = pickle.loads(pickle.dumps(router))
+        assert again == router and again.weights == router.weights

@@ -4,9 +4,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from llmsched_gym.config import ConfigError, env_config, scenario
 from llmsched_gym.engine.view import VISIBLE
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv, batched
+from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.env.route import LLMRouteEnv
+from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.scheduler import make_scheduler
 
 WORLD = {"qps": 2.0, "num_requests": 8, "warmup_s": 0.0, "drain_s": 30.0, "allow_refusal": True}
@@ -56,6 +59,10 @@ def pay_together(moments):
     over = moments.resolved
     late = over.sum(over["lateness_s"]) + over.sum(over["num_output_tokens"])
     return moments.duration_s + 3.0 * over.count() + late + 7.0 * moments.terms["on_time"]
+
+
+def agent_of_a_replica():
+    return PolicyScheduler(lambda seen: 0, env_config("default", action="preset", observation=Together()))
 
 
 ALONE = {"reward": pay_alone, "observation": Alone()}
@@ -171,6 +178,26 @@ def test_nothing_is_told_that_a_view_hides():
     env.reset(seed=0)
     env.step(env.action_space.sample())
     assert set(told["live"]) <= set(VISIBLE.names)
+
+
+def test_an_agent_on_them_is_evaluated_as_it_acts():
+    """By :class:`PolicyScheduler` in a run, batch by batch as in the environment; not as a replica."""
+    fields = {**WORLD, "action": "preset", "action_repeat": 4}
+    seen = {}
+    for name, observation in (("alone", Alone()), ("together", Together())):
+        world = env_config("default", **fields, observation=observation)
+        told = seen[name] = []
+        agent = PolicyScheduler(lambda o, told=told: told.append(np.array(o)) or int(o[1]) % 32, world)
+        episode = simulate(world, agent, 5)
+        seen[name, "end"] = episode.sim.clock_s
+    assert len(seen["alone"]) > 10 and seen["alone", "end"] == seen["together", "end"]
+    np.testing.assert_allclose(seen["alone"], seen["together"], rtol=1e-12)
+    env = LLMSchedEnv(observation=Together(), **fields)
+    first, _ = env.reset(seed=5)
+    assert np.allclose(first, seen["together"][0])
+    cluster = scenario("cluster", num_requests=5, warmup_s=0.0, num_replicas=2)
+    with pytest.raises(ConfigError, match="observation: one marked as batched is of environments"):
+        simulate(cluster, f"jsq+{__name__}:agent_of_a_replica", 0)
 
 
 @pytest.mark.parametrize("paid", [None, 0.0, [0.0], np.zeros((2, 1)), [0.0, np.nan], ["a", "b"]])

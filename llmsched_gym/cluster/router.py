@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ from llmsched_gym.cluster.state import PROMPTS, ROUTE_SIGNATURE, Nodes
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import State
-from llmsched_gym.scheduler import Own, PolicyError
+from llmsched_gym.scheduler import Own, PolicyError, reduced
 
 _MODULUS_A, _MODULUS_B = 2147483563, 2147483399
 
@@ -98,12 +98,7 @@ class CompiledRouter:
     name: str = ""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        try:
-            if make_router(self.name) == self:  # what is compiled of it is made anew where it is read
-                return make_router, (self.name,)
-        except PolicyError:
-            pass
-        return CompiledRouter, tuple(getattr(self, field.name) for field in fields(self))
+        return reduced(self, make_router)
 
     def __deepcopy__(self, memo: Any) -> CompiledRouter:
         return self

@@ -8,10 +8,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector.utils import batch_space, iterate
 
 from llmsched_gym.config import ConfigError
+from llmsched_gym.engine.state import State
 from llmsched_gym.engine.view import VISIBLE
-from llmsched_gym.env.arrays import DURATION_S, FIRST_TERM, PAUSED, REWARD
+from llmsched_gym.env.arrays import DURATION_S, FIRST_TERM, PAUSED, REWARD, Arrays
 from llmsched_gym.env.observations import as_observation
 from llmsched_gym.env.reward import TERMS, as_rewards
 
@@ -78,14 +80,16 @@ class Moments:
         features: what the observation "features" holds, float32 (num_envs, number of features).
     """
 
-    def __init__(self, core: Any, first: int, stop: int, resolved_before: np.ndarray | None = None) -> None:
-        """Environments first, ..., stop - 1 of `core`; `resolved_before` (num_envs,) requests were so before."""
-        of, state, outcomes = slice(first, stop), core.engine.state, core.arrays.outcomes[first:stop]
+    def __init__(
+        self, state: State, arrays: Arrays, first: int, stop: int, resolved_before: np.ndarray | None = None
+    ) -> None:
+        """Environments first, ..., stop - 1; `resolved_before` (num_envs,) requests were so before the last step."""
+        of, outcomes = slice(first, stop), arrays.outcomes[first:stop]
         self.num_envs = stop - first
         self.duration_s = outcomes[:, DURATION_S].copy()
         self.reward = outcomes[:, REWARD].copy()
         self.terms = {name: outcomes[:, FIRST_TERM + k].copy() for k, name in enumerate(TERMS)}
-        self.features = core.arrays.features[of].copy()
+        self.features = arrays.features[of].copy()
         self._state, self._of, self._sims = state, of, state.sims[of]
         self._nobody = np.zeros(self.num_envs, np.int64)
         self._resolved_before = resolved_before
@@ -136,15 +140,22 @@ _FIGURES = {
 }
 
 
-def observe_together(core: Any, space: spaces.Space, first: int, stop: int) -> Any:
-    """What the user's batched observation makes of environments first, ..., stop - 1, an element of their `space`."""
-    return as_observation(space, core.config.observation.observe(Moments(core, first, stop)))
+def observe_all(observation: Any, space: spaces.Space, state: State, arrays: Arrays) -> Any:
+    """What the user's batched observation makes of all environments, an element of their `space`."""
+    return as_observation(space, observation.observe(Moments(state, arrays, 0, len(arrays.outcomes))))
 
 
-def pay_together(core: Any, first: int, stop: int, resolved_before: np.ndarray) -> None:
+def observe_one(observation: Any, state: State, arrays: Arrays, env: int) -> Any:
+    """What the user's batched observation makes of environment `env` alone."""
+    space = batch_space(observation.space)
+    seen = as_observation(space, observation.observe(Moments(state, arrays, env, env + 1)))
+    return next(iterate(space, seen))
+
+
+def pay_together(reward: Any, state: State, arrays: Arrays, first: int, stop: int, resolved_before: np.ndarray) -> None:
     """Replace the rewards of environments first, ..., stop - 1 by the user's; those that are paused have 0."""
-    outcomes = core.arrays.outcomes[first:stop]
-    paid = as_rewards(core.config.reward(Moments(core, first, stop, resolved_before)), stop - first)
+    outcomes = arrays.outcomes[first:stop]
+    paid = as_rewards(reward(Moments(state, arrays, first, stop, resolved_before)), stop - first)
     outcomes[:, REWARD] = np.where(outcomes[:, PAUSED] > 0.0, 0.0, paid)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from llmsched_gym.config import ConfigError, EnvConfig, RouteConfig
 from llmsched_gym.engine import Engine
@@ -17,7 +17,7 @@ from llmsched_gym.engine.compiling import expect_kernels
 from llmsched_gym.env import kernels
 from llmsched_gym.env.actions import action_of, as_array, check_range
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, Arrays, handle_of
-from llmsched_gym.env.batched import is_batched, observe_together, pay_together
+from llmsched_gym.env.batched import is_batched, observe_all, observe_one, pay_together
 from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import features_of
 from llmsched_gym.env.observations import FEATURES_PART, PARTS, as_observation, observation_of, observation_space
@@ -207,7 +207,7 @@ class EnvCore(SavedCore):
             for env in np.flatnonzero(sims["num_batches"] % NOISE_BLOCK < self.config.action_repeat).tolist():
                 self.engine.refill_noise(env)
         if resolved_before is not None:
-            pay_together(self, 0, self.num_envs, resolved_before)
+            pay_together(self.config.reward, self.engine.state, self.arrays, 0, self.num_envs, resolved_before)
 
     def _step_range(self, first: int, stop: int) -> int:
         """Step environments first, ..., stop - 1; returns what the kernel does."""
@@ -269,7 +269,8 @@ class EnvCore(SavedCore):
         kernels.settle(self.engine.handle, self.handle, env, start_s)
         self._observe_more(env, env + 1)
         if self._pays_together:
-            pay_together(self, env, env + 1, np.array([resolved_before]))
+            before = np.array([resolved_before])
+            pay_together(self.config.reward, self.engine.state, self.arrays, env, env + 1, before)
         elif callable(self.config.reward):
             paid = self.config.reward(self._transition(env, resolved_before))
             self.arrays.outcomes[env, REWARD] = as_reward(paid)
@@ -320,13 +321,13 @@ class EnvCore(SavedCore):
 
     def _seen_by_user(self, where: Any) -> Any:
         """What an object of the user's makes of the state."""
-        if is_batched(self.config.observation.observe):
-            if where is ...:
-                return observe_together(self, self._space_of_all, 0, self.num_envs)
-            space = batch_space(self.observation_space)
-            return next(iterate(space, observe_together(self, space, where, where + 1)))
+        observation, state = self.config.observation, self.engine.state
         if where is not ...:
-            return as_observation(self.observation_space, self.config.observation.observe(self.engine.view(where)))
+            if is_batched(observation.observe):
+                return observe_one(observation, state, self.arrays, where)
+            return as_observation(self.observation_space, observation.observe(self.engine.view(where)))
+        if is_batched(observation.observe):
+            return observe_all(observation, self._space_of_all, state, self.arrays)
         views = [self._seen_by_user(env) for env in range(self.num_envs)]
         out: Any = create_empty_array(self.observation_space, self.num_envs)
         return concatenate(self.observation_space, views, out)

@@ -18,8 +18,9 @@ from llmsched_gym.env.actions.knobs import CAP, KNOBS, LIMIT, TOKEN_BUDGET, knob
 from llmsched_gym.env.actions.preset import ACTION as PRESET_ACTION
 from llmsched_gym.env.actions.preset import preset_action
 from llmsched_gym.env.arrays import handle_of
+from llmsched_gym.env.batched import is_batched, observe_one
 from llmsched_gym.env.core import actions_in, make_arrays
-from llmsched_gym.env.observations import observation_of
+from llmsched_gym.env.observations import as_observation, observation_of
 from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs, settings_of
 
 
@@ -271,9 +272,18 @@ class PolicyScheduler:
         self._actions[self._lane] = as_array(self._space, given, self._actions.shape[1:])
         check_range(self.kind, self.config, self._actions, given)
 
+    def _seen_by_user(self, engine: Engine) -> Any:
+        observation = self.config.observation
+        if not is_batched(observation.observe):
+            return as_observation(observation.space, observation.observe(engine.view(self._lane)))
+        if len(engine.state.sims) > len(engine.state.episodes):
+            raise ConfigError("observation: one marked as batched is of environments, and this is a replica of one")
+        kernels.observe_env(engine.handle, self._handle, self._lane)
+        return observe_one(observation, engine.state, self._arrays, self._lane)
+
     def _observe(self, engine: Engine) -> Any:
         if self._seen is None or self._read is None:
-            return self.config.observation.observe(engine.view(self._lane))
+            return self._seen_by_user(engine)
         kernels.observe_env(engine.handle, self._handle, self._lane)
         if self._seen.fill is not None:
             self._seen.fill(engine.handle, self._handle, self._lane, self._lane + 1)

@@ -6,7 +6,6 @@ most of which serve nobody.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,14 @@ from gymnasium import spaces
 
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine.jit import entry, kernel
-from llmsched_gym.engine.pack import CLASS, EDF, FCFS, FEASIBLE, HOLD_ALWAYS, LPM, SPF, SRPT, pack
+from llmsched_gym.engine.pack import CLASS, EDF, FEASIBLE, HOLD_ALWAYS, LPM, SPF, SRPT, pack
 from llmsched_gym.engine.run import run_lane
 from llmsched_gym.engine.state import lane_of, unpack
 from llmsched_gym.engine.step import LATEST_LST
 from llmsched_gym.env.actions.action import Action, Choice
-from llmsched_gym.env.actions.knobs import NO_LIMIT
 from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.kernels import decide_one, step_all
+from llmsched_gym.scheduler import default_knobs, settings_of
 from llmsched_gym.text import table
 
 _SPF: dict[str, float] = {"order": SPF}
@@ -69,20 +68,15 @@ PRESETS: dict[str, dict[str, float]] = {
 Written out, for the kernel below is compiled with them.
 """
 NUM_PRESETS = len(PRESETS)
-_USUAL: dict[str, float] = {
-    "token_budget": 512,
-    "order": FCFS,
-    "victim": 0,
-    "limit": NO_LIMIT,
-    "hold": 0,
-    "cap": math.inf,
-    "offset": math.inf,
-    "offset_full": math.inf,
-    "usage_switch": math.inf,
-    "margin": math.nan,
-}
-_BUDGET, _ORDER, _VICTIM, _LIMIT, _HOLD, _CAP, _OFFSET, _OFFSET_FULL, _USAGE_SWITCH, _MARGIN = range(len(_USUAL))
-_VALUES = np.array([[{**_USUAL, **preset}[name] for name in _USUAL] for preset in PRESETS.values()])
+_USUAL = settings_of(default_knobs())
+_VALUES = np.array([[{**_USUAL, **preset}[name] for name in _USUAL] for preset in PRESETS.values()], np.float64)
+_BUDGET, _ORDER, _VICTIM, _LIMIT, _EVICT, _HOLD, _REFUSE, _CAP, _OFFSET, _OFFSET_FULL, _USAGE_SWITCH, _MARGIN = (
+    list(_USUAL).index(name)
+    for name in (
+        *("token_budget", "order", "victim", "limit", "evict", "hold", "refuse"),
+        *("cap", "offset", "offset_full", "usage_switch", "margin"),
+    )
+)
 
 
 @kernel()
@@ -106,8 +100,8 @@ def put(lane, a, env):
     knobs.offset_full = _VALUES[preset, _OFFSET_FULL]
     knobs.usage_switch = _VALUES[preset, _USAGE_SWITCH]
     knobs.margin = _VALUES[preset, _MARGIN]
-    knobs.refuse = 0
-    knobs.evict = 0
+    knobs.refuse = int(_VALUES[preset, _REFUSE])
+    knobs.evict = int(_VALUES[preset, _EVICT])
 
 
 @kernel()
@@ -142,7 +136,7 @@ def run(s, a, env, max_steps, max_idle_steps):
 def preset_action(settings: Any) -> np.ndarray:
     """The preset that packs as a scheduler's settings (a KNOBS record) do; int64 of shape (). ValueError for none."""
     for index, preset in enumerate(PRESETS.values()):
-        wanted = {**_USUAL, "refuse": 0, "evict": 0, **preset}
+        wanted = {**_USUAL, **preset}
         if all(np.array_equal(settings[name], value, equal_nan=True) for name, value in wanted.items()):
             return np.array(index, np.int64)
     raise ValueError("no preset has its settings")
