@@ -138,6 +138,12 @@ def read_weights(file: str) -> np.ndarray:
     """The weights in a file that :func:`tune` wrote; ConfigError for another one."""
     try:
         found = json.loads(Path(file).read_text())["weights"]
-        return np.array([float(found[name]) for name in NAMES])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights = np.array([float(found[name]) for name in NAMES])
+    except OSError as error:
+        raise ConfigError(f"weights: expected a file of agents.tune_route, {file!r}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"weights: {file}: expected weights of {', '.join(NAMES)}, got {error!r}") from None
+    if not np.isfinite(weights).all():
+        wrong = NAMES[int(np.argmin(np.isfinite(weights)))]
+        raise ConfigError(f"weights: {file}: {wrong}: expected a finite number, got {found[wrong]!r}")
+    return weights

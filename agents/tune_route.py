@@ -22,7 +22,7 @@ import numpy as np
 from llmsched_gym.agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import AFFINITY, NAMES, read_weights, utility
-from llmsched_gym.config import ClusterScenario, ConfigError, scenario
+from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, ConfigError, scenario
 from llmsched_gym.files import make_folder, write_text
 
 
@@ -48,7 +48,7 @@ def world_of(suite: str, fields: dict[str, Any]) -> ClusterScenario:
     """The suite with fields replaced; ConfigError if it has one engine."""
     world = scenario(suite, **fields)
     if not isinstance(world, ClusterScenario):
-        raise ConfigError(f"suite: expected one of replicas, got {suite!r}")
+        raise ConfigError(f"suite: expected one of {', '.join(CLUSTER_SUITES)}, got {suite!r}")
     return world
 
 
@@ -103,6 +103,10 @@ def tune(config: Config) -> dict[str, Any]:
     def value(weights: np.ndarray, seeds: Sequence[int]) -> float:
         return float(np.mean([utility(world, config.scheduler, weights, seed, is_told=config.told) for seed in seeds]))
 
+    out = Path(config.out)
+    if out.is_dir():
+        raise ConfigError(f"out: expected a file to write, got the folder {out}")
+    make_folder(out.parent)
     search = by_steps if config.search == "steps" else by_cma
     tuned, chosen_on = search(config, start, free, value), SELECTION_SEEDS[: config.selection_seeds]
     before, after = value(start, chosen_on), value(tuned, chosen_on)
@@ -113,8 +117,7 @@ def tune(config: Config) -> dict[str, Any]:
         "tuned": after,
         "config": config.__dict__,
     }
-    make_folder(Path(config.out).parent)
-    write_text(Path(config.out), json.dumps(result, indent=1) + "\n")
+    write_text(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

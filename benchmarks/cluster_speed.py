@@ -23,6 +23,7 @@ from typing import Any
 import gymnasium as gym
 
 import llmsched_gym  # noqa: F401  registers the environments
+from benchmarks import whole
 from llmsched_gym.cluster import Cluster
 from llmsched_gym.cluster.events import MORE, OVER, ROUTE
 from llmsched_gym.cluster.kernels import look_again
@@ -141,12 +142,12 @@ def numbers(text: str) -> list[int]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster_speed", description=__doc__.split("\n\n")[0])
     parser.add_argument("--replicas", type=numbers, default=[1, 4, 16, 64], help="how many, by default 1,4,16,64")
-    parser.add_argument("--requests", type=int, default=1_000_000, help="of the last number of replicas")
+    parser.add_argument("--requests", type=whole, default=1_000_000, help="of the last number of replicas")
     parser.add_argument("--load", type=float, default=0.6, help="share of the fluid capacity")
     parser.add_argument("--router", default="prefix-affinity")
     parser.add_argument("--scheduler", default="slai")
     parser.add_argument("--envs", type=numbers, default=[1, 16], help="environments side by side, by default 1,16")
-    parser.add_argument("--steps", type=int, default=20_000, help="decisions of a number of environments")
+    parser.add_argument("--steps", type=whole, default=20_000, help="decisions of a number of environments")
     args = parser.parse_args(argv)
     found = []
     try:

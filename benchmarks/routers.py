@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks import whole
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.grid import evaluate, seed_range
 from llmsched_gym.files import make_folder, replace_file, write_text
@@ -355,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=10, help="how many; below ten there are no intervals")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--num-requests", type=int, default=2000, help="measured requests of a run")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args(argv)
     args.suite = args.suite or list(CLUSTER_SUITES)
     args.share = args.share or list(SHARES)
@@ -366,6 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, PolicyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

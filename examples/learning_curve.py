@@ -78,7 +78,6 @@ def train(seed: int, steps: int) -> tuple[np.ndarray, str]:
     torch.set_num_threads(1)
     evaluations = Evaluations()
     model = make_model(seed)
-    model.verbose = 0
     model.learn(steps, callback=evaluations)
     return np.array(evaluations.rows), favourite(model)
 

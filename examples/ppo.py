@@ -13,16 +13,16 @@ from llmsched_gym.evaluation.run import simulate
 WORLD = {"qps": 1.8, "action": "preset", "action_repeat": 32}
 
 
-def make_model(seed: int) -> PPO:
+def make_model(seed: int, verbose: int = 0) -> PPO:
     """PPO that chooses one of 32 schedulers for every 32 batches."""
     env = LLMSchedVecEnv(num_envs=64, reward_scale=0.05, **WORLD)
     env.seed(1000 + 100 * seed)
     learner = {"n_steps": 32, "batch_size": 512, "n_epochs": 4, "learning_rate": 1e-3, "gamma": 0.98}
-    return PPO("MlpPolicy", env, **learner, seed=seed, device="cpu", verbose=1)
+    return PPO("MlpPolicy", env, **learner, seed=seed, device="cpu", verbose=verbose)
 
 
 if __name__ == "__main__":
-    model = make_model(seed=0)
+    model = make_model(seed=0, verbose=1)
     model.learn(total_timesteps=int(sys.argv[1]) if len(sys.argv) > 1 else 262_144)
     model.save("out/ppo")
 

@@ -153,10 +153,27 @@ def test_tuning_keeps_the_better_one_and_is_compared(search, tmp_path):
     assert table["hindsight"]["mean_utility"] >= table["told"]["mean_utility"]
     world = route_headroom.world_of(config)
     assert world.qps == 4.5 and world.qps_range == (1.5 * 4.1, 1.5 * 7.6)
-    with pytest.raises(ConfigError, match=r"weights: nowhere.json: expected weights of own_s"):
+    with pytest.raises(
+        ConfigError, match=r"weights: expected a file of agents.tune_route, 'nowhere.json': No such file"
+    ):
         route_headroom.headroom(route_headroom.Config(weights="nowhere.json"))
-    with pytest.raises(ConfigError, match="suite: expected one of replicas, got 'default'"):
+    with pytest.raises(ConfigError, match="suite: expected one of cluster, hetero, disagg, got 'default'"):
         tune_route.tune(tune_route.Config(suite="default"))
+
+
+def test_wrong_weights_and_folders_are_one_line_before_any_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_route, "by_steps", None)  # no search begins
+    with pytest.raises(ConfigError, match="out: expected a file to write, got the folder"):
+        tune_route.tune(tune_route.Config(out=str(tmp_path)))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="out: cannot write to"):
+        tune_route.tune(tune_route.Config(out=str(tmp_path / "file" / "w.json")))
+    file = tmp_path / "w.json"
+    file.write_text(json.dumps({"weights": {**dict.fromkeys(NAMES, 0.0), "is_last": float("nan")}}))
+    with pytest.raises(ConfigError, match=r"w\.json: is_last: expected a finite number, got nan"):
+        read_weights(str(file))
+    with pytest.raises(ConfigError, match=r"weights: expected a file of agents\.tune_route, '': Is a directory"):
+        read_weights("")
 
 
 def test_weights_are_kept_in_a_pickle():

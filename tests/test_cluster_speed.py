@@ -39,3 +39,6 @@ def test_unknown_names_are_one_line(wrong, capsys):
     assert capsys.readouterr().err.startswith("error: ")
     with pytest.raises(SystemExit):
         cluster_speed.main(["--replicas", "0"])
+    for name in ("--requests", "--steps"):
+        with pytest.raises(SystemExit):
+            cluster_speed.main([name, "0"])

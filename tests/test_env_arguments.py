@@ -260,3 +260,17 @@ def test_an_observation_of_the_users_is_one_of_its_space(make):
         assert "\n" not in str(error.value)
     seen = make(observation=Seen([0, 0.5])).reset(seed=0)[0]
     assert seen.dtype == np.float32 and seen.reshape(-1, 2).tolist() == [[0.0, 0.5]] * (seen.size // 2)
+
+
+@pytest.mark.parametrize("make", [LLMSchedEnv, lambda **fields: LLMSchedVectorEnv(2, **fields), LLMRouteEnv])
+def test_parts_of_an_observation_are_cast_as_a_whole_is(make):
+    class Parts(Seen):
+        space = gym.spaces.Dict(a=Seen.space, b=gym.spaces.Tuple([gym.spaces.Discrete(3), Seen.space]))
+
+    good = {"a": [0.5, 0], "b": [1, np.ones(2)]}
+    seen = make(observation=Parts(good)).reset(seed=0)[0]
+    assert seen["a"].dtype == seen["b"][1].dtype == np.float32
+    for answer in ({}, {**good, "a": None}, {**good, "b": (1,)}, {**good, "c": 0}, {**good, "a": [0, 0, 0]}, [], "x"):
+        with pytest.raises(ValueError, match=r"observation: expected an element of Dict\(") as error:
+            make(observation=Parts(answer)).reset(seed=0)
+        assert "\n" not in str(error.value)

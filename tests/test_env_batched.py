@@ -200,6 +200,41 @@ def test_an_agent_on_them_is_evaluated_as_it_acts():
         simulate(cluster, f"jsq+{__name__}:agent_of_a_replica", 0)
 
 
+def test_an_observation_stays_when_its_buffer_is_used_again():
+    class Buffered:
+        space = gym.spaces.Box(0.0, np.inf, (1,), np.float32)
+        buffer = np.zeros((3, 1), np.float32)
+
+        @batched
+        def observe(self, moments):
+            self.buffer[: moments.num_envs, 0] = moments.now_s
+            return self.buffer[: moments.num_envs]
+
+    vector = LLMSchedVectorEnv(3, observation=Buffered(), **WORLD)
+    first, _ = vector.reset(seed=0)
+    kept = first.copy()
+    for _ in range(5):
+        vector.step(vector.action_space.sample())
+    assert np.array_equal(first, kept) and (Buffered.buffer > 0).any()
+
+
+def test_sums_are_of_one_value_a_request():
+    @batched
+    def reward(moments):
+        with pytest.raises(ValueError, match=r"requests: expected values of shape \(\d+,\), got \(0,\)"):
+            (moments.waiting if len(moments.waiting) else moments.running).sum(np.zeros(0))
+        return moments.reward
+
+    env = LLMSchedEnv(reward=reward, **{**WORLD, "qps": 20.0, "num_requests": 40})
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(env.action_space.sample() * 0)
+        if env.core.engine.state.sims[0].num_waiting:
+            break
+    else:
+        raise AssertionError("nobody waited")
+
+
 @pytest.mark.parametrize("paid", [None, 0.0, [0.0], np.zeros((2, 1)), [0.0, np.nan], ["a", "b"]])
 def test_what_is_no_array_of_rewards_is_one_line(paid):
     vector = LLMSchedVectorEnv(2, reward=batched(lambda moments: paid), **WORLD)

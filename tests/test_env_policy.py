@@ -6,7 +6,7 @@ import pytest
 from gymnasium import wrappers
 
 import llmsched_gym  # noqa: F401
-from llmsched_gym.config import ConfigError, EnvConfig, scenario
+from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, scenario
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.policy import SchedulerPolicy
 from llmsched_gym.evaluation.run import simulate
@@ -52,6 +52,25 @@ def by_action(env, policy):
 
 def by_copy(env, policy):
     return env.step(np.array(policy.action()))
+
+
+@pytest.mark.parametrize("name", ["sarathi[budget=2048]", "on-time", "srpt-capped", "rad", "edf"])
+def test_a_scheduler_steps_alike_whatever_the_actions_are(name):
+    fields = {**WORLD, "token_budget": 300}
+    played = {action: play(LLMSchedEnv(action=action, **fields), name, by_step) for action in ACTIONS}
+    assert len(set(played.values())) == 1
+
+
+def test_an_agent_takes_over_from_a_scheduler_with_its_own_budget():
+    """A request action after a scheduler's step opens a batch of the environment's tokens, not of the scheduler's."""
+    env = LLMSchedEnv(action="request", token_budget=300, qps=3.0)
+    env.reset(seed=1)
+    policy = SchedulerPolicy(env, "sarathi[budget=2048]")
+    for _ in range(20):
+        policy.step()
+        assert env.core.engine.state.batches[0].token_room == 300
+        env.step(int(np.flatnonzero(env.action_masks())[0]))
+        assert env.core.engine.state.knobs[0]["token_budget"] == 300
 
 
 @pytest.mark.parametrize("repeat", [1, 3])

@@ -105,3 +105,16 @@ def test_bad_arguments_are_one_line(wrong, tmp_path, capsys):
     assert benchmark.main([*ARGUMENTS, *wrong, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not any(tmp_path.iterdir())
+
+
+def test_no_workers_are_a_bad_argument_and_an_interrupt_is_one_line(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        benchmark.main([*ARGUMENTS, "--workers", "0", "--out", str(tmp_path / "none")])
+    assert "expected a whole number >= 1, got '0'" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "run_cells", interrupted)
+    assert benchmark.main([*ARGUMENTS, "--section", "suites", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on\n"

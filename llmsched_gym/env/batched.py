@@ -61,6 +61,8 @@ class Requests:
 
     def sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of `values` (num_requests,) over each environment's requests, float64 (num_envs,)."""
+        if np.shape(values) != self.env.shape:
+            raise ValueError(f"requests: expected values of shape {self.env.shape}, got {np.shape(values)}")
         return np.bincount(self.env, values, len(self._rows))
 
 
@@ -95,7 +97,10 @@ class Moments:
         self._resolved_before = resolved_before
 
     def __getattr__(self, name: str) -> np.ndarray:
-        """Figures of the engine by the names that a ``View`` has for them, each (num_envs,)."""
+        """Figures of the engine as of a ``View``, and the lengths of its lists, ``num_running`` and ``num_waiting``.
+
+        Each is an array (num_envs,).
+        """
         if name not in _FIGURES:
             raise AttributeError(f"Moments has no {name!r}; figures are {', '.join(_FIGURES)}")
         return np.array(self._sims[_FIGURES[name]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,16 +105,27 @@ def observation_space(config: EnvConfig, num_features: int | None = None) -> spa
 
 
 def as_observation(space: spaces.Space, seen: Any) -> Any:
-    """What an object of the user's made of the state, as an element of its space; arrays take the space's dtype.
+    """What an object of the user's made of the state, as an element of its space: arrays copied, of the space's dtype.
 
     Raises :class:`ConfigError` for what is none, such as a wrong shape, a forgotten return or nan.
     """
-    if isinstance(space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
-        try:
-            seen = np.asarray(seen, space.dtype)
-        except (TypeError, ValueError):
-            raise ConfigError(f"observation: expected an element of {space}, got {seen!r:.80}") from None
-    if not space.contains(seen):
-        shown = f"an array of shape {seen.shape}" if getattr(seen, "shape", ()) != space.shape else repr(seen)
-        raise ConfigError(f"observation: expected an element of {space}, got {' '.join(shown.split()):.80}")
-    return seen
+    found = _cast(space, seen)
+    if not space.contains(found):
+        wrong_shape = isinstance(found, np.ndarray) and found.shape != space.shape
+        shown = f"an array of shape {found.shape}" if wrong_shape else " ".join(repr(seen).split())
+        raise ConfigError(f"observation: expected an element of {space}, got {shown:.80}")
+    return found
+
+
+def _cast(space: spaces.Space, seen: Any) -> Any:
+    """`seen` with its arrays as `space` has them, as far as its parts are where they should be."""
+    if isinstance(space, spaces.Dict) and isinstance(seen, Mapping):
+        return {key: _cast(space[key], value) if key in space.spaces else value for key, value in seen.items()}
+    if isinstance(space, spaces.Tuple) and isinstance(seen, tuple | list):
+        return tuple(_cast(*pair) for pair in zip(space, seen, strict=True)) if len(seen) == len(space) else seen
+    if not isinstance(space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
+        return seen
+    try:
+        return np.array(seen, space.dtype)
+    except (TypeError, ValueError):
+        return None

@@ -168,7 +168,8 @@ def as_rewards(paid: Any, num_envs: int) -> np.ndarray:
     except (TypeError, ValueError):
         rewards = np.full(num_envs, math.nan)
     if rewards.shape != (num_envs,) or not np.isfinite(rewards).all():
-        got = f"shape {rewards.shape}" if rewards.shape != (num_envs,) else f"{paid!r:.60}"
+        has_shape = paid is not None and rewards.shape != (num_envs,)
+        got = f"shape {rewards.shape}" if has_shape else f"{paid!r:.60}"
         raise ValueError(
             f"reward: expected {num_envs} finite numbers, shape ({num_envs},), got {' '.join(got.split())}"
         )

@@ -84,11 +84,13 @@ class SimulatedVecEnv(VecEnv):
 
     def get_state(self, slot: int) -> EnvState:
         """This moment of environment `slot`; see :meth:`~llmsched_gym.env.vector.SimulatedVectorEnv.get_state`."""
+        slot = self.env.slot_of(slot)
         totals = float(self._returns[slot]), int(self._lengths[slot])
         return replace(self.env.get_state(slot), totals=totals)
 
     def set_state(self, slot: int, state: EnvState, *, seed: int | None = None) -> Any:
         """Put environment `slot` at the moment at which `state` was taken; returns the observation there."""
+        slot = self.env.slot_of(slot)
         observation, _ = self.env.set_state(slot, state, seed=seed)
         self._returns[slot], self._lengths[slot] = state.totals
         return observation

@@ -79,6 +79,7 @@ class LLMSchedEnv(SimulatedEnv):
             return self.step_scheduler(scheduler)
         if self._scheduler is not None:
             self._install(None)
+            self.core.reopen(0)
         self.core.act(action)
         return self._outcome()
 
@@ -101,7 +102,9 @@ class LLMSchedEnv(SimulatedEnv):
         start_s, resolved = float(state.sims[0].clock_s), int(state.episodes[0].num_resolved)
         for _ in range(self.config.action_repeat):
             core.engine.step(scheduler)
+            knobs, memory = state.knobs[0].copy(), state.memory[0].copy()  # the scheduler's, for its next batch
             core.reopen(0)
+            state.knobs[0], state.memory[0] = knobs, memory
             if core.engine.is_over(0):
                 break
         core.settle(0, start_s, resolved)

@@ -195,7 +195,8 @@ class SimulatedVectorEnv(JsonSpec, VectorEnv):
 
     def get_state(self, slot: int) -> EnvState:
         """This moment of environment `slot`: as the single environment's, and for it. IndexError for no such slot."""
-        found = SimulatedEnv.get_state(self.envs[self._slot(slot)])
+        slot = self.slot_of(slot)
+        found = SimulatedEnv.get_state(self.envs[slot])
         return replace(found, is_over=bool(self._is_over[slot]), num_steps=int(self._steps[slot]))
 
     def set_state(self, slot: int, state: EnvState, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -203,12 +204,14 @@ class SimulatedVectorEnv(JsonSpec, VectorEnv):
 
         Otherwise as the single environment's method, whose states can be set too.
         """
-        found = SimulatedEnv.set_state(self.envs[self._slot(slot)], state, seed=seed)
+        slot = self.slot_of(slot)
+        found = SimulatedEnv.set_state(self.envs[slot], state, seed=seed)
         self._steps[slot], self._is_over[slot] = state.num_steps, state.is_over
         self._any_over = bool(self._is_over.any())
         return found
 
-    def _slot(self, slot: int) -> int:
+    def slot_of(self, slot: int) -> int:
+        """The index of an environment, checked: IndexError for none."""
         if not hasattr(slot, "__index__") or not 0 <= slot < self.num_envs:
             raise IndexError(f"slot: expected 0 to {self.num_envs - 1}, got {slot!r}")
         return operator.index(slot)
