@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
-from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.cluster.records import CANDIDATE, NODE, REPORT, ROUTE, TRANSFER
-from llmsched_gym.engine.jit import JIT_ENABLED, kernel
+from llmsched_gym.engine.handles import handle_maker
 from llmsched_gym.engine.records import NONE, REQUEST
 
 ROUTER_MEMORY = 8
@@ -73,37 +71,7 @@ ROUTE_TYPE = types.NamedTuple(
 ROUTE_SIGNATURE = types.int64(ROUTE_TYPE)
 """Signature of a compiled router: it returns the replica."""
 ROUTER_TYPE = types.FunctionType(ROUTE_SIGNATURE)
-
-
-@structref.register
-class NodesHandleType(types.StructRef):
-    """A compiled reference to :class:`Nodes`."""
-
-
-class NodesHandle(structref.StructRefProxy):
-    """:class:`Nodes` as kernels take them; see :class:`llmsched_gym.engine.state.Handle`."""
-
-
-structref.define_boxing(NodesHandleType, NodesHandle)
-NODES_HANDLE_TYPE = NodesHandleType([("nodes", NODES_TYPE)])
-
-
-@kernel(NODES_HANDLE_TYPE(NODES_TYPE), counted=True)
-def _make_handle(nodes):
-    c = structref.new(NODES_HANDLE_TYPE)
-    c.nodes = nodes
-    return c
-
-
-@kernel(inline="always")
-def unpack_nodes(c):
-    """The arrays behind a handle; see :func:`llmsched_gym.engine.state.unpack`."""
-    return c.nodes
-
-
-def handle_of(nodes: Nodes) -> Any:
-    """What kernels take for `nodes`."""
-    return _make_handle(nodes) if JIT_ENABLED else SimpleNamespace(nodes=nodes)
+NODES_HANDLE_TYPE, handle_of = handle_maker(NODES_TYPE)
 
 
 def allocate(

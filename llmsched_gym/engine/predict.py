@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmsched_gym.engine import surface
 from llmsched_gym.engine.blocks import known_computed
 from llmsched_gym.engine.due import left_s
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.surface import has_surface
@@ -47,4 +48,4 @@ def can_make_ttft(lane, r):
 @entry()
 def can_make_ttft_env(s, env, r):
     """:func:`can_make_ttft` of request `r` of environment `env`, for Python."""
-    return can_make_ttft(lane_of(s, env), r)
+    return can_make_ttft(lane_of(unpack(s), env), r)

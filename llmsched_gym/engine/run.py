@@ -13,6 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmsched_gym.engine.batch import batch_s
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.lag import foresee, land, settle, take_off
 from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time, remember
@@ -23,7 +24,6 @@ from llmsched_gym.engine.state import (
     env_of,
     episode_of,
     lane_of,
-    unpack,
 )
 from llmsched_gym.engine.step import apply_batch, clear_batch, commit, count_usage, has_work, idle, is_over
 from llmsched_gym.engine.surface import ID, has_surface, predicted_s, recount
@@ -140,7 +140,8 @@ def advance(s, k, lane):
 @entry()
 def start(s, k):
     """Fill the cache with what is past, and let the requests of time 0 in."""
-    lane, of = lane_of(s, k), episode_of(s, env_of(s, k))
+    state = unpack(s)
+    lane, of = lane_of(state, k), episode_of(state, env_of(state, k))
     if lane.sim.prefix_caching:
         remember(lane, of, 0, 1)
     let_in(lane, of, 0.0)
@@ -150,7 +151,8 @@ def start(s, k):
 @entry()
 def enter_env(s, k, r):
     """Let request `r`, which is not of the table, in now and deliver it to lane `k`."""
-    lane, of = lane_of(s, k), episode_of(s, env_of(s, k))
+    state = unpack(s)
+    lane, of = lane_of(state, k), episode_of(state, env_of(state, k))
     if enter(of, r):
         deliver(lane, r)
     average(lane.sim, 0.0)
@@ -193,29 +195,32 @@ def commit_env(s, k, duration_s):
 @entry()
 def is_over_env(s, k):
     """Whether the run of lane `k` has ended, for Python."""
-    return is_over(lane_of(s, k), s.worlds[env_of(s, k)])
+    state = unpack(s)
+    return is_over(lane_of(state, k), state.worlds[env_of(state, k)])
 
 
 @entry()
 def clear_batch_env(s, k):
     """Empty the batch of lane `k`, for Python."""
-    clear_batch(lane_of(s, k))
+    clear_batch(lane_of(unpack(s), k))
 
 
 @entry()
 def schedule_env(s, k, schedule):
     """Let a compiled scheduler form the next batch."""
-    lane = lane_of(s, k)
+    state = unpack(s)
+    lane = lane_of(state, k)
     clear_batch(lane)
     if has_work(lane):
-        see_flight(s, k, lane)
+        see_flight(state, k, lane)
         schedule(lane)
 
 
 @entry()
 def see_flight_env(s, k):
     """:func:`see_flight` of lane `k`, for Python."""
-    see_flight(s, k, lane_of(s, k))
+    state = unpack(s)
+    see_flight(state, k, lane_of(state, k))
 
 
 def _code_at(context: Any, address: Any) -> Any:

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
-from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.config import Scenario, blocks_needed
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.blocks import NUM_COLUMNS, num_records
-from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
+from llmsched_gym.engine.handles import handle_maker
+from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import (
     ARRIVAL,
     BATCH,
@@ -181,77 +181,7 @@ SCHEDULE_SIGNATURE = types.void(LANE_TYPE)
 SCHEDULE_TYPE = types.FunctionType(SCHEDULE_SIGNATURE)
 
 
-@structref.register
-class HandleType(types.StructRef):
-    """A compiled reference to the arrays of a :class:`State`."""
-
-
-class Handle(structref.StructRefProxy):
-    """The state as compiled kernels take it: passing it costs a pointer, where a tuple of 20 arrays costs 50 us."""
-
-
-structref.define_boxing(HandleType, Handle)
-HANDLE_TYPE = HandleType([(name, _array_type(name)) for name in State._fields])
-
-
-@entry(HANDLE_TYPE(STATE_TYPE))
-def _make_handle(state):
-    s = structref.new(HANDLE_TYPE)
-    s.sims, s.episodes, s.worlds, s.requests = state.sims, state.episodes, state.worlds, state.requests
-    s.prefixes, s.arrivals, s.output_tokens, s.due = state.prefixes, state.arrivals, state.output_tokens, state.due
-    s.waiting, s.running, s.knobs, s.memory = state.waiting, state.running, state.knobs, state.memory
-    s.batches, s.items, s.preempt, s.refuse = state.batches, state.items, state.preempt, state.refuse
-    s.scratch, s.keys, s.resolved, s.noise = state.scratch, state.keys, state.resolved, state.noise
-    s.gaps, s.steps = state.gaps, state.steps
-    s.blocks, s.flights, s.flying = state.blocks, state.flights, state.flying
-    s.linear_s, s.coef_s, s.own_linear_s, s.own_coef_s = (
-        state.linear_s,
-        state.coef_s,
-        state.own_linear_s,
-        state.own_coef_s,
-    )
-    return s
-
-
-@kernel(inline="always")
-def unpack(s):
-    """The state behind a handle, once per call: each array taken from a handle counts its references atomically."""
-    return State(
-        s.sims,
-        s.episodes,
-        s.worlds,
-        s.requests,
-        s.prefixes,
-        s.arrivals,
-        s.output_tokens,
-        s.due,
-        s.waiting,
-        s.running,
-        s.knobs,
-        s.memory,
-        s.batches,
-        s.items,
-        s.preempt,
-        s.refuse,
-        s.scratch,
-        s.keys,
-        s.resolved,
-        s.noise,
-        s.linear_s,
-        s.coef_s,
-        s.own_linear_s,
-        s.own_coef_s,
-        s.gaps,
-        s.steps,
-        s.blocks,
-        s.flights,
-        s.flying,
-    )
-
-
-def make_handle(state: State) -> Any:
-    """What kernels take for `state`; without compilation the state itself."""
-    return _make_handle(state) if JIT_ENABLED else state
+HANDLE_TYPE, make_handle = handle_maker(STATE_TYPE)
 
 
 @kernel(inline="always")

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.places import places_of
 from llmsched_gym.engine.records import WAITING
 from llmsched_gym.engine.run import apply_formed
-from llmsched_gym.engine.state import State, lane_of, unpack
+from llmsched_gym.engine.state import State, lane_of
 
 
 class ScheduledBatch(NamedTuple):
@@ -125,4 +126,4 @@ def apply_told_env(s, k, told, emits):
 @entry()
 def tell_env(s, k, told, emits):
     """Write down the applied batch of lane `k`; returns the numbers of its items and of who runs."""
-    return _tell(lane_of(s, k), told, emits)
+    return _tell(lane_of(unpack(s), k), told, emits)

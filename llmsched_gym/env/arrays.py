@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from numba import types
-from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
-from llmsched_gym.engine.jit import JIT_ENABLED, kernel
+from llmsched_gym.engine.handles import handle_maker
 from llmsched_gym.env.reward import RULES, TERMS
 
 # columns of the outcome of a step; the parts of the reward follow, and what `info` tells of it stands side by side
@@ -47,34 +45,4 @@ _TYPES = {
 
 
 ARRAYS_TYPE = types.NamedTuple(list(_TYPES.values()), Arrays)
-
-
-@structref.register
-class ArraysHandleType(types.StructRef):
-    """A compiled reference to :class:`Arrays`."""
-
-
-class ArraysHandle(structref.StructRefProxy):
-    """:class:`Arrays` as the step kernels take them; see :class:`llmsched_gym.engine.state.Handle`."""
-
-
-structref.define_boxing(ArraysHandleType, ArraysHandle)
-ARRAYS_HANDLE_TYPE = ArraysHandleType([("arrays", ARRAYS_TYPE)])
-
-
-@kernel(ARRAYS_HANDLE_TYPE(ARRAYS_TYPE), counted=True)
-def _make_handle(arrays):
-    a = structref.new(ARRAYS_HANDLE_TYPE)
-    a.arrays = arrays
-    return a
-
-
-@kernel(inline="always")
-def unpack_arrays(a):
-    """The arrays behind a handle; see :func:`llmsched_gym.engine.state.unpack`."""
-    return a.arrays
-
-
-def handle_of(arrays: Arrays) -> Any:
-    """What kernels take for `arrays`."""
-    return _make_handle(arrays) if JIT_ENABLED else SimpleNamespace(arrays=arrays)
+ARRAYS_HANDLE_TYPE, handle_of = handle_maker(ARRAYS_TYPE)

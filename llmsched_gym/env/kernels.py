@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 
 from llmsched_gym.engine.batch import open_batch
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.run import advance, noise_due, see_flight
-from llmsched_gym.engine.state import OWN_MEMORY, env_of, lane_of, unpack
+from llmsched_gym.engine.state import OWN_MEMORY, env_of, lane_of
 from llmsched_gym.engine.step import clear_batch, has_work, is_over
 from llmsched_gym.env.arrays import (
     DISCOUNT,
@@ -23,7 +24,6 @@ from llmsched_gym.env.arrays import (
     REWARD,
     TERMINATED,
     TRUNCATED,
-    unpack_arrays,
 )
 from llmsched_gym.env.features import observe_features
 from llmsched_gym.env.reward import pay_resolved
@@ -68,23 +68,25 @@ def fetch(lane):
 @entry()
 def observe_env(s, a, env):
     """The observation of one environment between steps, or of one lane where there are several replicas."""
-    arrays, lane, world = unpack_arrays(a), lane_of(s, env), s.worlds[env_of(s, env)]
+    state = unpack(s)
+    arrays, lane, world = unpack(a), lane_of(state, env), state.worlds[env_of(state, env)]
     observe_features(lane, arrays.features[env], False, world, arrays.rules[0], arrays.outcomes[env])
 
 
 @entry(nogil=True)
 def observe_slots_of(s, a, first, stop):
     """The requests' rows of environments first, ..., stop - 1; compiled only where they are asked for."""
-    arrays = unpack_arrays(a)
+    state = unpack(s)
+    arrays = unpack(a)
     for env in range(first, stop):
-        observe_slots(lane_of(s, env), arrays.rows[env], arrays.in_use[env])
+        observe_slots(lane_of(state, env), arrays.rows[env], arrays.in_use[env])
 
 
 @entry()
 def settle(s, a, env, start_s):
     """Pay for engine steps that were made outside these kernels, and observe."""
     state = unpack(s)
-    end_step(lane_of(state, env), state.worlds[env], unpack_arrays(a), env, start_s)
+    end_step(lane_of(state, env), state.worlds[env], unpack(a), env, start_s)
 
 
 @kernel()
@@ -105,7 +107,7 @@ def reopen(lane, rules):
 @entry()
 def reopen_env(s, a, env):
     """:func:`reopen` for environment `env`, for Python."""
-    reopen(lane_of(s, env), unpack_arrays(a).rules[0])
+    reopen(lane_of(unpack(s), env), unpack(a).rules[0])
 
 
 @kernel(inline="always")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmsched_gym.engine.due import open_wait, open_waits
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry
 from llmsched_gym.engine.records import FINISHED, RUNNING, WAITING, has_come
 from llmsched_gym.engine.state import lane_of
@@ -69,7 +70,7 @@ class Snapshot(NamedTuple):
 
 @entry()
 def _attaining(s, env, rules, out):
-    lane = lane_of(s, env)
+    lane = lane_of(unpack(s), env)
     for r in range(out.shape[0]):
         out[r] = attains(lane.requests[r], rules[0], lane.sim.clock_s)
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.pack import pack
 from llmsched_gym.engine.run import noise_due, run_lane
-from llmsched_gym.engine.state import lane_of, unpack
+from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.step import is_over
 from llmsched_gym.env.actions.knobs import put
-from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.features import observe_features
 
 ACTION = "knobs"  # the kind of action that these networks choose
@@ -150,4 +150,4 @@ def run_network(s, a, env, net, repeat, left, max_steps, max_idle_steps):
 
     An action holds for `repeat` batches; `left` are left of the last. Returns (steps done, batches left).
     """
-    return _run(unpack(s), unpack_arrays(a), env, net, repeat, left, max_steps, max_idle_steps)
+    return _run(unpack(s), unpack(a), env, net, repeat, left, max_steps, max_idle_steps)

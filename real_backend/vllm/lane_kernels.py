@@ -8,19 +8,18 @@ end, which is put right when the end is known.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
-
-from numba import types
-from numba.experimental import structref
 
 from llmsched_gym.engine.batch import clear_sums, is_prefill, predicted_s
 from llmsched_gym.engine.blocks import BY_PROMPT, blocks_for, blocks_to_hold
-from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
+from llmsched_gym.engine.handles import unpack
+from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.lifecycle import admit, average, deliver, leave_running, preempt, tell
 from llmsched_gym.engine.queue import expire, leave_waiting, return_to_waiting
 from llmsched_gym.engine.records import ABANDONED, FINISHED, PENDING, RUNNING, WAITING
-from llmsched_gym.engine.run import schedule_env
-from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, lane_of
+from llmsched_gym.engine.run import address_of, schedule_at
+from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.step import COST_RATIO_STEP, apply_batch, clear_batch, commit
 from llmsched_gym.engine.surface import recount
 
@@ -32,8 +31,9 @@ NUM_SERVED = 5
 @entry()
 def arrive(s, k, r):
     """Request `r`, whose row and arrival are written, joins the line of lane `k`."""
-    lane = lane_of(s, k)
-    tell(lane.episode, lane.requests[r], s.arrivals[k, r])
+    state = unpack(s)
+    lane = lane_of(state, k)
+    tell(lane.episode, lane.requests[r], state.arrivals[k, r])
     deliver(lane, r)
 
 
@@ -44,7 +44,7 @@ def begin(s, k, now_s, free_blocks, most_seqs, server_running, most_tokens):
     The server has `free_blocks`: what running prompts have been promised of them is not free to the scheduler. Of its
     `most_seqs` sequences `server_running` run, with those that the lane does not know of or has booked as finished.
     """
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     sim = lane.sim
     elapsed_s = now_s - sim.clock_s
     sim.clock_s = now_s
@@ -68,7 +68,8 @@ def apply_live(s, k, formed):
     Returns how many items there are, how many requests were admitted (the last of ``running``), how many preempted and
     refused, and how many run now.
     """
-    lane, world = lane_of(s, k), s.worlds[k]
+    state = unpack(s)
+    lane, world = lane_of(state, k), state.worlds[k]
     before = lane.sim.num_running
     for i in range(before):
         formed[PREEMPTED, i] = lane.running[i]
@@ -93,7 +94,7 @@ def apply_live(s, k, formed):
 @entry()
 def expect(s, k):
     """Seconds that the applied batch is expected to take."""
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     return predicted_s(lane) * lane.sim.cost_ratio
 
 
@@ -103,7 +104,8 @@ def commit_live(s, k, duration_s, emitted):
 
     A request whose last token this is, as far as it has a largest number of tokens, is finished.
     """
-    lane, world, episode = lane_of(s, k), s.worlds[k], s.episodes[k]
+    state = unpack(s)
+    lane, world, episode = lane_of(state, k), state.worlds[k], state.episodes[k]
     count = 0
     for i in range(lane.batch.num_items):
         r = lane.items[i].request
@@ -114,7 +116,7 @@ def commit_live(s, k, duration_s, emitted):
             count += 1
     patience_s = episode.patience_s
     episode.patience_s = math.inf  # who is served is the server's business
-    end_s = commit(lane, world, s.output_tokens[k], s.gaps[k], s.arrivals[k], duration_s)
+    end_s = commit(lane, world, state.output_tokens[k], state.gaps[k], state.arrivals[k], duration_s)
     episode.patience_s = patience_s
     lane.sim.next_departure_s = math.inf
     episode.num_resolved = 0  # nobody settles them
@@ -124,14 +126,14 @@ def commit_live(s, k, duration_s, emitted):
 @entry()
 def work_of(s, k):
     """Tokens, query-key pairs and KV tokens of the batch in hand."""
-    batch = lane_of(s, k).batch
+    batch = lane_of(unpack(s), k).batch
     return batch.num_tokens, batch.pairs, batch.kv_tokens
 
 
 @entry()
 def clear_live(s, k):
     """Forget the batch of lane `k`, also one that has been applied: nothing of it runs."""
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     for i in range(lane.batch.num_items):
         lane.requests[lane.items[i].request].num_scheduled_tokens = 0
     clear_batch(lane)
@@ -140,7 +142,7 @@ def clear_live(s, k):
 @entry()
 def leave(s, k, r, finished):
     """Request `r` is gone: `finished` with a token in the last batch, or by its client's wish."""
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     sim, request = lane.sim, lane.requests[r]
     request.num_scheduled_tokens = 0
     if request.phase == RUNNING:
@@ -160,7 +162,7 @@ def leave(s, k, r, finished):
 @entry()
 def preempt_live(s, k, r):
     """Running request `r` was preempted by others than its scheduler."""
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     lane.requests[r].num_scheduled_tokens = 0
     preempt(lane, r)
 
@@ -168,7 +170,7 @@ def preempt_live(s, k, r):
 @entry()
 def take_back(s, k, r):
     """Request `r`, just admitted, was not: it waits again, at the head of the line, as if nothing had been."""
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     request = lane.requests[r]
     request.num_scheduled_tokens = 0
     leave_running(lane, r)
@@ -183,7 +185,7 @@ def rebook(s, k, given, count):
 
     Waiting ones are admitted, in order.
     """
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     batch, requests = lane.batch, lane.requests
     for i in range(batch.num_items):
         requests[lane.items[i].request].num_scheduled_tokens = 0
@@ -231,7 +233,7 @@ def observe(s, k, served, emitted, born, births, count, end_s, booked_s, start_s
 
     It was booked as ending at `booked_s`. `born` says which request had each row then and `births` which has it now.
     """
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     sim, shift_s = lane.sim, end_s - booked_s
     for i in range(count):
         r = emitted[i]
@@ -254,7 +256,7 @@ def observe(s, k, served, emitted, born, births, count, end_s, booked_s, start_s
 @entry()
 def forget(s, k, served, r):
     """Row `r` is empty."""
-    lane = lane_of(s, k)
+    lane = lane_of(unpack(s), k)
     lane.requests[r].phase = PENDING
     served[r, FIRST_S] = math.nan
     served[r, LAST_S] = math.nan
@@ -263,37 +265,7 @@ def forget(s, k, served, r):
     served[r, NUM_LATE] = 0.0
 
 
-@structref.register
-class DeciderType(types.StructRef):
-    """A compiled reference to a compiled scheduler."""
-
-
-class Decider(structref.StructRefProxy):
-    """A compiled scheduler as :func:`make_decider` keeps it: handing over a function costs Python 40 us each time."""
-
-
-structref.define_boxing(DeciderType, Decider)
-DECIDER_TYPE = DeciderType([("schedule", SCHEDULE_TYPE)])
-
-
-@entry(DECIDER_TYPE(SCHEDULE_TYPE))
-def _make_decider(schedule):
-    s = structref.new(DECIDER_TYPE)
-    s.schedule = schedule
-    return s
-
-
-@entry(types.void(HANDLE_TYPE, types.int64, DECIDER_TYPE))
-def _decide(s, k, decider):
-    lane = lane_of(s, k)
-    clear_batch(lane)
-    if lane.sim.num_waiting + lane.sim.num_running > 0:
-        decider.schedule(lane)
-
-
-def make_decider(schedule: Any) -> Any:
+def make_decider(schedule: Any) -> Callable[[Any, int], None]:
     """What forms batches by the compiled scheduler `schedule`: a function of a handle and a lane."""
-    if not JIT_ENABLED:
-        return lambda s, k: schedule_env(s, k, schedule)
-    decider = _make_decider(schedule)
-    return lambda s, k: _decide(s, k, decider)
+    address = address_of(schedule)  # handing over a function costs Python 40 us each time
+    return lambda s, k: schedule_at(s, k, address)

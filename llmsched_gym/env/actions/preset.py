@@ -12,13 +12,13 @@ import numpy as np
 from gymnasium import spaces
 
 from llmsched_gym.config import EnvConfig
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.pack import CLASS, EDF, FEASIBLE, HOLD_ALWAYS, LPM, SPF, SRPT, pack
 from llmsched_gym.engine.run import run_lane
-from llmsched_gym.engine.state import lane_of, unpack
+from llmsched_gym.engine.state import lane_of
 from llmsched_gym.engine.step import LATEST_LST
 from llmsched_gym.env.actions.action import Action, Choice
-from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.kernels import decide_one, step_all
 from llmsched_gym.scheduler import default_knobs, settings_of
 from llmsched_gym.text import table
@@ -112,13 +112,13 @@ def _step(s, a, first, stop):
 @entry(nogil=True)
 def step(s, a, first, stop):
     """One decision of environments first, ..., stop - 1, see :func:`~llmsched_gym.env.kernels.step_all`."""
-    return _step(unpack(s), unpack_arrays(a), first, stop)
+    return _step(unpack(s), unpack(a), first, stop)
 
 
 @entry()
 def decide(s, a, env):
     """Form the batch of environment `env` by its preset; True, as one action closes it."""
-    return decide_one(s, unpack_arrays(a), env, put, pack, False)
+    return decide_one(unpack(s), unpack(a), env, put, pack, False)
 
 
 @kernel()
@@ -130,7 +130,7 @@ def _run(s, a, env, max_steps, max_idle_steps):
 @entry()
 def run(s, a, env, max_steps, max_idle_steps):
     """Batches of environment `env` under its one preset; returns how many steps, see :func:`run_lane`."""
-    return _run(unpack(s), unpack_arrays(a), env, max_steps, max_idle_steps)
+    return _run(unpack(s), unpack(a), env, max_steps, max_idle_steps)
 
 
 def preset_action(settings: Any) -> np.ndarray:

@@ -9,12 +9,12 @@ from gymnasium import spaces
 
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.engine.batch import open_batch
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.run import run_lane
-from llmsched_gym.engine.state import OWN_MEMORY, lane_of, unpack
+from llmsched_gym.engine.state import OWN_MEMORY, lane_of
 from llmsched_gym.env.actions.action import Action
 from llmsched_gym.env.actions.by_slot import add_hidden_decodes, add_slot
-from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.kernels import decide_one, step_all, use_budget
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible
 
@@ -94,13 +94,13 @@ def _step(s, a, first, stop):
 @entry(nogil=True)
 def step(s, a, first, stop):
     """One decision of environments first, ..., stop - 1, see :func:`~llmsched_gym.env.kernels.step_all`."""
-    return _step(unpack(s), unpack_arrays(a), first, stop)
+    return _step(unpack(s), unpack(a), first, stop)
 
 
 @entry()
 def decide(s, a, env):
     """Form the batch of environment `env` by its scores; True, as one action closes it."""
-    return decide_one(s, unpack_arrays(a), env, put, by_score, False)
+    return decide_one(unpack(s), unpack(a), env, put, by_score, False)
 
 
 @kernel()
@@ -112,7 +112,7 @@ def _run(s, a, env, max_steps, max_idle_steps):
 @entry()
 def run(s, a, env, max_steps, max_idle_steps):
     """Batches of environment `env` under its one action; returns how many steps, see :func:`run_lane`."""
-    return _run(unpack(s), unpack_arrays(a), env, max_steps, max_idle_steps)
+    return _run(unpack(s), unpack(a), env, max_steps, max_idle_steps)
 
 
 ACTION = Action(

@@ -8,11 +8,11 @@ import numpy as np
 from gymnasium import spaces
 
 from llmsched_gym.config import EnvConfig
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry, kernel
-from llmsched_gym.engine.state import lane_of, unpack
+from llmsched_gym.engine.state import lane_of
 from llmsched_gym.env.actions.action import Action
 from llmsched_gym.env.actions.by_slot import add_hidden_decodes, add_slot, can_add
-from llmsched_gym.env.arrays import unpack_arrays
 from llmsched_gym.env.kernels import CLOSED, decide_one, reopen_env, step_all, use_budget
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible
 
@@ -78,20 +78,21 @@ def _step(s, a, first, stop):
 @entry(nogil=True)
 def step(s, a, first, stop):
     """One decision of environments first, ..., stop - 1, see :func:`~llmsched_gym.env.kernels.step_all`."""
-    return _step(unpack(s), unpack_arrays(a), first, stop)
+    return _step(unpack(s), unpack(a), first, stop)
 
 
 @entry()
 def decide(s, a, env):
     """Add the request of environment `env`'s slot, or close its batch; returns whether it is closed."""
-    return decide_one(s, unpack_arrays(a), env, put, by_request, True)
+    return decide_one(unpack(s), unpack(a), env, put, by_request, True)
 
 
 @entry()
 def mask(s, masks):
     """Legal request actions; `masks` (num_envs, NUM_SLOTS + 1) bool. Closing is always legal."""
+    state = unpack(s)
     for env in range(masks.shape[0]):
-        lane = lane_of(s, env)
+        lane = lane_of(state, env)
         tile = max(1, int(lane.coef_s[2]))
         visible = num_visible(lane)
         for slot in range(NUM_SLOTS):

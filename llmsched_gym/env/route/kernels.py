@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from numba import types
-from numba.experimental import structref
 from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.cluster.events import NOTHING, OVER, ROOM, ROUTE, advance, send
-from llmsched_gym.cluster.state import NODES_HANDLE_TYPE, ROUTER_TYPE, unpack_nodes
+from llmsched_gym.cluster.state import NODES_HANDLE_TYPE, ROUTER_TYPE
+from llmsched_gym.engine.handles import handle_maker, unpack
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import NONE
-from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, episode_of, unpack
+from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, episode_of
 from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, REWARD, TERMINATED, TRUNCATED
 from llmsched_gym.env.reward import RULES, pay_live, pay_resolved
 from llmsched_gym.env.route.features import observe_route
@@ -45,31 +44,7 @@ _TYPES = (
     types.Array(types.int64, 1, "C"),
 )
 ROUTE_ARRAYS_TYPE = types.NamedTuple(list(_TYPES), RouteArrays)
-
-
-@structref.register
-class RouteArraysHandleType(types.StructRef):
-    """A compiled reference to :class:`RouteArrays`."""
-
-
-class RouteArraysHandle(structref.StructRefProxy):
-    """:class:`RouteArrays` as kernels take them."""
-
-
-structref.define_boxing(RouteArraysHandleType, RouteArraysHandle)
-ROUTE_HANDLE_TYPE = RouteArraysHandleType([("arrays", ROUTE_ARRAYS_TYPE)])
-
-
-@kernel(ROUTE_HANDLE_TYPE(ROUTE_ARRAYS_TYPE), counted=True)
-def _make_handle(arrays):
-    a = structref.new(ROUTE_HANDLE_TYPE)
-    a.arrays = arrays
-    return a
-
-
-def handle_of(arrays: RouteArrays) -> Any:
-    """What kernels take for `arrays`."""
-    return _make_handle(arrays) if JIT_ENABLED else SimpleNamespace(arrays=arrays)
+ROUTE_HANDLE_TYPE, handle_of = handle_maker(ROUTE_ARRAYS_TYPE)
 
 
 @kernel()
@@ -120,7 +95,7 @@ def _settle(s, c, a, env):
 @entry()
 def settle(s, c, a, env):
     """:func:`_settle` for a step that Python had to finish."""
-    _settle(unpack(s), unpack_nodes(c), a.arrays, env)
+    _settle(unpack(s), unpack(c), unpack(a), env)
 
 
 @kernel()
@@ -153,7 +128,7 @@ def step_range(s, c, a, first, stop, schedule, forms, router, max_idle_steps, ma
 
     -1 if an action, of whichever environment, names no replica; nothing has changed then.
     """
-    state, nodes, arrays = unpack(s), unpack_nodes(c), a.arrays
+    state, nodes, arrays = unpack(s), unpack(c), unpack(a)
     num_replicas = state.sims.shape[0] // state.episodes.shape[0]
     for env in range(state.episodes.shape[0]):
         if arrays.outcomes[env, PAUSED] == 0.0 and not 0 <= arrays.choices[env] < num_replicas:

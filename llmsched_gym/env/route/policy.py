@@ -11,11 +11,12 @@ from numba import types
 
 from llmsched_gym.cluster.records import CANDIDATE
 from llmsched_gym.cluster.router import CompiledRouter, RouterView, check_replica, make_router
-from llmsched_gym.cluster.state import NODES_HANDLE_TYPE, PROMPTS, ROUTER_MEMORY, ROUTER_TYPE, unpack_nodes
+from llmsched_gym.cluster.state import NODES_HANDLE_TYPE, PROMPTS, ROUTER_MEMORY, ROUTER_TYPE
 from llmsched_gym.cluster.transfer import make_route
 from llmsched_gym.config import ConfigError, RouteConfig, route_config
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import JIT_ENABLED, entry
-from llmsched_gym.engine.state import HANDLE_TYPE, unpack
+from llmsched_gym.engine.state import HANDLE_TYPE
 from llmsched_gym.env.actions import InvalidAction, as_array
 from llmsched_gym.env.route.core import route_space
 from llmsched_gym.env.route.envs import LLMRouteEnv
@@ -25,7 +26,7 @@ from llmsched_gym.scheduler import PolicyError
 
 def choose(s, c, env, router):
     """The replica that a compiled router names for the request that is to be routed."""
-    nodes = unpack_nodes(c)
+    nodes = unpack(c)
     return router(make_route(unpack(s), nodes, env, nodes.routes[env].deciding, PROMPTS))
 
 
