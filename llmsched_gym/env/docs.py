@@ -209,7 +209,7 @@ def page() -> str:
 {suites()}
 
 Any field of the [settings](#settings) can be given to `gym.make`, for every id. A wrong one raises a `ConfigError` of
-one line that names it.
+one line that names it. `suite=` takes a TOML file, too ([formats.md](formats.md#suites)).
 
 ## Actions
 

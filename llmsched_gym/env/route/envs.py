@@ -41,7 +41,7 @@ class LLMRouteEnv(SimulatedEnv):
     **Info**, **Start**, **End**: as in LLMSchedEnv; ``duration_s`` is t_k+1 - t_k, so that it can be 0.
 
     Args:
-        suite: scenario to start from: cluster, hetero, disagg.
+        suite: scenario to start from: cluster, hetero, disagg, or a TOML file of one with replicas.
         render_mode: None, "ansi", "rgb_array" or "human".
         fields: any field of :class:`~llmsched_gym.config.RouteConfig`; a bad one raises a one-line ``ConfigError``.
     """
