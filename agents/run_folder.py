@@ -7,18 +7,23 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmsched_gym.config import ConfigError
-from llmsched_gym.files import make_folder, write_text
+from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError, find_suite
+from llmsched_gym.files import digest_of, make_folder, write_text
 
 Settings = TypeVar("Settings")
 """A frozen dataclass with `out`, the folder, and, if such runs can go on, `resume`."""
 
 _NOT_KEPT = ("out", "resume")
+_CONTENT = "suite_content"  # of config.json: digest of a suite that lies in a file
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """What config.json holds: all settings but where the run lies and whether it goes on."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_KEPT}
+    """What config.json holds: all settings but where the run lies and whether it goes on; a suite's file by content."""
+    kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_KEPT}
+    suite = kept.get("suite")
+    if suite is None or suite in (*SUITES, *CLUSTER_SUITES):
+        return kept
+    return kept | {_CONTENT: digest_of(find_suite(suite).scenario.to_dict())}
 
 
 def open_run(config: Settings) -> Settings:
@@ -40,8 +45,9 @@ def open_run(config: Settings) -> Settings:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"out: {path}: cannot be read: {error}") from None
-    fields = settings_of(given)
-    if not isinstance(settings, dict) or not settings.keys() <= fields.keys():
+    fields = dataclasses.asdict(given)
+    content = settings.pop(_CONTENT, None) if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not settings.keys() <= fields.keys() - {*_NOT_KEPT}:
         raise ConfigError(f"out: {path}: expected the settings of such a run, got something else's")
     tuples = {name: tuple(value) for name, value in settings.items() if isinstance(fields[name], tuple)}
     kept = type(given)(**{**settings, **tuples}, out=given.out, resume=True)
@@ -51,6 +57,10 @@ def open_run(config: Settings) -> Settings:
         if asked not in (default, held):
             flag = field.name.replace("_", "-")
             raise ConfigError(f"--{flag}: the run in {given.out} has {held}, got {asked}; a run goes on as it began")
+    if content is not None and settings_of(kept).get(_CONTENT) != content:
+        raise ConfigError(
+            f"suite: {kept.suite} is not what the run in {given.out} began with; a run goes on as it began"
+        )
     return kept
 
 

@@ -22,7 +22,16 @@ from typing import Annotated, Any
 import typer
 
 from llmsched_gym.commands import add_commands
-from llmsched_gym.config import CLUSTER_SUITES, SUITES, ClusterScenario, ConfigError, Scenario, scenario
+from llmsched_gym.config import (
+    CLUSTER_SUITES,
+    SUITES,
+    ClusterScenario,
+    ConfigError,
+    Scenario,
+    find_suite,
+    scenario,
+    suite_text,
+)
 from llmsched_gym.report import console, terminal
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -37,7 +46,9 @@ app = typer.Typer(
 Policy = Annotated[
     list[str], typer.Option(metavar="P1,P2,...", help="Names, module:Class or folders, separated by commas.")
 ]
-SuiteName = Annotated[str, typer.Option(help=f"One of {', '.join((*SUITES, *CLUSTER_SUITES))}.")]
+SuiteName = Annotated[
+    str, typer.Option(help=f"One of {', '.join((*SUITES, *CLUSTER_SUITES))}, or a TOML file (llmsched suite).")
+]
 Routers = Annotated[
     str | None,
     typer.Option("--router", metavar="R1,R2,...", help="Routers, each with every policy, on a suite of replicas."),
@@ -357,10 +368,16 @@ def routers(as_json: AsJson = False) -> None:
 def suites(as_json: AsJson = False) -> None:
     """List the suites."""
     rows = []
-    for name, suite in (SUITES | CLUSTER_SUITES).items():
-        fields = {k: "inf" if v == float("inf") else v for k, v in suite.scenario.to_dict().items()}
-        rows.append({"name": name, "what": suite.what, "env_id": suite.env_id, "scenario": fields})
+    for name, entry in (SUITES | CLUSTER_SUITES).items():
+        fields = {k: "inf" if v == float("inf") else v for k, v in entry.scenario.to_dict().items()}
+        rows.append({"name": name, "what": entry.what, "env_id": entry.env_id, "scenario": fields})
     console.print_listing(rows, {"name": "suite", "env_id": "environment", "what": "what"}, as_json)
+
+
+@app.command()
+def suite(name: Annotated[str, typer.Argument(metavar="NAME", help="A suite's name, or a TOML file.")]) -> None:
+    """Print a suite as a TOML file, to be changed and given to --suite."""
+    console.emit(suite_text(find_suite(name)))
 
 
 @app.command()

@@ -281,3 +281,13 @@ def test_a_model_sees_the_price_of_mixing_if_it_was_trained_on_it(tmp_path):
         assert export(path, tmp_path / profile).returncode == 0
         spec, tensors = read_folder(tmp_path / profile)
         assert len(spec.observation["features"]) == tensors["hidden.0.weight"].shape[1] == len(seen[0])
+
+
+def test_a_mask_among_the_observations_is_there_in_evaluation(tmp_path):
+    fields = {"action": "request", "mask_in_observation": ("seen", "legal")}
+    model = train(tmp_path / "m", PPO, "MultiInputPolicy", **fields)
+
+    def act(seen, start, mask):
+        return model.predict(seen, deterministic=True)[0]
+
+    assert same(first_tokens(zipped(tmp_path / "m.zip")), driven(act, **fields))

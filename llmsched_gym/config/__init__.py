@@ -6,6 +6,7 @@ from llmsched_gym.config.scenario import (
     ADMISSIONS,
     BACKENDS,
     BLOCK_SIZE,
+    MASK_NAMES,
     MEASURED,
     MOST,
     OBSERVATIONS,
@@ -23,7 +24,8 @@ from llmsched_gym.config.scenario import (
     plain,
     plain_fields,
 )
-from llmsched_gym.config.suites import CLUSTER_SUITES, SUITES, Suite, env_config, route_config, scenario
+from llmsched_gym.config.suite import Suite, suite_text
+from llmsched_gym.config.suites import CLUSTER_SUITES, SUITES, env_config, find_suite, route_config, scenario
 
 __all__ = [
     "ACTIONS",
@@ -31,6 +33,7 @@ __all__ = [
     "BACKENDS",
     "BLOCK_SIZE",
     "CLUSTER_SUITES",
+    "MASK_NAMES",
     "MEASURED",
     "MOST",
     "MOST_REPLICAS",
@@ -52,8 +55,10 @@ __all__ = [
     "blocks_needed",
     "check_names",
     "env_config",
+    "find_suite",
     "plain",
     "plain_fields",
     "route_config",
     "scenario",
+    "suite_text",
 ]

@@ -105,6 +105,7 @@ class RouteConfig(ClusterScenario):
     """A cluster and how an agent that routes meets it: the keyword arguments of ``gym.make("LLMRoute-v0", ...)``."""
 
     observation: Any = "features"  # features, replicas, or an object with `space` and `observe(view)`
+    mask_in_observation: str | tuple[str, str] | None = None  # rllib, torchrl, tianshou, or two names: of both parts
     reward: Any = "slo"  # slo, or a callable on a Transition
     reward_scale: float = 1.0  # constant factor on the reward
     credit: str = "early"  # pay utility as it is earned and lost, or at each request's finish

@@ -373,6 +373,12 @@ ACTIONS = {"knobs": math.inf, "preset": math.inf, "priority": math.inf, "request
 """Kinds of actions, each with the most batches that one action may decide; `llmsched_gym.env.actions` has the rest."""
 OBSERVATIONS = ("features", "slots")
 CREDITS = ("early", "finish")
+MASK_NAMES = {
+    "rllib": ("observations", "action_mask"),  # rllib/examples/rl_modules/classes/action_masking_rlm.py, ray 2.60
+    "torchrl": ("observation", "action_mask"),  # torchrl.envs.transforms.ActionMask, 0.14
+    "tianshou": ("obs", "mask"),  # tianshou/algorithm/modelfree/dqn.py, 2.0
+}
+"""Under which names libraries look for an observation and, beside it, the mask of legal actions."""
 
 
 def check_reward(config: Any) -> None:
@@ -384,6 +390,13 @@ def check_reward(config: Any) -> None:
     config._check_choice("credit", CREDITS)
     if not callable(config.reward):
         config._check_choice("reward", ("slo",))
+    names = config.mask_in_observation
+    if names is None or (isinstance(names, str) and names in MASK_NAMES):
+        return
+    is_pair = isinstance(names, tuple) and len(names) == 2 and all(isinstance(name, str) and name for name in names)
+    if not is_pair or names[0] == names[1]:
+        what = f"{', '.join(MASK_NAMES)}, or two names, of the observation and of the mask"
+        raise ConfigError(f"mask_in_observation: expected None, {what}, got {names!r}")
 
 
 @dataclass(frozen=True)
@@ -393,6 +406,7 @@ class EnvConfig(Scenario):
     action: str = "knobs"  # knobs, preset, priority, request
     action_repeat: int = 1  # batches that one knobs or priority action decides
     observation: Any = "features"  # features, slots, or an object with `space` and `observe(view)`
+    mask_in_observation: str | tuple[str, str] | None = None  # rllib, torchrl, tianshou, or two names: of both parts
     reward: Any = "slo"  # slo, or a callable on a Transition
     reward_scale: float = 1.0  # constant factor on the reward
     credit: str = "early"  # pay utility as it is earned and lost, or at each request's finish

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import os
+from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config.cluster import ClusterScenario, RouteConfig
-from llmsched_gym.config.scenario import MEASURED, MEASURING, ConfigError, EnvConfig, Scenario, check_names
-
-
-@dataclass(frozen=True)
-class Suite:
-    """A named scenario and the rates that reports show it at."""
-
-    scenario: Scenario
-    what: str
-    env_id: str
-    report_qps: tuple[float, ...] = field(default=())
-
+from llmsched_gym.config.scenario import MEASURED, MEASURING, ConfigError, EnvConfig, Scenario, check_names, plain
+from llmsched_gym.config.suite import SUFFIX, Suite, read_suite
 
 SUITES: dict[str, Suite] = {
     "paper": Suite(
@@ -134,28 +125,42 @@ CLUSTER_SUITES: dict[str, Suite] = {
 """Suites with several replicas: the environment of an agent that routes."""
 
 
+def find_suite(suite: str | os.PathLike[str], among: dict[str, Suite] | None = None) -> Suite:
+    """The suite of a name, of an environment's id, or in a TOML file; ConfigError for none.
+
+    Of `among`, or of the same kind (None: of any).
+    """
+    known = SUITES | CLUSTER_SUITES
+    wanted, name = known if among is None else among, plain(suite)
+    expected = f"expected one of {', '.join(wanted)}, or a {SUFFIX} file, got {name!r}"
+    if not isinstance(name, str):
+        raise ConfigError(f"suite: {expected}")
+    name = next((key for key, entry in known.items() if entry.env_id == name), name)
+    if name not in known and Path(name).suffix != SUFFIX:
+        raise ConfigError(f"suite: {expected}")
+    found = known[name] if name in known else read_suite(name, known)
+    kinds = {isinstance(entry.scenario, ClusterScenario) for entry in wanted.values()}
+    if isinstance(found.scenario, ClusterScenario) not in kinds:
+        kind = "several replicas" if kinds == {True} else "one engine"
+        raise ConfigError(f"suite: {expected}, which is not of {kind}")
+    return found
+
+
 def scenario(suite: str = "default", **fields: Any) -> Scenario:
-    """The scenario of a named suite with some fields replaced; those of clusters are ClusterScenarios."""
-    suites = SUITES | CLUSTER_SUITES
-    if suite not in suites:
-        raise ConfigError(f"suite: expected one of {', '.join(suites)}, got {suite!r}")
-    return suites[suite].scenario.replace(**_measured(fields))
+    """The scenario of a suite (a name or a TOML file) with some fields replaced; clusters' are ClusterScenarios."""
+    return find_suite(suite).scenario.replace(**_measured(fields))
 
 
 def env_config(suite: str = "default", **fields: Any) -> EnvConfig:
-    """The environment of a named suite with some fields replaced; raises :class:`ConfigError` naming a bad one."""
+    """The environment of a suite with some fields replaced; raises :class:`ConfigError` naming a bad one."""
     check_names(EnvConfig, fields)
-    if suite not in SUITES:
-        raise ConfigError(f"suite: expected one of {', '.join(SUITES)}, got {suite!r}")
-    return EnvConfig(**{**scenario(suite).to_dict(), **_measured(fields)})
+    return EnvConfig(**{**find_suite(suite, SUITES).scenario.to_dict(), **_measured(fields)})
 
 
 def route_config(suite: str = "cluster", **fields: Any) -> RouteConfig:
-    """The routing environment of a named suite with some fields replaced; ConfigError naming a bad one."""
+    """The routing environment of a suite with some fields replaced; ConfigError naming a bad one."""
     check_names(RouteConfig, fields)
-    if suite not in CLUSTER_SUITES:
-        raise ConfigError(f"suite: expected one of {', '.join(CLUSTER_SUITES)}, got {suite!r}")
-    return RouteConfig(**{**scenario(suite).to_dict(), **fields})
+    return RouteConfig(**{**find_suite(suite, CLUSTER_SUITES).scenario.to_dict(), **fields})
 
 
 def _measured(fields: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from llmsched_gym.env.arrays import DISCOUNT, DURATION_S, FIRST_TERM, PAUSED, RE
 from llmsched_gym.env.batched import is_batched, observe_all, observe_one, pay_together
 from llmsched_gym.env.episode import METRICS, episode_metrics
 from llmsched_gym.env.features import features_of
+from llmsched_gym.env.masked import mask_place, seen_with_masks
 from llmsched_gym.env.observations import FEATURES_PART, PARTS, as_observation, observation_of, observation_space
 from llmsched_gym.env.reward import TERMS, Transition, as_reward, rules_of
 from llmsched_gym.env.saved import SavedCore
@@ -36,6 +37,8 @@ def action_space(config: EnvConfig) -> spaces.Space:
     settings = {name: getattr(config, name) for name in ACTED_BY}
     if isinstance(config.observation, str):
         settings["observation"] = config.observation
+    if config.mask_in_observation is not None:
+        settings["mask_in_observation"] = config.mask_in_observation
     vars(space)["llmsched"] = settings
     return space
 
@@ -99,7 +102,8 @@ class EnvCore(SavedCore):
             raise ConfigError(f"backend: expected 'simulated' for {num_envs} environments, got {config.backend!r}")
         make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
         self.config, self.num_envs = config, num_envs or 1
-        self.action_space, self.observation_space = action_space(config), observation_space(config)
+        self.action_space, self._seen_space = action_space(config), observation_space(config)
+        self.observation_space = seen_with_masks(config, self._seen_space, self.action_space)
         self.engine = Engine(
             config,
             expected_requests(config),
@@ -107,7 +111,7 @@ class EnvCore(SavedCore):
             backend=self._backend(),
             num_gaps=int(config.episode_metrics),  # reset makes room
         )
-        self._space_of_all = batch_space(self.observation_space, self.num_envs)
+        self._space_of_all = batch_space(self._seen_space, self.num_envs)
         self.arrays, self._is_single = make_arrays(config, self.num_envs), num_envs is None
         self.tables: list[RequestTable | None] = [None] * self.num_envs
         self.seeds = np.zeros(self.num_envs, np.int64)
@@ -124,7 +128,7 @@ class EnvCore(SavedCore):
 
     _derived = (
         *("kind", "seen", "has_masks", "handle", "actions", "_input", "_shape", "_fill", "_read"),
-        "_masks",
+        *("_masks", "_mask_place"),
     )
 
     def _connect(self) -> None:
@@ -138,6 +142,7 @@ class EnvCore(SavedCore):
         self._fill = self.seen.fill if self.seen is not None else None
         self._read = self.seen.reader(self.arrays) if self.seen is not None else self._seen_by_user
         self._masks: np.ndarray | None = None  # made when they are asked for
+        self._mask_place = mask_place(self.config)
 
     def _backend(self) -> Any:
         if self.config.backend == "simulated":
@@ -313,11 +318,13 @@ class EnvCore(SavedCore):
 
     def observation(self, env: int) -> Any:
         """A copy of one environment's observation."""
-        return self._read(env)
+        seen = self._read(env)
+        return seen if self._mask_place is None else self._mask_place.put(seen, self.action_masks()[env])
 
     def observations(self) -> Any:
         """Copies of all, side by side."""
-        return self._read(...)
+        seen = self._read(...)
+        return seen if self._mask_place is None else self._mask_place.put(seen, self.action_masks())
 
     def _seen_by_user(self, where: Any) -> Any:
         """What an object of the user's makes of the state."""
@@ -325,9 +332,9 @@ class EnvCore(SavedCore):
         if where is not ...:
             if is_batched(observation.observe):
                 return observe_one(observation, state, self.arrays, where)
-            return as_observation(self.observation_space, observation.observe(self.engine.view(where)))
+            return as_observation(self._seen_space, observation.observe(self.engine.view(where)))
         if is_batched(observation.observe):
             return observe_all(observation, self._space_of_all, state, self.arrays)
         views = [self._seen_by_user(env) for env in range(self.num_envs)]
-        out: Any = create_empty_array(self.observation_space, self.num_envs)
-        return concatenate(self.observation_space, views, out)
+        out: Any = create_empty_array(self._seen_space, self.num_envs)
+        return concatenate(self._seen_space, views, out)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gymnasium.spaces import Space
 
-from llmsched_gym.config import SUITES, EnvConfig, Scenario, env_config
+from llmsched_gym.config import MASK_NAMES, SUITES, EnvConfig, Scenario, env_config
 from llmsched_gym.env import reward
 from llmsched_gym.env.actions import ACTIONS
 from llmsched_gym.env.actions.knobs import KNOBS, TOKEN_BUDGET
@@ -22,6 +22,7 @@ from llmsched_gym.env.arrays import INFOS
 from llmsched_gym.env.episode import METRICS
 from llmsched_gym.env.feature import Feature
 from llmsched_gym.env.features import ALL_FEATURES
+from llmsched_gym.env.masked import FLOAT_MASKS
 from llmsched_gym.env.observations import OBSERVATIONS
 from llmsched_gym.env.single import LLMSchedEnv
 from llmsched_gym.text import table
@@ -77,6 +78,16 @@ def observation_sections() -> str:
         listed = "" if entries is None else f"\n\n{features(entries(config, len(ALL_FEATURES)))}"
         sections.append(f"### {name.capitalize()}\n\n`{space}`, float32.\n{kind.what}{listed}")
     return "\n\n".join(sections)
+
+
+def mask_names() -> str:
+    """The table of names under which libraries look for observations and masks."""
+    rows = [
+        [f'`"{given}"`', *(f"`{name}`" for name in names), "float32, 0 or 1" if given in FLOAT_MASKS else "bool"]
+        for given, names in MASK_NAMES.items()
+    ]
+    header = ["`mask_in_observation=`", "observation", "mask", "dtype of the mask"]
+    return table(header, [*rows, ["`(name, other)`", "`name`", "`other`", "bool"]])
 
 
 def _shape(space: Space) -> str:
@@ -198,7 +209,7 @@ def page() -> str:
 {suites()}
 
 Any field of the [settings](#settings) can be given to `gym.make`, for every id. A wrong one raises a `ConfigError` of
-one line that names it.
+one line that names it. `suite=` takes a TOML file, too ([formats.md](formats.md#suites)).
 
 ## Actions
 
@@ -216,6 +227,21 @@ the entry, its range and the value, and in a vector environment which environmen
 for min(1, x / S). Everything is bounded, so that no running statistics are needed.
 
 {observation_sections()}
+
+### Masks in observations
+
+`action_masks()` is where sb3-contrib looks. Other libraries look into the observation: with `mask_in_observation=` it
+is a Dict of the observation and the mask of legal actions,
+
+{mask_names()}
+
+for RLlib's `ActionMaskingRLModule` (of its examples, ray 2.60), TorchRL's `ActionMask` transform (0.14), Tianshou's
+`DiscreteQLearningPolicy` (2.0), or whatever looks under two names of your own. First and last observations of an
+episode have it too, in vector environments, from `set_state` and where the agent is evaluated as a scheduler. The mask
+of knobs, all true, is those of all entries one behind the other: what RLlib's and TorchRL's distributions take, and
+Tianshou has no use for. Priorities have none. What has no use is a `ConfigError`, as it is in the environments for
+Stable-Baselines3. TorchRL 0.14 cannot read the last observations of a vector environment, gymnasium's own included,
+where observations are a Dict: give it single ones.
 
 ## Reward
 

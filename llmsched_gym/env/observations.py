@@ -29,7 +29,7 @@ class Part:
         """Box of float32 (num_rows, num_entries) or (num_entries,); masks are MultiBinary (num_rows,)."""
         rows = () if self.num_rows is None else (self.num_rows,)
         if self.entries is None:
-            return spaces.MultiBinary(rows)
+            return spaces.MultiBinary(self.num_rows or ())  # TorchRL reads a number as its length, and no tuple of one
         entries = self.entries(config, num_features)
         low = np.tile(np.array([f.low for f in entries], np.float32), (*rows, 1))
         high = np.tile(np.array([f.high for f in entries], np.float32), (*rows, 1))

@@ -31,6 +31,10 @@ class SimulatedVecEnv(VecEnv):
     """
 
     def __init__(self, env: SimulatedVectorEnv) -> None:
+        if env.config.mask_in_observation is not None:
+            got = env.config.mask_in_observation
+            what = "expected None, as sb3-contrib asks action_masks()"
+            raise ConfigError(f"mask_in_observation: {what}, got {got!r}")
         self.env = env
         num_envs = env.num_envs
         self._returns = np.zeros(num_envs)

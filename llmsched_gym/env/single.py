@@ -31,7 +31,8 @@ class LLMSchedEnv(SimulatedEnv):
     **Observation** (``observation=``). ``"features"``, the default: a flat float32 Box, each entry named in
     ``feature_names``. ``"slots"``: Dict of 64 request rows, a mask of those in use, and the features. Or an object with
     ``space`` and ``observe(view)``. Nothing in it depends on output lengths, later arrivals, the true rate or the
-    hidden cost scale.
+    hidden cost scale. With ``mask_in_observation="rllib"``, ``"torchrl"``, ``"tianshou"`` or two names it is a Dict
+    that has the mask of legal actions beside it, under the names where these look.
 
     **Reward** (``reward=``). ``"slo"``: with U_i = 1[nothing late so far, first token out] - beta * min(1, L_i /
     patience) and L_i request i's late seconds, a step pays the sum of the changes of U_i: +1 at an on-time first token,
@@ -55,7 +56,7 @@ class LLMSchedEnv(SimulatedEnv):
     A step beyond the end raises ``gymnasium.error.ResetNeeded``.
 
     Args:
-        suite: scenario to start from: default, paper, drift, burst, tenants.
+        suite: scenario to start from: default, paper, drift, burst, tenants, chat, agents, or a TOML file.
         render_mode: None, "ansi", "rgb_array" or "human".
         fields: any field of :class:`~llmsched_gym.config.EnvConfig`; a bad one raises a one-line ``ConfigError``.
     """

@@ -20,6 +20,7 @@ from llmsched_gym.env.actions.preset import preset_action
 from llmsched_gym.env.arrays import handle_of
 from llmsched_gym.env.batched import is_batched, observe_one
 from llmsched_gym.env.core import actions_in, make_arrays
+from llmsched_gym.env.masked import mask_length, mask_place
 from llmsched_gym.env.observations import as_observation, observation_of
 from llmsched_gym.scheduler import Compiled, make_scheduler, pack_with_knobs, settings_of
 
@@ -170,6 +171,8 @@ class PolicyScheduler:
         self.admission = self.config.admission
         self.kind, self._seen = action_of(self.config), observation_of(self.config)
         self._space, self._num_features = self.kind.space(self.config), num_features
+        if self.config.mask_in_observation is not None:
+            mask_length(self.config, self._space)  # refuses actions without masks
         self.stand_at(0, 1)
         self._action: Any = None
         self._left = 0
@@ -183,11 +186,12 @@ class PolicyScheduler:
         self._actions = actions_in(self._arrays, self._space)
         self._read = self._seen.reader(self._arrays) if self._seen is not None else None
         self._masks = np.zeros((1, 0), np.bool_)
-        if self.kind.by_item:
+        self._mask_place = mask_place(self.config)
+        if self.kind.by_item or self._mask_place is not None:
             self._masks = self.kind.all_legal(self.config, num_lanes)
 
     def __getstate__(self) -> dict[str, Any]:
-        arrays = ("kind", "_seen", "_arrays", "_handle", "_actions", "_read", "_masks")
+        arrays = ("kind", "_seen", "_arrays", "_handle", "_actions", "_read", "_masks", "_mask_place")
         return {name: value for name, value in vars(self).items() if name not in arrays}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,7 +229,8 @@ class PolicyScheduler:
 
     def _mask(self, engine: Engine) -> np.ndarray:
         """Which actions are legal now; (number of actions,) bool."""
-        self.kind.mask(engine.handle, self._masks)
+        if self.kind.mask is not None:
+            self.kind.mask(engine.handle, self._masks)
         return self._masks[self._lane].copy()
 
     def decide(self, engine: Engine, env: int = 0) -> None:
@@ -282,6 +287,10 @@ class PolicyScheduler:
         return observe_one(observation, engine.state, self._arrays, self._lane)
 
     def _observe(self, engine: Engine) -> Any:
+        seen = self._see(engine)
+        return seen if self._mask_place is None else self._mask_place.put(seen, self._mask(engine))
+
+    def _see(self, engine: Engine) -> Any:
         if self._seen is None or self._read is None:
             return self._seen_by_user(engine)
         kernels.observe_env(engine.handle, self._handle, self._lane)

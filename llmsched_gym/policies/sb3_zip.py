@@ -19,6 +19,7 @@ from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.env.actions import ACTIONS
 from llmsched_gym.env.core import action_space, space_settings
 from llmsched_gym.env.features import WIDTHS
+from llmsched_gym.env.masked import mask_place, seen_with_masks
 from llmsched_gym.env.observations import observation_space
 from llmsched_gym.policies.bridge import PolicyScheduler
 from llmsched_gym.scheduler import PolicyError
@@ -49,7 +50,9 @@ def load_zip(path: Path, options: dict[str, str]) -> PolicyScheduler:
     model = read_zip(path, options)
     config = zip_config(name, model, options)
     normalise = zip_normaliser(path, model, options.get("vecnormalize"))
-    return PolicyScheduler(Predictor(model, normalise), config, num_features=num_features(model.observation_space))
+    place, seen = mask_place(config), model.observation_space
+    number = num_features(seen if place is None else seen[place.observation])
+    return PolicyScheduler(Predictor(model, normalise), config, num_features=number)
 
 
 class Predictor:
@@ -141,8 +144,9 @@ def zip_config(name: str, model: Any, options: dict[str, str]) -> EnvConfig:
         if settings and "observation" not in settings:
             raise ConfigError("it was trained on observations of its own, which only its environment can make")
         for config in [EnvConfig(**{**settings, **given})] if settings else _guesses(model, given):
-            known = [observation_space(config, number) for number in WIDTHS]
-            if action_space(config) == model.action_space and model.observation_space in known:
+            actions = action_space(config)
+            known = [seen_with_masks(config, observation_space(config, number), actions) for number in WIDTHS]
+            if actions == model.action_space and model.observation_space in known:
                 return config
     except ConfigError as error:
         raise PolicyError(f"policy {name!r}: {error}") from None

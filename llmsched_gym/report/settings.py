@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from llmsched_gym.config import SUITES
+from llmsched_gym.config import ClusterScenario, ConfigError, find_suite
 from llmsched_gym.cost import Profile, ProfileError, load_profile
 from llmsched_gym.files import encode
 from llmsched_gym.report import served, statistics
@@ -41,9 +41,15 @@ def command(config: Mapping[str, Any], directory: Path) -> str | None:
     if isinstance(config.get("command"), str):
         return str(config["command"])
     scenario = config.get("scenario")
-    if not isinstance(scenario, Mapping) or scenario.get("suite") not in SUITES or "policies" not in config:
+    if not isinstance(scenario, Mapping) or "policies" not in config:
         return None
-    usual = json.loads(json.dumps(encode(SUITES[scenario["suite"]].scenario.to_dict())))
+    try:
+        suite = find_suite(scenario.get("suite", "")).scenario
+    except ConfigError:  # of another version, or a file that has gone
+        return None
+    if isinstance(suite, ClusterScenario):
+        return None
+    usual = json.loads(json.dumps(encode(suite.to_dict())))
     words = ["llmsched", "evaluate", "--suite", scenario["suite"], "--policy", ",".join(config["policies"])]
     if bound_of(config["policies"]) is None and scenario.get("backend", "simulated") == "simulated":
         words += ["--no-bound"]

@@ -21,6 +21,7 @@ from llmsched_gym.env.arrays import DISCOUNT, FIRST_TERM, REWARD
 from llmsched_gym.env.batched import refuse_batched
 from llmsched_gym.env.core import expected_requests
 from llmsched_gym.env.episode import METRICS, episode_metrics
+from llmsched_gym.env.masked import mask_place, seen_with_masks
 from llmsched_gym.env.observations import as_observation
 from llmsched_gym.env.reward import TERMS, Transition, as_reward, rules_of
 from llmsched_gym.env.route import kernels
@@ -61,7 +62,8 @@ class RouteCore(SavedCore):
         refuse_batched(config)
         make_table(config, 0)  # a bad workload, trace or rate fails here and not at the first reset
         self.config, self.num_envs = config, num_envs or 1
-        self.action_space, self.observation_space = route_space(config), route_observation_space(config)
+        self.action_space, self._seen_space = route_space(config), route_observation_space(config)
+        self.observation_space = seen_with_masks(config, self._seen_space, self.action_space)
         self.cluster = Cluster(
             config,
             expected_requests(config),
@@ -89,11 +91,12 @@ class RouteCore(SavedCore):
         expect_kernels(5)  # start, send, the loop, the step and what it settles
 
     has_masks = True
-    _derived = ("handle",)
+    _derived = ("handle", "_mask_place")
 
     def _connect(self) -> None:
         super()._connect()
         self.handle = kernels.handle_of(self.arrays)
+        self._mask_place = mask_place(self.config)
 
     @property
     def engine(self) -> Cluster:  # type: ignore[override]
@@ -199,20 +202,23 @@ class RouteCore(SavedCore):
 
     def observation(self, env: int) -> Any:
         """A copy of one environment's observation."""
-        return self._read(env)
+        seen = self._read(env)
+        return seen if self._mask_place is None else self._mask_place.put(seen, self.action_masks()[env])
 
     def observations(self) -> Any:
         """Copies of all, side by side."""
-        if isinstance(self.config.observation, str):
-            return self._read(slice(None))
+        seen = self._read(slice(None)) if isinstance(self.config.observation, str) else self._seen_by_user()
+        return seen if self._mask_place is None else self._mask_place.put(seen, self.action_masks())
+
+    def _seen_by_user(self) -> Any:
         views = [self._read(env) for env in range(self.num_envs)]
-        out: Any = create_empty_array(self.observation_space, self.num_envs)
-        return concatenate(self.observation_space, views, out)
+        out: Any = create_empty_array(self._seen_space, self.num_envs)
+        return concatenate(self._seen_space, views, out)
 
     def _read(self, where: Any) -> Any:
         config, arrays = self.config, self.arrays
         if not isinstance(config.observation, str):
-            return as_observation(self.observation_space, config.observation.observe(self.cluster.view(where)))
+            return as_observation(self._seen_space, config.observation.observe(self.cluster.view(where)))
         asked, rows = arrays.asked[where], arrays.rows[where]
         if config.observation == "replicas":
             return {"request": asked.copy(), "replicas": rows.copy()}

@@ -32,6 +32,7 @@ class LLMRouteEnv(SimulatedEnv):
     each replica's, named in ``feature_names``. ``"replicas"``: Dict of ``request`` and ``replicas``, one row a replica.
     Or an object with ``space`` and ``observe(view)`` on a :class:`~llmsched_gym.cluster.router.RouterView`. Replicas
     *report*: at multiples of ``router_staleness_s`` each at its own phase; 0: always. What was dispatched since counts.
+    ``mask_in_observation`` as in LLMSchedEnv.
 
     **Reward** (``reward=``). ``"slo"``: the changes of the measured requests' utilities in (t_k, t_k+1], tokens at the
     ends of batches; the undiscounted return over a resolved cohort is the sum of the final utilities. ``credit``,
@@ -40,7 +41,7 @@ class LLMRouteEnv(SimulatedEnv):
     **Info**, **Start**, **End**: as in LLMSchedEnv; ``duration_s`` is t_k+1 - t_k, so that it can be 0.
 
     Args:
-        suite: scenario to start from: cluster, hetero, disagg.
+        suite: scenario to start from: cluster, hetero, disagg, or a TOML file of one with replicas.
         render_mode: None, "ansi", "rgb_array" or "human".
         fields: any field of :class:`~llmsched_gym.config.RouteConfig`; a bad one raises a one-line ``ConfigError``.
     """

@@ -18,6 +18,7 @@ from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import JIT_ENABLED, entry
 from llmsched_gym.engine.state import HANDLE_TYPE
 from llmsched_gym.env.actions import InvalidAction, as_array
+from llmsched_gym.env.masked import mask_place
 from llmsched_gym.env.route.core import route_space
 from llmsched_gym.env.route.envs import LLMRouteEnv
 from llmsched_gym.env.route.features import REPLICA_FEATURES, REQUEST_FEATURES, observe_request
@@ -131,6 +132,7 @@ class PolicyRouter:
 
     def __init__(self, policy: Callable[[Any, np.ndarray], Any], config: RouteConfig | None = None) -> None:
         self.policy, self.config = policy, config or route_config()
+        self._mask_place = mask_place(self.config)
         self.name = getattr(policy, "name", "") or type(self).__name__
 
     def reset(self, seed: int) -> None:
@@ -153,6 +155,10 @@ class PolicyRouter:
 
     def observe(self, view: RouterView) -> Any:
         """What the environment would show now."""
+        seen = self._see(view)
+        return seen if self._mask_place is None else self._mask_place.put(seen, view.legal)
+
+    def _see(self, view: RouterView) -> Any:
         kind, n = self.config.observation, len(view.replicas)
         if not isinstance(kind, str):
             return kind.observe(view)
