@@ -7,7 +7,7 @@ VLLM_VENV ?= .venv-vllm
 PYTEST ?= -n 2 --dist loadfile
 export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
 
-.PHONY: demo test check install format paper peers vllm clean
+.PHONY: demo test check install format paper libraries vllm clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m benchmarks.demo --out out/demo
@@ -38,11 +38,13 @@ format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# other libraries on our environments, each in a virtual environment of its own, torch first and alone
+# other libraries on our environments, each in a virtual environment of its own, torch first and alone; then how fast they are
 PEERS ?= .venv-peers
 WRAPPERS = 1.2.2 1.3.0 1.4.0
 
-peers: $(WRAPPERS:%=$(PEERS)/gymnasium-%/.run) $(PEERS)/rllib/.run $(PEERS)/torchrl/.run $(PEERS)/minari/.run
+libraries: $(WRAPPERS:%=$(PEERS)/gymnasium-%/.run) $(PEERS)/rllib/.run $(PEERS)/torchrl/.run $(PEERS)/learners/.run \
+		$(PEERS)/d3rlpy/.run install
+	$(VENV)/bin/python -m benchmarks.libraries --environments $(PEERS)
 
 $(PEERS)/gymnasium-%/.run:
 	$(PYTHON) -m venv $(@D)
@@ -61,10 +63,19 @@ $(PEERS)/torchrl/.run:
 	$(@D)/bin/pip install -q -e . "torchrl==0.14.*"
 	$(@D)/bin/python benchmarks/peers/torchrl_envs.py
 
-$(PEERS)/minari/.run:
+$(PEERS)/learners/.run:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install -q -e . "minari[hdf5,create]==0.5.*"
+	$(@D)/bin/pip install -q torch==2.13.0
+	$(@D)/bin/pip install -q -e . "stable-baselines3==2.9.*" "sb3-contrib==2.9.*" "skrl==2.1.*" "tianshou==2.0.*" \
+		"evotorch==0.6.*" "cma==4.*" "minari[hdf5,create]==0.5.*"
 	$(@D)/bin/python benchmarks/peers/minari_collector.py
+
+# it asks for gymnasium 1.0.0, and needs of it what later ones have
+$(PEERS)/d3rlpy/.run:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install -q torch==2.13.0
+	$(@D)/bin/pip install -q -e . click h5py structlog colorama dataclasses-json scikit-learn gym
+	$(@D)/bin/pip install -q --no-deps "d3rlpy==2.8.*"
 
 paper: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/llmsched reproduce

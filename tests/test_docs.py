@@ -1,7 +1,10 @@
 """The generated page is what the generator makes, and what the pages show runs."""
 
+import json
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,25 @@ def test_the_custom_router_sends_requests_to_where_their_prompts_are_cached():
         row(simulate(world, f"{router}+slai", 0)) for router in ("examples.custom_router:CheapestPrompt", "round-robin")
     )
     assert own["num_finished"] == own["num_requests"] and own["prefix_hit_rate"] > blind["prefix_hit_rate"]
+
+
+def test_snippets_for_other_libraries_are_parts_of_files_that_run():
+    files = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples" / "libraries").glob("*.py"))]
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "libraries.md").read_text(encoding="utf-8"), re.S)
+    assert len(snippets) > 10
+    for snippet in snippets:
+        assert any(snippet in text for text in files), snippet
+
+
+def test_a_learner_of_the_libraries_page_runs_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.libraries.cmaes", "1600"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout)
+    assert line["decisions"] == 1600
+    assert 0 < line["utility"] <= 1
