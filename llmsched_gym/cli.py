@@ -507,6 +507,8 @@ def replay(
     from llmsched_gym.evaluation import replay as replays
     from llmsched_gym.workload.served_runs import load_run
 
+    if out is not None:
+        replays.claim_replay(out)
     result = replays.replay(
         load_run(run),
         names[0],
