@@ -393,6 +393,47 @@ def workloads(as_json: AsJson = False) -> None:
     console.print_listing(rows, {"name": "workload", **heads, "source": "source"}, as_json)
 
 
+workload_app = typer.Typer(help="Workloads of one's own: `llmsched workload fit TRACE`.", rich_markup_mode=None)
+app.add_typer(workload_app, name="workload")
+
+
+@workload_app.callback()
+def _workload() -> None:
+    pass
+
+
+@workload_app.command("fit")
+def workload_fit(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace, or a folder of ServeGen's clients.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.json", help="The workload file to write.")],
+    name: Annotated[str | None, typer.Option(help="Name of the workload; default: the file's.")] = None,
+    source: Annotated[str | None, typer.Option(help="Where the trace comes from, licence included.")] = None,
+    suite_out: Annotated[
+        Path | None, typer.Option("--suite", metavar="FILE.toml", help="Write a suite, too: with the trace's rate.")
+    ] = None,
+    max_total_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Longest prompt + output; default: the trace's.")
+    ] = None,
+    trace_invalid: TraceInvalid = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a workload to a trace: lengths, or sessions where it has them; and say how far it is off."""
+    from llmsched_gym.workload import fit_trace
+    from llmsched_gym.workload.traces import load_trace
+
+    checked = scenario(**({} if trace_invalid is None else {"trace_invalid": trace_invalid}))
+    fit_trace.check_places(out, suite_out)
+    loaded = load_trace(trace, checked.trace_invalid)
+    data, rows = fit_trace.fit_workload(loaded, name or out.stem, source or trace.name, max_total_tokens)
+    fit_trace.write_workload(data, out)
+    if suite_out is not None:
+        fit_trace.write_suite(data, out, suite_out)
+    if as_json:
+        console.emit(json.dumps({"workload": str(out), "arrivals": data["arrivals"], "fit": rows}) + "\n")
+        return
+    console.print_table(terminal.fit_table(data, rows))
+
+
 @app.command()
 def profiles(as_json: AsJson = False) -> None:
     """List the cost profiles."""
@@ -466,6 +507,8 @@ def replay(
     from llmsched_gym.evaluation import replay as replays
     from llmsched_gym.workload.served_runs import load_run
 
+    if out is not None:
+        replays.claim_replay(out)
     result = replays.replay(
         load_run(run),
         names[0],

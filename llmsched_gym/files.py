@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,39 @@ def make_folder(out: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise ConfigError(f"out: cannot write to {out}: {error.strerror or error}") from None
+
+
+def claim_folder(out: Path, kind: str, marks: Mapping[str, Callable[[Path], bool]], field: str = "out") -> None:
+    """Refuse a folder that holds something and no run of `kind`; an empty one, or none yet, is anybody's.
+
+    `marks` are patterns of the files by which such a run is known, each with what tells it from a file that is merely
+    called so. Hidden files are nobody's. ConfigError of one line; makes nothing.
+    """
+    if not out.is_dir():
+        return  # make_folder says what is wrong with a file there
+    held = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    if held and not any(_holds(is_own, path) for mark, is_own in marks.items() for path in out.glob(mark)):
+        what = f"{held[0]}{f' and {len(held) - 1:,} more' if len(held) > 1 else ''}"
+        raise ConfigError(
+            f"{field}: {out} holds files of something else ({what}), and no {kind}; choose another folder"
+        )
+
+
+def _holds(is_own: Callable[[Path], bool], path: Path) -> bool:
+    try:
+        return is_own(path)
+    except (OSError, ValueError):
+        return False
+
+
+def json_with(*names: str) -> Callable[[Path], bool]:
+    """Whether a file is a JSON object with these fields."""
+
+    def has_them(path: Path) -> bool:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(found, dict) and found.keys() >= set(names)
+
+    return has_them
 
 
 def encode(value: Any) -> Any:

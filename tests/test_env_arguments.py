@@ -12,6 +12,7 @@ from gymnasium.envs.registration import EnvSpec
 from llmsched_gym.config import OF_THE_VECTOR, DeviceSpec, EnvConfig, Scenario, UnknownField, env_config, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
+from llmsched_gym.env.reward import as_reward, as_rewards
 from llmsched_gym.env.route import LLMRouteEnv
 from llmsched_gym.evaluation.capacity import capacity
 from llmsched_gym.evaluation.grid import evaluate
@@ -274,3 +275,14 @@ def test_parts_of_an_observation_are_cast_as_a_whole_is(make):
         with pytest.raises(ValueError, match=r"observation: expected an element of Dict\(") as error:
             make(observation=Parts(answer)).reset(seed=0)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("paid", [1j, np.complex128(1 + 2j), np.ma.masked, np.ma.array(1.0, mask=True)])
+def test_a_reward_that_is_complex_or_masked_is_one_line(paid):
+    with pytest.raises(ValueError, match=r"^reward: expected a finite number, got"):
+        as_reward(paid)
+    with pytest.raises(ValueError, match=r"^reward: expected 2 finite numbers, shape"):
+        as_rewards(np.ma.array([1.0, 2.0], mask=[False, True]), 2)
+    with pytest.raises(ValueError, match=r"^reward: expected 2 finite numbers, shape"):
+        as_rewards(np.array([1.0, 2j]), 2)
+    assert as_reward(np.ma.array(1.5)) == 1.5 and as_rewards(np.ma.array([1.0, 2.0]), 2).tolist() == [1.0, 2.0]

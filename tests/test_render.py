@@ -1,5 +1,7 @@
 """Frames of every mode, before the first step and after it, for every kind of action; what they say is true."""
 
+import copy
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 import llmsched_gym  # noqa: F401
 from examples import animation
 from llmsched_gym.config import ACTIONS
-from llmsched_gym.env import LLMSchedEnv
+from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.policy import SchedulerPolicy
 
 
@@ -126,3 +128,50 @@ def test_the_animation_is_made(tmp_path, capsys):
     with Image.open(out) as clip:
         assert clip.size == (960, 540) and clip.n_frames > 5
         assert 800 <= sum(clip.info["duration"] for k in range(clip.n_frames) if clip.seek(k) is None) <= 1300
+
+
+@pytest.mark.parametrize("fields", [{}, {"action_repeat": 4}, {"async_lag": True}])
+def test_the_history_has_the_batches_between_frames_and_looking_on_changes_nothing(fields):
+    env, blind = LLMSchedEnv(qps=2.0, render_mode="rgb_array", **fields), LLMSchedEnv(qps=2.0, **fields)
+    env.reset(seed=0), blind.reset(seed=0)
+    for _ in range(50):
+        (seen, *told), (expected, *paid) = env.step(np.zeros(7, np.int64)), blind.step(np.zeros(7, np.int64))
+        assert np.array_equal(seen, expected) and told == paid
+    frame, viewer = env.render(), env._viewer
+    sim = env.core.engine.state.sims[0]
+    runs = list(viewer._runs)
+    assert len(runs) == sim.num_batches >= 50 * fields.get("action_repeat", 1) - 1
+    assert sum(run.duration_s for run in runs) == pytest.approx(sim.busy_s)
+    assert len(viewer._attainment) > 20
+    panel = frame[352:396, 648:944].reshape(-1, 3)
+    shown = (panel == (0, 114, 178)).all(axis=1) | (panel == (230, 159, 0)).all(axis=1)  # decodes, prompts
+    columns = shown.reshape(44, 296).any(axis=0)
+    assert columns.sum() > 0.8 * 296 * min(1.0, sim.clock_s / 20.0) > 10
+    env.reset(seed=1)
+    env.render()
+    assert not env._viewer._runs
+
+
+def test_schedulers_vectors_and_copies_fill_the_history_as_well():
+    env = LLMSchedEnv(qps=2.0, render_mode="rgb_array", action_repeat=3)
+    env.reset(seed=0)
+    policy = SchedulerPolicy(env, "slai")
+    for _ in range(5):
+        policy.step()
+    twin = copy.deepcopy(env)
+    for one in (env, twin):
+        one.step(np.zeros(7, np.int64))
+    env.render(), twin.render()
+    assert len(env._viewer._runs) == 18 and len(twin._viewer._runs) == 3
+    envs = LLMSchedVectorEnv(2, qps=2.0, render_mode="rgb_array")
+    envs.reset(seed=0)
+    for _ in range(6):
+        envs.step(np.zeros((2, 7), np.int64))
+    frames = envs.render()
+    assert [len(one._viewer._runs) for one in envs.envs] == [6, 6] and not np.array_equal(*frames)
+
+
+def test_nobody_is_told_of_batches_without_pictures():
+    for mode in (None, "ansi", "human"):
+        env = LLMSchedEnv(render_mode=mode, action_repeat=2)
+        assert not env.core._watchers and not env.core._outside

@@ -265,8 +265,8 @@ def test_without_a_tpot_its_errors_are_none(tmp_path, capsys):
     path = csv_run(tmp_path / "run.csv", (16, 1, 0, 0, 1, 1), (16, 4, 0, 0, 1, 1))
     assert main(["replay", str(path), "--profile", RTX, "--json", "--max-error", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["tpot"] == dict.fromkeys(ERRORS)
-    assert main(["replay", str(path), "--profile", RTX, "--out", str(tmp_path)]) == 0
-    assert "TPOT" not in capsys.readouterr().out and (tmp_path / "replay.png").exists()
+    assert main(["replay", str(path), "--profile", RTX, "--out", str(tmp_path / "out")]) == 0
+    assert "TPOT" not in capsys.readouterr().out and (tmp_path / "out" / "replay.png").exists()
 
 
 @pytest.mark.parametrize("policy", ["sarathi", "slai", "on-time", "shortest-total", "learned", "vllm-v0"])

@@ -63,6 +63,13 @@ class SimulatedEnv(JsonSpec, gym.Env):
         outcome = self.core.arrays.outcomes[self._index]
         self._verdict, self._told = outcome[:PAUSED], outcome[DURATION_S:]
         self._viewer: Any = None
+        if self.render_mode == "rgb_array":  # whose frames show the batches that no frame was asked for, too
+            self.core.watch(self._index, self._notice)
+
+    def _notice(self) -> None:
+        if self._viewer is None:
+            self._viewer = self.core.make_viewer(self._index)
+        self._viewer.notice()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_verdict", "_told", "_viewer")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -128,7 +129,7 @@ class EnvCore(SavedCore):
 
     _derived = (
         *("kind", "seen", "has_masks", "handle", "actions", "_input", "_shape", "_fill", "_read"),
-        *("_masks", "_mask_place"),
+        *("_masks", "_mask_place", "_watchers"),
     )
 
     def _connect(self) -> None:
@@ -143,6 +144,7 @@ class EnvCore(SavedCore):
         self._read = self.seen.reader(self.arrays) if self.seen is not None else self._seen_by_user
         self._masks: np.ndarray | None = None  # made when they are asked for
         self._mask_place = mask_place(self.config)
+        self._watchers: dict[int, Callable[[], None]] = {}  # by environment; told of its batches
 
     def _backend(self) -> Any:
         if self.config.backend == "simulated":
@@ -213,6 +215,8 @@ class EnvCore(SavedCore):
                 self.engine.refill_noise(env)
         if resolved_before is not None:
             pay_together(self.config.reward, self.engine.state, self.arrays, 0, self.num_envs, resolved_before)
+        for watcher in self._watchers.values():
+            watcher()
 
     def _step_range(self, first: int, stop: int) -> int:
         """Step environments first, ..., stop - 1; returns what the kernel does."""
@@ -233,6 +237,16 @@ class EnvCore(SavedCore):
         """Names of the entries of the features observation."""
         return [feature.name for feature in features_of(self.config)]
 
+    def watch(self, env: int, watcher: Callable[[], None]) -> None:
+        """Call `watcher` after each batch of environment `env`: those of a held action are run one by one then."""
+        self._watchers[env] = watcher
+        self._outside = self._outside or self.config.action_repeat > 1
+
+    def noticed(self, env: int) -> None:
+        """Tell who watches environment `env` of a batch."""
+        if env in self._watchers:
+            self._watchers[env]()
+
     def make_viewer(self, env: int) -> Any:
         """What draws environment `env`."""
         from llmsched_gym.env.render import Viewer
@@ -252,12 +266,13 @@ class EnvCore(SavedCore):
         resolved_before = int(engine.state.episodes[env].num_resolved)
         while left > 0:
             if self.kind.run is not None and self.config.backend == "simulated":
-                left -= self._run(env, left)
+                left -= self._run(env, 1 if env in self._watchers else left)
             else:
                 left -= 1
                 if self.decide(env):
                     engine.execute(env)
                     self.reopen(env)
+            self.noticed(env)
             if engine.is_over(env):
                 break
         self.settle(env, start_s, resolved_before)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.picture import (
+    ATTAINED,
     DECODES,
     FAINT,
     HISTORY_S,
@@ -29,7 +30,7 @@ from llmsched_gym.env.picture import (
     draw_running,
     font_of,
 )
-from llmsched_gym.env.snapshot import Shown, Snapshot, snapshot
+from llmsched_gym.env.snapshot import Shown, Snapshot, attainment, snapshot
 
 FRAMES_PER_S = 20  # of the live panel in a terminal
 
@@ -139,7 +140,8 @@ class Viewer:
         self._runs: deque[Run] = deque(maxlen=4096)
         self._attainment: deque[tuple[float, float]] = deque(maxlen=4096)
         self._places: dict[int, int] = {}  # of decodes in the picture: a bar stays where it is while its request runs
-        self._seen = (0, 0.0)  # batches and clock of the last frame
+        self._seen = (0, 0.0)  # batches and clock when it was looked at last
+        self._judged_s = -math.inf  # when the last attainment was taken
         self._is_idle = False
 
     def render(self, mode: str) -> str | np.ndarray | None:
@@ -155,24 +157,36 @@ class Viewer:
     def _look(self) -> Snapshot:
         """Take a snapshot and add it to the history."""
         shot = snapshot(self.core, self.env)
-        if self.core.tables[self.env] is not self._table or shot.clock_s < self._seen[1]:
-            self._forget()
-        batches, clock_s = self._seen
-        if shot.num_batches > batches:
-            tokens = shot.decode_tokens + shot.prefill_tokens
-            self._runs.append(Run(shot.clock_s, shot.duration_s, shot.decode_tokens, tokens))
-            self._is_idle = False
-        elif shot.clock_s > clock_s:
-            self._is_idle = True
-        if not math.isnan(shot.attainment):
-            self._attainment.append((shot.clock_s, shot.attainment))
-        while self._runs and self._runs[0].end_s < shot.clock_s - HISTORY_S:
-            self._runs.popleft()
-        while self._attainment and self._attainment[0][0] < shot.clock_s - HISTORY_S:
-            self._attainment.popleft()
-        self._seen = (shot.num_batches, shot.clock_s)
+        self.notice()
+        if self._judged_s < shot.clock_s:
+            self._judge(shot.clock_s, shot.attainment)
         self._seat(shot)
         return shot
+
+    def notice(self) -> None:
+        """Add the last batch to the history, if it is not there yet; what a frame needs of batches between frames."""
+        sim = self.core.engine.state.sims[self.env]
+        clock_s, num_batches = float(sim.clock_s), int(sim.num_batches)
+        if self.core.tables[self.env] is not self._table or clock_s < self._seen[1]:
+            self._forget()
+        if num_batches > self._seen[0]:
+            tokens, decodes = int(sim.last_batch_tokens), int(sim.last_batch_decodes)
+            self._runs.append(Run(clock_s, float(sim.last_batch_s), decodes, tokens))
+            self._is_idle = False
+        elif clock_s > self._seen[1]:
+            self._is_idle = True
+        if clock_s >= self._judged_s + HISTORY_S / ATTAINED.width:  # one a pixel
+            self._judge(clock_s, attainment(self.core, self.env))
+        while self._runs and self._runs[0].end_s < clock_s - HISTORY_S:
+            self._runs.popleft()
+        while self._attainment and self._attainment[0][0] < clock_s - HISTORY_S:
+            self._attainment.popleft()
+        self._seen = (num_batches, clock_s)
+
+    def _judge(self, clock_s: float, attained: float) -> None:
+        self._judged_s = clock_s
+        if not math.isnan(attained):
+            self._attainment.append((clock_s, attained))
 
     def _seat(self, shot: Snapshot) -> None:
         """Give every decode a place of its own, newcomers the first free one."""

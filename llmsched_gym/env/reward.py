@@ -153,7 +153,7 @@ class Transition:
 def as_reward(paid: Any) -> float:
     """What a reward of the user's paid, as a number; ValueError for what is none, such as a forgotten return."""
     try:
-        reward = float(paid)
+        reward = math.nan if _loses_part(paid) else float(paid)
     except (TypeError, ValueError):
         reward = math.nan
     if not math.isfinite(reward):
@@ -161,10 +161,16 @@ def as_reward(paid: Any) -> float:
     return reward
 
 
+def _loses_part(paid: Any) -> bool:
+    """Whether NumPy would make a number of it by leaving out its imaginary part, or that it is masked."""
+    found = np.asanyarray(paid)
+    return found.dtype.kind == "c" or bool(np.ma.is_masked(found))
+
+
 def as_rewards(paid: Any, num_envs: int) -> np.ndarray:
     """What a batched reward of the user's paid, float64 (num_envs,); ValueError for what is no such array."""
     try:
-        rewards = np.asarray(paid, np.float64)
+        rewards = np.full(num_envs, math.nan) if _loses_part(paid) else np.asarray(paid, np.float64)
     except (TypeError, ValueError):
         rewards = np.full(num_envs, math.nan)
     if rewards.shape != (num_envs,) or not np.isfinite(rewards).all():

@@ -106,6 +106,7 @@ class LLMSchedEnv(SimulatedEnv):
             knobs, memory = state.knobs[0].copy(), state.memory[0].copy()  # the scheduler's, for its next batch
             core.reopen(0)
             state.knobs[0], state.memory[0] = knobs, memory
+            core.noticed(0)
             if core.engine.is_over(0):
                 break
         core.settle(0, start_s, resolved)

@@ -75,11 +75,18 @@ def _attaining(s, env, rules, out):
         out[r] = attains(lane.requests[r], rules[0], lane.sim.clock_s)
 
 
-def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
-    """What a frame shows of environment `env`."""
+class Verdicts(NamedTuple):
+    """Who is on time so far; arrays of (num_requests,) bool."""
+
+    on_time: np.ndarray
+    is_late: np.ndarray
+    stayed: np.ndarray
+    attained: float  # share of recent arrivals about whom something is known; nan without any
+
+
+def _verdicts(core: EnvCore, env: int) -> Verdicts:
     state = core.engine.state
-    sim, batch, episode = state.sims[env], state.batches[env], state.episodes[env]
-    clock_s = float(sim.clock_s)
+    clock_s = float(state.sims[env].clock_s)
     rows = state.requests[env, : state.worlds[env].num_requests]
     arrived = has_come(rows["phase"])
     attaining = np.zeros(len(rows))
@@ -92,6 +99,20 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
     gone = arrived & ~stayed & ~is_late
     recent = arrived & (rows["arrival_s"] >= clock_s - ATTAINMENT_WINDOW_S)
     judged = np.count_nonzero(recent & (has_verdict | gone))
+    return Verdicts(on_time, is_late, stayed, np.count_nonzero(on_time & recent) / judged if judged else math.nan)
+
+
+def attainment(core: EnvCore, env: int = 0) -> float:
+    """:attr:`Snapshot.attainment` by itself."""
+    return _verdicts(core, env).attained
+
+
+def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
+    """What a frame shows of environment `env`."""
+    state = core.engine.state
+    sim, batch, episode = state.sims[env], state.batches[env], state.episodes[env]
+    clock_s = float(sim.clock_s)
+    on_time, is_late, stayed, attained = _verdicts(core, env)
 
     num_running = sim.num_running + sim.num_ending
     running = [_shown(state, env, r, clock_s, is_late) for r in state.running[env, :num_running].tolist()]
@@ -136,7 +157,7 @@ def snapshot(core: EnvCore, env: int = 0) -> Snapshot:
             "rejected": int(episode.num_rejected),
             "cancelled": int(state.worlds[env].num_cancelled),
         },
-        attainment=np.count_nonzero(on_time & recent) / judged if judged else math.nan,
+        attainment=attained,
     )
 
 

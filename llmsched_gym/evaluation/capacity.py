@@ -20,7 +20,7 @@ from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario, plain
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.grid import check, finite, seed_range
 from llmsched_gym.evaluation.run import make_backend
-from llmsched_gym.evaluation.store import grid_config
+from llmsched_gym.evaluation.store import claim_results, grid_config
 from llmsched_gym.files import dumps, make_folder, write_text
 from llmsched_gym.report.intervals import MIN_SEEDS, resample_quantiles
 
@@ -317,6 +317,7 @@ def capacity(
     qps = (float(low), float(high))
     check(scenario, policies, qps, numbers.start)
     if out is not None:
+        claim_results(out)
         make_folder(Path(out))
     done = planned = 0
     with Runner(scenario, workers, backend=make_backend(scenario, workers)) as runner:

@@ -12,7 +12,7 @@ import pandas as pd
 from llmsched_gym.config import ConfigError, Scenario, blocks_needed, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.run import Episode, scenario_for, simulate
-from llmsched_gym.files import make_folder, replace_file, write_text
+from llmsched_gym.files import claim_folder, make_folder, replace_file, write_text
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.scheduler import SGLANG_CHUNK, VLLM_TOKEN_BUDGET, Compiled
 from llmsched_gym.workload import RequestTable
@@ -179,11 +179,26 @@ def above(errors: dict[str, Any], max_error: float) -> list[str]:
     ]
 
 
+FIRST_COLUMNS = "row,prompt_tokens,output_tokens,arrival_s,"
+"""With which the file of a replay begins."""
+
+
+def claim_replay(out: str | Path) -> None:
+    """One line of :class:`ConfigError` for a folder that holds something else than a replay."""
+
+    def is_own(path: Path) -> bool:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().startswith(FIRST_COLUMNS)
+
+    claim_folder(Path(out), "replay of llmsched", {"requests.csv": is_own})
+
+
 def write(result: Replay, out: str | Path) -> None:
     """Write ``requests.csv`` and ``replay.png`` into the folder `out`, each as a whole or not at all."""
     from llmsched_gym.evaluation.replay_plot import plot_replay
 
     folder = Path(out)
+    claim_replay(folder)
     figure = plot_replay(result)
     make_folder(folder)
     try:

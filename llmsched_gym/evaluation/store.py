@@ -28,12 +28,19 @@ from llmsched_gym import sources
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.cost import split_name
 from llmsched_gym.evaluation.cells import part_path
-from llmsched_gym.files import dumps, encode, make_folder, replace_file, write_text
+from llmsched_gym.files import claim_folder, dumps, encode, json_with, make_folder, replace_file, write_text
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.workload.mixture import workload_files
 
 ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.log10(0.02), -5.0, 105)[1:], [1.0]])
 """Where the distribution of gaps is sampled, (400,): evenly, then finer and finer into the tail."""
+
+RESULTS = {
+    "config.json": json_with("scenario", "policies"),
+    "capacity-*.json": json_with("config", "results"),
+    "servers/*/config.json": json_with("scenario"),
+}
+"""Files by which folders of evaluate, capacity and serve-bench, which may be one, are known."""
 
 ITL_COLUMNS = ("prob", "itl_s", "num_gaps", "policy", "requested_qps", "qps", "slo_class")
 
@@ -91,6 +98,7 @@ class Store:
 
     def open(self) -> dict[int, dict[str, Any]]:
         """Make the folder ready; returns the rows that it holds already, by cell. One line of error otherwise."""
+        claim_results(self.out)
         make_folder(self.out)
         self._lock = lock_folder(self.out)
         try:
@@ -202,6 +210,11 @@ class Store:
                 frame = pd.DataFrame({"prob": ITL_PROBS, "itl_s": counts.index.to_numpy()[at]})
                 frames.append(frame.assign(num_gaps=cumulated[-1], **labels))
         return pd.concat(frames) if frames else pd.DataFrame(columns=ITL_COLUMNS)
+
+
+def claim_results(out: str | Path) -> None:
+    """One line of :class:`ConfigError` for a folder that holds something else than results."""
+    claim_folder(Path(out), "results of llmsched", RESULTS)
 
 
 def lock_folder(out: Path) -> int:

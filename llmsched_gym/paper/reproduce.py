@@ -25,7 +25,7 @@ from llmsched_gym.evaluation import capacity as capacities
 from llmsched_gym.evaluation.bench import PlainSarathi, machine
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.files import digest_of, write_text
+from llmsched_gym.files import claim_folder, digest_of, json_with, write_text
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES, PUBLISHED_SWEEP
 from llmsched_gym.registry import make_scheduler
@@ -323,6 +323,8 @@ def run_piece(name: str, plan: Plan, key: str) -> Data:
 
 def reproduce(plan: Plan, pieces: list[str] | None = None) -> dict[str, Data]:
     """Data of all pieces, by name."""
+    marks = {f"{name}.json": json_with("key", "data") for name in PIECES}
+    claim_folder(plan.out, "pieces of the paper's evaluation", marks | {"runs/config.json": json_with("scenario")})
     plan.out.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in plan.__dict__.items() if k not in ("out", "workers", "world")}
     settings["policies"] = (MAIN_POLICIES, BOUNDED_POLICIES, STRICT_POLICIES)

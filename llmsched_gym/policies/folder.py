@@ -110,9 +110,22 @@ def write_folder(folder: str | Path, spec: PolicySpec, tensors: Mapping[str, np.
     return write_files(folder, {"format": FORMAT, **vars(spec)}, tensors)
 
 
+def _check_replaced(folder: Path) -> None:
+    """Refuse to replace what is no policy folder, or holds more than one does."""
+    if folder.is_dir():
+        held = sorted(path.name for path in folder.iterdir())
+        if not held or (SPEC in held and set(held) <= {SPEC, TENSORS}):
+            return
+        what = next((name for name in held if name not in (SPEC, TENSORS)), held[0])
+        raise PolicyError(f"out: {folder} holds {what}, and would be replaced as a whole; choose another folder")
+    if folder.exists():
+        raise PolicyError(f"out: expected a folder, got the file {folder}")
+
+
 def write_files(folder: str | Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Path:
     """Write the two files of a folder, with the digest of the tensors; what was there is replaced as a whole."""
     folder = Path(folder)
+    _check_replaced(folder)
     data = save({name: np.ascontiguousarray(array) for name, array in tensors.items()})
     text = {**fields, "tensors_sha256": hashlib.sha256(data).hexdigest()}
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")

@@ -198,3 +198,23 @@ def trace_table(found: dict[str, Any]) -> Table:
     share = f"{100 * found['over_max_model_len']:.2f} % (rejected on arrival)"
     table.add_row(f"over {found['max_model_len']:,} tokens", share)
     return table
+
+
+def fit_table(data: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
+    """How far a fitted workload is off: figures of the trace, and by how much those of draws differ."""
+    figures = [name for name in rows[0] if name not in ("quantity", "ks_distance")]
+    table = new_table(f"{data['name']}", *(f"{name}\ntrace, error" for name in figures), "KS distance")
+    for row in rows:
+        cells = []
+        for name in figures:
+            error = row[name]["error"]
+            cells.append(f"{row[name]['trace']:,.6g}" + ("" if error is None else f" {100 * error:+.1f} %"))
+        table.add_row(row["quantity"].replace("_", " "), *cells, f"{row['ks_distance']:.3f}")
+    found = data["arrivals"]
+    if found is None:
+        table.caption = "no times: arrivals are drawn at the rate that is asked for"
+    else:
+        bursts = f"burstiness {found['burstiness']:g}" if "burstiness" in found else "times say nothing about bursts"
+        unit = "sessions/s" if data.get("kind") == "sessions" else "requests/s"
+        table.caption = f"{found['qps']:g} {unit}, {bursts}: qps and burstiness of a scenario, not of the workload"
+    return table

@@ -19,7 +19,7 @@ import numpy as np
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.evaluation.cells import Cell
 from llmsched_gym.evaluation.grid import NUM_REQUESTS, Progress, finite, grid, seed_range
-from llmsched_gym.evaluation.store import Store
+from llmsched_gym.evaluation.store import Store, claim_results
 from llmsched_gym.serving import prometheus
 from llmsched_gym.serving.client import Client
 from llmsched_gym.serving.dialect import Dialect, dialects
@@ -166,6 +166,7 @@ def serve_bench(
         say: called with each remark, a line.
     """
     check_label(server.label)
+    claim_results(out)
     scenario = finite(scenario)
     rates: list[float | None] = [scenario.qps] if qps is None else list(dict.fromkeys(float(rate) for rate in qps))
     if not rates:

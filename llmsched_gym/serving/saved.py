@@ -9,7 +9,7 @@ import numpy as np
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.evaluation.cells import Cell
-from llmsched_gym.evaluation.store import Store
+from llmsched_gym.evaluation.store import Store, claim_results
 from llmsched_gym.serving.join import check_same
 from llmsched_gym.serving.labels import check_label, config_of, keep, label_folder
 from llmsched_gym.serving.load import Run
@@ -74,6 +74,7 @@ def _answer(run: ServedRun, r: int) -> Answer:
 def add_saved(scenario: Scenario, path: str | Path, label: str, out: str | Path) -> list[dict[str, Any]]:
     """Keep the run of a result file in `out` under a label; its row."""
     check_label(label)
+    claim_results(out)
     run = read_saved(path, scenario)
     world = scenario.replace(num_requests=len(run.table), qps=None)
     settings: dict[str, Any] = {

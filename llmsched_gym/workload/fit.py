@@ -51,10 +51,10 @@ def fit_lengths(trace: Trace, name: str, source: str, max_total_tokens: int | No
         "source": source,
         "statistics": summary(trace.prompt_tokens, trace.output_tokens),
         "max_total_tokens": max_total_tokens or int((prompt + output).max()),
-        "prompt": {"probs": _rounded(prompt_probs), "tokens": _rounded(np.quantile(prompt, prompt_probs), 1)},
+        "prompt": {"probs": rounded(prompt_probs), "tokens": rounded(np.quantile(prompt, prompt_probs), 1)},
         "output": {
-            "probs": _rounded(output_probs),
-            "tokens": [_rounded(np.quantile(part, output_probs), 1) for part in np.split(output, borders)],
+            "probs": rounded(output_probs),
+            "tokens": [rounded(np.quantile(part, output_probs), 1) for part in np.split(output, borders)],
         },
     }
 
@@ -130,7 +130,7 @@ def _plot_cdf(axes: Axes, tokens: np.ndarray, label: str, **style: Any) -> None:
     axes.plot(tokens, np.arange(1, len(tokens) + 1) / len(tokens), drawstyle="steps-post", label=label, **style)
 
 
-def _rounded(values: np.ndarray, digits: int = 6) -> list[float]:
+def rounded(values: np.ndarray, digits: int = 6) -> list[float]:
     """Numbers for a JSON file; whole ones as integers."""
     return [int(value) if value == int(value) else value for value in np.round(values, digits).tolist()]
 
@@ -152,12 +152,12 @@ def main(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, _dumps(table))
+    write_text(out, lengths_text(table))
     if report is not None:
         typer.echo(json.dumps(fit_report(file, str(out), report), indent=2))
 
 
-def _dumps(table: dict[str, Any]) -> str:
+def lengths_text(table: dict[str, Any]) -> str:
     """JSON with one line per list of figures."""
     rows = ",\n      ".join(json.dumps(row) for row in table["output"]["tokens"])
     slim = {**table, "output": {**table["output"], "tokens": "ROWS"}}

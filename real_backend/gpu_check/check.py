@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 
 from llmsched_gym.config import ConfigError
+from llmsched_gym.files import claim_folder
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.calibration.calibrate import limits_for
 from llmsched_gym.real_backend.errors import BackendError, one_line
@@ -85,6 +86,7 @@ def check_command(
         torch.set_num_threads(threads)
     if (out / "summary.json").exists():
         raise BackendError(f"{out}: has a summary already; name a new folder")
+    claim_folder(out, "check, whose folder is a new one", {})
     out.mkdir(parents=True, exist_ok=True)
     check = Check(model, out, device, limits, attention, None if graphs else False, fused)
     if max_seqs is None and check.torch_device.type == "cuda":

@@ -22,6 +22,7 @@ from llmsched_gym.config import BLOCK_SIZE, ConfigError, scenario
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.evaluation import metrics
 from llmsched_gym.evaluation.run import Episode, simulate
+from llmsched_gym.files import claim_folder, json_with
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.calibration.calibrate import calibrate, describe, limits_for
 from llmsched_gym.real_backend.errors import BackendError
@@ -202,6 +203,8 @@ def sim2real_command(
         raise ConfigError(f"loads: expected numbers > 0 separated by commas, got {loads!r}")
     if threads is not None:
         torch.set_num_threads(threads)
+    marks = {"scenario.json": json_with("suite"), "profile.csv": Path.is_file}  # the first is written last
+    claim_folder(out, "comparison of llmsched", marks)
     options = {"profile": profile, "device": device, "scale": scale, "num_requests": num_requests, "clock": clock}
     with command.progress_bar("calibration") as progress:
         backend, measured, world = prepare(model, out, progress=progress, **options)  # type: ignore[arg-type]

@@ -108,6 +108,9 @@ class RouteCore(SavedCore):
         """Names of the entries of the features observation."""
         return [feature.name for feature in route_features(self.config.num_replicas)]
 
+    def watch(self, env: int, watcher: Any) -> None:
+        """Its pictures have no history: nobody is told of batches."""
+
     def make_viewer(self, env: int) -> Any:
         """What draws environment `env`."""
         from llmsched_gym.env.route.render import RouteViewer
