@@ -291,3 +291,15 @@ def test_a_mask_among_the_observations_is_there_in_evaluation(tmp_path):
         return model.predict(seen, deterministic=True)[0]
 
     assert same(first_tokens(zipped(tmp_path / "m.zip")), driven(act, **fields))
+
+
+def test_a_model_whose_mask_has_a_tuple_of_one_as_length_is_read(tmp_path):
+    def older(env):
+        space = env.observation_space
+        space.spaces["in_use"] = gym.spaces.MultiBinary(space["in_use"].shape)  # as it was made before 2026-11-28
+        return env
+
+    env = DummyVecEnv([lambda: older(LLMSchedEnv(horizon_s=5.0, observation="slots", action="request"))])
+    assert env.observation_space["in_use"].n == (64,)
+    train(tmp_path / "old.zip", A2C, "MultiInputPolicy", env, steps=5)
+    assert len(first_tokens(zipped(tmp_path / "old.zip"))) > 0

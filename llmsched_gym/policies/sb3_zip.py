@@ -146,11 +146,20 @@ def zip_config(name: str, model: Any, options: dict[str, str]) -> EnvConfig:
         for config in [EnvConfig(**{**settings, **given})] if settings else _guesses(model, given):
             actions = action_space(config)
             known = [seen_with_masks(config, observation_space(config, number), actions) for number in WIDTHS]
-            if actions == model.action_space and model.observation_space in known:
+            if actions == model.action_space and _as_now(model.observation_space) in known:
                 return config
     except ConfigError as error:
         raise PolicyError(f"policy {name!r}: {error}") from None
     raise PolicyError(f"policy {name!r}: its spaces are not those of this version's environments")
+
+
+def _as_now(space: spaces.Space) -> spaces.Space:
+    """The space as environments have it now: older ones gave the length of a mask as a tuple of one."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({name: _as_now(part) for name, part in space.items()})
+    return (
+        spaces.MultiBinary(*space.shape) if isinstance(space, spaces.MultiBinary) and len(space.shape) == 1 else space
+    )
 
 
 def num_features(space: spaces.Space) -> int:
