@@ -68,6 +68,14 @@ VALUES = {
     "starvation": ["1", "20"],
     "mix": MIXES,
     "reserve": ["true", "false"],
+    "n": ["1", "3"],
+    "k": ["1", "3"],
+    "m": ["1", "4"],
+    "kept": ["0", "0.5", "2"],
+    "half": ["0.01", "1"],
+    "large": ["16", "200"],
+    "small": ["1", "40"],
+    "long": ["20"],
 }
 WORLDS = st.fixed_dictionaries(
     {
@@ -124,8 +132,10 @@ def drain(scheduler, rows, device=DEVICE, **world):
     """Run to the end, and fail where nothing happens for longer than it may take; the engine."""
     if getattr(scheduler, "clairvoyant", False):
         rows = replace(rows, length_hint=rows.output_tokens.astype(float))
-    admission = {"admission": scheduler.admission} if hasattr(scheduler, "admission") else {}
-    engine = Engine(scenario("paper", **{**world, **admission}), len(rows), profile=device)
+    asked = {"admission": scheduler.admission} if hasattr(scheduler, "admission") else {}
+    if getattr(scheduler, "refuses", False):
+        asked["allow_refusal"] = True
+    engine = Engine(scenario("paper", **{**world, **asked}), len(rows), profile=device)
     engine.reset(rows)
     install(scheduler, engine.state)
     before, left = events(engine), most_steps(engine)
