@@ -48,7 +48,7 @@ def log_priority(lane, r):
 
 @kernel()
 def next_prompt(lane, admitting, hold, limit):
-    """The prompt that goes first, started or, if `admitting`, waiting, and not in the batch yet; -1 if there is none."""
+    """The prompt that goes first and is not in the batch, started or, if `admitting`, waiting; -1 if there is none."""
     best, best_key = -1, -math.inf
     for i in range(lane.sim.num_running):
         r = lane.running[i]

@@ -31,7 +31,13 @@ FILE = Path(__file__).parent / "data" / "trajectories.json"
 SEEDS = (0, 1, 2)
 VARIANTS = ("slai[hold=always,limit=900]", "slai[refuse=true]", "on-time[age=5]", "on-time[refuse=true]")
 JOINED = ("sglang", "trtllm")  # since the file was first written: last, so that the small set keeps its halves
-POLICIES = (*sorted(set(registry()) - set(JOINED)), *VARIANTS, *JOINED)
+RULES = (
+    *("max-prefills", "interleave", "preflow", "vllm-slo", "vllm-priority", "queue-tokens", "ppas", "ppas+"),
+    *("eb", "eb+", "wait", "nested-wait", "mc-sf", "a-min", "gate", "niyama", "tbt-control"),
+)
+"""Other people's rules that have joined since: on one seed of two suites, as the whole set takes minutes."""
+RULE_SUITES = ("paper", "drift")
+POLICIES = (*sorted(set(registry()) - set(JOINED) - set(RULES)), *VARIANTS, *JOINED)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -243,6 +249,9 @@ def full() -> Iterator[tuple[str, str]]:
                 yield f"vector/{suite}/{kind}/{seed}", vector_hash(kind, suite, seed, 120, mode)
     for policy in POLICIES:
         yield f"scheduler/drift/{policy}/0", scheduler_hash(policy, "drift", 0, 200)
+    for suite in RULE_SUITES:
+        for policy in RULES:
+            yield f"engine/{suite}/{policy}/0", engine_hash(policy, suite, 0, 120, 120, finish=True)
 
 
 def small() -> Iterator[tuple[str, str]]:
@@ -253,6 +262,9 @@ def small() -> Iterator[tuple[str, str]]:
         for kind in ENVIRONMENTS:
             yield f"small/single/{suite}/{kind}", single_hash(kind, suite, 0, 60, 60)
             yield f"small/vector/{suite}/{kind}", vector_hash(kind, suite, 0, 8)
+    for i, policy in enumerate(RULES):
+        suite = RULE_SUITES[i % 2]
+        yield f"small/engine/{suite}/{policy}", engine_hash(policy, suite, 0, 60, 100, finish=False)
 
 
 def main() -> int:
