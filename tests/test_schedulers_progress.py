@@ -9,8 +9,9 @@ prompts and outputs among them:
 - After R + 1 preemptions in vain nobody enters while anybody runs (`batch.is_thrashing`), so each further one leaves
   one running request fewer: at most R more, since one that runs alone has all blocks, which rule 7 says are enough.
 
-That makes (2 R + 2) (W + 1) steps. WAIT idles on purpose besides, for `flush_s` since the last arrival. `vllm-v1` is exempt from the second rule, as vLLM is: there the first of running has
-a chunk in every batch and is never preempted, which makes W.
+That makes (2 R + 2) (W + 1) steps. WAIT idles on purpose besides, for `flush_s` since the last arrival. `vllm-v1` is
+exempt from the second rule, as vLLM is: there the first of running has a chunk in every batch and is never preempted,
+which makes W.
 """
 
 import math
@@ -22,7 +23,6 @@ import pytest
 from helpers import profile, request, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from trajectories import RULES as JOINED
 
 import llmsched_gym  # noqa: F401 - registers the environments
@@ -157,7 +157,9 @@ def drain(scheduler, rows, device=DEVICE, **world):
             before, left = events(engine), most_steps(engine, scheduler)
         else:
             left -= 1
-        assert left >= 0, f"no token in {most_steps(engine, scheduler)} steps, {engine.state.sims[0].num_idle_steps} of them idle"
+        assert left >= 0, (
+            f"no token in {most_steps(engine, scheduler)} steps, {engine.state.sims[0].num_idle_steps} of them idle"
+        )
     assert engine.state.sims[0].num_running == engine.state.sims[0].num_waiting == 0
     return engine
 
