@@ -166,7 +166,7 @@ def drain(scheduler, rows, device=DEVICE, **world):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_every_scheduler_with_any_parameters(name):
-    @settings(max_examples=20 if name in JOINED else 60)
+    @settings(max_examples=12 if name in JOINED else 60)
     @given(options=options_of(name), device=st.sampled_from(DEVICES), world=WORLDS, drawn=REQUESTS)
     def holds(options, device, world, drawn):
         text = ",".join(f"{key}={value}" for key, value in options.items())
