@@ -1,40 +1,43 @@
-"""WAIT and Nested WAIT: nothing runs until enough requests of each type wait, then all stages advance by one.
+"""WAIT: nothing runs until enough requests of each type wait, then all stages advance by one.
 
-Source: arXiv 2504.11320 and its authors' code, as this project's notes on them state the rules. A request's stage is
-the number of its tokens so far; a request of n output tokens goes through n stages, the first of which is its prompt.
+Source: arXiv 2504.11320 and its authors' code, as this project's notes on them state the rule. A request's stage is the
+number of its tokens so far; a request of n output tokens goes through n stages, the first of which is its prompt.
 
-`wait` is told output lengths. Types j are bins of them (`bins` = 8, equal in the logarithm up to the model's context).
+The rule is told output lengths. Types j are bins of them (`bins` = 8, equal in the logarithm, up to the context limit).
 With lambda_j the share of arrivals and s_j the mean stages of type j, and B the memory over the mean context,
 n_j = B lambda_j / sum(lambda s) prompts, at least one. Nothing runs until every type has n_j prompts waiting; then n_j
 of each enter and all later stages advance by one.
 
-`nested-wait` knows no lengths. Boundaries at `first` = 64 tokens, 128, 256 and so on cut stages into `segments` = 4.
-n_(k+1) / n_k is the share of those that came through segment k and went on, plus `margin` = 0.1; n_1 is B over the mean
-stages of finished requests. A segment runs if n_k requests wait at its entry or it is full, lets up to n_k in and
-advances all that are inside.
-
-Both idle on purpose. `flush_s` = 0.1 seconds after the last arrival everybody runs who can, first come first served,
-until the next one comes. With it the rules end on every workload; a large one is the rules as they are written.
+It idles on purpose. `flush_s` = 0.1 seconds after the last arrival everybody runs who can, first come first served,
+until the next one comes. With it the rule ends on every workload; a large one is the rule as it is written.
 
 Guessed: contexts are counted in blocks, as the mean of a request's first and last stage, over all arrivals so far; a
 turn whose prompts exceed `budget` = 8,192 tokens takes several batches, in each of which decodes advance; prompts that
-find no blocks miss their turn; preempted requests enter with the next turn. A segment is full with n_k times its length
-inside; the last is as long as all before it.
+find no blocks miss their turn; preempted requests enter with the next turn.
 """
 
 import math
 
-from llmsched_gym.baselines.rad import expected_output
-from llmsched_gym.engine.batch import add_chunk, add_decode, can_admit, chunk_room, is_free, is_prefill, open_batch
+from llmsched_gym.engine.batch import (
+    add_chunk,
+    can_admit,
+    chunk_room,
+    is_free,
+    is_prefill,
+    open_batch,
+    uncached_prefill,
+)
 from llmsched_gym.engine.blocks import blocks_for
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import FCFS, add_all_decodes, add_prompts, admission_filters, keep_going, next_waiting
+from llmsched_gym.engine.pack import FCFS, add_all_decodes, add_prompts, admission_filters, keep_going
+from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.scheduler import Compiled, Own, not_negative, positive_int
 
 MOST_TYPES = 8
 
 
-def _up_to_eight(text: str) -> int:
+def up_to_eight(text: str) -> int:
+    """A whole number from 1 to MOST_TYPES; ValueError otherwise."""
     value = positive_int(text)
     if value > MOST_TYPES:
         raise ValueError
@@ -49,21 +52,14 @@ def _seconds(text: str) -> float:
 
 
 FLUSH_S = Own("flush_s", 0.1, _seconds, "seconds >= 0, finite")
-OWN_WAIT = (FLUSH_S, Own("bins", 8, _up_to_eight, f"whole number from 1 to {MOST_TYPES}"))
+OWN_WAIT = (FLUSH_S, Own("bins", 8, up_to_eight, f"whole number from 1 to {MOST_TYPES}"))
 FLUSH, BINS = range(len(OWN_WAIT))
-OWN_NESTED = (
-    FLUSH_S,
-    Own("segments", 4, _up_to_eight, f"whole number from 1 to {MOST_TYPES}"),
-    Own("first", 64, positive_int, "whole number of tokens >= 1"),
-    Own("margin", 0.1, not_negative, "share >= 0"),
-)
-SEGMENTS, FIRST, MARGIN = range(1, len(OWN_NESTED))
-# Places in the lane's memory; from the second on MOST_TYPES each.
+# Places in the lane's memory; from the third on MOST_TYPES each.
 LAST_S = 0  # when somebody had last come
 BLOCK_STAGES = 1  # sum over arrivals of stages times mean blocks
-COUNTS = 8  # arrivals of a type; who has entered a segment
-NOW = 16  # of those that wait, how many are of a type; who is inside a segment
-TURN = 24  # of this turn, how many of a type are still to enter; who waits at a segment's entry
+COUNTS = 8  # arrivals of a type
+NOW = 16  # of those that wait, how many are of a type
+TURN = 24  # of this turn, how many of a type are still to enter
 
 
 @kernel()
@@ -166,7 +162,7 @@ def enter_turn(lane):
     """Let in whose turn it is, and the preempted, as long as tokens, slots and blocks last."""
     sim, batch, memory = lane.sim, lane.batch, lane.memory
     hold, limit = admission_filters(lane)
-    fits = next_waiting(lane, FCFS, hold, limit) >= 0
+    fits = True
     for i in range(sim.num_waiting):
         r = lane.waiting[i]
         j = type_of(lane, r)
@@ -175,13 +171,15 @@ def enter_turn(lane):
             break
         if not is_free(lane, r) or not (is_back or memory[TURN + j] > 0.0):
             continue
+        if (limit and uncached_prefill(lane, r) > batch.limit) or (hold and not can_make_ttft(lane, r)):
+            continue
         n = chunk_room(lane, r)
         fits = n > 0 and can_admit(lane, r, n)
         if fits:
             add_chunk(lane, r, n)
             if not is_back:
                 memory[TURN + j] -= 1.0
-    if not fits:  # nobody overtakes: the rest of the turn is missed
+    if batch.token_room > 0:  # nobody overtakes one that finds no blocks: the rest of the turn is missed
         for j in range(MOST_TYPES):
             memory[TURN + j] = 0.0
 
@@ -206,114 +204,6 @@ def wait(lane):
     keep_going(lane)
 
 
-@kernel()
-def segment_of(lane, stage):
-    """The segment of a stage; one that equals a boundary is behind it."""
-    k, boundary = 0, lane.knobs.own[FIRST]
-    for _ in range(int(lane.knobs.own[SEGMENTS]) - 1):
-        if stage < boundary:
-            break
-        k += 1
-        boundary *= 2.0
-    return k
-
-
-@kernel()
-def is_at_entry(lane, stage):
-    """Whether a stage is the entry of a segment behind the first."""
-    k = segment_of(lane, stage)
-    return k > 0 and stage == lane.knobs.own[FIRST] * 2.0 ** (k - 1)
-
-
-@kernel()
-def count_segments(lane):
-    """Count who is inside each segment and who waits at its entry."""
-    memory = lane.memory
-    for k in range(MOST_TYPES):
-        memory[NOW + k] = memory[TURN + k] = 0.0
-    memory[TURN] = lane.sim.num_waiting
-    for i in range(lane.sim.num_running):
-        stage = lane.requests[lane.running[i]].num_output_tokens
-        memory[(TURN if is_at_entry(lane, stage) else NOW) + segment_of(lane, stage)] += 1.0
-
-
-@kernel()
-def first_threshold(lane):
-    """n_1: requests a stage of which the memory holds, by mean prompt and mean output."""
-    output = max(1, int(expected_output(lane.sim)))
-    prompt = lane.episode.arrived_tokens // max(1, lane.episode.num_arrived)
-    return usable_blocks(lane.sim) / (output * mean_blocks(lane.sim, max(1, prompt), output))
-
-
-@kernel()
-def went_on(lane, k):
-    """Share of those that came through segment k and went on to the next, plus the margin; at most 1."""
-    memory = lane.memory
-    through = memory[COUNTS + k] - memory[NOW + k]
-    reached = memory[COUNTS + k + 1] + memory[TURN + k + 1]
-    share = min(1.0, reached / through) if through > 0.0 else 1.0
-    return min(1.0, share + lane.knobs.own[MARGIN])
-
-
-@kernel()
-def add_segment(lane, k, most):
-    """Advance all decodes inside segment k, and up to `most` that wait at its entry."""
-    entered = 0
-    for i in range(lane.sim.num_running):
-        r, request = lane.running[i], lane.requests[lane.running[i]]
-        if is_prefill(request) or lane.batch.token_room <= 0 or segment_of(lane, request.num_output_tokens) != k:
-            continue
-        if is_at_entry(lane, request.num_output_tokens):
-            if entered >= most:
-                continue
-            entered += 1
-        add_decode(lane, r)
-    lane.memory[COUNTS + k] += entered
-
-
-@kernel()
-def admit_first(lane, most):
-    """Let up to `most` prompts in, first come first served."""
-    sim, batch = lane.sim, lane.batch
-    hold, limit = admission_filters(lane)
-    for _ in range(most):
-        r = next_waiting(lane, FCFS, hold, limit) if batch.token_room > 0 else -1
-        n = chunk_room(lane, r) if r >= 0 and sim.num_running + batch.num_admitted < sim.max_num_seqs else 0
-        if n <= 0 or not can_admit(lane, r, n):
-            break
-        add_chunk(lane, r, n)
-        lane.memory[COUNTS] += lane.requests[r].num_preemptions == 0
-
-
-def nested_wait(lane):
-    """Each segment with enough at its entry, or full; everybody if nobody comes; else nothing."""
-    open_batch(lane)
-    note_arrivals(lane, False)
-    count_segments(lane)
-    memory, started = lane.memory, 0
-    for i in range(lane.sim.num_running):
-        started += is_prefill(lane.requests[lane.running[i]])
-    everybody, ran = is_quiet(lane), False
-    n, length, behind = first_threshold(lane), lane.knobs.own[FIRST], 0.0
-    segments = int(lane.knobs.own[SEGMENTS])
-    for k in range(segments):
-        most = max(1, int(n))
-        is_full = memory[NOW + k] >= most * length
-        if everybody or memory[TURN + k] >= most or is_full or (k == 0 and started > 0):
-            ran = True
-            most = lane.sim.max_num_seqs if everybody else most
-            add_segment(lane, k, most)
-            if k == 0:
-                add_started(lane)
-                admit_first(lane, most)
-        if k + 1 < segments:
-            n *= went_on(lane, k)
-        behind += length
-        length = behind
-    if ran:
-        keep_going(lane)
-
-
 SCHEDULERS = {
     "wait": Compiled(
         "WAIT: nothing runs until enough prompts of each output length wait; knows the lengths (arXiv 2504.11320)",
@@ -321,11 +211,5 @@ SCHEDULERS = {
         {"token_budget": 8192},
         clairvoyant=True,
         own=OWN_WAIT,
-    ),
-    "nested-wait": Compiled(
-        "Nested WAIT: a segment of output lengths runs when enough wait at its entry (arXiv 2504.11320)",
-        nested_wait,
-        {"token_budget": 8192},
-        own=OWN_NESTED,
     ),
 }
