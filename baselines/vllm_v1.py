@@ -47,13 +47,12 @@ def next_victim(lane, last, last_ending):
     return running[last - 1], last - 1, last_ending
 
 
-def vllm_v1(lane):
-    """Running requests in admission order, a decode or a chunk each; then waiting ones, first come first served.
+@kernel()
+def serve_running(lane, prompts, decodes):
+    """Running requests in admission order, chunks of `prompts`, one token each of `decodes`; who is last gives way.
 
-    Blocks are taken chunk by chunk; where one is missing the request admitted last is preempted, and nobody is admitted
-    in such a step. Admission asks that all known tokens of a request would fit now, and reserves nothing.
+    Where a block is missing the request admitted last is preempted, the one that needs it if it is that one itself.
     """
-    open_batch(lane)
     sim, batch = lane.sim, lane.batch
     last, last_ending = sim.num_running, sim.num_ending  # those behind have been preempted
     for i in range(sim.num_running):
@@ -61,6 +60,8 @@ def vllm_v1(lane):
             break
         r = lane.running[i]
         prefill = is_prefill(lane.requests[r])
+        if not (prompts if prefill else decodes):
+            continue
         n = next_chunk(lane, r) if prefill else 1
         if n <= 0 or (not prefill and not decode_fits(lane, r) and batch.num_items > 0):
             continue
@@ -76,20 +77,42 @@ def vllm_v1(lane):
             add_chunk(lane, r, n)
         else:
             add_decode(lane, r)
-    if batch.num_preempt > 0:
+
+
+@kernel()
+def enter(lane, r):
+    """Let waiting request `r` in with its chunk; False if it finds no tokens or no room, and so does nobody behind."""
+    n = next_chunk(lane, r)
+    if n <= 0 or not finds_room(lane, r, n):
+        return False
+    if lane.batch.cap_s < math.inf and is_thrashing(lane):  # without a cap, the first of running always goes on
+        return False
+    add_chunk(lane, r, n)
+    return True
+
+
+@kernel()
+def fill_v1(lane, most):
+    """Fill an open batch as vLLM does: who runs, then up to `most` of those that wait, first come first served."""
+    serve_running(lane, True, True)
+    if lane.batch.num_preempt > 0:
         return
     hold, limit = admission_filters(lane)
-    for _ in range(sim.max_num_seqs):
+    for _ in range(min(most, lane.sim.max_num_seqs)):
         r = next_waiting(lane, FCFS, hold, limit)
-        if r < 0:
+        if r < 0 or not enter(lane, r):
             break
-        n = next_chunk(lane, r)
-        if n <= 0 or not finds_room(lane, r, n):
-            break
-        if batch.cap_s < math.inf and is_thrashing(lane):  # without a cap, the first of running always goes on
-            break
-        add_chunk(lane, r, n)
     keep_going(lane)
+
+
+def vllm_v1(lane):
+    """Running requests in admission order, a decode or a chunk each; then waiting ones, first come first served.
+
+    Blocks are taken chunk by chunk; where one is missing the request admitted last is preempted, and nobody is admitted
+    in such a step. Admission asks that all known tokens of a request would fit now, and reserves nothing.
+    """
+    open_batch(lane)
+    fill_v1(lane, lane.sim.max_num_seqs)
 
 
 SCHEDULERS = {

@@ -100,6 +100,7 @@ class Compiled:
     own: tuple[Own, ...] = ()  # and those that it alone has, at most records.OWN_KNOBS
     orders: tuple[str, ...] = ORDERS  # what its `order` may be
     plan: Callable | None = None  # entry (handle, env) that sets the knobs of the batch to come, if they change
+    refuses: bool = False  # whether refusing requests is all that it is about: it needs allow_refusal
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduced(self, make_scheduler)
@@ -127,7 +128,12 @@ class Compiled:
         return knobs
 
     def install(self, state: State, env: int) -> None:
-        """Write the settings into the engine; call it after the engine's reset."""
+        """Write the settings into the engine; call it after the engine's reset.
+
+        Raises :class:`PolicyError` where it `refuses` requests and the engine does not allow it.
+        """
+        if self.refuses and not state.sims[env].allow_refusal:
+            raise PolicyError(f"policy {self.name!r}: refuses requests, expected allow_refusal=True, got False")
         knobs = self.knobs.copy()
         place = BY_DEVICE.get(int(knobs["token_budget"]))
         if place is not None:
@@ -237,6 +243,7 @@ def with_options(spec: str, entry: Compiled, options: Mapping[str, str]) -> Comp
     settings, admission, decision_s = dict(entry.settings), entry.admission, entry.decision_s
     own = {parameter.name: parameter for parameter in entry.own}
     known = PACK_OPTIONS if entry.function is pack_with_knobs else (*COMMON_OPTIONS, *entry.options, *own)
+    known = tuple(dict.fromkeys(known))  # one of its own may stand for a common one
     for key, text in options.items():
         if key not in known:
             raise PolicyError(f"policy {spec!r}: unknown parameter {key!r}, expected one of {', '.join(known)}")

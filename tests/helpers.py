@@ -95,7 +95,10 @@ class Run:
         if getattr(self.scheduler, "clairvoyant", False):
             self.table = replace(self.table, length_hint=self.table.output_tokens.astype(np.float64))
         admission = getattr(self.scheduler, "admission", None)
-        fields = {"watermark": 0.0, **({"admission": admission} if admission else {}), **fields}
+        asked = {"admission": admission} if admission else {}
+        if getattr(self.scheduler, "refuses", False):
+            asked["allow_refusal"] = True
+        fields = {"watermark": 0.0, **asked, **fields}
         self.scenario = scenario("paper", **fields)
         self.engine = Engine(
             self.scenario,

@@ -42,6 +42,7 @@ def trajectory(policy, seed=3, *, num_requests=60, steps=None, num_envs=1, env=0
         max_num_seqs=24,
         patience_s=20.0,
         admission=getattr(scheduler, "admission", "prompt"),
+        allow_refusal=getattr(scheduler, "refuses", False),
     )
     table = make_table(world, seed)
     engine = Engine(world, len(table), num_envs=num_envs, num_gaps=int(table.output_tokens.sum()))

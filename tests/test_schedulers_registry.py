@@ -15,7 +15,7 @@ from llmsched_gym.engine import Batch, IllegalBatch
 from llmsched_gym.engine.pack import ORDERS
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.registry import make_scheduler, registry
-from llmsched_gym.report.bounds import CLAIRVOYANT
+from llmsched_gym.report.bounds import CLAIRVOYANT, bound_of, is_clairvoyant, ordinary, with_bound
 from llmsched_gym.scheduler import Compiled, PolicyError, Scheduler, install
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,10 @@ def test_names_are_resolved_above_all_that_they_may_mean():
 def test_reports_know_which_schedulers_are_told_output_lengths():
     told = {name for name, entry in registry().items() if getattr(entry, "clairvoyant", False)}
     assert told == set(CLAIRVOYANT)
+    assert is_clairvoyant("wait[bins=2]") and ordinary(["mc-sf", "slai"]) == ["slai"]
+    # one of them is what the others are measured against, told or not
+    assert bound_of(["a-min", "shortest-total[cap=0.9]"]) == "shortest-total[cap=0.9]" and bound_of(["mc-sf"]) is None
+    assert with_bound(["mc-sf", "slai"]) == ["mc-sf", "slai", "shortest-total"]
 
 
 def test_only_the_needed_ones_are_clairvoyant_and_decide_at_a_cost():

@@ -24,7 +24,8 @@ def differing(found):
 def test_the_file_names_every_scheduler_and_every_action_space():
     names = {tuple(name.split("/")[:3]) for name in EXPECTED}
     for suite in trajectories.SUITES:
-        assert {p for kind, s, p in names if (kind, s) == ("engine", suite)} == set(trajectories.POLICIES)
+        rules = trajectories.RULES if suite in trajectories.RULE_SUITES else ()
+        assert {p for kind, s, p in names if (kind, s) == ("engine", suite)} == {*trajectories.POLICIES, *rules}
         for kind in ("single", "vector"):
             assert {p for k, s, p in names if (k, s) == (kind, suite)} == set(trajectories.ENVIRONMENTS)
     assert len(set(EXPECTED.values())) > 0.95 * len(EXPECTED)  # some schedulers agree with each other here and there

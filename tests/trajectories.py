@@ -1,6 +1,7 @@
 """Hashes of whole trajectories: what must stay the same, bit for bit, when the engine is rebuilt.
 
-``python tests/trajectories.py`` rewrites ``tests/data/trajectories.json``, for a change that is meant to change them.
+``python tests/trajectories.py`` rewrites ``tests/data/trajectories.json``, for a change that is meant to change them;
+with ``--new`` it adds what is missing, for schedulers that have joined, and leaves the rest.
 The hashes are of batches, times, rewards, observations and final figures, read through the few accessors below, so that
 they do not depend on how the engine lays out its state. Logarithms and exponentials may differ in the last bit between
 processors and libraries: the file says which arithmetic it was written with, see :func:`arithmetic`.
@@ -10,7 +11,8 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,13 @@ FILE = Path(__file__).parent / "data" / "trajectories.json"
 SEEDS = (0, 1, 2)
 VARIANTS = ("slai[hold=always,limit=900]", "slai[refuse=true]", "on-time[age=5]", "on-time[refuse=true]")
 JOINED = ("sglang", "trtllm")  # since the file was first written: last, so that the small set keeps its halves
-POLICIES = (*sorted(set(registry()) - set(JOINED)), *VARIANTS, *JOINED)
+RULES = (
+    *("max-prefills", "interleave", "preflow", "vllm-slo", "vllm-priority", "queue-tokens", "ppas", "ppas+"),
+    *("eb", "eb+", "wait", "nested-wait", "mc-sf", "a-min", "gate", "niyama", "tbt-control"),
+)
+"""Other people's rules that have joined since: on one seed of two suites, as the whole set takes minutes."""
+RULE_SUITES = ("paper", "drift")
+POLICIES = (*sorted(set(registry()) - set(JOINED) - set(RULES)), *VARIANTS, *JOINED)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -231,32 +239,51 @@ def scheduler_hash(policy: str, suite: str, seed: int, steps: int) -> str:
     return sha.hex()
 
 
-def full() -> Iterator[tuple[str, str]]:
-    """Name and hash of every trajectory of the large set."""
+def _full() -> Iterator[tuple[str, Callable[[], str]]]:
     for suite in SUITES:
         for seed in SEEDS:
             for policy in POLICIES:
-                yield f"engine/{suite}/{policy}/{seed}", engine_hash(policy, suite, seed, 120, 120, finish=True)
+                yield (
+                    f"engine/{suite}/{policy}/{seed}",
+                    partial(engine_hash, policy, suite, seed, 120, 120, finish=True),
+                )
             for kind in ENVIRONMENTS:
                 mode = ("next_step", "same_step")[seed % 2]
-                yield f"single/{suite}/{kind}/{seed}", single_hash(kind, suite, seed, 240)
-                yield f"vector/{suite}/{kind}/{seed}", vector_hash(kind, suite, seed, 120, mode)
+                yield f"single/{suite}/{kind}/{seed}", partial(single_hash, kind, suite, seed, 240)
+                yield f"vector/{suite}/{kind}/{seed}", partial(vector_hash, kind, suite, seed, 120, mode)
     for policy in POLICIES:
-        yield f"scheduler/drift/{policy}/0", scheduler_hash(policy, "drift", 0, 200)
+        yield f"scheduler/drift/{policy}/0", partial(scheduler_hash, policy, "drift", 0, 200)
+    for suite in RULE_SUITES:
+        for policy in RULES:
+            yield f"engine/{suite}/{policy}/0", partial(engine_hash, policy, suite, 0, 120, 120, finish=True)
+
+
+def _small() -> Iterator[tuple[str, Callable[[], str]]]:
+    for i, suite in enumerate(SUITES):
+        for policy in POLICIES[i % 2 :: 2]:
+            yield f"small/engine/{suite}/{policy}", partial(engine_hash, policy, suite, 0, 60, 200, finish=False)
+        for kind in ENVIRONMENTS:
+            yield f"small/single/{suite}/{kind}", partial(single_hash, kind, suite, 0, 60, 60)
+            yield f"small/vector/{suite}/{kind}", partial(vector_hash, kind, suite, 0, 8)
+    for i, policy in enumerate(RULES):
+        suite = RULE_SUITES[i % 2]
+        yield f"small/engine/{suite}/{policy}", partial(engine_hash, policy, suite, 0, 60, 100, finish=False)
+
+
+def full() -> Iterator[tuple[str, str]]:
+    """Name and hash of every trajectory of the large set."""
+    return ((name, make()) for name, make in _full())
 
 
 def small() -> Iterator[tuple[str, str]]:
     """Name and hash of every trajectory of the small set, 60 requests each, which takes a minute uncompiled too."""
-    for i, suite in enumerate(SUITES):
-        for policy in POLICIES[i % 2 :: 2]:
-            yield f"small/engine/{suite}/{policy}", engine_hash(policy, suite, 0, 60, 200, finish=False)
-        for kind in ENVIRONMENTS:
-            yield f"small/single/{suite}/{kind}", single_hash(kind, suite, 0, 60, 60)
-            yield f"small/vector/{suite}/{kind}", vector_hash(kind, suite, 0, 8)
+    return ((name, make()) for name, make in _small())
 
 
-def main() -> int:
-    hashes = {"arithmetic": arithmetic(), **dict(full()), **dict(small())}
+def main(new_only: bool = False) -> int:
+    """Write the file; with `new_only` what is on it stays as it is, and what is missing is added."""
+    known = json.loads(FILE.read_text()) if new_only else {"arithmetic": arithmetic()}
+    hashes = known | {name: make() for name, make in (*_full(), *_small()) if name not in known}
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(json.dumps(hashes, indent=0) + "\n")
     print(f"{len(hashes)} trajectories, {len(set(hashes.values()))} different, in {FILE}")
@@ -264,4 +291,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("--new" in sys.argv[1:]))

@@ -39,7 +39,7 @@ from llmsched_gym.engine.records import (
     WORLD,
 )
 
-OWN_MEMORY = 8
+OWN_MEMORY = 32
 ACTION_MEMORY = 64  # for one score of each visible slot
 MIN_SCRATCH = 64  # an environment sorts its visible slots there
 

@@ -9,7 +9,9 @@ from typing import Any
 from llmsched_gym.config import ClusterScenario, Scenario
 from llmsched_gym.fluid import Fluid, Work, fluid_capacity
 
-CLAIRVOYANT = ("shortest-total",)
+BOUND = "shortest-total"
+"""The registered scheduler that reports measure the others against."""
+CLAIRVOYANT = (BOUND, "wait", "mc-sf", "a-min")
 """The registered schedulers that are told output lengths; a report of rows needs no scheduler itself to know them."""
 NEAR = 0.15
 """Share of a load by which the fluid capacity may lie beyond it and still be shown."""
@@ -21,8 +23,8 @@ def is_clairvoyant(policy: str) -> bool:
 
 
 def bound_of(policies: Iterable[str]) -> str | None:
-    """The first clairvoyant policy, if there is one."""
-    return next(filter(is_clairvoyant, policies), None)
+    """The policy that the others are measured against, with or without parameters, if it is among them."""
+    return next((p for p in policies if p.partition("[")[0].strip() == BOUND), None)
 
 
 def ordinary(policies: Iterable[str]) -> list[str]:
@@ -32,8 +34,8 @@ def ordinary(policies: Iterable[str]) -> list[str]:
 
 
 def with_bound(policies: Sequence[str]) -> list[str]:
-    """The policies, and the clairvoyant one if none of them is."""
-    return [*policies, CLAIRVOYANT[0]] if bound_of(policies) is None else [*policies]
+    """The policies, and the one that they are measured against if it is not among them."""
+    return [*policies, BOUND] if bound_of(policies) is None else [*policies]
 
 
 def scenario_from_json(fields: dict[str, Any]) -> Scenario:
