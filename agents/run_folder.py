@@ -13,11 +13,11 @@ from llmsched_gym.files import make_folder, write_text
 Settings = TypeVar("Settings")
 """A frozen dataclass with `out`, the folder, and, if such runs can go on, `resume`."""
 
-_NOT_KEPT = ("out", "resume")
+_NOT_KEPT = ("out", "resume", "workers", "ray", "ray_address")  # where a run lies and runs, not what it is
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """What config.json holds: all settings but where the run lies and whether it goes on."""
+    """What config.json holds: all settings but where the run lies, what runs it, and whether it goes on."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_KEPT}
 
 
@@ -44,7 +44,8 @@ def open_run(config: Settings) -> Settings:
     if not isinstance(settings, dict) or not settings.keys() <= fields.keys():
         raise ConfigError(f"out: {path}: expected the settings of such a run, got something else's")
     tuples = {name: tuple(value) for name, value in settings.items() if isinstance(fields[name], tuple)}
-    kept = type(given)(**{**settings, **tuples}, out=given.out, resume=True)
+    own = {name: value for name, value in dataclasses.asdict(given).items() if name in _NOT_KEPT}
+    kept = type(given)(**{**own, **settings, **tuples, "resume": True})
     for field in dataclasses.fields(given):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         asked, held = (getattr(one, field.name) for one in (given, kept))
