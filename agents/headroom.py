@@ -25,8 +25,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.metrics import row

@@ -25,9 +25,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import read_weights, utility
+from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate

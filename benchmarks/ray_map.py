@@ -41,6 +41,7 @@ Own = Compiled("Sarathi-Serve with 256 tokens", settings={"token_budget": 256})
 CELLS_S, TOTAL_S = (0.05, 5.0), 20.0  # seconds of a cell, and of all cells of a measurement on one worker
 TRIVIAL = 2000
 MOST_DRIVER_MS, LEAST_SHARE = 5.0, 0.9
+LEFT_S = 100.0  # in which all processes of a killed driver have ended: two agents of Ray look for theirs now and then
 
 
 def busy(seconds: float) -> int:
@@ -135,7 +136,7 @@ def driver(args: argparse.Namespace) -> bool:
     process.kill()
     process.wait()
     before = len(kept.read_text().splitlines())
-    end = time.monotonic() + 30
+    end = time.monotonic() + LEFT_S
     while (alive := [pid for pid in children if running(pid)]) and time.monotonic() < end:
         time.sleep(0.1)
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
