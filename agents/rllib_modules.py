@@ -12,6 +12,7 @@ from ray.rllib.algorithms.dqn.default_dqn_rl_module import QF_PREDS
 from ray.rllib.algorithms.dqn.torch.default_dqn_torch_rl_module import DefaultDQNTorchRLModule
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis import TARGET_NETWORK_ACTION_DIST_INPUTS
 from torch import nn
 
 from llmsched_gym.config import EnvConfig
@@ -64,7 +65,7 @@ class MaskedAPPO(_MaskedActorCritic, DefaultAPPOTorchRLModule):
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         own, loss = self._split(batch)
         found = super().forward_target(own)
-        found[Columns.ACTION_DIST_INPUTS] = found[Columns.ACTION_DIST_INPUTS] + loss
+        found[TARGET_NETWORK_ACTION_DIST_INPUTS] = found[TARGET_NETWORK_ACTION_DIST_INPUTS] + loss
         return found
 
 

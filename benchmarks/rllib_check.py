@@ -39,6 +39,7 @@ from llmsched_gym.policies import read_folder
 from llmsched_gym.report import intervals
 
 FIRST_SEED, SEEDS = 3000, 10  # neither trained nor selected on
+MASKED = 12_000  # request actions of a short training
 SHORT = {"horizon_s": 20.0}
 
 
@@ -151,18 +152,17 @@ def folder(args: argparse.Namespace) -> bool:
 
 def masks(args: argparse.Namespace) -> bool:
     """Request actions, of which most are illegal at any time: an illegal one would raise."""
+    config = rllib.Config(algorithm=args.algorithm, action="request", env_runners=1, num_envs=8, set=SHORT)
+    config = dataclasses.replace(config, batch_size=1024, minibatch_size=256)
+    size = RLlibVectorEnv(1, config.suite, **config.world()).mean.size
     with RayPool(3):
-        for algorithm in ("ppo", "appo", "dqn"):
-            config = rllib.Config(algorithm=algorithm, action="request", env_runners=1, num_envs=8, set=SHORT)
-            config = dataclasses.replace(config, batch_size=1024, minibatch_size=256)
-            size = RLlibVectorEnv(1, config.suite, **config.world()).mean.size
-            made = rllib.algorithm_config(config, np.zeros(size, np.float32), np.ones(size, np.float32)).build_algo()
-            start = time.monotonic()
-            while made.metrics.peek(rllib.SAMPLED, default=0) < 12_000 and time.monotonic() - start < 120:
-                made.train()
-            print(f"{algorithm}: {int(made.metrics.peek(rllib.SAMPLED, default=0)):,} request actions, none illegal")
-            made.stop()
-    return True
+        made = rllib.algorithm_config(config, np.zeros(size, np.float32), np.ones(size, np.float32)).build_algo()
+        end = time.monotonic() + 120
+        while (done := int(made.metrics.peek(rllib.SAMPLED, default=0))) < MASKED and time.monotonic() < end:
+            made.train()
+        made.stop()
+    print(f"{args.algorithm}: {done:,} request actions, none of them illegal")
+    return done >= MASKED
 
 
 SECTIONS = {"episodes": episodes, "folder": folder, "masks": masks, "resume": resume, "train": train}
