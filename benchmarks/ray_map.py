@@ -38,7 +38,7 @@ from llmsched_gym.scheduler import Compiled
 
 Own = Compiled("Sarathi-Serve with 256 tokens", settings={"token_budget": 256})
 """
-CELLS_S, TOTAL_S = (0.05, 5.0), 20.0  # seconds of a cell, and of all cells of a measurement on one worker
+CELLS_S, TOTAL_S = (0.05, 5.0), 10.0  # seconds of a cell, and of all cells of a measurement on one worker
 TRIVIAL = 2000
 MOST_DRIVER_MS, LEAST_SHARE = 5.0, 0.9
 LEFT_S = 100.0  # in which all processes of a killed driver have ended: two agents of Ray look for theirs now and then
@@ -172,28 +172,30 @@ def cost(args: argparse.Namespace) -> bool:
     """What the driver does for a cell, and how many cells a second there are, beside as many processes."""
     lines, good = [], True
     for workers in sorted({1, args.workers}):
-        rates: dict[tuple[str, float], tuple[float, int]] = {}
-        for name in ("ray", "processes"):
-            with choose(workers, ray=True) if name == "ray" else Workers(workers) as pool:
-                list(spread(pool, busy, [(0.5,)] * 2 * workers))  # workers are there
-                if name == "ray":
-                    start, own = time.perf_counter(), time.process_time()
-                    list(spread(pool, busy, [(0.0,)] * TRIVIAL))
-                    each_ms = 1e3 * (time.perf_counter() - start) / TRIVIAL
-                    driver_ms = 1e3 * (time.process_time() - own) / TRIVIAL
-                    good &= driver_ms < MOST_DRIVER_MS
-                    print(
-                        f"{workers} workers, empty cells: {each_ms:.2f} ms each, {driver_ms:.2f} of them the driver's"
-                    )
-                for seconds in CELLS_S:
-                    count = max(2, round(TOTAL_S / seconds)) * workers
+        with choose(workers, ray=True) as ray, Workers(workers) as local:
+            pools = {"ray": ray, "processes": local}
+            for pool in pools.values():
+                list(spread(pool, busy, [(0.5,)] * 2 * workers))  # all workers are there
+            start, own = time.perf_counter(), time.process_time()
+            list(spread(ray, busy, [(0.0,)] * TRIVIAL))
+            each_ms = 1e3 * (time.perf_counter() - start) / TRIVIAL
+            driver_ms = 1e3 * (time.process_time() - own) / TRIVIAL
+            good &= driver_ms < MOST_DRIVER_MS
+            print(
+                f"{workers} workers, empty cells: {each_ms:.2f} ms each, {driver_ms:.2f} ms of the driver", flush=True
+            )
+            for seconds in CELLS_S:
+                count = max(2, round(TOTAL_S / seconds)) * workers
+                best = dict.fromkeys(pools, 0.0)
+                for name in [*pools, *pools]:  # by turns, as others use the machine
                     start = time.perf_counter()
-                    found = list(spread(pool, busy, [(seconds,)] * count))
-                    rates[name, seconds] = count / (time.perf_counter() - start), len({pid for _, pid in found})
-        for seconds in CELLS_S:
-            (there, who), (here, _) = rates["ray", seconds], rates["processes", seconds]
-            good &= there >= LEAST_SHARE * here and who == workers
-            lines.append((f"{seconds:g} s", workers, number(here), number(there), f"{there / here:.2f}"))
+                    list(spread(pools[name], busy, [(seconds,)] * count))
+                    best[name] = max(best[name], count / (time.perf_counter() - start))
+                share = best["ray"] / best["processes"]
+                good &= share >= LEAST_SHARE
+                lines.append(
+                    (f"{seconds:g} s", workers, number(best["processes"]), number(best["ray"]), f"{share:.2f}")
+                )
     print(table(("cells of", "workers", "processes, cells/s", "Ray, cells/s", "share"), lines, 1))
     return good
 

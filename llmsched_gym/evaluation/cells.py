@@ -35,6 +35,7 @@ COMPILED_S, PYTHON_S = 3e-5, 4e-3  # what one request costs, roughly, by kind of
 CACHED_BLOCK_S = 5e-8  # and one block of its prompt, where blocks are looked up in the prefix cache
 SPAWN_S = 2.5  # what starting workers costs
 CHUNK_S = 0.5  # work handed to a worker at a time
+DRIVER_S = 5e-3  # this process gets so long for each piece of work: many workers get larger ones
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Runner:
                 for cell in cells:
                     yield cell, run_cell(self.scenario, cell, self.folder, self.backend)
                 return
-        chunk_s = min(CHUNK_S, total_s / (4 * count))
+        chunk_s = min(max(CHUNK_S, DRIVER_S * count), total_s / (4 * count))
         chunks: list[tuple] = []
         chunk: list[Cell] = []
         filled_s = 0.0
