@@ -13,7 +13,7 @@ from llmsched_gym.files import make_folder, write_text
 Settings = TypeVar("Settings")
 """A frozen dataclass with `out`, the folder, and, if such runs can go on, `resume`."""
 
-_NOT_KEPT = ("out", "resume", "workers", "ray", "ray_address")  # where a run lies and runs, not what it is
+_NOT_KEPT = ("out", "resume", "workers", "ray", "ray_address", "max_s")  # where and how long, not what a run is
 
 
 def settings_of(config: Any) -> dict[str, Any]:

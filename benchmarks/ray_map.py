@@ -5,7 +5,8 @@
 rows: a grid of so many runs, in one process and on Ray, one of them by a scheduler of the user's own. worker: the same
 with a worker killed in the middle. driver: the same by the command line, killed in the middle and started again.
 listens: on which addresses Ray's ports listen. cost: processor time of the driver per cell, and cells per second of
-50 ms and of 5 s on one worker and on `--workers`, as a share of what as many processes do.
+50 ms and of 5 s on one worker and on `--workers`, as a share of what as many processes do; cells compute, or wait with
+`--idle`.
 
 Prints a line a check and exits with 1 if one fails. Needs ``pip install 'llmsched-gym[ray]'``, Linux and ss.
 """
@@ -42,6 +43,12 @@ CELLS_S, TOTAL_S = (0.05, 5.0), 10.0  # seconds of a cell, and of all cells of a
 TRIVIAL = 2000
 MOST_DRIVER_MS, LEAST_SHARE = 5.0, 0.9
 LEFT_S = 100.0  # in which all processes of a killed driver have ended: two agents of Ray look for theirs now and then
+
+
+def wait(seconds: float) -> int:
+    """Take so many seconds of nobody's processor time; returns who did."""
+    time.sleep(seconds)
+    return os.getpid()
 
 
 def busy(seconds: float) -> int:
@@ -189,7 +196,7 @@ def cost(args: argparse.Namespace) -> bool:
                 best = dict.fromkeys(pools, 0.0)
                 for name in [*pools, *pools]:  # by turns, as others use the machine
                     start = time.perf_counter()
-                    list(spread(pools[name], busy, [(seconds,)] * count))
+                    list(spread(pools[name], wait if args.idle else busy, [(seconds,)] * count))
                     best[name] = max(best[name], count / (time.perf_counter() - start))
                 share = best["ray"] / best["processes"]
                 good &= share >= LEAST_SHARE
@@ -207,6 +214,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ray_map", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--section", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--workers", type=whole, default=2, help="of Ray, and processes beside it")
+    parser.add_argument("--idle", action="store_true", help="cells of cost that wait, for a machine that others use")
     parser.add_argument("--runs", type=whole, default=200, help="of the grid")
     parser.add_argument("--out", type=Path, default=Path("out/ray"), help="folder, emptied first")
     args = parser.parse_args()

@@ -86,6 +86,8 @@ class RayPool:
         if address is None:
             ray = start_ray(count)
         else:
+            if address.partition(":")[0] in (LOOPBACK, "localhost"):  # or Ray would look for it on the network
+                os.environ.setdefault(NO_CLUSTER, "0")
             ray = import_ray()
             self._staging = tempfile.TemporaryDirectory(prefix="llmsched-")
             staged(files, Path.cwd(), Path(self._staging.name))
