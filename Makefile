@@ -68,7 +68,7 @@ $(PEERS)/minari/.run:
 	$(@D)/bin/python benchmarks/peers/minari_collector.py
 
 # The map over cells on two workers of a local Ray, in an environment of its own: 5 minutes and 1 GB. Not in CI, whose
-# environment follows gymnasium's newest release where RLlib pins 1.2.2, and whose time Ray's start alone would take up.
+# time is used up, as starting Ray alone takes as long as many tests. The ordinary suite has what needs no Ray.
 ray: $(RAY_VENV)/.installed
 	$(RAY_VENV)/bin/python -m benchmarks.ray_map
 
