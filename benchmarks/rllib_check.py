@@ -1,6 +1,6 @@
 """What RLlib trains and reports, beside the truth: episodes, presets against Sarathi-Serve, a kill, the policy folder.
 
-    python -m benchmarks.rllib_check [--section episodes,train,resume,folder,masks] [--algorithm ppo] [--seconds 300]
+    python -m benchmarks.rllib_check [--section episodes,masks,resume,train,folder] [--algorithm ppo] [--seconds 300]
                                      [--out out/rllib]
 
 episodes: returns, lengths and last observations of RLlib's env runners, and those of single environments under the
@@ -33,9 +33,8 @@ from llmsched_gym.config import env_config
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.metrics import row
-from llmsched_gym.evaluation.ray_pool import RayPool
+from llmsched_gym.evaluation.ray_pool import NO_CLUSTER, RayPool
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.policies import read_folder
 from llmsched_gym.report import intervals
 
 FIRST_SEED, SEEDS = 3000, 10  # neither trained nor selected on
@@ -43,24 +42,28 @@ MASKED = 12_000  # request actions of a short training
 SHORT = {"horizon_s": 20.0}
 
 
-def runner(config: rllib.Config, weights: Any = None, **env: Any) -> Any:
-    """RLlib's env runner in this process, on features as they are."""
+Normaliser = tuple[np.ndarray, np.ndarray]  # mean and scale of the features
+
+
+def as_it_is(config: rllib.Config) -> Normaliser:
+    """Leaves features alone."""
+    size = RLlibVectorEnv(1, config.suite, **config.world()).mean.size
+    return np.zeros(size, np.float32), np.ones(size, np.float32)
+
+
+def runner(config: rllib.Config, normaliser: Normaliser, **env: Any) -> Any:
+    """RLlib's env runner in this process."""
     from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
-    size = RLlibVectorEnv(1, config.suite, **config.world()).mean.size
-    made = rllib.algorithm_config(config, np.zeros(size, np.float32), np.ones(size, np.float32), **env)
-    made = made.env_runners(batch_mode="complete_episodes")
-    found = SingleAgentEnvRunner(config=made, worker_index=0)
-    if weights is not None:
-        found.module.set_state(weights)
-    return found
+    made = rllib.algorithm_config(config, *normaliser, **env).env_runners(batch_mode="complete_episodes")
+    return SingleAgentEnvRunner(config=made, worker_index=0)
 
 
 def episodes(args: argparse.Namespace) -> bool:
     """What env runners report is what single environments do with the same actions."""
     config = rllib.Config(algorithm=args.algorithm, env_runners=0, num_envs=3, set=SHORT)
     seeds = list(range(FIRST_SEED, FIRST_SEED + 12))
-    sampled = runner(config, seeds=seeds).sample(num_episodes=9, explore=True)
+    sampled = runner(config, as_it_is(config), seeds=seeds).sample(num_episodes=9, explore=True)
     env, wrong = LLMSchedEnv(config.suite, **config.world()), 0
     for episode in sampled:
         seed = int(episode.get_infos(0)["seed"])
@@ -129,24 +132,33 @@ def resume(args: argparse.Namespace) -> bool:
 
 def folder(args: argparse.Namespace) -> bool:
     """The module's greedy returns are those of its policy folder."""
+    from ray.rllib.core.rl_module.rl_module import RLModule
+
     from llmsched_gym.agents.rllib_modules import export
 
     config = rllib.Config(algorithm=args.algorithm, env_runners=0, num_envs=4, set={"num_requests": 200})
-    seeds = list(range(FIRST_SEED, FIRST_SEED + 8))
-    found = runner(config, seeds=seeds)
-    told = {int(e.get_infos(0)["seed"]): float(e.get_return()) for e in found.sample(num_episodes=8, explore=False)}
+    kept = [path for name in ("train", "resume") for path in rllib.checkpoints(args.out / name)]
+    normaliser, seeds = as_it_is(config), list(range(FIRST_SEED, FIRST_SEED + 8))
+    if kept:
+        state = json.loads((kept[0] / "run.json").read_text())
+        normaliser = np.array(state["mean"], np.float32), np.array(state["scale"], np.float32)
+    found = runner(config, normaliser, seeds=seeds)
+    if kept:
+        trained = RLModule.from_checkpoint(kept[0].resolve() / "learner_group/learner/rl_module/default_policy")
+        found.module.set_state(trained.get_state())
+    sampled = found.sample(num_episodes=8, explore=False)
+    told = {int(e.get_infos(0)["seed"]): float(e.get_return()) for e in sampled}
+    actions = len(set(np.concatenate([e.get_actions() for e in sampled]).tolist()))
     world = env_config(config.suite, **config.world())
-    size = RLlibVectorEnv(1, config.suite, **config.world()).mean.size
-    normaliser = np.zeros(size, np.float32), np.ones(size, np.float32)
     spec, tensors = export(found.module, world, *normaliser, config.activation)
     rllib.write_folder(args.out / "folder", spec, tensors)
-    spec, _ = read_folder(args.out / "folder")
     scale = config.reward_scale * 200
     worst = 0.0
     for seed, total in told.items():
         run = row(simulate(world, str(args.out / "folder"), seed))
         worst = max(worst, abs(run["mean_utility"] * scale - total))
-    print(f"{len(told)} runs: the folder's returns differ by at most {worst:.1e} of {np.mean(list(told.values())):.3f}")
+    what = f"{len(told)} runs of a {'trained' if kept else 'new'} module, {actions} different actions"
+    print(f"{what}: its folder's returns differ by at most {worst:.1e} of {np.mean(list(told.values())):.3f}")
     return len(told) >= 8 and worst < 1e-5
 
 
@@ -154,9 +166,8 @@ def masks(args: argparse.Namespace) -> bool:
     """Request actions, of which most are illegal at any time: an illegal one would raise."""
     config = rllib.Config(algorithm=args.algorithm, action="request", env_runners=1, num_envs=8, set=SHORT)
     config = dataclasses.replace(config, batch_size=1024, minibatch_size=256)
-    size = RLlibVectorEnv(1, config.suite, **config.world()).mean.size
     with RayPool(3):
-        made = rllib.algorithm_config(config, np.zeros(size, np.float32), np.ones(size, np.float32)).build_algo()
+        made = rllib.algorithm_config(config, *as_it_is(config)).build_algo()
         end = time.monotonic() + 120
         while (done := int(made.metrics.peek(rllib.SAMPLED, default=0))) < MASKED and time.monotonic() < end:
             made.train()
@@ -165,7 +176,7 @@ def masks(args: argparse.Namespace) -> bool:
     return done >= MASKED
 
 
-SECTIONS = {"episodes": episodes, "folder": folder, "masks": masks, "resume": resume, "train": train}
+SECTIONS = {"episodes": episodes, "masks": masks, "resume": resume, "train": train, "folder": folder}
 
 
 def main() -> int:
@@ -177,6 +188,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300.0, help="of the training of presets")
     parser.add_argument("--out", type=Path, default=Path("out/rllib"), help="folder, emptied first")
     args = parser.parse_args()
+    os.environ.setdefault(NO_CLUSTER, "0")  # where RLlib starts Ray itself, on loopback alone
     sections = args.section.split(",")
     for name in sections:
         if name not in SECTIONS:
