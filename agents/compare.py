@@ -24,6 +24,7 @@ from scipy.stats import trim_mean
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.evaluation.grid import evaluate
+from llmsched_gym.evaluation.spread import choose
 from llmsched_gym.report import intervals
 from llmsched_gym.text import between
 from llmsched_gym.text import table as markdown_table
@@ -43,6 +44,8 @@ class Config:
     requests: int = option(20_000, "measured requests of a run")
     margin: float = option(0.02, "gain in mean utility that counts as winning")
     workers: int = option(2, "processes")
+    ray: bool = option(False, "run on a Ray started here, of so many processes")
+    ray_address: str = option("", "run on the Ray cluster at this address")
     out: str = option("runs/compare", "folder of the runs and of the table")
 
 
@@ -115,14 +118,16 @@ def compare(config: Config) -> str:
         raise ConfigError(f"agents: expected policies that are named once, got {config.agents!r}")
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
     out = Path(config.out)
-    with Progress(console=Console(stderr=True)) as bar:
+    policies = [*opponents, *beside, *agents]
+    chosen = choose(config.workers, config.ray, config.ray_address, policies)
+    with chosen as places, Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("runs", total=None)
         rows = evaluate(
             world,
-            [*opponents, *beside, *agents],
+            policies,
             seeds=config.seeds,
             first_seed=config.first_seed,
-            workers=config.workers,
+            workers=places,
             out=out,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

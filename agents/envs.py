@@ -7,23 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_gym.agents.seeds import SeededVectorEnv
 from llmsched_gym.env.sb3 import LLMSchedVecEnv
-from llmsched_gym.env.vector import LLMSchedVectorEnv
 from llmsched_gym.workload import make_table
-
-TRAINING_SEEDS = range(1000, 2000)
-SELECTION_SEEDS = range(2000, 3000)
-
-
-class _SeededVectorEnv(LLMSchedVectorEnv):
-    """Every episode's seed is drawn from TRAINING_SEEDS by one generator."""
-
-    episodes: np.random.Generator
-
-    def _restart(self, env: int, seed: int | None, options: dict[str, Any]) -> None:
-        if seed is None:
-            seed = int(self.episodes.integers(TRAINING_SEEDS.start, TRAINING_SEEDS.stop))
-        super()._restart(env, seed, options)
 
 
 class TrainingEnv(LLMSchedVecEnv):
@@ -36,7 +22,7 @@ class TrainingEnv(LLMSchedVecEnv):
     def __init__(self, num_envs: int, suite: str, seed: int, **fields: Any) -> None:
         # The spaces need no model: it is loaded once.
         super().__init__(1, suite, **{**fields, "backend": "simulated", "model": None, "count_host_time": False})
-        self.env: _SeededVectorEnv = _SeededVectorEnv(num_envs, suite, autoreset_mode="same_step", **fields)
+        self.env: SeededVectorEnv = SeededVectorEnv(num_envs, suite, autoreset_mode="same_step", **fields)
         self.num_envs = num_envs
         self._returns, self._lengths = np.zeros(num_envs), np.zeros(num_envs, np.int64)
         self.start_over(seed)

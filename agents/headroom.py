@@ -13,26 +13,26 @@ Differences are paired by seed, with 95 % bootstrap intervals.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
-from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.evaluation.workers import Workers
+from llmsched_gym.evaluation.spread import choose, opened, run_cells
+from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.report import intervals
 from llmsched_gym.workload import make_table
 
@@ -52,11 +52,14 @@ class Config:
     requests: int = option(2000, "measured requests of a run")
     settings: int = option(200, "random constants that hindsight chooses from")
     workers: int = option(2, "processes")
+    ray: bool = option(False, "run on a Ray started here, of so many processes")
+    ray_address: str = option("", "run on the Ray cluster at this address")
     out: str = option("runs/headroom.json", "file to write")
 
 
 def utility(world: Scenario, told: bool, policy: str, seed: int) -> float:
     """Mean utility of one run; with `told` the policy predicts with the device's true cost scale."""
+    warm(world, policy)
     own = load_profile(world.profile).scaled(make_table(world, seed).cost_scale) if told else None
     return float(row(simulate(world, policy, seed, own_profile=own))["mean_utility"])
 
@@ -83,14 +86,14 @@ def headroom(config: Config) -> dict[str, Any]:
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
-    with Workers(config.workers) as pool:
+    with choose(config.workers, config.ray, config.ray_address, [config.constant]) as places, opened(places) as pool:
 
         def run(what: str, told: bool, policies: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
             """Utilities, (len(policies), len(seeds))."""
-            cells = list(itertools.product(policies, seeds))
-            function: Callable[..., float] = functools.partial(utility, world, told)
-            runs = pool.map(function, *zip(*cells, strict=True), chunksize=8)
-            values = list(track(runs, what, len(cells), console=Console(stderr=True)))
+            cells = [(world, told, *run) for run in itertools.product(policies, seeds)]
+            with Progress(console=Console(stderr=True)) as bar:
+                task = bar.add_task(what, total=len(cells))
+                values = run_cells(utility, cells, pool, lambda text: bar.advance(task))
             return np.array(values).reshape(len(policies), len(seeds))
 
         base = run("constant", False, [config.constant], seeds)[0]

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.envs import TrainingEnv
-from llmsched_gym.agents.export import export, finish
+from llmsched_gym.agents.export import export
 from llmsched_gym.agents.networks import normaliser_of
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run

@@ -22,8 +22,12 @@ from rich.progress import track
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario
-from llmsched_gym.evaluation.grid import evaluate
+from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import choose, opened, spread
+from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import intervals
 from llmsched_gym.text import table
 
@@ -43,6 +47,8 @@ class Config:
     first_seed: int = option(3000, "the first")
     requests: int = option(1000, "measured requests of a run")
     workers: int = option(2, "processes")
+    ray: bool = option(False, "run on a Ray started here, of so many processes")
+    ray_address: str = option("", "run on the Ray cluster at this address")
     out: str = option("runs/robustness.json", "file to write")
 
 
@@ -78,18 +84,30 @@ def worlds() -> list[tuple[dict[str, Any], Scenario]]:
     return found
 
 
+def utility(world: Scenario, policy: str, seed: int) -> float:
+    """Mean utility of one run."""
+    warm(world, policy)
+    return float(row(simulate(world, policy, seed))["mean_utility"])
+
+
 def robustness(config: Config) -> list[dict[str, Any]]:
     """One entry per cell: its world, rate, and each policy's mean utilities by seed."""
     policies = [*dict.fromkeys([*config.policy.split(","), config.baseline])]
-    found = []
-    for cell, plain in track(worlds(), "cells", console=Console(stderr=True)):
+    for policy in policies:
+        make_scheduler(policy)
+    found, cells = [], []
+    for cell, plain in worlds():
         world = plain.replace(num_requests=config.requests)
         qps = config.share * fluid_capacity(world).qps
-        rows = evaluate(
-            world, policies, qps=(qps,), seeds=config.seeds, first_seed=config.first_seed, workers=config.workers
-        )
-        utility = {p: [r["mean_utility"] for r in rows if r["policy"] == p] for p in policies}
-        found.append(cell | {"qps": qps, "mean_utility": utility})
+        found.append(cell | {"qps": qps, "mean_utility": {policy: [0.0] * config.seeds for policy in policies}})
+        cells += [(world.replace(qps=qps), *run) for run in itertools.product(policies, range(config.seeds))]
+    runs = [(world, policy, config.first_seed + i) for world, policy, i in cells]
+    each = len(policies) * config.seeds
+    with choose(config.workers, config.ray, config.ray_address, policies) as places, opened(places) as pool:
+        done = spread(pool, utility, runs)
+        for place, value in track(done, "runs", len(runs), console=Console(stderr=True)):
+            _, policy, i = cells[place]
+            found[place // each]["mean_utility"][policy][i] = value
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"config": asdict(config), "cells": found}) + "\n")

@@ -23,15 +23,16 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
-from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import read_weights, utility
+from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.evaluation.workers import Workers
+from llmsched_gym.evaluation.spread import choose, opened, run_cells
+from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.files import make_folder, write_text
 from llmsched_gym.registry import routers
 from llmsched_gym.report import intervals
@@ -62,22 +63,22 @@ class Config:
     requests: int = option(1000, "measured requests of a finite run")
     horizon_s: float = option(0.0, "instead of finite runs: seconds of an episode, whose requests all count")
     workers: int = option(2, "processes")
+    ray: bool = option(False, "run on a Ray started here, of so many processes")
+    ray_address: str = option("", "run on the Ray cluster at this address")
     out: str = option("runs/route_headroom.json", "file to write")
 
 
-Run = tuple[ClusterScenario, str, str, int]
-"""World, scheduler, router, seed."""
 WEIGHTS, TOLD = "weights: ", "told: "
 """Before the file of a router of tuned weights."""
 
 
-def value(run: Run) -> float:
+def value(world: ClusterScenario, scheduler: str, router: str, seed: int) -> float:
     """Mean utility of one run."""
-    world, scheduler, router, seed = run
     for prefix in (WEIGHTS, TOLD):
         if router.startswith(prefix):
             weights = read_weights(router.removeprefix(prefix))
             return utility(world, scheduler, weights, seed, is_told=prefix == TOLD)
+    warm(world, f"{router}+{scheduler}")
     return float(row(simulate(world, f"{router}+{scheduler}", seed))["mean_utility"])
 
 
@@ -103,13 +104,16 @@ def headroom(config: Config) -> dict[str, Any]:
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
     settings = [spec for name in routers() for spec in GRIDS.get(name, (name,))]
     hinted = [spec for spec in settings if spec.split("[")[0] in HINTED]
-    with Workers(config.workers) as pool:
+    files = [config.weights, config.told, config.scheduler, *config.also.split(",")]
+    with choose(config.workers, config.ray, config.ray_address, files) as places, opened(places) as pool:
 
         def run(what: str, specs: list[str], seeds: Any, world: ClusterScenario) -> np.ndarray:
             """Utilities, (len(specs), len(seeds))."""
             runs = [(world, config.scheduler, spec, seed) for spec, seed in itertools.product(specs, seeds)]
-            found = track(pool.map(value, runs), what, len(runs), console=Console(stderr=True))
-            return np.array(list(found)).reshape(len(specs), len(seeds))
+            with Progress(console=Console(stderr=True)) as bar:
+                task = bar.add_task(what, total=len(runs))
+                found = run_cells(value, runs, pool, lambda text: bar.advance(task))
+            return np.array(found).reshape(len(specs), len(seeds))
 
         selection = run("choosing settings", settings, chosen_on, world).mean(1)
         tuned: dict[str, tuple[float, str]] = {}

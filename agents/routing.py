@@ -8,7 +8,7 @@ import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from llmsched_gym.agents.envs import TRAINING_SEEDS
+from llmsched_gym.agents.seeds import TRAINING_SEEDS
 from llmsched_gym.env.route import LLMRouteVectorEnv
 from llmsched_gym.env.sb3 import SimulatedVecEnv
 

@@ -13,12 +13,12 @@ from llmsched_gym.files import claim_folder, digest_of, make_folder, write_text
 Settings = TypeVar("Settings")
 """A frozen dataclass with `out`, the folder, and, if such runs can go on, `resume`."""
 
-_NOT_KEPT = ("out", "resume")
+_NOT_KEPT = ("out", "resume", "workers", "ray", "ray_address", "max_s")  # where and how long, not what a run is
 _CONTENT = "suite_content"  # of config.json: digest of a suite that lies in a file
 
 
 def settings_of(config: Any) -> dict[str, Any]:
-    """What config.json holds: all settings but where the run lies and whether it goes on; a suite's file by content."""
+    """What config.json holds: settings but where the run lies, what runs it, whether it goes on; suites by content."""
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_KEPT}
     suite = kept.get("suite")
     if suite is None or suite in (*SUITES, *CLUSTER_SUITES):
@@ -51,7 +51,8 @@ def open_run(config: Settings) -> Settings:
     if not isinstance(settings, dict) or not settings.keys() <= fields.keys() - {*_NOT_KEPT}:
         raise ConfigError(f"out: {path}: expected the settings of such a run, got something else's")
     tuples = {name: tuple(value) for name, value in settings.items() if isinstance(fields[name], tuple)}
-    kept = type(given)(**{**settings, **tuples}, out=given.out, resume=True)
+    own = {name: value for name, value in dataclasses.asdict(given).items() if name in _NOT_KEPT}
+    kept = type(given)(**{**own, **settings, **tuples, "resume": True})
     for field in dataclasses.fields(given):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         asked, held = (getattr(one, field.name) for one in (given, kept))

@@ -41,12 +41,14 @@ from llmsched_gym.agents.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from llmsched_gym.agents.envs import SELECTION_SEEDS, TrainingEnv
-from llmsched_gym.agents.export import export, finish, load_actor
+from llmsched_gym.agents.decision_time import finish
+from llmsched_gym.agents.envs import TrainingEnv
+from llmsched_gym.agents.export import export, load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
+from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of
 from llmsched_gym.evaluation.metrics import row

@@ -28,7 +28,6 @@ from llmsched_gym.agents.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from llmsched_gym.agents.envs import SELECTION_SEEDS
 from llmsched_gym.agents.options import option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
 from llmsched_gym.agents.route_networks import (
@@ -41,6 +40,7 @@ from llmsched_gym.agents.route_networks import (
 )
 from llmsched_gym.agents.routing import DiscountedReplay, RouteTrainingEnv, typical_observations
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
+from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.clusters import simulate_cluster
 from llmsched_gym.evaluation.metrics import row

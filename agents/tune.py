@@ -8,7 +8,7 @@ the bracket parameters of any scheduler instead and writes the best to best.json
 A candidate's value is its mean utility over finite runs on training seeds, the same for all of a generation. Now and
 then the mean of the search distribution is judged on selection seeds, and the best is kept. A search that has converged
 starts again with twice the population (IPOP, Auger and Hansen, CEC 2005) while decisions are left. ``--resume`` goes on
-after an interruption.
+after an interruption. ``--workers``, ``--ray`` or ``--ray-address`` spread each population; its figures stay the same.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from llmsched_gym.agents.checkpoint import cut_progress, load_checkpoint, save_checkpoint
-from llmsched_gym.agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
-from llmsched_gym.agents.export import finish
+from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
-from llmsched_gym.config import ConfigError, EnvConfig, env_config
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS
+from llmsched_gym.config import ConfigError, EnvConfig, Scenario, env_config
 from llmsched_gym.env.actions.knobs import knobs_for
 from llmsched_gym.env.features import FEATURES
 from llmsched_gym.env.vector import LLMSchedVectorEnv
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import Here, Places, Pool, choose, count_of, opened, run_cells
+from llmsched_gym.evaluation.warm import once, warm
 from llmsched_gym.policies import read_folder, write_folder
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.policies.knob_rules import KnobScores
@@ -82,6 +84,9 @@ class Config:
     eval_every: int = option(250_000, "decisions between looks at selection seeds")
     eval_seeds: int = option(8, "selection seeds (2000, 2001, ...)")
     eval_requests: int = option(1000, "measured requests of an evaluation run")
+    workers: int = option(1, "processes that share a population; no figure depends on it")
+    ray: bool = option(False, "run on a Ray started here, of so many processes")
+    ray_address: str = option("", "run on the Ray cluster at this address")
 
 
 class KnobRules:
@@ -106,8 +111,17 @@ class KnobRules:
         table = x.reshape(*x.shape[:-1], self.scores.num_scores, 1 + len(self.columns))
         return table[..., 0], table[..., 1:]
 
-    def utilities(self, candidates: list[np.ndarray], seeds: list[int]) -> tuple[np.ndarray, int]:
+    def utilities(self, candidates: list[np.ndarray], seeds: list[int], places: Places = 1) -> tuple[np.ndarray, int]:
         """Mean utility of each candidate over `seeds`, and the decisions it took to find out."""
+        if places == 1 or isinstance(places, Here):
+            return self.run(candidates, seeds)
+        parts = np.array_split(np.arange(len(candidates)), min(count_of(places), len(candidates)))
+        cells = [(self.config, [candidates[i] for i in part], seeds) for part in parts]
+        found = run_cells(knob_utilities, cells, places)
+        return np.concatenate([means for means, _ in found]), sum(decisions for _, decisions in found)
+
+    def run(self, candidates: list[np.ndarray], seeds: list[int]) -> tuple[np.ndarray, int]:
+        """The same in this process."""
         n, each = len(candidates), len(seeds)
         if n not in self._envs:
             self._envs[n] = LLMSchedVectorEnv(n * each, self.config.suite, **_fields(self.world))
@@ -157,15 +171,35 @@ class TemplateRules:
             out += (str(round(number)) if whole else f"{number:.6g}") + after
         return out
 
-    def utilities(self, candidates: list[np.ndarray], seeds: list[int]) -> tuple[np.ndarray, int]:
-        rows = [[row(simulate(self.world, self.name(x), seed)) for seed in seeds] for x in candidates]
-        means = np.array([np.mean([r["mean_utility"] for r in runs]) for runs in rows])
-        return means, sum(r["iterations"] for runs in rows for r in runs)
+    def utilities(self, candidates: list[np.ndarray], seeds: list[int], places: Places = 1) -> tuple[np.ndarray, int]:
+        """Mean utility of each candidate over `seeds`, and the batches it took to find out."""
+        rows = run_cells(run, [(self.world, self.name(x), seed) for x in candidates for seed in seeds], places)
+        values = np.array([r["mean_utility"] for r in rows]).reshape(len(candidates), len(seeds))
+        return np.array([np.mean(own) for own in values]), sum(r["iterations"] for r in rows)
 
     def write(self, x: np.ndarray, folder: Path, training: dict[str, Any]) -> str:
         path = folder.with_suffix(".json")
         path.write_text(json.dumps({"policy": self.name(x), "training": training}, indent=2) + "\n")
         return self.name(x)
+
+
+_rules: dict[str, KnobRules] = {}  # of this process, as making environments takes time
+
+
+def knob_utilities(config: Config, candidates: list[np.ndarray], seeds: list[int]) -> tuple[np.ndarray, int]:
+    """A worker's part of a population."""
+    key = repr(config)
+    if key not in _rules:
+        _rules[key] = KnobRules(config)
+    rules = _rules[key]
+    once(("vector environment", "knobs"), lambda: rules.run(candidates, seeds))
+    return rules.run(candidates, seeds)
+
+
+def run(world: Scenario, policy: str, seed: int) -> dict[str, Any]:
+    """The row of one run."""
+    warm(world, policy)
+    return row(simulate(world, policy, seed))
 
 
 def _fields(world: EnvConfig) -> dict[str, Any]:
@@ -176,9 +210,11 @@ def _index(knob: Any, wanted: dict[str, float]) -> int:
     return knob.values.index(wanted[knob.name]) if knob.name in wanted else 0
 
 
-def selection(policy: str, config: Config) -> dict[str, float]:
+def selection(policy: str, config: Config, pool: Pool | None = None) -> dict[str, float]:
+    """Means over selection seeds; in this process, for only this machine has the candidate's folder."""
     scenario = env_config(config.suite, **{"num_requests": config.eval_requests, **config.set})
-    rows = [row(simulate(scenario, policy, seed)) for seed in SELECTION_SEEDS[: config.eval_seeds]]
+    runs = [(scenario, policy, seed) for seed in SELECTION_SEEDS[: config.eval_seeds]]
+    rows = run_cells(run, runs, pool if pool is not None and pool.is_here else 1)
     return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
 
 
@@ -211,12 +247,14 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
         np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
 
     path = cut_progress(out, spent)
-    with Progress(console=Console(stderr=True)) as bar:
+    files = [config.template, *map(str, config.set.values())]
+    chosen = choose(config.workers, config.ray, config.ray_address, files)
+    with chosen as places, opened(places) as pool, Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("tuning", total=config.steps, completed=spent)
         while spent < config.steps:
             seeds = rng.choice(TRAINING_SEEDS, config.episodes, replace=False).tolist()
             candidates = search.ask()
-            found, decisions = rules.utilities(candidates, seeds)
+            found, decisions = rules.utilities(candidates, seeds, pool)
             search.tell(candidates, (-found).tolist())
             spent += decisions
             line = {"step": spent, "mean_utility": float(found.mean()), "best_utility": float(found.max())}
@@ -225,7 +263,7 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
                 last_eval = spent
                 summary = {**settings_of(config), "step": spent}
                 judged = rules.write(search.mean, out / "candidate", summary)
-                figures = selection(judged, config)
+                figures = selection(judged, config, pool)
                 line |= {f"eval/{k}": v for k, v in figures.items()}
                 if figures["mean_utility"] > best:
                     best = figures["mean_utility"]

@@ -19,9 +19,9 @@ from typing import Any
 import cma
 import numpy as np
 
-from llmsched_gym.agents.envs import SELECTION_SEEDS, TRAINING_SEEDS
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import AFFINITY, NAMES, read_weights, utility
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, ConfigError, scenario
 from llmsched_gym.files import make_folder, write_text
 

@@ -1,6 +1,7 @@
 """What it costs that prompts which are too late age into service: attainment against the tail of TTFT.
 
     python -m benchmarks.aging [--qps 1.8] [--seeds 20] [--first-seed 0] [--figure docs/figures/aging.png] [--workers N]
+                               [--ray | --ray-address A]
 
 All requests of all seeds on the paper's suite are pooled, so that the largest TTFT is the worst anybody had. Prints a
 table: Sarathi-Serve, `on-time`, and `on-time` at several ages.
@@ -24,8 +25,8 @@ from llmsched_gym.config import scenario
 from llmsched_gym.evaluation.gaps import percentile
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import Places, add_options, choose, run_cells
 from llmsched_gym.report import draw
-from llmsched_gym.theory.experiments import run_cells
 
 AGES_S = (10, 15, 20, 30, 60, 90)
 REFERENCES = ("sarathi", "on-time")
@@ -58,7 +59,7 @@ def run(policy: str, qps: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return outcomes.ttft_s, outcomes.attained
 
 
-def measure(qps: float, seeds: Sequence[int], workers: int) -> list[Pooled]:
+def measure(qps: float, seeds: Sequence[int], workers: Places) -> list[Pooled]:
     """Every policy on the same requests."""
     policies = [*REFERENCES, *(f"on-time[age={age}]" for age in AGES_S)]
     cells = [(policy, qps, seed) for policy in policies for seed in seeds]
@@ -120,10 +121,12 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--figure", type=Path, help="where to write the figure")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add_options(parser)
     args = parser.parse_args()
     if min(args.seeds, args.workers) < 1 or args.first_seed < 0 or not 0 < args.qps < math.inf:
         parser.error("expected --seeds and --workers >= 1, --first-seed >= 0 and a finite --qps > 0")
-    rows = measure(args.qps, range(args.first_seed, args.first_seed + args.seeds), args.workers)
+    with choose(args.workers, args.ray, args.ray_address) as places:
+        rows = measure(args.qps, range(args.first_seed, args.first_seed + args.seeds), places)
     print(table(rows))
     if args.figure:
         args.figure.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """What async scheduling changes: attainment of the same requests with and without a batch formed ahead.
 
-    python -m benchmarks.async_lag [--seeds 10] [--first-seed 0] [--qps 1.4] [--workers N]
+    python -m benchmarks.async_lag [--seeds 10] [--first-seed 0] [--qps 1.4] [--workers N] [--ray | --ray-address A]
 
 Prints a table for the paper's suite and one for the default suite: means over seeds without `async_lag`, and the
 difference with it, paired by seed, in points with its 95 % interval; once with outputs that end with a stop token that
@@ -22,8 +22,8 @@ from llmsched_gym import text
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import Places, add_options, choose, run_cells
 from llmsched_gym.report.intervals import MIN_SEEDS, interval
-from llmsched_gym.theory.experiments import run_cells
 from llmsched_gym.workload import make_table
 
 POLICIES = ("vllm-v1", "sarathi", "slai", "slai[offset=6]", "slai[offset=7]", "on-time")
@@ -38,7 +38,7 @@ def attained(world: Scenario, policy: str, seed: int, known: bool) -> float:
     return 100.0 * float(np.mean(Outcomes(simulate(world, policy, seed, table=table)).attained))
 
 
-def measure(world: Scenario, seeds: Sequence[int], workers: int) -> str:
+def measure(world: Scenario, seeds: Sequence[int], workers: Places) -> str:
     """A line for each policy."""
     cells = [
         (world.replace(async_lag=lags), policy, seed, known)
@@ -64,17 +64,20 @@ def main() -> int:
     parser.add_argument("--qps", type=float, default=1.4, help="requests per second of the paper's suite (1.4)")
     parser.add_argument("--num-requests", type=int, default=1000, help="measured requests of a run (1000)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add_options(parser)
     args = parser.parse_args()
     if args.seeds < MIN_SEEDS or min(args.workers, args.num_requests) < 1 or args.first_seed < 0:
         parser.error(f"expected --seeds >= {MIN_SEEDS}, --workers and --num-requests >= 1 and --first-seed >= 0")
     if not 0 < args.qps < math.inf:
         parser.error("expected a finite --qps > 0")
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    for name, world in (
-        (f"paper, {args.qps:g} requests/s", scenario("paper", qps=args.qps, num_requests=args.num_requests)),
-        ("default", scenario("default", num_requests=args.num_requests)),
-    ):
-        print(f"{name}, {args.num_requests} requests, {args.seeds} seeds\n\n{measure(world, seeds, args.workers)}\n")
+    worlds = {
+        f"paper, {args.qps:g} requests/s": scenario("paper", qps=args.qps, num_requests=args.num_requests),
+        "default": scenario("default", num_requests=args.num_requests),
+    }
+    with choose(args.workers, args.ray, args.ray_address) as places:
+        for name, world in worlds.items():
+            print(f"{name}, {args.num_requests} requests, {args.seeds} seeds\n\n{measure(world, seeds, places)}\n")
     return 0
 
 

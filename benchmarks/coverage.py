@@ -1,6 +1,6 @@
 """How often the 95 % intervals of reports cover the truth, from 10 and from 20 seeds.
 
-    python -m benchmarks.coverage [--pool 400] [--draws 500] [--workers N] [--json]
+    python -m benchmarks.coverage [--pool 400] [--draws 500] [--workers N] [--ray | --ray-address A] [--json]
 
 A pool of seeds that nobody else uses is simulated once on the paper's suite and taken for the whole population: its own
 figure is the truth. Draws of 10 and 20 seeds from it, with replacement, are given to the functions that reports call.
@@ -25,9 +25,9 @@ from llmsched_gym.evaluation.capacity import STEP, Search, criterion, ratios
 from llmsched_gym.evaluation.gaps import percentile
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import Places, add_options, choose, run_cells
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.report import intervals
-from llmsched_gym.theory.experiments import run_cells
 
 FIRST_SEED = 4000
 SHARES = (0.8, 0.9, 1.0)  # of the fluid capacity
@@ -62,7 +62,7 @@ def grid_rates(low_qps: float, high_qps: float) -> list[int]:
     return [k for k in places if low_qps * (1 - 1e-9) <= STEP**k <= high_qps * (1 + 1e-9)]
 
 
-def simulate_pool(size: int, workers: int, note: Callable[[str], None]) -> Pool:
+def simulate_pool(size: int, workers: Places, note: Callable[[str], None]) -> Pool:
     """All runs that the draws are taken from."""
     seeds = range(FIRST_SEED, FIRST_SEED + size)
     worlds = {"modelled": scenario("paper"), "slower": scenario("paper", cost_scale=1.25)}
@@ -141,7 +141,7 @@ def capacity_draw(pool: Pool, seeds: np.ndarray) -> list[tuple[Any, Any]]:
     return [(c.ci_low, c.ci_high) for c in found] + [(r["ratio_ci_low"], r["ratio_ci_high"]) for r in ratios(found)[1:]]
 
 
-def capacities(pool: Pool, draws: np.ndarray, workers: int) -> list[tuple[str, str, str, float]]:
+def capacities(pool: Pool, draws: np.ndarray, workers: Places) -> list[tuple[str, str, str, float]]:
     """Coverage of the intervals of capacities and of their ratios."""
     everybody = searches(pool, np.arange(len(next(iter(pool.values()))["ttft_p50_s"])))
     truths = [c.qps for c in everybody] + [r["ratio"] for r in ratios(everybody)[1:]]
@@ -155,7 +155,7 @@ def capacities(pool: Pool, draws: np.ndarray, workers: int) -> list[tuple[str, s
     return [(kind, "ttft-median", who, float(s)) for (kind, who), s in zip(names, shares, strict=True)]
 
 
-def measure(pool_size: int, num_draws: int, workers: int, note: Callable[[str], None]) -> list[dict[str, Any]]:
+def measure(pool_size: int, num_draws: int, workers: Places, note: Callable[[str], None]) -> list[dict[str, Any]]:
     """One row per kind of interval, figure, load and number of seeds: the policies with the lowest coverage."""
     pool = simulate_pool(pool_size, workers, note)
     rng = np.random.default_rng(0)
@@ -190,6 +190,7 @@ def main() -> int:
     parser.add_argument("--pool", type=int, default=400, help="seeds simulated")
     parser.add_argument("--draws", type=int, default=500, help="samples of each size; half as many for capacities")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add_options(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if min(args.pool, args.draws, args.workers) < 1:
@@ -199,7 +200,8 @@ def main() -> int:
         if sys.stderr.isatty():
             print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
 
-    rows = measure(args.pool, args.draws, args.workers, note)
+    with choose(args.workers, args.ray, args.ray_address) as places:
+        rows = measure(args.pool, args.draws, places, note)
     print(json.dumps(rows) if args.json else table(rows))
     low = [r for r in rows if r["coverage"] < ENOUGH]
     for r in low:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.hybrid --out out/hybrid [--section facts,loads,axis] [--seeds 20] [--num-requests 1500]
                                 [--policy NAME]... [--candidate NAME] [--workers N]
+                                 [--ray | --ray-address A]
 
 facts: the measured vLLM profiles and their additive twins, at fixed rates. loads: every shipped profile at 0.8, 0.9 and
 1.0 of its fluid capacity, one candidate against the best of all others. axis: the default profile with the attention of
@@ -28,13 +29,13 @@ from matplotlib.figure import Figure
 from llmsched_gym.config import ConfigError, Scenario, scenario
 from llmsched_gym.cost import PROFILES
 from llmsched_gym.evaluation.grid import evaluate, seed_range
+from llmsched_gym.evaluation.spread import add_options, choose, run_cells
 from llmsched_gym.files import make_folder, replace_file, write_text
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.paper.page.text import between, number, table
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import draw, intervals
 from llmsched_gym.scheduler import PolicyError
-from llmsched_gym.theory.experiments import run_cells
 
 CANDIDATE = "on-time[mix=auto]"
 UNMIXED = "on-time[mix=together]"  # without the candidate's rule
@@ -284,7 +285,8 @@ def measure(args: argparse.Namespace) -> None:
     def note(text: str) -> None:
         print(f"{text} worlds", file=sys.stderr, flush=True)
 
-    found = run_cells(run, [(world, *settings) for world in worlds], args.workers, note)
+    with choose(args.workers, args.ray, args.ray_address, more) as places:
+        found = run_cells(run, [(world, *settings) for world in worlds], places, note)
     for section in args.section:
         rows = [row for world, own in zip(worlds, found, strict=True) if world.section == section for row in own]
         write(section, rows, candidate, args.out)
@@ -315,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--policy", action="append", default=[], metavar="NAME", help="one more; may be repeated")
     parser.add_argument("--candidate", default=CANDIDATE, metavar="NAME", help=f"compared with all others; {CANDIDATE}")
     parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="processes")
+    add_options(parser)
     args = parser.parse_args(argv)
     try:
         measure(args)

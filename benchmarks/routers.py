@@ -2,6 +2,7 @@
 
     python -m benchmarks.routers --out out/routers [--section suites,weight,staleness] [--suite NAME]... [--share X]...
                                  [--router NAME]... [--policy NAME]... [--seeds 10] [--num-requests 2000] [--workers N]
+                                 [--ray | --ray-address A]
 
 suites: every router with every scheduler on the suites of replicas, at shares of their fluid capacity. weight:
 `prefix-affinity` on the suites with caches over its weight, from load alone to the cache alone, with its check of load
@@ -9,7 +10,8 @@ and without. staleness: routers that look at replicas, with reports that are up 
 at one share of the capacity. All routers of a world meet the same requests.
 
 Prints Markdown and writes SECTION.md, weight.png and staleness.png into the folder. The runs themselves are in folders
-of `llmsched report`; a run that was interrupted goes on where it stopped.
+of `llmsched report`; a run that was interrupted goes on where it stopped. Workers write there, so those of a
+cluster are to share it.
 """
 
 from __future__ import annotations
@@ -28,13 +30,13 @@ from matplotlib.figure import Figure
 from benchmarks import whole
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.grid import evaluate, seed_range
+from llmsched_gym.evaluation.spread import add_options, choose, run_cells
 from llmsched_gym.files import make_folder, replace_file, write_text
 from llmsched_gym.fluid import cluster_fluid
 from llmsched_gym.registry import make_router, make_scheduler, routers
 from llmsched_gym.report import draw, intervals
 from llmsched_gym.scheduler import PolicyError
 from llmsched_gym.text import number, table
-from llmsched_gym.theory.experiments import run_cells
 
 POLICIES = ("slai", "on-time")
 SHARES = (0.7, 0.9)
@@ -328,7 +330,8 @@ def measure(args: argparse.Namespace) -> None:
         def note(done: str, section: str = section) -> None:
             print(f"{section}: {done}", file=sys.stderr, flush=True)
 
-        rows = run_cells(run, [(world, *settings) for world in chosen], args.workers, note)
+        with choose(args.workers, args.ray, args.ray_address, [*args.router, *args.policy]) as places:
+            rows = run_cells(run, [(world, *settings) for world in chosen], places, note)
         found = dict(zip(chosen, rows, strict=True))
         write_text(args.out / f"{section}.md", text(found) + "\n")
         print(text(found) + "\n")
@@ -357,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")
     parser.add_argument("--num-requests", type=int, default=2000, help="measured requests of a run")
     parser.add_argument("--workers", type=whole, default=os.cpu_count() or 1, help="processes")
+    add_options(parser)
     args = parser.parse_args(argv)
     args.suite = args.suite or list(CLUSTER_SUITES)
     args.share = args.share or list(SHARES)

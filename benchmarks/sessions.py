@@ -2,7 +2,7 @@
 
     python -m benchmarks.sessions [--section suites,memory,misses,eviction,speed] [--seeds 10]
                                   [--num-requests 2000] [--policy NAME]... [--share 0.8]...
-                                  [--workers N] [--out out/sessions]
+                                  [--workers N] [--ray | --ray-address A] [--out out/sessions]
 
 suites: the suites chat and agents at shares of their fluid capacity at the hit rate of an infinite cache. memory: hit
 rates of the Mooncake conversation trace (its first 6,000 requests, in LLMSCHED_DATA_DIR/traces) with 1, 2, 4 and 8
@@ -33,6 +33,7 @@ from llmsched_gym.engine import Engine
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import add_options, choose
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import intervals
@@ -266,14 +267,18 @@ def main() -> int:
     parser.add_argument("--num-requests", type=int, default=2000, help="measured turns of a run")
     parser.add_argument("--policy", action="append", help=f"by default {', '.join(POLICIES)}")
     parser.add_argument("--share", type=float, action="append", help="of the fluid capacity, for eviction; 0.8")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    add_options(parser)
     parser.add_argument("--out", default="out/sessions")
     args = parser.parse_args()
     args.policy = args.policy or list(POLICIES)
-    for name in args.section.split(","):
+    sections = args.section.split(",")
+    for name in sections:
         if name not in SECTIONS:
             parser.error(f"--section: expected some of {', '.join(SECTIONS)}, got {name!r}")
-        SECTIONS[name](args)
+    with choose(args.workers, args.ray, args.ray_address, args.policy) as args.workers:
+        for name in sections:
+            SECTIONS[name](args)
     return 0
 
 

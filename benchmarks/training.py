@@ -22,7 +22,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from llmsched_gym.agents.export import measure_decision_s
+from llmsched_gym.agents.decision_time import measure_decision_s
 from llmsched_gym.agents.train import Config, train
 from llmsched_gym.evaluation.bench import machine
 from llmsched_gym.policies import LoadedPolicy

@@ -15,7 +15,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +87,10 @@ PrefixCaching = Annotated[
 AllowRefusal = Annotated[bool, typer.Option("--allow-refusal", help="Let policies refuse requests.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the scenario.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
+OnRay = Annotated[bool, typer.Option("--ray", help="Run on a Ray started here, of --workers processes.")]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray-address", metavar="A", help="Run on the Ray cluster at this address.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -216,6 +220,8 @@ def evaluate(
     prefix_caching: PrefixCaching = None,
     set_: Set = None,
     workers: Workers = None,
+    ray: OnRay = False,
+    ray_address: RayAddress = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the tables and a report.")] = None,
     no_bound: Annotated[bool, typer.Option("--no-bound", help="With --out, leave the clairvoyant bound out.")] = False,
     as_json: AsJson = False,
@@ -225,6 +231,7 @@ def evaluate(
     rates = None if qps is None else _numbers("qps", qps)
     from llmsched_gym.evaluation import cluster_capacity as clusters
     from llmsched_gym.evaluation.grid import evaluate as run
+    from llmsched_gym.evaluation.spread import where
     from llmsched_gym.report.bounds import with_bound
 
     named = split_policies(policy)
@@ -239,14 +246,14 @@ def evaluate(
     bounded = out is not None and not no_bound and world.backend == "simulated"
     bounded = bounded and not isinstance(world, ClusterScenario)
     chosen = with_bound(named) if bounded else named
-    with console.progress_bar("runs") as progress:
+    with _places(locals()) as places, console.progress_bar("runs", where(places)) as progress:
         rows = run(
             world,
             chosen,
             qps=rates,
             seeds=seeds,
             first_seed=first_seed,
-            workers=workers,
+            workers=places,
             out=out,
             progress=progress,
         )
@@ -292,6 +299,8 @@ def capacity(
     prefix_caching: PrefixCaching = None,
     set_: Set = None,
     workers: Workers = None,
+    ray: OnRay = False,
+    ray_address: RayAddress = None,
     out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -302,13 +311,14 @@ def capacity(
         raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
     from llmsched_gym.evaluation import capacity as search
     from llmsched_gym.evaluation import cluster_capacity as clusters
+    from llmsched_gym.evaluation.spread import where
     from llmsched_gym.workload.generate import come_in_sessions
 
     rates = None if bounds is None else (bounds[0], bounds[1])
-    settings: dict[str, Any] = {"seeds": seeds, "first_seed": first_seed, "workers": workers, "out": out}
+    settings: dict[str, Any] = {"seeds": seeds, "first_seed": first_seed, "out": out}
     labels: list[str] = []
-    with console.progress_bar("runs") as progress:
-        settings["progress"] = progress
+    with _places(locals()) as places, console.progress_bar("runs", where(places)) as progress:
+        settings |= {"workers": places, "progress": progress}
         if isinstance(world, ClusterScenario):
             numbers = [world.num_replicas] if replicas is None else _whole_numbers("replicas", replicas)
             routers_named = split_policies([world.router if router is None else router], "router")
@@ -687,6 +697,17 @@ def _scenario(options: dict[str, Any]) -> Scenario:
         if isinstance(fields[name], list):
             fields[name] = tuple(fields[name])
     return scenario(options["suite"], **fields)
+
+
+def _places(options: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Where the runs of a command take place, with the files that its options name."""
+    from llmsched_gym.evaluation.spread import choose
+
+    names = [*options["policy"], options["router"] or ""]
+    files = [name.strip() for text in names for name in re.split(r",(?![^\[\]]*\])", text)]
+    files += [str(options[name]) for name in ("profile", "workload", "trace") if options[name] is not None]
+    files += [text.partition("=")[2] for text in options["set_"] or ()]
+    return choose(options["workers"], options["ray"], options["ray_address"], files)
 
 
 def _numbers(name: str, text: str) -> list[float]:

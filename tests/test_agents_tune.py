@@ -17,11 +17,12 @@ from llmsched_gym.agents.compare import compare, interquartile_mean, winners
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.imitate import Config as ImitateConfig
 from llmsched_gym.agents.imitate import imitate, make_teacher
-from llmsched_gym.agents.tune import Config, KnobRules, new_search, selection, tune
+from llmsched_gym.agents.tune import Config, KnobRules, TemplateRules, new_search, selection, tune
 from llmsched_gym.config import ConfigError, env_config, scenario
 from llmsched_gym.env.actions.knobs import CAP, KNOBS, MARGIN
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import Here
 from llmsched_gym.policies import read_folder
 from llmsched_gym.scheduler import Compiled, make_scheduler
 
@@ -78,6 +79,28 @@ def test_an_interrupted_search_goes_on_as_it_would_have(tmp_path, kind):
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     if kind == "constant":
         assert isinstance(make_scheduler(policy), Compiled)
+
+
+class Pair:
+    """A pool of two workers, which are this process."""
+
+    is_here, count = False, 2
+
+    def submit(self, function, *args):
+        return Here().submit(function, *args)
+
+    def where(self):
+        return ""
+
+
+@pytest.mark.parametrize("template", ["", "slai[budget=int:128..1024]"])
+def test_a_population_is_worth_the_same_wherever_it_runs(template):
+    config = replace(TINY, kind="linear", template=template)
+    rules = TemplateRules(config) if template else KnobRules(config)
+    candidates = [rules.start + 0.1 * i for i in range(3)]
+    here, there = (rules.utilities(candidates, [1000, 1001], places) for places in (1, Pair()))
+    np.testing.assert_array_equal(here[0], there[0])
+    assert here[1] == there[1]
 
 
 def test_any_schedulers_parameters_can_be_tuned(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = '''
 import os, re, sys, time
-from llmsched_gym.theory.experiments import run_cells
+from llmsched_gym.evaluation.spread import run_cells
 
 
 def sleep(folder):

@@ -20,6 +20,7 @@ from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario, plain
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.grid import check, finite, seed_range
 from llmsched_gym.evaluation.run import make_backend
+from llmsched_gym.evaluation.spread import Places
 from llmsched_gym.evaluation.store import claim_results, grid_config
 from llmsched_gym.files import dumps, make_folder, write_text
 from llmsched_gym.report.intervals import MIN_SEEDS, resample_quantiles
@@ -302,7 +303,7 @@ def capacity(
     qps: tuple[float, float] = (LOW_QPS, HIGH_QPS),
     seeds: int = 20,
     first_seed: int = 0,
-    workers: int | None = 1,
+    workers: Places | None = 1,
     out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Capacity]:

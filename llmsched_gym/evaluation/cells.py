@@ -1,12 +1,12 @@
-"""Cells of a grid, (policy, rate, seed), and running many of them: in this process or in spawned ones."""
+"""Cells of a grid, (policy, rate, seed), and running many of them: in this process or in a pool's workers."""
 
 from __future__ import annotations
 
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from llmsched_gym.evaluation.clusters import check_policy
 from llmsched_gym.evaluation.metrics import gaps_of, requests_frame, row
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import Places, Pool, spread
+from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.evaluation.workers import Workers
 from llmsched_gym.files import replace_file
 from llmsched_gym.registry import make_scheduler
@@ -33,6 +35,7 @@ COMPILED_S, PYTHON_S = 3e-5, 4e-3  # what one request costs, roughly, by kind of
 CACHED_BLOCK_S = 5e-8  # and one block of its prompt, where blocks are looked up in the prefix cache
 SPAWN_S = 2.5  # what starting workers costs
 CHUNK_S = 0.5  # work handed to a worker at a time
+DRIVER_S = 5e-3  # this process gets so long for each piece of work: many workers get larger ones
 
 
 @dataclass(frozen=True)
@@ -92,21 +95,23 @@ def write_part(folder: Path, kind: str, index: int, frame: Any) -> None:
 
 
 class Runner:
-    """Runs cells, in worker processes where that is quicker; a real `backend` runs them all in this one.
+    """Runs cells, in workers where that is quicker; a real `backend` runs them all in this process.
 
-    A context manager: leaving it ends the workers.
+    `places` is a number of processes (None: one per core), or a pool that stays open. A context manager: leaving it
+    ends the workers that it started.
     """
 
     def __init__(
         self,
         scenario: Scenario,
-        workers: int | None = 1,
+        places: Places | None = 1,
         folder: Path | None = None,
         backend: Backend | None = None,
     ) -> None:
         self.scenario, self.folder, self.backend = scenario, folder, backend
-        self.workers = 1 if backend is not None else workers or os.cpu_count() or 1
-        self._processes: Workers | None = None
+        places = 1 if backend is not None else places or os.cpu_count() or 1
+        self._own = Workers(places) if isinstance(places, int) else None
+        self.pool: Pool = self._own or places  # type: ignore[assignment]
         self._each_s: dict[str, float] = {}  # seconds a request costs, by policy
         self._turns: dict[float, tuple[int, int]] = {}  # turns of a run and blocks of their prompts, by rate
 
@@ -114,35 +119,38 @@ class Runner:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if self._processes is not None:
-            self._processes.__exit__(kind, error, trace)
+        if self._own is not None:
+            self._own.__exit__(kind, error, trace)
 
     def run(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
         """(cell, row) of each cell, as they are done."""
-        each_s = [self._estimate_s(cell) for cell in cells]
+        each_s, count = [self._estimate_s(cell) for cell in cells], self.pool.count
         total_s = sum(each_s)
-        gain_s = total_s * (1 - 1 / self.workers) - (SPAWN_S if self._processes is None else 0.0)
-        if gain_s <= 0 or len(cells) < 2:
-            for cell in cells:
-                yield cell, run_cell(self.scenario, cell, self.folder, self.backend)
-            return
-        chunk_s = min(CHUNK_S, total_s / (4 * self.workers))
-        futures: list[Future] = []
+        if isinstance(self.pool, Workers):
+            gain_s = total_s * (1 - 1 / count) - (0.0 if self.pool.started else SPAWN_S)
+            if gain_s <= 0 or len(cells) < 2:
+                for cell in cells:
+                    yield cell, run_cell(self.scenario, cell, self.folder, self.backend)
+                return
+        chunk_s = min(max(CHUNK_S, DRIVER_S * count), total_s / (4 * count))
+        chunks: list[tuple] = []
         chunk: list[Cell] = []
         filled_s = 0.0
         for cell, seconds in zip(cells, each_s, strict=True):
             chunk.append(cell)
             filled_s += seconds
             if filled_s >= chunk_s or cell is cells[-1]:
-                futures.append(self._executor().submit(_run_chunk, self.scenario, chunk, self.folder))
+                chunks.append((self.scenario, chunk, self.folder if self.pool.is_here else None))
                 chunk, filled_s = [], 0.0
-        for future in as_completed(futures):
-            yield from future.result()
-
-    def _executor(self) -> ProcessPoolExecutor:
-        if self._processes is None:
-            self._processes = Workers(self.workers)
-        return self._processes.pool
+        if self.pool.is_here or self.folder is None:
+            for _, rows in spread(self.pool, _run_chunk, chunks):
+                yield from rows
+            return
+        for _, found in spread(self.pool, _run_chunk_away, chunks):
+            for cell, figures, parts in found:
+                for name, data in parts.items():
+                    _put(self.folder / name, data)
+                yield cell, figures
 
     def _estimate_s(self, cell: Cell) -> float:
         scenario, qps = self.scenario, cell.qps or self.scenario.qps or max(self.scenario.qps_range)
@@ -172,4 +180,24 @@ def _turns_of(scenario: Scenario, seed: int) -> tuple[int, int]:
 
 
 def _run_chunk(scenario: Scenario, cells: list[Cell], folder: Path | None) -> list[tuple[Cell, dict[str, Any]]]:
-    return [(cell, run_cell(scenario, cell, folder)) for cell in cells]
+    found = []
+    for cell in cells:
+        warm(scenario if cell.qps is None else scenario.replace(qps=cell.qps), cell.policy)
+        found.append((cell, run_cell(scenario, cell, folder)))
+    return found
+
+
+def _run_chunk_away(
+    scenario: Scenario, cells: list[Cell], folder: Path | None
+) -> list[tuple[Cell, dict[str, Any], dict[str, bytes]]]:
+    """The same with the files of each cell's frames, for whoever has the folder."""
+    found = []
+    for cell in cells:
+        with tempfile.TemporaryDirectory() as own:
+            ((_, figures),) = _run_chunk(scenario, [cell], Path(own))
+            found.append((cell, figures, {path.name: path.read_bytes() for path in Path(own).iterdir()}))
+    return found
+
+
+def _put(path: Path, data: bytes) -> None:
+    replace_file(path, lambda partial: partial.write_bytes(data))

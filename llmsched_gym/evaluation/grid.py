@@ -12,6 +12,7 @@ from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, plain
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.cells import Cell, Runner, make_policy
 from llmsched_gym.evaluation.run import make_backend
+from llmsched_gym.evaluation.spread import Places
 from llmsched_gym.evaluation.store import Store, grid_config
 from llmsched_gym.files import digest_of
 from llmsched_gym.workload import make_table
@@ -69,7 +70,7 @@ def evaluate(
     qps: Sequence[float] | None = None,
     seeds: int = 20,
     first_seed: int = 0,
-    workers: int | None = 1,
+    workers: Places | None = 1,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ def evaluate(
         qps: mean arrival rates, 1/s; None: the scenario's own, drawn per seed where it says so.
         seeds, first_seed: seeds first_seed, first_seed + 1, ...
         workers: processes; None: one per core, and one with a real backend. More than one needs a script's
-            ``if __name__ == "__main__"``.
+            ``if __name__ == "__main__"``. Or an open pool, see :func:`~llmsched_gym.evaluation.spread.choose`.
         out: folder for results; one that an interrupted run of the same grid left is completed.
         progress: called after each run.
     """
@@ -117,7 +118,7 @@ def _run_grid(
     scenario: Scenario,
     cells: Sequence[Cell],
     store: Store | None,
-    workers: int | None,
+    workers: Places | None,
     backend: Any,
     progress: Progress | None,
 ) -> list[dict[str, Any]]:

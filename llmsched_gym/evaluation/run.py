@@ -51,7 +51,7 @@ def scenario_for(scenario: Scenario, scheduler: Any) -> Scenario:
     return scenario.replace(admission=admission) if admission else scenario
 
 
-def make_backend(scenario: Scenario, workers: int | None = 1) -> Any:
+def make_backend(scenario: Scenario, workers: Any = 1) -> Any:
     """What executes the batches of all runs of `scenario`: its model, loaded; None is the simulated device.
 
     Without `num_kv_blocks` the cache has the profile's blocks, as the simulated device has: what memory holds may be

@@ -1,4 +1,4 @@
-"""Worker processes that end with the process that started them, however that ends."""
+"""A pool of worker processes that end with the process that started them, however that ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import connection
 from typing import Any
 
@@ -20,28 +21,40 @@ SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl(2)
 
 
 class Workers:
-    """A pool of `count` spawned processes; a context manager that gives the pool.
+    """A pool of `count` spawned processes, started with the first call; a context manager.
 
     Left by an exception, an interrupt too, it ends what they are at; else it waits for them.
     """
 
+    is_here = True
+
     def __init__(self, count: int) -> None:
+        self.count, self.started = count, False
         self._before = set(multiprocessing.active_children())
         context = multiprocessing.get_context("spawn")
         # The signal comes when the *thread* that started a process ends, so it is not for threads that end before.
         signalled = threading.current_thread() is threading.main_thread()
-        self.pool = ProcessPoolExecutor(
+        self._executor = ProcessPoolExecutor(
             count, mp_context=context, initializer=start_worker, initargs=(context.Lock(), signalled)
         )
 
-    def __enter__(self) -> ProcessPoolExecutor:
-        return self.pool
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
+        """Call it with `args` in one of the processes."""
+        self.started = True
+        return self._executor.submit(function, *args)
+
+    def where(self) -> str:
+        """Nothing: it is this machine."""
+        return ""
+
+    def __enter__(self) -> Workers:
+        return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
-            self.pool.shutdown()
+            self._executor.shutdown()
             return
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
         for child in set(multiprocessing.active_children()) - self._before:
             child.terminate()
 

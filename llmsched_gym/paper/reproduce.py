@@ -25,6 +25,7 @@ from llmsched_gym.evaluation import capacity as capacities
 from llmsched_gym.evaluation.bench import PlainSarathi, machine
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.spread import Places, add_options, choose, count_of, run_cells
 from llmsched_gym.files import claim_folder, digest_of, json_with, write_text
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES, PUBLISHED_SWEEP
@@ -57,7 +58,7 @@ class Plan:
 
     world: Scenario
     out: Path
-    workers: int = 2
+    workers: Places = 2
     num_requests: int = NUM_REQUESTS  # of the main table's runs
     loads: tuple[float, ...] = LOADS
     seeds: int = 10  # of everything with an interval
@@ -85,7 +86,7 @@ def main_table(plan: Plan, note: Note) -> Data:
     """Every scheduler at every load, one long run each."""
     world = plan.world.replace(num_requests=plan.num_requests)
     rows: list[dict[str, Any]] = []
-    timed: dict[str, Any] = {"workers": plan.workers}
+    timed: dict[str, Any] = {"workers": count_of(plan.workers)}
 
     def progress(done: int, runs: int) -> None:
         note(f"{done}/{runs} runs")
@@ -123,7 +124,7 @@ def capacity(plan: Plan, note: Note) -> Data:
     """Capacity under the paper's criterion, and with both classes' p99 ITL within their SLOs as well."""
     criteria = ("ttft-median", "paper")
     cells = [(plan.short, policy, criterion, plan.seeds) for criterion in criteria for policy in BOUNDED_POLICIES]
-    results = experiments.run_cells(capacity_cell, cells, plan.workers, note)
+    results = run_cells(capacity_cell, cells, plan.workers, note)
     found: list[dict[str, Any]] = []
     for criterion in criteria:
         own = [r for r in results if r.criterion == criterion]  # the first is the one that ratios are to
@@ -341,6 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/paper"), help="folder of intermediate results")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of results.md and figures/")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    add_options(parser)
     parser.add_argument("--seeds", type=int, default=10, help="seeds of everything with an interval")
     parser.add_argument("--pieces", default=None, help=f"only these, and no page; of {', '.join(PIECES)}")
     args = parser.parse_args(argv)
@@ -350,8 +352,10 @@ def main(argv: list[str] | None = None) -> int:
     for name in pieces or []:
         if name not in PIECES:
             parser.error(f"--pieces: expected some of {', '.join(PIECES)}, got {name!r}")
-    plan = Plan(paper_world(), args.out, args.workers, seeds=args.seeds)
-    data = reproduce(plan, pieces)
+    world = paper_world()
+    with choose(args.workers, args.ray, args.ray_address, [world.trace or ""]) as places:
+        plan = Plan(world, args.out, places, seeds=args.seeds)
+        data = reproduce(plan, pieces)
     if pieces is None:
         from llmsched_gym.paper.page import write_page
 

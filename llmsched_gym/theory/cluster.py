@@ -14,9 +14,10 @@ import numpy as np
 from llmsched_gym.cluster.core import Cluster
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, Scenario
 from llmsched_gym.evaluation.clusters import split_policy
+from llmsched_gym.evaluation.spread import Places, run_cells
 from llmsched_gym.fluid import cluster_fluid
 from llmsched_gym.registry import make_router, make_scheduler
-from llmsched_gym.theory.experiments import JUDGED, Note, as_row, run_cells
+from llmsched_gym.theory.experiments import JUDGED, Note, as_row
 from llmsched_gym.theory.stability import POINTS, SEEDS, Trajectory, boundary, drift
 from llmsched_gym.workload import make_table
 
@@ -80,7 +81,7 @@ def cluster_stability(
     pairs: Sequence[str] = PAIRS,
     seeds: Sequence[int] = SEEDS,
     num_requests: int = NUM_REQUESTS,
-    workers: int = 1,
+    workers: Places = 1,
     note: Note = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Every pair on unequal replicas that get the requests of `world`."""

@@ -1,6 +1,6 @@
 """Experiments on stability and tiles: what each scheduler sustains as a share of the fluid capacity.
 
-Each returns plain data; :mod:`llmsched_gym.theory.figures` draws it. Cells run side by side in worker processes, and
+Each returns plain data; :mod:`llmsched_gym.theory.figures` draws it. Cells run side by side in a pool's workers, and
 no figure depends on how many there are.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from llmsched_gym.config import Scenario
 from llmsched_gym.cost import Profile, load_profile, roofline
-from llmsched_gym.evaluation.workers import Workers
+from llmsched_gym.evaluation.spread import Places, run_cells
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.theory.stability import NUM_REQUESTS, SEEDS, Drift, boundary, drift, trajectory
 
@@ -39,21 +39,6 @@ def device(name: str) -> Profile:
     if name == WAVES:
         return roofline("mistral-7b", "a100-80gb", waves=True, tile_tokens=WAVE_TILE, name=name)
     return load_profile(name)
-
-
-def run_cells(function: Callable[..., Any], cells: Sequence[tuple], workers: int, note: Note) -> list[Any]:
-    """``function(*cell)`` of every cell in its order; a note on each."""
-    found = []
-    if workers == 1:
-        for i, cell in enumerate(cells):
-            found.append(function(*cell))
-            note(f"{i + 1}/{len(cells)}")
-        return found
-    with Workers(workers) as pool:
-        for i, future in enumerate([pool.submit(function, *cell) for cell in cells]):
-            found.append(future.result())
-            note(f"{i + 1}/{len(cells)}")
-    return found
 
 
 def as_row(found: Drift, capacity: float) -> dict[str, Any]:
@@ -102,7 +87,7 @@ def stability(
     devices: Sequence[str] = (SMOOTH, STAIRCASE),
     seeds: Sequence[int] = SEEDS,
     num_requests: int = NUM_REQUESTS,
-    workers: int = 1,
+    workers: Places = 1,
     note: Note = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Every policy on every device."""
@@ -127,7 +112,7 @@ def ablation(
     devices: Sequence[str] = (SMOOTH, STAIRCASE, WAVES),
     seeds: Sequence[int] = SEEDS,
     num_requests: int = NUM_REQUESTS,
-    workers: int = 1,
+    workers: Places = 1,
     note: Note = lambda text: None,
 ) -> list[dict[str, Any]]:
     """What RAD and its variants serve in overload, as a share of the fluid capacity, with paired losses to RAD."""
