@@ -15,6 +15,7 @@ import math
 
 from llmsched_gym.engine.aging import add_late, grow_chunk, oldest_late
 from llmsched_gym.engine.batch import open_batch, set_cap
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry, kernel
 from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.pack import (
@@ -109,7 +110,7 @@ def on_time(lane):
 @entry()
 def plan_env(s, env):
     """Plan the batch that comes next in environment `env`, without forming it."""
-    lane = lane_of(s, env)
+    lane = lane_of(unpack(s), env)
     open_batch(lane)
     plan(lane)
 

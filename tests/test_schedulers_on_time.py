@@ -15,6 +15,7 @@ from llmsched_gym.baselines.on_time import AGED_SHARE
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine.batch import waiting_prefill
+from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import entry
 from llmsched_gym.engine.mixing import price_of_mixing
 from llmsched_gym.engine.promise import NONE_DROPPED, STRETCH, promise
@@ -34,7 +35,7 @@ STRICT = {"prompt": 20, "output": 99, "tbt": 0.1}
 
 @entry()
 def promise_env(s, env, stretch):
-    return promise(lane_of(s, env), stretch)
+    return promise(lane_of(unpack(s), env), stretch)
 
 
 def promised(rows, stretch=1.0):

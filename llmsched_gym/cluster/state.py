@@ -9,7 +9,8 @@ from numba import types
 from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.cluster.records import CANDIDATE, NODE, REPORT, ROUTE, TRANSFER
-from llmsched_gym.engine.handles import handle_maker
+from llmsched_gym.engine.handles import as_handle, handle_type
+from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import NONE, REQUEST
 
 ROUTER_MEMORY = 8
@@ -71,7 +72,13 @@ ROUTE_TYPE = types.NamedTuple(
 ROUTE_SIGNATURE = types.int64(ROUTE_TYPE)
 """Signature of a compiled router: it returns the replica."""
 ROUTER_TYPE = types.FunctionType(ROUTE_SIGNATURE)
-NODES_HANDLE_TYPE, handle_of = handle_maker(NODES_TYPE)
+NODES_HANDLE_TYPE = handle_type(NODES_TYPE)
+
+
+@kernel(NODES_HANDLE_TYPE(NODES_TYPE), counted=True)
+def handle_of(arrays):
+    """What kernels take for these arrays."""
+    return as_handle(arrays)
 
 
 def allocate(

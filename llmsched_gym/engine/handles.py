@@ -5,14 +5,14 @@ Passing the tuple itself, with its thirty arrays, costs 50 us a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from numba import types
 from numba.experimental import structref
+from numba.extending import overload
 
-from llmsched_gym.engine.jit import JIT_ENABLED, kernel
+from llmsched_gym.engine.jit import kernel
 
 
 @structref.register
@@ -27,20 +27,29 @@ class Handle(structref.StructRefProxy):
 structref.define_boxing(HandleType, Handle)
 
 
-def handle_maker(arrays_type: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """Of the numba type of a named tuple of arrays: the type of its handles, and what makes one of such a tuple."""
-    handle_type = HandleType([("arrays", arrays_type)])
-    if not JIT_ENABLED:
-        return handle_type, lambda arrays: SimpleNamespace(arrays=arrays)
+def handle_type(arrays_type: Any) -> Any:
+    """The numba type of handles of a named tuple of arrays, of that type."""
+    return HandleType([("arrays", arrays_type)])
 
-    def make_handle(arrays):
-        handle = structref.new(handle_type)
+
+def as_handle(arrays: Any) -> Any:
+    """A handle of a named tuple of arrays, for one kernel of each kind of them to return.
+
+    One each, as numba finds no closure again in its cache, and reads all that is cached of a function at once.
+    """
+    return SimpleNamespace(arrays=arrays)
+
+
+@overload(as_handle)
+def _as_handle(arrays: Any) -> Any:
+    made = handle_type(arrays)
+
+    def build(arrays: Any) -> Any:
+        handle: Any = structref.new(made)  # type: ignore[call-arg]
         handle.arrays = arrays
         return handle
 
-    # a file of its own in the cache of compiled code: reading it imports what all types in it are made of
-    make_handle.__qualname__ += f".{arrays_type.instance_class.__name__}"
-    return handle_type, kernel(handle_type(arrays_type), counted=True)(make_handle)
+    return build
 
 
 @kernel(inline="always")

@@ -20,7 +20,7 @@ from numba.np.numpy_support import from_dtype
 from llmsched_gym.config import Scenario, blocks_needed
 from llmsched_gym.cost import Profile
 from llmsched_gym.engine.blocks import NUM_COLUMNS, num_records
-from llmsched_gym.engine.handles import handle_maker
+from llmsched_gym.engine.handles import as_handle, handle_type
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.records import (
     ARRIVAL,
@@ -181,7 +181,13 @@ SCHEDULE_SIGNATURE = types.void(LANE_TYPE)
 SCHEDULE_TYPE = types.FunctionType(SCHEDULE_SIGNATURE)
 
 
-HANDLE_TYPE, make_handle = handle_maker(STATE_TYPE)
+HANDLE_TYPE = handle_type(STATE_TYPE)
+
+
+@kernel(HANDLE_TYPE(STATE_TYPE), counted=True)
+def make_handle(arrays):
+    """What kernels take for a state."""
+    return as_handle(arrays)
 
 
 @kernel(inline="always")

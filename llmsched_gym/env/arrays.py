@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from numba import types
 from numba.np.numpy_support import from_dtype
 
-from llmsched_gym.engine.handles import handle_maker
+from llmsched_gym.engine.handles import as_handle, handle_type
+from llmsched_gym.engine.jit import kernel
 from llmsched_gym.env.reward import RULES, TERMS
 
 # columns of the outcome of a step; the parts of the reward follow, and what `info` tells of it stands side by side
@@ -45,4 +46,10 @@ _TYPES = {
 
 
 ARRAYS_TYPE = types.NamedTuple(list(_TYPES.values()), Arrays)
-ARRAYS_HANDLE_TYPE, handle_of = handle_maker(ARRAYS_TYPE)
+ARRAYS_HANDLE_TYPE = handle_type(ARRAYS_TYPE)
+
+
+@kernel(ARRAYS_HANDLE_TYPE(ARRAYS_TYPE), counted=True)
+def handle_of(arrays):
+    """What the step kernels take for these arrays."""
+    return as_handle(arrays)

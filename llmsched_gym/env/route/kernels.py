@@ -11,7 +11,7 @@ from numba.np.numpy_support import from_dtype
 
 from llmsched_gym.cluster.events import NOTHING, OVER, ROOM, ROUTE, advance, send
 from llmsched_gym.cluster.state import NODES_HANDLE_TYPE, ROUTER_TYPE
-from llmsched_gym.engine.handles import handle_maker, unpack
+from llmsched_gym.engine.handles import as_handle, handle_type, unpack
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.records import NONE
 from llmsched_gym.engine.state import HANDLE_TYPE, SCHEDULE_TYPE, episode_of
@@ -44,7 +44,13 @@ _TYPES = (
     types.Array(types.int64, 1, "C"),
 )
 ROUTE_ARRAYS_TYPE = types.NamedTuple(list(_TYPES), RouteArrays)
-ROUTE_HANDLE_TYPE, handle_of = handle_maker(ROUTE_ARRAYS_TYPE)
+ROUTE_HANDLE_TYPE = handle_type(ROUTE_ARRAYS_TYPE)
+
+
+@kernel(ROUTE_HANDLE_TYPE(ROUTE_ARRAYS_TYPE), counted=True)
+def handle_of(arrays):
+    """What kernels take for these arrays."""
+    return as_handle(arrays)
 
 
 @kernel()
