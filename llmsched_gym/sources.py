@@ -34,11 +34,13 @@ def files_behind(modules: Iterable[str], without: Iterable[str] = ()) -> dict[st
     """
     left_out = tuple(without)
     found: dict[str, Path] = {}
+    seen: set[str] = set()
     todo = [name for module in modules for name in _whole(module)]
     while todo:
         name = todo.pop()
-        if name in found or any(name == other or name.startswith(other + ".") for other in left_out):
+        if name in seen or any(name == other or name.startswith(other + ".") for other in left_out):
             continue
+        seen.add(name)
         path = _file(name)
         if path is None:  # a function or a class of a module
             continue
