@@ -11,7 +11,7 @@ from llmsched_gym.config import ConfigError
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add `reproduce`, `fit`, `calibrate`, `sim2real`, `train`, `tune`, `imitate` and `compare` to the command line."""
+    """Add the commands of :data:`COMMANDS` to the command line."""
     for name, (what, run) in COMMANDS.items():
         app.command(
             name,
@@ -38,6 +38,12 @@ def _fit(name: str, args: list[str]) -> int:
     return code
 
 
+def _roofline(name: str, args: list[str]) -> int:
+    function = importlib.import_module("llmsched_gym.roofline_command").roofline_command
+    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
+    return code
+
+
 def _on_real_model(name: str, args: list[str]) -> int:
     module = {"calibrate": "calibration.calibrate", "sim2real": "sim2real.compare"}[name]
     function = getattr(importlib.import_module(f"llmsched_gym.real_backend.{module}"), f"{name}_command")
@@ -59,6 +65,7 @@ def _with_agents(name: str, args: list[str]) -> int:
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     "reproduce": ("Run the paper's whole evaluation and write docs/results.md", _reproduce),
     "fit": ("Fit a cost profile to tables of measured kernels", _fit),
+    "roofline": ("Make a cost profile of MODEL on DEVICE from data sheets", _roofline),
     "calibrate": ("Measure a real model's batches and fit a cost profile", _on_real_model),
     "sim2real": ("Compare the simulator with a real model", _on_real_model),
     "train": ("Train PPO or MaskablePPO", _with_agents),

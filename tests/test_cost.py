@@ -240,13 +240,39 @@ def test_waves_make_a_staircase():
 
 
 def test_roofline_errors():
-    with pytest.raises(ProfileError, match=r"model: expected one of mistral-7b, llama-3-8b, llama-3\.1-8b, got 'gpt'"):
+    with pytest.raises(ProfileError, match=r"model: expected one of mistral-7b, llama-3-8b, .*qwen2\.5-7b, got 'gpt'"):
         roofline("gpt", "h100-sxm")
     with pytest.raises(ProfileError, match="device: expected one of"):
         roofline("mistral-7b", "abacus")
     small = dataclasses.replace(DEVICES["h100-sxm"], memory_bytes=8e9)
     with pytest.raises(ProfileError, match="num_kv_blocks: the weights of mistral-7b leave no memory"):
         roofline("mistral-7b", small)
+
+
+def test_devices_that_share_every_layer_by_hand():
+    alone, shared = roofline("llama-3.1-8b", "h100-sxm"), roofline("llama-3.1-8b", "h100-sxm", tensor_parallel=4)
+    assert shared.kv_ms == pytest.approx(alone.kv_ms / 4) and shared.pair_ms == pytest.approx(alone.pair_ms / 4)
+    # 64 all-reduces; of 4,096 hidden states of 2 bytes each device sends 2 * 3/4
+    assert shared.overhead_ms == pytest.approx(3.4 + 64 * 0.01)
+    token_ms = 64 * 1.5 * 8192 / (0.8 * 450e9) * 1e3
+    for n in (1, 7, 100, 512, 3000, 16_384):
+        assert shared.linear.at(n) == pytest.approx(alone.linear.at(n) / 4 + token_ms * n, rel=1e-3)
+    assert shared.linear.at(40_000) == pytest.approx(alone.linear.at(40_000) / 4 + token_ms * 40_000, rel=0.01)
+    assert shared.num_kv_blocks > 4 * alone.num_kv_blocks  # the weights are there once
+    assert shared.device.max_num_seqs == 1024 and shared.device.vllm_token_budget == 8192
+    assert roofline("qwen2.5-7b", "l40s", tensor_parallel=2).device.vllm_token_budget == 2048  # each has 48 GB
+    stairs = roofline("llama-3.1-8b", "h100-sxm", tensor_parallel=4, waves=True)
+    assert stairs.linear.at(128) - stairs.linear.at(1) == pytest.approx(127 * token_ms)
+    with pytest.raises(ProfileError, match=r"has 8 key-value heads; expected one of 1, 2, 4, 8, got 3"):
+        roofline("llama-3.1-70b", "h100-sxm", tensor_parallel=3)
+    with pytest.raises(ProfileError, match="no memory on 2xl40s"):
+        roofline("llama-3.1-70b", "l40s", tensor_parallel=2)
+
+
+def test_a_profile_of_several_devices_is_read_as_it_was_written(tmp_path):
+    for profile in (roofline("llama-3.1-70b", "h200-sxm", tensor_parallel=2), roofline("qwen2.5-7b", "l40s")):
+        profile.to_json(tmp_path / "profile.json")
+        assert Profile.from_json(tmp_path / "profile.json") == profile
 
 
 def test_tiles_read_off_a_staircase():
@@ -520,3 +546,20 @@ def test_a_scaled_profile_takes_so_much_longer(name):
             1.25 * profile.predict_s(chunks, contexts), rel=1e-12
         )
     assert slower.num_kv_blocks == profile.num_kv_blocks
+
+
+def test_the_command_of_rooflines(tmp_path, capsys):
+    command = ["roofline", "llama-3.1-70b", "h100-sxm"]
+    assert main([*command, "--tensor-parallel", "4", "--out", str(tmp_path / "new" / "four.json")]) == 0
+    made = Profile.from_json(tmp_path / "new" / "four.json")
+    assert (made.name, made.device.name) == ("four", "4xh100-sxm") and made.basis == "roofline, not measured"
+    shown = capsys.readouterr().out
+    assert f"{1e3 * made.predict_s([(0, 512)], []):.1f}" in shown and made.notes[0] in shown
+    for wrong, line in (
+        (command, "the weights of llama-3.1-70b leave no memory on h100-sxm"),
+        ([*command, "--tensor-parallel", "3"], "expected one of 1, 2, 4, 8, got 3"),
+        ([*command, "--out", str(tmp_path)], "out: expected a .json file"),
+    ):
+        assert main(wrong) == 2
+        error = capsys.readouterr().err
+        assert line in error and error.count("\n") == 1

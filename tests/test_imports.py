@@ -28,7 +28,7 @@ ORDER = (
     ("real_backend.sim2real",),
     ("real_backend.gpu_check",),
     ("paper",),
-    ("fit_command", "reproduce"),
+    ("fit_command", "roofline_command", "reproduce"),
     ("commands",),
     ("cli",),
 )

@@ -115,7 +115,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """One accelerator: what a roofline needs to know."""
+    """One accelerator, or several that share every layer: what a roofline needs to know. Figures are those of all."""
 
     name: str
     memory_bytes: float
@@ -123,14 +123,20 @@ class DeviceSpec:
     flops_s: float  # dense bf16
     bandwidth_efficiency: float = 0.8
     flops_efficiency: float = 0.7
+    num_devices: int = 1
 
     def __post_init__(self) -> None:
         plain_fields(self)
 
     @property
+    def each_bytes(self) -> float:
+        """Memory of one of the devices, which is what engines go by."""
+        return self.memory_bytes / self.num_devices
+
+    @property
     def is_large(self) -> bool:
         """Whether vLLM serves it with large batches: 70 GiB or more and no A100 (0.32, `vllm/engine/arg_utils.py`)."""
-        return self.memory_bytes >= 70 * 2**30 and "a100" not in self.name.lower()
+        return self.each_bytes >= 70 * 2**30 and "a100" not in self.name.lower()
 
     @property
     def max_num_seqs(self) -> int:
@@ -140,7 +146,7 @@ class DeviceSpec:
     @property
     def vllm_token_budget(self) -> int:
         """Tokens in a batch of vLLM's server on it unless told otherwise (0.32)."""
-        if self.memory_bytes >= 160 * 2**30:
+        if self.each_bytes >= 160 * 2**30:
             return 16_384
         return 8192 if self.is_large else 2048
 
@@ -148,7 +154,7 @@ class DeviceSpec:
     def sglang_chunk_tokens(self) -> int:
         """Prompt tokens in a batch of SGLang's server on it unless told otherwise (0.5.23, `memory_hook.py`)."""
         for gib, tokens in ((20, 2048), (60, 4096), (160, 8192)):
-            if self.memory_bytes < gib * 2**30:
+            if self.each_bytes < gib * 2**30:
                 return tokens
         return 16_384
 

@@ -248,6 +248,8 @@ class Profile:
         data = {"format": 1 if self.surface is None else 2, **dataclasses.asdict(self)}
         if self.surface is None:
             del data["surface"]
+        if self.device.num_devices == 1:
+            del data["device"]["num_devices"]
         data["linear"] = {"kind": "table" if isinstance(self.linear, TableLinear) else "smooth", **data["linear"]}
         return data
 
