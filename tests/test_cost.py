@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from llmsched_gym.cli import main
 from llmsched_gym.cost import (
     DEVICES,
     MODELS,
