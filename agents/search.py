@@ -62,7 +62,7 @@ def run_finals(study: optuna.Study, config: Config, pool: Pool) -> list[dict[str
     """Candidates with their values by training seed, the best mean first."""
     ended = complete(study)
     if not ended:
-        raise ConfigError(f"space: no trial came to its end; {config.out}/study.log says why")
+        raise ConfigError(f"space: no trial came to its end; {config.out}/study.db says why")
     candidates: dict[str, dict[str, Any]] = {GIVEN: {}}
     for trial in ended[: config.finals]:
         settings = {name: read(name, value) for name, value in trial.params.items()}

@@ -1,4 +1,4 @@
-"""The study of a search: trials drawn by Optuna, each a training, kept in the run's study.log as they go."""
+"""The study of a search: trials drawn by Optuna, each a training, kept in the run's study.db as they go."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from llmsched_gym.agents import train as training
@@ -68,7 +67,8 @@ def open_study(config: Config) -> optuna.Study:
         "hyperband": lambda: HyperbandPruner(min_resource=1, max_resource=last),
         "none": NopPruner,
     }
-    storage = JournalStorage(JournalFileBackend(str(Path(config.out) / "study.log")))
+    path = str((Path(config.out) / "study.db").absolute()).replace("{", "{{").replace("}", "}}")  # it is a template
+    storage = RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60.0}})
     return optuna.create_study(
         study_name=STUDY, storage=storage, direction="maximize", pruner=pruners[config.pruner](), load_if_exists=True
     )
