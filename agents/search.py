@@ -29,6 +29,7 @@ from llmsched_gym.agents.run_folder import open_run, start_run
 from llmsched_gym.agents.search_space import read, space_of
 from llmsched_gym.agents.search_trials import (
     INTERRUPTED,
+    WHY,
     Config,
     complete,
     open_study,
@@ -62,7 +63,10 @@ def run_finals(study: optuna.Study, config: Config, pool: Pool) -> list[dict[str
     """Candidates with their values by training seed, the best mean first."""
     ended = complete(study)
     if not ended:
-        raise ConfigError(f"space: no trial came to its end; {config.out}/study.db says why")
+        reasons = [t.user_attrs[WHY] for t in study.get_trials(deepcopy=False) if WHY in t.user_attrs]
+        raise ConfigError(
+            f"space: no trial came to its end; the last that failed: {reasons[-1] if reasons else 'none'}"
+        )
     candidates: dict[str, dict[str, Any]] = {GIVEN: {}}
     for trial in ended[: config.finals]:
         settings = {name: read(name, value) for name, value in trial.params.items()}
@@ -156,6 +160,8 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"eval-seeds: there are {len(SELECTION_SEEDS)} selection seeds, for trials and finals together"
         )
+    if config.warm_start and not Path(config.warm_start).exists():
+        raise ConfigError(f"warm_start: {config.warm_start}: no such file or folder")
     training._check(config)
 
 
@@ -167,13 +173,23 @@ def command(argv: Sequence[str] | None = None, program: str | None = None) -> No
         f"{study['complete']} trials, {study['pruned']} pruned, {study['fail']} failed; best {study['best_value']:.4f}"
     )
     for final in found["finals"]:
-        mean, low_high = final["mean_utility"], final["over_given_95"]
-        by_seed = " ".join(f"{value:.4f}" for value in final["by_training_seed"])
-        between = "" if low_high is None else f" [{low_high[0]:+.4f}, {low_high[1]:+.4f}]"
-        over = f", {final['over_given']:+.4f}{between} over the given settings, above them in {final['above_given']} of"
-        over = "" if final["candidate"] == GIVEN else f"{over} {len(final['by_training_seed'])}"
-        print(f"{final['candidate']}: mean utility {mean:.4f} ({by_seed}){over}")
+        by_seed = final["by_training_seed"]
+        text = (
+            f"{final['candidate']}: mean utility {final['mean_utility']:.4f} ({' '.join(f'{v:.4f}' for v in by_seed)})"
+        )
+        if final["candidate"] != GIVEN:
+            text += f", {final['over_given']:+.4f} {_interval(final['over_given_95'])} over the given settings"
+            text += f", above them with {final['above_given']} of {len(by_seed)} training seeds"
+        print(text)
     print(found["command"])
+
+
+def _interval(found: intervals.Interval | None) -> str:
+    return (
+        f"[no interval: fewer than {intervals.MIN_SEEDS} training seeds]"
+        if found is None
+        else f"[{found[0]:+.4f}, {found[1]:+.4f}]"
+    )
 
 
 def main() -> int:

@@ -148,6 +148,15 @@ def test_a_bad_trial_is_pruned_and_settings_that_cannot_train_fail_alone(tmp_pat
     assert lines[2].startswith("llmsched: trial 2: pruned; 3 of 4, best 0.9000;")
 
 
+def test_a_search_in_which_nothing_can_train_says_why(tmp_path, monkeypatch):
+    def train(asked, evaluated):
+        raise ConfigError("heads: 3 do not divide the width")
+
+    monkeypatch.setattr(training, "train", train)
+    with pytest.raises(ConfigError, match="no trial came to its end; the last that failed: heads: 3 do not divide"):
+        search(replace(TINY, out=str(tmp_path / "s"), trials=2))
+
+
 def test_trials_run_side_by_side(tmp_path):
     found = search(replace(TINY, out=str(tmp_path / "s {100 %}"), workers=2, trials=3, steps=128, final_seeds=2))
     assert found["study"]["complete"] + found["study"]["pruned"] == 3 and found["study"]["fail"] == 0
@@ -186,6 +195,7 @@ def test_every_setting_has_a_range_and_training_takes_its_values():
         (["--final-eval-seeds", "1000"], "eval-seeds: there are 1000 selection seeds, for trials and finals together"),
         (["--backend", "transformers", "--model", "random:tiny"], "backend: a search trains in simulation"),
         (["--action", "request"], "algorithm: expected maskable for request actions, got ppo"),
+        (["--warm-start", "nowhere"], "warm_start: nowhere: no such file or folder"),
         (["--resume"], "out: nothing to resume"),
     ],
 )
