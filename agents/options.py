@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from llmsched_gym.config import ConfigError
@@ -51,25 +51,50 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
             parser.add_argument(flag, action="append", type=_pair, metavar="FIELD=VALUE", help=help)
         elif kind == tuple[int, ...]:
             text = ",".join(map(str, field.default))  # type: ignore[arg-type]
-            parser.add_argument(flag, type=_integers, default=text, metavar="N,N,...", help=help)
+            parser.add_argument(flag, type=integers, default=text, metavar="N,N,...", help=help)
         else:
             choices = field.metadata.get("choices")
-            read = _whole if kind is int else kind
+            read = whole if kind is int else kind
             parser.add_argument(flag, type=read, default=field.default, choices=choices, help=help)
     values = vars(parser.parse_args(argv))
     for name, kind in hints.items():
         if kind == dict[str, Any]:
             values[name] = dict(values[name] or ())
+    check_numbers(cls, values)
+    return cls(**values)
+
+
+def check_numbers(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` where a number of `values`, fields of the dataclass, is too low for its option."""
+    hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        name, value = field.name.replace("_", "-"), values[field.name]
         if hints[field.name] is int and isinstance(field.default, int) and field.default >= 1:
             low = field.metadata.get("low", 0 if field.name.endswith("seed") else 1)
-            if values[field.name] < low:
-                name = field.name.replace("_", "-")
-                raise ConfigError(f"--{name}: expected a whole number >= {low}, got {values[field.name]}")
-        if hints[field.name] is float and not values[field.name] >= 0.0:  # nan, too
-            name = field.name.replace("_", "-")
-            raise ConfigError(f"--{name}: expected a number >= 0, got {values[field.name]}")
-    return cls(**values)
+            if value < low:
+                raise ConfigError(f"--{name}: expected a whole number >= {low}, got {value}")
+        if hints[field.name] is float and not value >= 0.0:  # nan, too
+            raise ConfigError(f"--{name}: expected a number >= 0, got {value}")
+
+
+def command_line(cls: type, config: Any) -> list[str]:
+    """The options that :func:`parse` reads `config`'s values of the dataclass's fields from; defaults are left out."""
+    found = []
+    for field in dataclasses.fields(cls):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        flag, value = field.name.replace("_", "-"), getattr(config, field.name)
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):
+            found += [part for name, v in value.items() for part in (f"--{flag}", f"{name}={v!r}")]
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            found += [f"--{flag}", text]
+    return found
 
 
 def _pair(text: str) -> tuple[str, Any]:
@@ -82,9 +107,10 @@ def _pair(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
+    """The whole number that a text such as 2e6 is."""
     try:
-        value = float(text)  # 2e6 is a number of steps too
+        value = float(text)
         if value == int(value):
             return int(value)
     except (ValueError, OverflowError):
@@ -92,7 +118,8 @@ def _whole(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def integers(text: str) -> tuple[int, ...]:
+    """The whole numbers that a text such as 64,64 lists."""
     try:
         return tuple(int(part) for part in text.split(",") if part)
     except ValueError:

@@ -18,7 +18,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -202,8 +202,11 @@ def set_actor_learning(policy: Any, learns: bool) -> None:
         module.requires_grad_(learns)
 
 
-def train(config: Config) -> Path:
-    """Run or go on with a training; returns the folder of the policy."""
+def train(config: Config, evaluated: Callable[[int, float], None] | None = None) -> Path:
+    """Run or go on with a training; returns the folder of the policy.
+
+    `evaluated` hears, in place of the bar, each evaluation's step and mean utility; what it raises ends the training.
+    """
     out = Path(config.out)
     config = open_run(config)
     _check(config)
@@ -239,8 +242,11 @@ def train(config: Config) -> Path:
         best, last_eval, last_checkpoint = saved["best"], saved["last_eval"], saved["step"]
 
     cut_events(out / "tensorboard", model.num_timesteps)
-    writer = SummaryWriter(str(out / "tensorboard"))
-    with open(cut_progress(out, model.num_timesteps), "a") as progress, _bar(config.steps) as bar:
+    with (
+        SummaryWriter(str(out / "tensorboard")) as writer,
+        open(cut_progress(out, model.num_timesteps), "a") as progress,
+        _bar(evaluated is None) as bar,
+    ):
         task = bar.add_task("training", total=config.steps, completed=model.num_timesteps, best="-")
         while model.num_timesteps < config.steps:
             start, first = time.perf_counter(), model.num_timesteps
@@ -293,7 +299,8 @@ def train(config: Config) -> Path:
                 }
                 writer.flush()
                 save_checkpoint(out, step, state)
-    writer.close()
+            if evaluated is not None and "eval/mean_utility" in figures:
+                evaluated(step, figures["eval/mean_utility"])
     return finish(out / "policy", *read_folder(out / "best"))
 
 
@@ -303,7 +310,7 @@ def _check(config: Config) -> None:
         raise ConfigError(f"algorithm: expected maskable for {action.name} actions, got {config.algorithm}")
 
 
-def _bar(total: int) -> Progress:
+def _bar(is_shown: bool) -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -311,7 +318,7 @@ def _bar(total: int) -> Progress:
         TimeRemainingColumn(),
         TextColumn("best {task.fields[best]}"),
     )
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(stderr=True), disable=not is_shown)
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

@@ -57,7 +57,8 @@ def _with_agents(name: str, args: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("llmsched_gym"):
             raise
-        raise ConfigError(f"llmsched {name} needs {error.name}: pip install '.[agents]'") from None
+        extras = "agents,search" if name == "search" else "agents"
+        raise ConfigError(f"llmsched {name} needs {error.name}: pip install '.[{extras}]'") from None
     module.command(args, f"llmsched {name}")
     return 0
 
@@ -70,6 +71,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     "sim2real": ("Compare the simulator with a real model", _on_real_model),
     "train": ("Train PPO or MaskablePPO", _with_agents),
     "tune": ("Tune a constant, a linear rule or a scheduler's parameters", _with_agents),
+    "search": ("Search settings of train with Optuna", _with_agents),
     "imitate": ("Imitate a scheduler with a network", _with_agents),
     "compare": ("Compare trained agents with opponents, over training seeds", _with_agents),
 }

@@ -46,6 +46,7 @@ OPTIONAL = (
     "ray",
     "aiohttp",
     "prometheus_client",
+    "optuna",
 )
 ADAPTERS = (
     "llmsched_gym/env/sb3.py",

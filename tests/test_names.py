@@ -183,6 +183,10 @@ def test_training_commands_say_in_one_line_what_is_missing(clone, tmp_path):
         assert done.returncode == 2 and done.stdout == "", done.stderr[-2000:]
         assert done.stderr.startswith(f"llmsched: llmsched {command} needs ") and done.stderr.count("\n") == 1
         assert done.stderr.endswith("pip install '.[agents]'\n") and not list(tmp_path.iterdir())
+    code = code.replace("torch=None, stable_baselines3=None, cma=None, scipy=None", "optuna=None")
+    done = run("-c", code.format("search"), cwd=tmp_path, path=[clone])
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr == "llmsched: llmsched search needs optuna: pip install '.[agents,search]'\n"
 
 
 def test_the_command_line_imports_torch_only_to_train(clone):
