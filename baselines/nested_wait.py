@@ -6,7 +6,8 @@ share of those that came through segment k and went on, plus `margin` = 0.1; n_1
 the mean stages of finished requests. A segment runs if n_k requests wait at its entry or it is full, lets up to n_k in
 and advances all that are inside.
 
-It idles on purpose, at most `flush_s` = 0.1 seconds behind the last arrival, as `wait` does.
+It idles on purpose, at most `flush_s` = 0.1 seconds behind the last arrival, as `wait` does. Until those that were
+preempted have their KV again all decodes run, so that memory comes free: the rule as it is written has no preemption.
 
 Guessed: a segment is full with n_k times its length inside, and the last is as long as all before it; thresholds are
 rounded down, and at least 1; contexts are counted in blocks, as the mean of the first and last stage of a request with
@@ -127,25 +128,31 @@ def nested_wait(lane):
     note_arrivals(lane, False)
     count_segments(lane)
     memory, started = lane.memory, 0
+    is_short = lane.sim.num_waiting > 0 and lane.requests[lane.waiting[0]].num_preemptions > 0
     for i in range(lane.sim.num_running):
-        started += is_prefill(lane.requests[lane.running[i]])
-    everybody, ran = is_quiet(lane), False
+        request = lane.requests[lane.running[i]]
+        started += is_prefill(request)
+        is_short = is_short or (is_prefill(request) and request.num_preemptions > 0)
+    everybody, ran, to_enter = is_quiet(lane), False, 0
     n, length, behind = first_threshold(lane), lane.knobs.own[FIRST], 0.0
     segments = int(lane.knobs.own[SEGMENTS])
     for k in range(segments):
         most = max(1, int(n))
         is_full = memory[NOW + k] >= most * length
-        if everybody or memory[TURN + k] >= most or is_full or (k == 0 and started > 0):
+        runs = everybody or memory[TURN + k] >= most or is_full or (k == 0 and started > 0)
+        if runs or is_short:
             ran = True
-            most = lane.sim.max_num_seqs if everybody else most
+            most = lane.sim.max_num_seqs if everybody or is_short else most
             add_segment(lane, k, most)
-            if k == 0:
-                add_started(lane)
-                admit_first(lane, most)
+            if k == 0 and runs:
+                to_enter = most
         if k + 1 < segments:
             n *= went_on(lane, k)
         behind += length
         length = behind
+    if to_enter > 0:  # behind the decodes, which would find no tokens left
+        add_started(lane)
+        admit_first(lane, to_enter)
     if ran:
         keep_going(lane)
 

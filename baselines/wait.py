@@ -34,6 +34,7 @@ from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.scheduler import Compiled, Own, not_negative, positive_int
 
 MOST_TYPES = 8
+MOST_IDLE_S = 3600
 
 
 def up_to_eight(text: str) -> int:
@@ -46,12 +47,12 @@ def up_to_eight(text: str) -> int:
 
 def _seconds(text: str) -> float:
     value = not_negative(text)
-    if math.isinf(value):
-        raise ValueError  # with nobody to come the engine would stand still for ever
+    if value > MOST_IDLE_S:
+        raise ValueError  # with nobody to come the engine would be taken to stand still
     return value
 
 
-FLUSH_S = Own("flush_s", 0.1, _seconds, "seconds >= 0, finite")
+FLUSH_S = Own("flush_s", 0.1, _seconds, f"seconds from 0 to {MOST_IDLE_S:,}")
 OWN_WAIT = (FLUSH_S, Own("bins", 8, up_to_eight, f"whole number from 1 to {MOST_TYPES}"))
 FLUSH, BINS = range(len(OWN_WAIT))
 # Places in the lane's memory; from the third on MOST_TYPES each.

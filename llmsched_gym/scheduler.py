@@ -20,7 +20,7 @@ from llmsched_gym.engine.eviction import EVICTIONS
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import HOLDS, ORDERS, pack
 from llmsched_gym.engine.records import KNOBS
-from llmsched_gym.engine.state import SCHEDULE_SIGNATURE, State
+from llmsched_gym.engine.state import OWN_MEMORY, SCHEDULE_SIGNATURE, State, env_of
 from llmsched_gym.engine.step import VICTIMS
 from llmsched_gym.engine.view import Batch, View
 
@@ -142,11 +142,18 @@ class Compiled:
 
 
 def install(scheduler: Any, state: State, env: int = 0, seed: int = 0) -> None:
-    """Make environment `env` ready for `scheduler`: settings, decision time, its own reset."""
+    """Make environment `env` ready for `scheduler`: settings, an empty memory, decision time, its own reset.
+
+    In the middle of an episode what another scheduler has noted of requests that wait or run is forgotten, too.
+    """
     if isinstance(scheduler, Compiled):
         scheduler.install(state, env)
     else:
         state.knobs[env] = default_knobs()
+    state.memory[env, :OWN_MEMORY] = 0.0
+    sim, notes = state.sims[env], state.requests[env_of(state, env)]["lst_s"]
+    notes[state.waiting[env, : sim.num_waiting]] = math.nan
+    notes[state.running[env, : sim.num_running]] = math.nan
     if hasattr(scheduler, "reset"):
         scheduler.reset(seed)
     state.sims[env].decision_s = getattr(scheduler, "decision_s", 0.0)

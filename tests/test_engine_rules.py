@@ -546,3 +546,16 @@ def test_records_of_requests_start_at_cache_lines():
     run = Run("sarathi", [request(0.0, 10, 2)])
     assert REQUEST.itemsize % CACHE_LINE == 0
     assert run.engine.state.requests.ctypes.data % CACHE_LINE == 0
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_chunk_in_a_block_that_its_request_has_is_legal_wherever_it_stands(order):
+    run = Run("sarathi", [request(prompt=16, output=8), request(prompt=48, output=2)], num_kv_blocks=4, watermark=0.0)
+    run.engine.submit(Batch({0: 16, 1: 16}))
+    run.engine.execute()
+    assert run.sim.free_blocks == 0
+    tokens = {0: 1, 1: 16}  # a decode that has to evict, and a chunk that takes no block
+    run.engine.submit(Batch({r: tokens[r] for r in order}))
+    run.engine.execute()
+    check(run.engine.state)
+    assert run.sim.num_preemptions == 1

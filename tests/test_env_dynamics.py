@@ -230,6 +230,27 @@ def test_withholding_a_token_cannot_hide_a_miss():
     assert request.phase == 6
 
 
+@pytest.mark.parametrize("before", ["rad", "sglang[order=hrrn]", "gate"])
+def test_a_scheduler_finds_nothing_that_another_one_has_noted(before):
+    """What `wait` remembers of whom it has seen would be clock times of requests to `gate`, and so on."""
+    env = LLMSchedEnv(qps=2.0, jitter=0.0, max_backlog=40, length_hint="oracle")
+    env.reset(seed=3)
+    for _ in range(100):
+        env.step_scheduler(make_scheduler(before))
+    after = make_scheduler("gate" if before == "rad" else "wait")
+    state = env.core.engine.state
+    env._install(after)
+    assert not state.memory[0].any()
+    sim, notes = state.sims[0], state.requests[0]["lst_s"]
+    live = [*state.waiting[0, : sim.num_waiting], *state.running[0, : sim.num_running]]
+    assert live and np.isnan(notes[live]).all()
+    finished = int(sim.num_finished)
+    for _ in range(400):
+        if any(env.step_scheduler(after)[2:4]):
+            break
+    assert sim.num_finished > finished
+
+
 def test_custom_reward_and_observation_objects():
     class Queue:
         space = gym.spaces.Box(0.0, np.inf, (2,), np.float32)

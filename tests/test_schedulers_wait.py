@@ -94,10 +94,19 @@ def test_a_full_segment_runs():
     assert run.steps(4) == [{0: 16}, {0: 1, 1: 16}, {0: 1, 1: 1}, {0: 1, 1: 1}]
 
 
+def test_who_was_preempted_does_not_keep_decodes_from_running():
+    # two decodes and a prompt that do not fit together, and chunks that would use all tokens of a batch
+    rows = [request(prompt=80, output=60)] * 3
+    run = Run("nested-wait[admission=chunk,budget=16,first=8,flush_s=0]", rows, num_kv_blocks=18, max_model_len=200)
+    batches = run.drain()
+    assert run.sim.num_finished == 3 and run.sim.num_preemptions > 0
+    assert len(batches) < 400
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     {
-        "wait[flush_s=inf]": "flush_s: expected seconds >= 0, finite, got 'inf'",
+        "wait[flush_s=inf]": "flush_s: expected seconds from 0 to 3,600, got 'inf'",
         "wait[bins=9]": "bins: expected whole number from 1 to 8, got '9'",
         "nested-wait[segments=0]": "segments: expected whole number from 1 to 8",
         "nested-wait[bins=2]": "unknown parameter 'bins'",

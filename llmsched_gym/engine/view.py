@@ -247,7 +247,7 @@ def submit(state: State, batch: Batch, k: int = 0) -> None:
                     raise IllegalBatch(
                         f"rule 4: request {r} needs {first} blocks, {free} are free and {spare} held back"
                     )
-            elif is_chunk and free < need:
+            elif is_chunk and need > 0 and free < need:  # decodes, which may evict, can have left less than none free
                 raise IllegalBatch(f"rule 4: the next chunk of request {r} needs {need} blocks, {free} are free")
             free -= need
             total += n
