@@ -33,6 +33,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, run_cells
 from llmsched_gym.evaluation.warm import warm
+from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 from llmsched_gym.report import intervals
 from llmsched_gym.workload import make_table
 
@@ -83,6 +84,8 @@ def random_constants(count: int, seed: int = 0) -> list[str]:
 
 def headroom(config: Config) -> dict[str, Any]:
     """Run everything; returns the table and writes it."""
+    claim_file(Path(config.out), "table of this command", json_with("config", "policies"))
+    make_folder(Path(config.out).parent)
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
@@ -117,9 +120,7 @@ def headroom(config: Config) -> dict[str, Any]:
             for name, (what, values) in found.items()
         },
     }
-    path = Path(config.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(Path(config.out), json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -10,6 +10,7 @@ other episodes.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -194,6 +195,8 @@ def train(config: Config) -> Path:
     out = Path(config.out)
     config = open_run(config)
     _check(config)
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("rllib: ray is not installed: pip install 'llmsched-gym[rllib]'")
     with ExitStack() as stack:
         # RLlib's actors ask for a CPU each, and some algorithms for more: on one machine these are but numbers
         stack.enter_context(RayPool(config.env_runners + 2, config.ray_address or None))

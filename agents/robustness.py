@@ -26,6 +26,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, spread
 from llmsched_gym.evaluation.warm import warm
+from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import intervals
@@ -92,6 +93,8 @@ def utility(world: Scenario, policy: str, seed: int) -> float:
 
 def robustness(config: Config) -> list[dict[str, Any]]:
     """One entry per cell: its world, rate, and each policy's mean utilities by seed."""
+    claim_file(Path(config.out), "table of this command", json_with("config", "cells"))
+    make_folder(Path(config.out).parent)
     policies = [*dict.fromkeys([*config.policy.split(","), config.baseline])]
     for policy in policies:
         make_scheduler(policy)
@@ -108,9 +111,7 @@ def robustness(config: Config) -> list[dict[str, Any]]:
         for place, value in track(done, "runs", len(runs), console=Console(stderr=True)):
             _, policy, i = cells[place]
             found[place // each]["mean_utility"][policy][i] = value
-    path = Path(config.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"config": asdict(config), "cells": found}) + "\n")
+    write_text(Path(config.out), json.dumps({"config": asdict(config), "cells": found}) + "\n")
     return found
 
 

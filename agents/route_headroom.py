@@ -33,7 +33,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, run_cells
 from llmsched_gym.evaluation.warm import warm
-from llmsched_gym.files import make_folder, write_text
+from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 from llmsched_gym.registry import routers
 from llmsched_gym.report import intervals
 
@@ -95,6 +95,8 @@ def world_of(config: Config) -> ClusterScenario:
 
 def headroom(config: Config) -> dict[str, Any]:
     """Run everything; returns the table and writes it."""
+    claim_file(Path(config.out), "table of this command", json_with("config", "routers"))
+    make_folder(Path(config.out).parent)
     world = world_of(config)
     informed = world.replace(length_hint="oracle")
     for file in (config.weights, config.told):
@@ -145,7 +147,6 @@ def headroom(config: Config) -> dict[str, Any]:
             for name, values in found.items()
         },
     }
-    make_folder(Path(config.out).parent)
     write_text(Path(config.out), json.dumps(result, indent=1) + "\n")
     return result
 

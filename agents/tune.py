@@ -234,6 +234,8 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
     out = Path(config.out)
     config = open_run(config)
     rules: Any = TemplateRules(config) if config.template else KnobRules(config)
+    files = [config.template, *map(str, config.set.values())]
+    chosen = choose(config.workers, config.ray, config.ray_address, files)
     start_run(config)
     rng = np.random.default_rng([config.seed, 3])
     search, restarts = new_search(rules, config, 0), 0
@@ -247,8 +249,6 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
         np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
 
     path = cut_progress(out, spent)
-    files = [config.template, *map(str, config.set.values())]
-    chosen = choose(config.workers, config.ray, config.ray_address, files)
     with chosen as places, opened(places) as pool, Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("tuning", total=config.steps, completed=spent)
         while spent < config.steps:

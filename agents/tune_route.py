@@ -23,7 +23,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import AFFINITY, NAMES, read_weights, utility
 from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, ConfigError, scenario
-from llmsched_gym.files import make_folder, write_text
+from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def tune(config: Config) -> dict[str, Any]:
         return float(np.mean([utility(world, config.scheduler, weights, seed, is_told=config.told) for seed in seeds]))
 
     out = Path(config.out)
-    if out.is_dir():
-        raise ConfigError(f"out: expected a file to write, got the folder {out}")
+    claim_file(out, "weights of this command", json_with("weights", "config"))
     make_folder(out.parent)
     search = by_steps if config.search == "steps" else by_cma
     tuned, chosen_on = search(config, start, free, value), SELECTION_SEEDS[: config.selection_seeds]

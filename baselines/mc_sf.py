@@ -2,9 +2,10 @@
 
 Sources, second-hand: arXiv 2502.07115 (MC-SF) and arXiv 2508.14544 (A_min).
 
-`mc-sf` is told output lengths. Running requests are never stopped. Waiting ones go by output length, and each enters if
-at every batch in which one of the chosen ends, the KV of all that are there then fits; the first that does not keeps
-the others out.
+`mc-sf` is told output lengths. Where they are true running requests are never stopped; where they are hints that fall
+short, memory can run out, and the engine preempts as for everybody. Waiting ones go by output length, each of which
+enters if at every batch in which one of the chosen ends, the KV of all that are there then fits; the first that does
+not keeps the others out.
 
 `a-min` is told as much, but believes a lower bound: `low` = 0.5 times the length, raised to what was generated and one.
 Where the next tokens of all decodes find no blocks, decodes with the smallest bound are thrown out until they do; they

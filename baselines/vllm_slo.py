@@ -18,11 +18,11 @@ from llmsched_gym.engine.batch import is_free, is_prefill, open_batch, uncached_
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.pack import admission_filters, keep_going
 from llmsched_gym.engine.predict import can_make_ttft
-from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled, Own, not_negative
+from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled, Own, share
 
 WAIT_WEIGHT, LENGTH_WEIGHT = 200.0, 10.0
 USED = 0.6  # share of its TTFT SLO from which a waiting request is urgent
-OWN_SLO = (*OWN, Own("kept", 0.1, not_negative, "share of the budget >= 0"))
+OWN_SLO = (*OWN, Own("kept", 0.1, share, "share of the budget from 0 to 1"))
 KEPT = len(OWN)
 
 

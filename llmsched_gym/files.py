@@ -64,6 +64,14 @@ def claim_folder(out: Path, kind: str, marks: Mapping[str, Callable[[Path], bool
         )
 
 
+def claim_file(out: Path, kind: str, is_own: Callable[[Path], bool], field: str = "out") -> None:
+    """Refuse a folder, and a file that is no `kind`: ConfigError of one line; makes nothing."""
+    if out.is_dir():
+        raise ConfigError(f"{field}: expected a file to write, got the folder {out}")
+    if out.exists() and not _holds(is_own, out):
+        raise ConfigError(f"{field}: {out} is a file of something else, and no {kind}; choose another place")
+
+
 def _holds(is_own: Callable[[Path], bool], path: Path) -> bool:
     try:
         return is_own(path)

@@ -74,6 +74,8 @@ def parse_options(spec: str, text: str) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not equals:
             raise PolicyError(f"policy {spec!r}: expected key=value in brackets, got {part!r}")
+        if key.strip() in options:
+            raise PolicyError(f"policy {spec!r}: {key.strip()!r} is given twice")
         options[key.strip()] = re.sub(r"^np\.\w+\((.*)\)$", r"\1", value.strip())  # how a NumPy scalar shows itself
     return options
 

@@ -199,6 +199,14 @@ def not_negative(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 to 1; ValueError otherwise."""
+    value = not_negative(text)
+    if value > 1.0:
+        raise ValueError
+    return value
+
+
 # bracket parameter: (knob, reader, what is expected)
 OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "budget": ("token_budget", positive_int, "whole number of tokens >= 1"),

@@ -1,11 +1,12 @@
 """The price of mixing as a dimension of what cost models get wrong: which worlds there are, and their tables."""
 
+import importlib
 import json
 
 import pytest
 
 from llmsched_gym.agents import robustness
-from llmsched_gym.config import scenario
+from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.paper import reproduce as rep
 
@@ -61,3 +62,17 @@ def test_its_piece_runs_them(name, monkeypatch, tmp_path):
     found = rep.robustness(plan, lambda text: None)
     assert found[-1]["world"] == name
     assert found[-1]["qps"] < found[0]["qps"] and len(found[-1]["attainment"]["sarathi"]) == 1
+
+
+@pytest.mark.parametrize("module", ["headroom", "robustness", "route_headroom", "tune_route"])
+def test_what_lies_where_a_table_is_to_be_written_is_left_alone(module, tmp_path):
+    command = importlib.import_module(f"llmsched_gym.agents.{module}")
+    run = getattr(command, {"tune_route": "tune", "route_headroom": "headroom"}.get(module, module))
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    for place, line in (
+        ("notes.json", "is a file of something else"),
+        (".", "expected a file to write, got the folder"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            run(command.Config(out=str(tmp_path / place)))
+    assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'

@@ -257,3 +257,12 @@ def test_an_illegal_batch_of_a_class_is_reported_by_run():
     run = Run(Greedy(), [request(prompt=17) for _ in range(3)], num_kv_blocks=5)
     with pytest.raises(IllegalBatch, match="rule 4: request 2 needs 2 blocks, 1 are free"):
         run.engine.run(run.scheduler)
+
+
+def test_a_parameter_is_given_once_and_a_share_is_one():
+    for spec, message in (
+        ("eb[k=1,k=2]", "'k' is given twice"),
+        ("vllm-slo[kept=2]", "kept: expected share of the budget"),
+    ):
+        with pytest.raises(PolicyError, match=message):
+            make_scheduler(spec)

@@ -118,7 +118,8 @@ def test_what_lies_in_its_place_is_not_overwritten(lengths, tmp_path, capsys):
     for name, text in (("notes.json", '{"mine": 1}'), ("list.json", "[1]"), ("bad.json", "not json")):
         (tmp_path / name).write_text(text)
         assert main(["workload", "fit", str(lengths), "--out", str(tmp_path / name)]) == 2
-        assert "is no workload file" in capsys.readouterr().err and (tmp_path / name).read_text() == text
+        assert "of something else, and no workload" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == text
     assert main(["workload", "fit", str(lengths), "--out", str(tmp_path / "mine.csv")]) == 2
     assert "out: expected a .json file" in capsys.readouterr().err
     (tmp_path / "mine.toml").write_text("x = 1\n")
@@ -132,6 +133,6 @@ def test_what_lies_in_its_place_is_not_overwritten(lengths, tmp_path, capsys):
         str(tmp_path / "mine.toml"),
     ]
     assert main(args) == 2 and not (tmp_path / "new.json").exists()
-    assert "is no suite file" in capsys.readouterr().err
+    assert "of something else, and no suite" in capsys.readouterr().err
     for _ in range(2):  # its own is replaced
         assert main(["workload", "fit", str(lengths), "--out", str(tmp_path / "own.json")]) == 0

@@ -72,11 +72,16 @@ class SimulatedEnv(JsonSpec, gym.Env):
         self._viewer.notice()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_verdict", "_told", "_viewer")}
+        kept = {name: value for name, value in vars(self).items() if name not in ("_verdict", "_told", "_viewer")}
+        return kept | {"history": None if self._viewer is None else self._viewer.history()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        history = state["history"]
+        vars(self).update({name: value for name, value in state.items() if name != "history"})
         self._connect()
+        if history is not None:
+            self._viewer = self.core.make_viewer(self._index)
+            self._viewer.go_on(history)
 
     @property
     def config(self) -> Any:

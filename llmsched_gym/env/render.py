@@ -6,6 +6,7 @@ import atexit
 import math
 import time
 from collections import deque
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,15 @@ class Viewer:
         self._seen = (0, 0.0)  # batches and clock when it was looked at last
         self._judged_s = -math.inf  # when the last attainment was taken
         self._is_idle = False
+
+    def history(self) -> dict[str, Any]:
+        """What it remembers of the episode, for a copy of its environment."""
+        kept = ("_runs", "_attainment", "_places", "_seen", "_judged_s", "_is_idle")
+        return {name: copy(getattr(self, name)) for name in kept}
+
+    def go_on(self, history: dict[str, Any]) -> None:
+        """Remember what :meth:`history` returned of the same moment."""
+        vars(self).update({name: copy(value) for name, value in history.items()})
 
     def render(self, mode: str) -> str | np.ndarray | None:
         """A frame: text for "ansi", (HEIGHT, WIDTH, 3) uint8 for "rgb_array"; "human" updates a panel."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import ConfigError, Scenario, Suite, suite_text
-from llmsched_gym.files import write_text
+from llmsched_gym.files import claim_file, json_with, write_text
 from llmsched_gym.workload.fit import MIN_ROWS, draw, fit_lengths, ks_distance, lengths_text, rounded
 from llmsched_gym.workload.lengths import parse_lengths
 from llmsched_gym.workload.session_statistics import spread
@@ -146,11 +146,11 @@ def check_places(out: Path, suite: Path | None) -> None:
     """ConfigError of one line for a workload's file, or a suite's, where something else lies."""
     if out.suffix != ".json":
         raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
-    _check_place("out", out, lambda text: {"name", "source"} <= json.loads(text).keys(), "workload")
+    claim_file(out, "workload", json_with("name", "source"))
     if suite is not None and suite.suffix != ".toml":
         raise ConfigError(f"suite: expected a .toml file, got {str(suite)!r}")
     if suite is not None:
-        _check_place("suite", suite, lambda text: "[scenario]" in text, "suite")
+        claim_file(suite, "suite", lambda path: "[scenario]" in path.read_text(encoding="utf-8"), "suite")
 
 
 def write_workload(data: dict[str, Any], out: Path) -> None:
@@ -175,17 +175,6 @@ def write_suite(data: dict[str, Any], workload: Path, out: Path) -> None:
     text = suite_text(suite).splitlines()
     kept = [line for line in text if line.split(" = ")[0] not in usual or line.split(" = ")[0] in ("workload", *fields)]
     _write(out, "\n".join(kept) + "\n")
-
-
-def _check_place(field: str, out: Path, is_own: Callable[[str], bool], kind: str) -> None:
-    if not out.exists():
-        return
-    try:
-        if is_own(out.read_text(encoding="utf-8")):
-            return
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise ConfigError(f"{field}: {out} is there and is no {kind} file; choose another name or remove it")
 
 
 def _write(out: Path, text: str) -> None:

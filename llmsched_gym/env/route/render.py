@@ -138,6 +138,9 @@ class RouteViewer:
         self.caption = f"LLMRoute, suite {core.config.suite}, {core.config.replica_scheduler} inside"
         self._panel = LivePanel()
 
+    def history(self) -> None:
+        """Nothing to remember for a copy: all that is shown lies in the environment."""
+
     def render(self, mode: str) -> str | np.ndarray | None:
         """A frame: text for "ansi", (height, width, 3) uint8 for "rgb_array"; "human" updates a panel."""
         shot = shot_of(self.core, self.env)
