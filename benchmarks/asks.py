@@ -13,6 +13,7 @@ of each group of lines.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -50,8 +51,13 @@ LABELS = {
     "gap_max_s": "longest gap, s",
     "longest_ttft_p99_s": "longest tenth's TTFT p99, s",
     "ttft_max_s": "largest TTFT, s",
+    "num_preemptions": "preemptions",
 }
-SHARES_OF_REQUESTS = ("slo_attainment", "longest_attained")  # means over seeds, in %; all else medians, in s
+MEANS = {"slo_attainment": 100.0, "longest_attained": 100.0, "num_preemptions": 1.0}
+"""Figures of which the mean over seeds is shown, times so much, and changes as differences.
+
+All others are latencies: of them the median is shown, and changes as ratios.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ ASKS = {
             (*limited("vllm-v1"), "vllm-v1[threshold=256]"),
             limited("vllm-v1[threshold=256]", ",threshold=256"),
         ),
-        ("ttft_p50_s", "ttft_p99_s", "itl_p99_s", "slo_attainment"),
+        ("ttft_p50_s", "ttft_p99_s", "itl_p99_s", "num_preemptions", "slo_attainment"),
     ),
     "aging": Ask(
         "Shortest first, and what long prompts wait",
@@ -158,20 +164,22 @@ def load_of(share: float) -> float:
 
 def estimate(figure: str, values: intervals.Values, *, interval: bool) -> str:
     """A figure over seeds in the unit of its label, with its interval if that is wanted."""
-    if figure in SHARES_OF_REQUESTS:
-        values = [None if value is None else 100.0 * value for value in values]
-        middle, ends = intervals.mean(values), intervals.interval(values, (0.0, 100.0))
+    if figure in MEANS:
+        values = [None if value is None else MEANS[figure] * value for value in values]
+        most = math.inf if figure == "num_preemptions" else MEANS[figure]
+        middle, ends = intervals.mean(values), intervals.interval(values, (0.0, most))
     else:
         middle, ends = intervals.median(values), intervals.median_interval(values)
     return number(middle, none="inf") + (between(*ends) if interval and ends else "")
 
 
 def change(figure: str, rows: Sequence[dict[str, Any]], policy: str, base: str) -> str:
-    """Change against `base` on the same seeds with its interval: of shares in points, of latencies in percent."""
+    """Change against `base` on the same seeds with its interval: of latencies in percent, of shares in points."""
     (entry,) = intervals.compare(rows, figure, policy, base)
-    name, sign, digits = ("difference", 1, 2) if figure in SHARES_OF_REQUESTS else ("reduction", -1, 0)
+    name, sign, digits = ("difference", 1, 2) if figure in MEANS else ("reduction", -1, 0)
+    scale = sign * MEANS.get(figure, 100.0)
     value, *ends = (
-        None if found is None else round(sign * 100.0 * found, digits) + 0.0  # -0 is 0
+        None if found is None else round(scale * found, digits) + 0.0  # -0 is 0
         for found in (entry[name], entry[f"{name}_ci_low"], entry[f"{name}_ci_high"])
     )
     unit, form = "" if name == "difference" else " %", f"+.{digits}f"

@@ -1,12 +1,15 @@
 """`benchmarks.asks`: schedulers and bursts, the figures that it adds to rows, and what its tables say of known rows."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from benchmarks import asks
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.registry import make_scheduler
+from llmsched_gym.registry import make_scheduler, registry
 from llmsched_gym.workload import make_table
 
 CHEAP = asks.Ask("Known", (0.8,), (("a", "b"),), ("ttft_p99_s", "slo_attainment"))
@@ -69,6 +72,14 @@ def test_tables_give_changes_paired_by_seed():
     assert [cell.strip() for cell in b] == ["2.75", "-50 % [-50, -50]", "74.50", "+20.00 [+20.00, +20.00]"]
 
 
+def test_counts_are_means_and_their_changes_differences():
+    rows = [{"requested_qps": 1.1, "seed": seed, "policy": "a", "num_preemptions": seed} for seed in range(10)]
+    rows += [row | {"policy": "b", "num_preemptions": row["num_preemptions"] + 3} for row in rows]
+    table = asks.table_of(asks.Ask("Known", (0.8,), (("a", "b"),), ("num_preemptions",)), rows)
+    a, b = (line.split("|")[3:5] for line in table.splitlines()[2:])
+    assert a[0].split()[0] == "4.50" and [cell.strip() for cell in b] == ["7.50", "+3.00 [+3.00, +3.00]"]
+
+
 def test_no_change_has_no_sign_of_one_and_few_seeds_no_interval():
     assert "-0" not in asks.table_of(CHEAP, known(1.0, 0.5))
     assert "[" not in asks.table_of(CHEAP, known(0.5, 0.7, seeds=9))
@@ -89,3 +100,12 @@ def test_wrong_arguments_are_one_line(wrong, capsys):
     with pytest.raises(SystemExit) as error:
         asks.main(wrong)
     assert error.value.code == 2 and "expected" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_page_names_schedulers_that_exist():
+    page = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text(encoding="utf-8")
+    tried = [line.split(" | ")[2] for line in page.splitlines() if line.startswith("| ") and line.count(" | ") == 4]
+    names = [name for cell in tried for name in re.findall(r"`([^`]+)`", cell) if "=" not in name or "[" in name]
+    assert len(set(names) & set(registry())) > 10
+    for name in names:
+        make_scheduler(name)
