@@ -31,6 +31,7 @@ SNIPPETS = {
     "offline": "d3rlpy",
 }
 """Modules of examples.libraries, and the virtual environment that each runs in."""
+WARM_UP = 2048  # decisions of a run that is not measured
 
 
 def run(environments: Path, snippet: str, decisions: int | None) -> list[dict]:
@@ -71,6 +72,8 @@ def main() -> int:
     failed = 0
     for snippet in snippets:
         try:
+            for first in ("sb3", snippet):
+                run(args.environments, first, WARM_UP)  # compiles
             beside = run(args.environments, "sb3", args.decisions)[0]["decisions_per_s"]
             found = run(args.environments, snippet, args.decisions)
         except RuntimeError as error:
