@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 from helpers import Run, profile, request
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmsched_gym.config import ADMISSIONS
@@ -176,11 +176,28 @@ def drive(run, most):
     return reference
 
 
+# With nothing in flight somebody is let in and preempted in one step, in which no time passes, long after the TTFT SLO.
+LET_IN_AND_PREEMPTED: dict = {
+    "fields": {
+        **{"num_kv_blocks": 19, "watermark": 0.0, "max_num_seqs": 5, "max_num_batched_tokens": 400},
+        **{"max_model_len": 500, "admission": "prompt", "patience_s": 0.05, "jitter": 0.0, "allow_refusal": False},
+        **{"idle_step_s": 0.01, "async_lag": True},
+    },
+    "drawn": [
+        *[(0.0, 225, 1, 0.02, 0.3), (0.005, 1, 1, 0.02, 0.3), (0.0, 1, 1, 0.02, 0.01), (0.0, 16, 2, 0.02, 0.3)],
+        *[(0.0, 1, 1, 0.02, 0.3), (0.03, 1, 1, 0.02, 0.01), *[(0.0, 1, 1, 0.02, 0.01)] * 4, (0.0, 2, 1, 0.02, 0.3)],
+        *[(0.0, 1, 1, 0.02, 0.3), (0.0, 1, 1, 0.02, 0.3), (0.005, 1, 1, 0.02, 0.01)],
+    ],
+    "seed": 4309,
+}
+
+
 def test_random_legal_batches():
     happened = dict.fromkeys(["abandoned", "refused", "rejected", "finished", "preemptions"], 0)
 
     @settings(max_examples=120)
     @given(fields=SMALL_WORLDS, drawn=REQUESTS, seed=st.integers(0, 2**32 - 1))
+    @example(**LET_IN_AND_PREEMPTED)
     def holds(fields, drawn, seed):
         run = Run(RandomLegal(seed, fields["admission"]), rows_of(drawn), device=DEVICE, seed=seed, **fields)
         drive(run, 100)

@@ -238,7 +238,7 @@ def test_preflow_goes_on_with_what_is_nearly_done():
         "preflow[half=0]": "half: expected seconds > 0",
         "queue-tokens[limit=-1]": "limit: expected whole number of prompt tokens",
         "ppas[long=3]": "unknown parameter 'long'",
-        "vllm-slo[kept=x]": "kept: expected share of the budget >= 0, got 'x'",
+        "vllm-slo[kept=x]": "kept: expected share of the budget from 0 to 1, got 'x'",
     }.items(),
 )
 def test_a_bad_parameter_is_one_clear_line(spec, message):

@@ -17,6 +17,7 @@ from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.lag import foresee, land, settle, take_off
 from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time, remember
+from llmsched_gym.engine.queue import expire
 from llmsched_gym.engine.state import (
     HANDLE_TYPE,
     SCHEDULE_SIGNATURE,
@@ -121,6 +122,8 @@ def book_lagging(s, k, lane, world, duration_s):
         pass_time(lane, world, arrivals, output_tokens, s.due[env], end_s)
     if follows:
         take_off(lane, flight, flying, duration_s if landed else duration_s + sim.decision_s)
+        if not landed:
+            expire(lane)  # as no time has passed: who was let in and preempted at once stands in line again
     else:
         clear_batch(lane)
     return landed
