@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import random
 import warnings
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmsched_gym.files import replace_file, write_text
+from llmsched_gym.agents.run_folder import checkpoints
+from llmsched_gym.files import replace_file
 
 _DIGEST = hashlib.sha256().digest_size
 KEPT = 2
@@ -41,11 +41,6 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return path
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, the newest first."""
-    return sorted(folder.glob("checkpoint-*"), reverse=True)
-
-
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest whole checkpoint; a damaged one is passed over with a warning. None: there is none."""
     for path in checkpoints(folder):
@@ -54,20 +49,6 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
             return _unpack(torch.load(io.BytesIO(zlib.decompress(data[_DIGEST:])), weights_only=True))
         warnings.warn(f"{path}: damaged checkpoint, using the one before", stacklevel=2)
     return None
-
-
-def cut_progress(folder: Path, step: int) -> Path:
-    """The run's progress.jsonl without lines after `step`, which will be written again."""
-    path, kept = folder / "progress.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:  # cut off by a kill
-            break
-        kept.append(line + "\n")
-    write_text(path, "".join(kept))
-    return path
 
 
 def cut_events(folder: Path, step: int) -> None:

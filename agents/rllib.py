@@ -27,13 +27,13 @@ import numpy as np
 from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rllib_env import ENV_ID, is_masked, typical
-from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
+from llmsched_gym.agents.run_folder import checkpoints, cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.ray_pool import RayPool
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.files import replace_file, write_text
+from llmsched_gym.files import write_text
 from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
 
 KEPT = 2  # checkpoints
@@ -185,11 +185,6 @@ def save(algorithm: Any, out: Path, state: dict[str, Any]) -> None:
         shutil.rmtree(stale)
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """Checkpoints, the newest first."""
-    return sorted(out.glob("checkpoint-*"), reverse=True)
-
-
 def train(config: Config) -> Path:
     """Run or go on with a training; returns the folder of the policy."""
     out = Path(config.out)
@@ -222,7 +217,7 @@ def _train(config: Config, out: Path, stack: ExitStack) -> None:
     best = Best(config, out / "best", mean, scale)
     best.utility = -np.inf if state["best"] is None else state["best"]
     first = last_checkpoint = state["step"]
-    lines = _progress(out, first)
+    lines = cut_progress(out, first)
     algorithm = algorithm_config(config, mean, scale, start=first).build_algo()
     stack.callback(algorithm.stop)
     if kept:
@@ -253,20 +248,6 @@ def _sampled(algorithm: Any) -> int:
 def _return(found: dict[str, Any]) -> float | None:
     value = found.get("env_runners", {}).get("episode_return_mean")
     return None if value is None or not np.isfinite(value) else float(value)
-
-
-def _progress(out: Path, step: int) -> Path:
-    """The run's progress.jsonl without lines after `step`, which will be written again."""
-    path, kept = out / "progress.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:  # cut off by a kill
-            break
-        kept.append(line + "\n")
-    replace_file(path, lambda partial: partial.write_text("".join(kept)))
-    return path
 
 
 def _check(config: Config) -> None:

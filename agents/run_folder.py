@@ -70,3 +70,22 @@ def start_run(config: Any) -> None:
     """Make `config.out` the folder of a run; what could be wrong with the settings has been looked at before."""
     make_folder(Path(config.out))
     write_text(Path(config.out) / "config.json", json.dumps(settings_of(config), indent=2) + "\n")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints, the newest first."""
+    return sorted(folder.glob("checkpoint-*"), reverse=True)
+
+
+def cut_progress(folder: Path, step: int) -> Path:
+    """The run's progress.jsonl without lines after `step`, which will be written again."""
+    path, kept = folder / "progress.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except ValueError:  # cut off by a kill
+            break
+        kept.append(line + "\n")
+    write_text(path, "".join(kept))
+    return path

@@ -35,7 +35,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from llmsched_gym.agents.checkpoint import (
     cut_events,
-    cut_progress,
     load_checkpoint,
     random_state,
     save_checkpoint,
@@ -47,7 +46,7 @@ from llmsched_gym.agents.export import export, load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
-from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
+from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of

@@ -22,7 +22,6 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
 
 from llmsched_gym.agents.checkpoint import (
-    cut_progress,
     load_checkpoint,
     random_state,
     save_checkpoint,
@@ -39,7 +38,7 @@ from llmsched_gym.agents.route_networks import (
     scores_of,
 )
 from llmsched_gym.agents.routing import DiscountedReplay, RouteTrainingEnv, typical_observations
-from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
+from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.clusters import simulate_cluster

@@ -28,10 +28,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from llmsched_gym.agents.checkpoint import cut_progress, load_checkpoint, save_checkpoint
+from llmsched_gym.agents.checkpoint import load_checkpoint, save_checkpoint
 from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
-from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
+from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS
 from llmsched_gym.config import ConfigError, EnvConfig, Scenario, env_config
 from llmsched_gym.env.actions.knobs import knobs_for

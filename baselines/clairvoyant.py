@@ -3,18 +3,14 @@
 import math
 
 from llmsched_gym.engine.batch import (
-    add_chunk,
-    can_admit,
-    chunk_room,
     is_prefill,
     open_batch,
     uncached_prefill,
 )
 from llmsched_gym.engine.blocks import known_computed
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import SRPT, add_all_decodes, admission_filters, keep_going
+from llmsched_gym.engine.pack import SRPT, add_all_decodes, add_prompts_by, keep_going
 from llmsched_gym.engine.predict import can_make_ttft
-from llmsched_gym.engine.records import WAITING
 from llmsched_gym.scheduler import Compiled
 
 PRICED_TOKENS = 512
@@ -63,19 +59,8 @@ def least_work(lane, admitting, hold, limit):
 def shortest_total(lane):
     """Every decode, then prompts by the work that is left of the whole request, decodes included; in capped batches."""
     open_batch(lane)
-    sim, batch = lane.sim, lane.batch
     add_all_decodes(lane)
-    hold, limit = admission_filters(lane)
-    admitting = sim.num_waiting > 0
-    for _ in range(sim.max_num_seqs):
-        r = least_work(lane, admitting and sim.num_running + batch.num_admitted < sim.max_num_seqs, hold, limit)
-        n = chunk_room(lane, r) if r >= 0 else 0
-        if n <= 0:
-            break
-        if lane.requests[r].phase == WAITING and not can_admit(lane, r, n):
-            admitting = False
-            continue
-        add_chunk(lane, r, n)
+    add_prompts_by(lane, least_work)
     keep_going(lane)
 
 

@@ -13,9 +13,6 @@ between two chunks; relegated prompts go by deadline.
 import math
 
 from llmsched_gym.engine.batch import (
-    add_chunk,
-    can_admit,
-    chunk_room,
     is_free,
     is_prefill,
     open_batch,
@@ -23,9 +20,9 @@ from llmsched_gym.engine.batch import (
 )
 from llmsched_gym.engine.due import next_due_s
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import add_all_decodes, admission_filters, keep_going
+from llmsched_gym.engine.pack import add_all_decodes, add_prompts_by, keep_going
 from llmsched_gym.engine.predict import can_make_ttft, time_alone_s
-from llmsched_gym.engine.records import NONE, WAITING
+from llmsched_gym.engine.records import NONE
 from llmsched_gym.scheduler import Compiled, Own, not_negative
 
 OWN = (Own("alpha", 1.0, not_negative, "seconds of deadline a second of work >= 0"),)
@@ -82,21 +79,8 @@ def next_prompt(lane, admitting, hold, limit):
 def niyama(lane):
     """Every decode, then prompts by blended priority as long as the decodes' slack lasts."""
     open_batch(lane)
-    sim, batch = lane.sim, lane.batch
     add_all_decodes(lane)
-    hold, limit = admission_filters(lane)
-    admitting = sim.num_waiting > 0
-    for _ in range(2 * sim.max_num_seqs):
-        if batch.token_room <= 0:
-            break
-        r = next_prompt(lane, admitting and sim.num_running + batch.num_admitted < sim.max_num_seqs, hold, limit)
-        n = chunk_room(lane, r) if r >= 0 else 0
-        if n <= 0:
-            break
-        if lane.requests[r].phase == WAITING and not can_admit(lane, r, n):
-            admitting = False
-            continue
-        add_chunk(lane, r, n)
+    add_prompts_by(lane, next_prompt)
     keep_going(lane)
 
 

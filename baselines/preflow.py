@@ -11,9 +11,6 @@ batch and prompts take the rest of vLLM's budget; `half` = 5 seconds, as the def
 import math
 
 from llmsched_gym.engine.batch import (
-    add_chunk,
-    can_admit,
-    chunk_room,
     is_free,
     is_prefill,
     open_batch,
@@ -21,7 +18,7 @@ from llmsched_gym.engine.batch import (
 )
 from llmsched_gym.engine.blocks import known_computed
 from llmsched_gym.engine.jit import kernel
-from llmsched_gym.engine.pack import add_all_decodes, admission_filters, keep_going
+from llmsched_gym.engine.pack import add_all_decodes, add_prompts_by, keep_going
 from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.records import WAITING
 from llmsched_gym.scheduler import VLLM_TOKEN_BUDGET, Compiled, Own, positive
@@ -71,21 +68,8 @@ def next_prompt(lane, admitting, hold, limit):
 def preflow(lane):
     """Every decode, then prompts by priority; one that finds no blocks keeps the others out."""
     open_batch(lane)
-    sim, batch = lane.sim, lane.batch
     add_all_decodes(lane)
-    hold, limit = admission_filters(lane)
-    admitting = sim.num_waiting > 0
-    for _ in range(2 * sim.max_num_seqs):
-        if batch.token_room <= 0:
-            break
-        r = next_prompt(lane, admitting and sim.num_running + batch.num_admitted < sim.max_num_seqs, hold, limit)
-        n = chunk_room(lane, r) if r >= 0 else 0
-        if n <= 0:
-            break
-        if lane.requests[r].phase == WAITING and not can_admit(lane, r, n):
-            admitting = False
-            continue
-        add_chunk(lane, r, n)
+    add_prompts_by(lane, next_prompt)
     keep_going(lane)
 
 

@@ -22,11 +22,12 @@ import torch
 from gymnasium import spaces
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from llmsched_gym.agents.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from llmsched_gym.agents.checkpoint import load_checkpoint, save_checkpoint
 from llmsched_gym.agents.decision_time import finish, measure_decision_s
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import export
 from llmsched_gym.agents.rollout import Discounts, Rollouts
+from llmsched_gym.agents.run_folder import checkpoints
 from llmsched_gym.agents.seeds import TRAINING_SEEDS
 from llmsched_gym.agents.train import Config, make_model, normaliser_of, train, typical_features
 from llmsched_gym.config import ConfigError, env_config

@@ -29,7 +29,7 @@ from llmsched_gym.engine.due import decode_due_s, next_due_s
 from llmsched_gym.engine.jit import kernel
 from llmsched_gym.engine.predict import can_make_ttft
 from llmsched_gym.engine.queue import is_shorter, shortest_expired
-from llmsched_gym.engine.records import NONE, RUNNING
+from llmsched_gym.engine.records import NONE, RUNNING, WAITING
 from llmsched_gym.engine.surface import has_surface, with_decodes_s
 
 ORDERS = ("fcfs", "spf", "class", "srpt", "edf", "feasible", "lpm")
@@ -398,6 +398,29 @@ def add_prompts(lane, order):
             return
         if r != started and not can_admit(lane, r, n):
             admitting = False  # head-of-line: nobody overtakes a prompt that finds no blocks
+            continue
+        add_chunk(lane, r, n)
+
+
+@kernel(inline="always")
+def add_prompts_by(lane, next_prompt):
+    """Give prompts the room that is left, in the order of a kernel ``next_prompt(lane, admitting, hold, limit)``.
+
+    It returns who goes first of those not in the batch, started or, if `admitting`, waiting; -1 for none. A prompt that
+    finds no blocks keeps the others out.
+    """
+    sim, batch = lane.sim, lane.batch
+    hold, limit = admission_filters(lane)
+    admitting = sim.num_waiting > 0
+    for _ in range(2 * sim.max_num_seqs):
+        if batch.token_room <= 0:
+            break
+        r = next_prompt(lane, admitting and sim.num_running + batch.num_admitted < sim.max_num_seqs, hold, limit)
+        n = chunk_room(lane, r) if r >= 0 else 0
+        if n <= 0:
+            break
+        if lane.requests[r].phase == WAITING and not can_admit(lane, r, n):
+            admitting = False
             continue
         add_chunk(lane, r, n)
 
