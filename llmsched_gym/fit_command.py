@@ -13,7 +13,7 @@ import typer
 
 from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec
 from llmsched_gym.cost import DEVICES, MODELS, Profile
-from llmsched_gym.cost.profile import MOST_WHOLE
+from llmsched_gym.cost.profile import MOST_WHOLE, check_profile_place
 from llmsched_gym.files import make_folder
 from llmsched_gym.report import console as terminal
 
@@ -48,10 +48,7 @@ def fit_command(
     held_out: Annotated[bool, typer.Option(help="Errors on levels left out of the fit: takes seconds.")] = True,
 ) -> None:
     """Fit a cost profile to measured kernels (CSV files, plain or .gz), and say how far it is from them."""
-    if out.suffix != ".json":
-        raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
-    if out.is_dir():
-        raise ConfigError(f"out: expected a file, got the folder {out}")
+    check_profile_place(out)
     spec, target = _known(model, MODELS, "model"), _known(device, DEVICES, "device")
     spec = dataclasses.replace(spec, num_layers=num_layers or spec.num_layers)
     text, picture = (out.with_name(f"{out.stem}-fit{end}") for end in (".md", ".png"))

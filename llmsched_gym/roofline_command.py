@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from llmsched_gym.config import BLOCK_SIZE, ConfigError
+from llmsched_gym.config import BLOCK_SIZE
 from llmsched_gym.cost import DEVICES, MODELS, roofline
+from llmsched_gym.cost.profile import check_profile_place
 from llmsched_gym.cost.roofline import OVERHEAD_MS
 from llmsched_gym.files import make_folder
 from llmsched_gym.report import console
@@ -35,8 +36,8 @@ def roofline_command(
     out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the profile into this file.")] = None,
 ) -> None:
     """Make a cost profile from data sheets, for --profile, and say what batches take by it."""
-    if out is not None and (out.suffix != ".json" or out.is_dir()):
-        raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
+    if out is not None:
+        check_profile_place(out)
     profile = roofline(
         model,
         device,

@@ -556,10 +556,12 @@ def test_the_command_of_rooflines(tmp_path, capsys):
     assert (made.name, made.device.name) == ("four", "4xh100-sxm") and made.basis == "roofline, not measured"
     shown = capsys.readouterr().out
     assert f"{1e3 * made.predict_s([(0, 512)], []):.1f}" in shown and made.notes[0] in shown
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
     for wrong, line in (
         (command, "the weights of llama-3.1-70b leave no memory on h100-sxm"),
         ([*command, "--tensor-parallel", "3"], "expected one of 1, 2, 4, 8, got 3"),
         ([*command, "--out", str(tmp_path)], "out: expected a .json file"),
+        ([*command, "--out", str(tmp_path / "notes.json")], "is a file of something else, and no profile"),
     ):
         assert main(wrong) == 2
         error = capsys.readouterr().err

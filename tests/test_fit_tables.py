@@ -413,7 +413,7 @@ def test_a_place_that_cannot_be_written_to_is_said_before_the_work(tmp_path, cap
     (tmp_path / "folder.json").mkdir()
     tables = ["--dense", "none", "--attention", "none", "--per-sequence", "none"]  # nobody reads them
     for options, message in (
-        (["--out", str(tmp_path / "folder.json")], "out: expected a file, got the folder"),
+        (["--out", str(tmp_path / "folder.json")], "out: expected a file to write, got the folder"),
         (["--out", str(tmp_path / "file" / "p.json")], "out: cannot write to"),
         (["--out", str(tmp_path / "p.json"), "--report", str(tmp_path / "file")], "report: cannot write to"),
         (["--out", str(tmp_path / "p.json"), "--kv-blocks", "99999999999"], "'--kv-blocks'"),

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import BLOCK_SIZE, DeviceSpec, ModelSpec, plain_fields
+from llmsched_gym.config import BLOCK_SIZE, ConfigError, DeviceSpec, ModelSpec, plain_fields
 from llmsched_gym.cost.surface import ProfileError, Sums, Surface
 from llmsched_gym.cost.variants import Variant, split_name
-from llmsched_gym.files import version_of, write_text
+from llmsched_gym.files import claim_file, json_with, version_of, write_text
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "profiles"
 
@@ -303,6 +303,13 @@ def load_profile(name_or_path: str | Path) -> Profile:
         return _load(path, variant, *version_of(path))
     except OSError as error:
         raise ProfileError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def check_profile_place(out: Path) -> None:
+    """ConfigError of one line where no profile can be written, or something else lies; makes nothing."""
+    if out.suffix != ".json":
+        raise ConfigError(f"out: expected a .json file, got {str(out)!r}")
+    claim_file(out, "profile", json_with("model", "device", "linear"))
 
 
 def kv_blocks(model: ModelSpec, device: DeviceSpec) -> int:

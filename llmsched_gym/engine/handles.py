@@ -35,7 +35,8 @@ def handle_type(arrays_type: Any) -> Any:
 def as_handle(arrays: Any) -> Any:
     """A handle of a named tuple of arrays, for one kernel of each kind of them to return.
 
-    One each, as numba finds no closure again in its cache, and reads all that is cached of a function at once.
+    One each: of closures that one function makes numba (0.68.1) reads all that is cached at once, with the modules that
+    their types are from, and does not always find them again in the next process.
     """
     return SimpleNamespace(arrays=arrays)
 
