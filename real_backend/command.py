@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 
@@ -15,6 +16,7 @@ from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.scheduler import PolicyError
 
 USAGE, INTERRUPTED = 2, 130
+Backend = Annotated[str, typer.Option(help="What runs the model: transformers, or vllm where it is installed.")]
 
 
 def call(function: Callable[..., None], program: str, argv: Sequence[str] | None = None) -> int:
@@ -59,6 +61,13 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def backend_name(text: str) -> str:
+    """A backend with a real model; ConfigError for another."""
+    if text not in ("transformers", "vllm"):
+        raise ConfigError(f"backend: expected transformers or vllm, got {text!r}")
+    return text
 
 
 def split_policies(text: str) -> list[str]:

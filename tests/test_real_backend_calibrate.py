@@ -78,7 +78,9 @@ def test_the_plan_keeps_its_limits_and_covers_what_it_should():
 
 
 def test_the_plan_fits_into_a_small_cache():
-    assert all(batch.num_blocks <= 40 for batch in plan(SMALL, 40))
+    assert all(batch.num_blocks() <= 40 for batch in plan(SMALL, 40))
+    larger = plan(SMALL, 20, block_size=32)
+    assert all(batch.num_blocks(32) <= 20 for batch in larger) and any(batch.num_blocks() > 20 for batch in larger)
     assert len(plan(SMALL, 40)) > 50
 
 

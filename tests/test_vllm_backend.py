@@ -108,3 +108,17 @@ def test_the_environment_steps_on_vllm():
 def test_what_vllm_cannot_do_is_one_line(fields, what):
     with pytest.raises(BackendError, match=what):
         make_backend(WORLD.replace(**fields), "random:tiny")
+
+
+def test_made_up_batches_are_measured_and_leave_nothing(backend):
+    backend.fill_random(0)
+    manager = backend.scheduler.kv_cache_manager
+    free = manager.block_pool.get_num_free_blocks()
+    assert backend.measure([], [16, 200]) > 0.0 and backend.measure([(64, 60)], [100, 30]) > 0.0
+    assert manager.block_pool.get_num_free_blocks() == free and not backend.scheduler.requests
+    with pytest.raises(BackendError, match="beyond its limits"):
+        backend.measure([(0, 500), (0, 500)], [])
+    backend.reset(TABLE)
+    assert backend.spec.num_layers > 0 and backend.block_size == 32
+    _, noting = run(backend, "slai")  # as if nothing had been
+    assert {r: len(t) for r, t in noting.tokens.items()} == dict(enumerate(TABLE.output_tokens.tolist()))

@@ -1,13 +1,16 @@
 """What needs no vLLM around it: its backend's settings, and a command line that cannot be served."""
 
+import multiprocessing
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.real_backend.vllm.startup import additional_config, check_command
+from llmsched_gym.real_backend.vllm.versions import let_vllm_look_at_llvmlite
 
 CLASS = "llmsched_gym.real_backend.vllm_plugin.Scheduler"
 
@@ -68,3 +71,36 @@ def test_the_vllm_backend_measures_and_takes_blocks_of_any_power_of_two():
         scenario("paper", backend="vllm", model="random:tiny", jitter=0.1)
     with pytest.raises(ConfigError, match="block_size: expected 16 with backend='transformers'"):
         scenario("paper", backend="transformers", model="random:tiny", block_size=32)
+
+
+def test_engines_and_workers_leave_the_looking_to_the_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vllm", "serve", "m", "--scheduler-cls", CLASS])
+    monkeypatch.setenv("LLMSCHED_POLICY", "./no/folder")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    check_command()
+
+
+def test_vllm_may_look_into_modules_whose_dict_is_none_of_their_own(monkeypatch):
+    dispatcher = types.ModuleType("vllm.triton_utils.dispatcher")
+    utils = types.ModuleType("vllm.triton_utils")
+    utils.dispatcher = dispatcher
+    for module in (types.ModuleType("vllm"), utils, dispatcher):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    let_vllm_look_at_llvmlite()
+
+    class Odd:
+        def __getattr__(self, name):
+            return lambda: name
+
+        __dict__ = property(lambda self: self.get)
+
+    class Plain:
+        kernel = None
+
+        def __init__(self):
+            self.kernel = 3
+
+    look = dispatcher.vars
+    assert look(Odd()).get("kernel") is None and look(Plain()).get("kernel") == 3
+    monkeypatch.setitem(sys.modules, "vllm.triton_utils", types.ModuleType("vllm.triton_utils"))
+    let_vllm_look_at_llvmlite()  # another vLLM: nothing to do

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsched_gym.config import ConfigError, DeviceSpec, ModelSpec, scenario
+from llmsched_gym.config import BLOCK_SIZE, ConfigError, DeviceSpec, ModelSpec, Scenario, blocks_needed, scenario
 from llmsched_gym.cost import Profile, ProfileError, fit_profile
 from llmsched_gym.cost.fit import MIN_ROWS
 from llmsched_gym.cost.measured_batches import read_batches
@@ -21,12 +21,14 @@ from llmsched_gym.cost.tiles import CANDIDATES, best_tile
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.calibration.measurements import Sheet, run_sweep
 from llmsched_gym.real_backend.calibration.sweep import Limits, plan
+from llmsched_gym.real_backend.command import Backend
 from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
-    from llmsched_gym.real_backend.backend import TransformersBackend
+    from llmsched_gym.real_backend.calibration.measurements import MeasuredBackend
 
 ROUNDS, REPEATS = 3, 3
+VLLM_CPU_BLOCK_SIZE = 32
 CPU_TILE = CANDIDATES[0]
 """A CPU's matrix products have no tiles worth a scheduler's attention."""
 CPU_LIMITS = Limits(max_tokens=512, max_context=512, max_seqs=32)
@@ -34,7 +36,7 @@ CPU_LIMITS = Limits(max_tokens=512, max_context=512, max_seqs=32)
 
 
 def calibrate(
-    backend: TransformersBackend,
+    backend: MeasuredBackend,
     csv: str | Path,
     limits: Limits,
     *,
@@ -47,13 +49,14 @@ def calibrate(
     """Sweep `backend`, whose limits must allow `limits`, into `csv`, and fit a profile with its held-out error."""
     from llmsched_gym.real_backend.ceilings import measured_device
 
-    backend.runner.cache.fill_random(seed)
+    backend.fill_random(seed)
     sheet = Sheet(Path(csv), backend.setup)
-    batches = plan(limits, backend.num_kv_blocks, seed)
+    batches = plan(limits, backend.num_kv_blocks, seed, backend.block_size)
     run_sweep(backend.measure, batches, sheet, rounds=rounds, repeats=repeats, progress=progress)
-    device = measured_device(backend.device, backend.loaded.dtype)
+    device = measured_device(backend.device, backend.dtype)
     tile = None if backend.device.type == "cuda" else CPU_TILE
-    return fit(sheet, backend.loaded.spec, device, backend.num_kv_blocks, tile_tokens=tile, name=name, seed=seed)
+    num_kv_blocks = backend.num_kv_blocks * backend.block_size // BLOCK_SIZE
+    return fit(sheet, backend.spec, device, num_kv_blocks, tile_tokens=tile, name=name, seed=seed)
 
 
 def fit(
@@ -111,31 +114,58 @@ def fit_csv(csv: Path, model: ModelSpec, device: DeviceSpec, num_kv_blocks: int,
     return fit(Sheet.of(csv), model, device, num_kv_blocks, name=name)
 
 
-def backend_for(
-    model: str, limits: Limits, device: str | None = None, num_kv_blocks: int | None = None, clock: str = "wall"
-) -> TransformersBackend:
-    """A backend just large enough for a sweep within `limits`."""
+def block_size_of(backend: str, device: str | None) -> int:
+    """Tokens of a KV block: the project's, or where vLLM runs on a CPU the smallest that it has there."""
+    return VLLM_CPU_BLOCK_SIZE if backend == "vllm" and not on_gpu(device) else BLOCK_SIZE
+
+
+def open_backend(world: Scenario, device: str | None, clock: str) -> MeasuredBackend:
+    """The real model that `world` names, loaded; vLLM finds its device itself."""
     from llmsched_gym.real_backend import make_backend
 
+    where = {} if world.backend == "vllm" else {"device": device}
+    backend: MeasuredBackend = make_backend(world, world.model, clock=clock, **where)
+    return backend
+
+
+def backend_for(
+    model: str,
+    limits: Limits,
+    device: str | None = None,
+    num_kv_blocks: int | None = None,
+    clock: str = "wall",
+    backend: str = "transformers",
+) -> MeasuredBackend:
+    """A backend just large enough for a sweep within `limits`."""
+    block_size = block_size_of(backend, device)
+    if backend == "vllm" and num_kv_blocks is None:
+        num_kv_blocks = limits.max_seqs * blocks_needed(limits.max_context, block_size)
     world = scenario(
         "paper",
-        max_model_len=limits.max_context,
+        backend=backend,
+        model=model,
+        block_size=block_size,
+        max_model_len=limits.max_context + (backend == "vllm"),  # which asks for room for the token behind
         max_num_seqs=limits.max_seqs,
         max_num_batched_tokens=limits.max_tokens,
         num_kv_blocks=num_kv_blocks,
     )
-    return make_backend(world, model, device, clock=clock)
+    return open_backend(world, device, clock)
 
 
-def limits_for(device: str | None, **given: int | None) -> Limits:
-    """The limits given, and for the rest those that suit the device."""
+def on_gpu(device: str | None) -> bool:
+    """Whether a named device, or the one that is taken where none is named, is a GPU."""
     try:
         import torch
     except ImportError:
         raise BackendError("calibration needs torch and transformers: pip install '.[real]'") from None
 
-    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    default = Limits() if on_gpu else CPU_LIMITS
+    return torch.cuda.is_available() if device is None else device.startswith("cuda")
+
+
+def limits_for(device: str | None, **given: int | None) -> Limits:
+    """The limits given, and for the rest those that suit the device."""
+    default = Limits() if on_gpu(device) else CPU_LIMITS
     chosen = {field: getattr(default, field) if value is None else value for field, value in given.items()}
     try:
         return Limits(**chosen)
@@ -164,7 +194,9 @@ def calibrate_command(
     max_context: Annotated[int | None, typer.Option(help="Longest sequence, tokens (8192; 512 on a CPU).")] = None,
     max_seqs: Annotated[int | None, typer.Option(help="Sequences of the largest batch (128; 32 on a CPU).")] = None,
     mixtures: Annotated[int | None, typer.Option(help="Random mixed batches (160).")] = None,
-    num_kv_blocks: Annotated[int | None, typer.Option(help="KV blocks; as many as memory holds unless given.")] = None,
+    num_kv_blocks: Annotated[
+        int | None, typer.Option(help="KV blocks; as many as memory holds (vllm: as the sweep needs) unless given.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that the whole sweep is gone through.")] = ROUNDS,
     repeats: Annotated[int, typer.Option(min=1, help="Measured passes per batch and round.")] = REPEATS,
     threads: Annotated[
@@ -172,6 +204,7 @@ def calibrate_command(
     ] = None,
     clock: Annotated[str, typer.Option(help="wall; cpu on a CPU that others use too, with --threads 1.")] = "wall",
     name: Annotated[str | None, typer.Option(help="Name of the profile; DEVICE-MODEL unless given.")] = None,
+    backend: Backend = "transformers",
     seed: Annotated[int, typer.Option(help="Of the random mixtures, their order, and the held-out rows.")] = 0,
 ) -> None:
     """Measure a model's batches and fit a cost profile."""
@@ -182,10 +215,10 @@ def calibrate_command(
         import torch
 
         torch.set_num_threads(threads)
-    backend = backend_for(model, limits, device, num_kv_blocks, clock)
+    measured = backend_for(model, limits, device, num_kv_blocks, clock, command.backend_name(backend))
     with command.progress_bar("batches") as progress:
         profile = calibrate(
-            backend,
+            measured,
             csv or out.with_suffix(".csv"),
             limits,
             name=name,

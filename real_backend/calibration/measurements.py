@@ -8,14 +8,17 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from llmsched_gym.config import ModelSpec
 from llmsched_gym.cost.measured_batches import batch_row
+from llmsched_gym.engine import Backend
 from llmsched_gym.real_backend.calibration.sweep import Composition
 from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
 COLUMNS = ("prefill", "decode", "ms", "min_ms", "max_ms", "repeats", "round", "setup")
 """The first three are what :func:`llmsched_gym.cost.fit_profile` reads; times are medians of `repeats` passes."""
@@ -23,6 +26,38 @@ COLUMNS = ("prefill", "decode", "ms", "min_ms", "max_ms", "repeats", "round", "s
 Key = tuple[str, str, str]  # prefill, decode, round
 Measure = Callable[[list[tuple[int, int]], list[int]], float]
 """Seconds of a batch: prefill chunks as (computed, n) tokens, decodes as context lengths."""
+
+
+class MeasuredBackend(Backend, Protocol):
+    """A real model whose batches are measured one by one: a TransformersBackend or a VLLMBackend."""
+
+    @property
+    def num_kv_blocks(self) -> int:
+        """Blocks of the KV cache, each of `block_size` tokens."""
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def setup(self) -> str:
+        """Model, device and versions in one line."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shapes."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    def fill_random(self, seed: int) -> None:
+        """Let the whole KV cache hold numbers as keys and values are."""
+
+    def measure(self, chunks: list[tuple[int, int]], decode_contexts: list[int]) -> float:
+        """Seconds of a batch whose contexts count as computed."""
 
 
 @dataclass

@@ -34,9 +34,10 @@ class Composition:
     def num_seqs(self) -> int:
         return len(self.chunks) + len(self.decodes)
 
-    @property
-    def num_blocks(self) -> int:
-        return sum(blocks_needed(c + n) for c, n in self.chunks) + sum(blocks_needed(n) for n in self.decodes)
+    def num_blocks(self, block_size: int = BLOCK_SIZE) -> int:
+        """KV blocks that its sequences hold."""
+        lengths = (*(c + n for c, n in self.chunks), *self.decodes)
+        return sum(blocks_needed(length, block_size) for length in lengths)
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,24 @@ class Limits:
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: expected a whole number >= {low}, got {getattr(self, name)}")
 
-    def allow(self, batch: Composition, num_blocks: int) -> bool:
+    def allow(self, batch: Composition, num_blocks: int, block_size: int = BLOCK_SIZE) -> bool:
         longest = max([c + n for c, n in batch.chunks] + list(batch.decodes))
         return (
             batch.num_tokens <= self.max_tokens
             and longest <= self.max_context
             and batch.num_seqs <= self.max_seqs
-            and batch.num_blocks <= num_blocks
+            and batch.num_blocks(block_size) <= num_blocks
         )
 
 
-def plan(limits: Limits, num_blocks: int, seed: int = 0) -> list[Composition]:
+def plan(limits: Limits, num_blocks: int, seed: int = 0, block_size: int = BLOCK_SIZE) -> list[Composition]:
     """Different batches within the limits and a cache of `num_blocks`, in random order, so that a slow drift of the
     machine does not look like an effect of their size."""
     rng = np.random.default_rng(seed)
     batches = [*_token_counts(limits), *_contexts(limits), *_decodes(limits), *_hybrids(limits)]
-    batches += [_mixture(limits, num_blocks, rng) for _ in range(limits.mixtures)]
-    allowed = list(dict.fromkeys(batch for batch in batches if limits.allow(batch, num_blocks)))
+    num_tokens = num_blocks * block_size
+    batches += [_mixture(limits, num_tokens, rng) for _ in range(limits.mixtures)]
+    allowed = list(dict.fromkeys(batch for batch in batches if limits.allow(batch, num_blocks, block_size)))
     return [allowed[i] for i in rng.permutation(len(allowed))]
 
 
@@ -110,10 +112,10 @@ def _hybrids(limits: Limits) -> list[Composition]:
     return [Composition((chunk,), (c,) * n) for n in decodes for c in contexts for chunk in HYBRID_CHUNKS]
 
 
-def _mixture(limits: Limits, num_blocks: int, rng: np.random.Generator) -> Composition:
+def _mixture(limits: Limits, num_tokens: int, rng: np.random.Generator) -> Composition:
     """Decodes of different contexts and one to three chunks, as they meet in a running system."""
     decodes = int(np.exp(rng.uniform(0.0, np.log(min(limits.max_seqs - 1, limits.max_tokens - 1)))))
-    typical = min(limits.max_context, BLOCK_SIZE * num_blocks / (2 * decodes)) * rng.uniform(0.1, 0.9)
+    typical = min(limits.max_context, num_tokens / (2 * decodes)) * rng.uniform(0.1, 0.9)
     lengths = np.clip(typical * np.exp(0.6 * rng.standard_normal(decodes)), 1, limits.max_context).astype(int)
     parts = int(rng.integers(1, min(3, limits.max_seqs - decodes) + 1))
     total = int(np.exp(rng.uniform(np.log(parts), np.log(limits.max_tokens - decodes + 1))))

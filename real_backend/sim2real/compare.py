@@ -24,7 +24,15 @@ from llmsched_gym.evaluation import metrics
 from llmsched_gym.evaluation.run import Episode, simulate
 from llmsched_gym.files import claim_folder, json_with
 from llmsched_gym.real_backend import command
-from llmsched_gym.real_backend.calibration.calibrate import calibrate, describe, limits_for
+from llmsched_gym.real_backend.calibration.calibrate import (
+    block_size_of,
+    calibrate,
+    describe,
+    limits_for,
+    on_gpu,
+    open_backend,
+)
+from llmsched_gym.real_backend.command import Backend
 from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.real_backend.sim2real import page
 from llmsched_gym.real_backend.sim2real.agreement import summary
@@ -32,7 +40,7 @@ from llmsched_gym.real_backend.sim2real.small_world import SmallWorld, limits, m
 from llmsched_gym.registry import make_scheduler
 
 if TYPE_CHECKING:
-    from llmsched_gym.real_backend.backend import TransformersBackend
+    from llmsched_gym.real_backend.calibration.measurements import MeasuredBackend
 
 POLICIES = ("sarathi", "sarathi-spf", "slai", "rad", "srpt-capped")
 LOADS = (0.5, 0.8, 1.1)
@@ -57,7 +65,7 @@ class Comparison:
 
 
 def compare(
-    backend: TransformersBackend,
+    backend: MeasuredBackend,
     profile: Profile,
     world: SmallWorld,
     policies: Sequence[str] = POLICIES,
@@ -129,9 +137,11 @@ def save(comparison: Comparison, out: Path) -> dict[str, Any]:
     return found
 
 
-def kv_blocks(scale: float) -> int | None:
+def kv_blocks(scale: float, block_size: int = BLOCK_SIZE) -> int | None:
     """Blocks of a world at a scale; at full scale as many as memory holds."""
-    return max(int(DEFAULT_BLOCKS * scale), 2 * limits(scale)["max_model_len"] // BLOCK_SIZE) if scale < 1 else None
+    if scale >= 1:
+        return None
+    return max(int(DEFAULT_BLOCKS * scale) * BLOCK_SIZE, 2 * limits(scale)["max_model_len"]) // block_size
 
 
 def prepare(
@@ -143,29 +153,28 @@ def prepare(
     scale: float | None = None,
     num_requests: int = 100,
     clock: str = "wall",
+    backend: str = "transformers",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[TransformersBackend, Profile, SmallWorld]:
+) -> tuple[MeasuredBackend, Profile, SmallWorld]:
     """The backend, its profile (measured unless given) and the world to compare in."""
-    from llmsched_gym.real_backend import make_backend
-
-    on_cpu = limits_for(device, max_tokens=None).max_tokens < 2048
-    scale = scale if scale is not None else (CPU_SCALE if on_cpu else 1.0)
+    scale = scale if scale is not None else (1.0 if on_gpu(device) else CPU_SCALE)
     if not 0.0 < scale <= 1.0:
         raise ConfigError(f"scale: expected a number > 0 and <= 1, got {scale:g}")
-    world = scenario("default", num_kv_blocks=kv_blocks(scale), **limits(scale))
-    backend = make_backend(world, model, device, clock=clock)
+    block_size = block_size_of(backend, device)
+    machine = {"block_size": block_size, "num_kv_blocks": kv_blocks(scale, block_size), **limits(scale)}
+    opened = open_backend(scenario("default", backend=backend, model=model, **machine), device, clock)
     if profile is not None:
         measured = load_profile(profile)
     else:
         bound = limits_for(
             device,
             max_tokens=min(limits(scale)["max_num_batched_tokens"], 2048),
-            max_context=limits(scale)["max_model_len"],
+            max_context=limits(scale)["max_model_len"] - (backend == "vllm"),  # the token behind needs room
             max_seqs=limits(scale)["max_num_seqs"],
         )
-        measured = calibrate(backend, out / "profile.csv", bound, progress=progress)
+        measured = calibrate(opened, out / "profile.csv", bound, progress=progress)
         measured.to_json(out / "profile.json")
-    return backend, measured, make_world(measured, scale, out, num_requests, backend.num_kv_blocks)
+    return opened, measured, make_world(measured, scale, out, num_requests, opened.num_kv_blocks, block_size)
 
 
 def sim2real_command(
@@ -188,6 +197,7 @@ def sim2real_command(
         int | None, typer.Option(min=1, help="CPU threads of torch; its own choice unless given.")
     ] = None,
     clock: Annotated[str, typer.Option(help="wall; cpu on a CPU that others use too, with --threads 1.")] = "wall",
+    backend: Backend = "transformers",
 ) -> None:
     """Compare the simulator with the real model."""
     try:
@@ -206,13 +216,14 @@ def sim2real_command(
     marks = {"scenario.json": json_with("suite"), "profile.csv": Path.is_file}  # the first is written last
     claim_folder(out, "comparison of llmsched", marks)
     options = {"profile": profile, "device": device, "scale": scale, "num_requests": num_requests, "clock": clock}
+    options["backend"] = command.backend_name(backend)
     with command.progress_bar("calibration") as progress:
-        backend, measured, world = prepare(model, out, progress=progress, **options)  # type: ignore[arg-type]
+        opened, measured, world = prepare(model, out, progress=progress, **options)  # type: ignore[arg-type]
     print(describe(measured) if measured.fit else measured.name, file=sys.stderr)
     with command.progress_bar("runs") as progress:
         names = command.split_policies(policy)
         comparison = compare(
-            backend,
+            opened,
             measured,
             world,
             names,

@@ -50,7 +50,14 @@ def token_budget(scale: float) -> int:
     return REFERENCE_BUDGET if scale >= 1 else max(64, _blocks(REFERENCE_BUDGET * scale))
 
 
-def make_world(profile: Profile, scale: float, folder: Path, num_requests: int, num_kv_blocks: int) -> SmallWorld:
+def make_world(
+    profile: Profile,
+    scale: float,
+    folder: Path,
+    num_requests: int,
+    num_kv_blocks: int,
+    block_size: int = BLOCK_SIZE,
+) -> SmallWorld:
     """The default scenario with lengths times `scale`, as finite runs on the device that `profile` describes.
 
     The scaled lengths are written to `folder`. SLOs keep their size in batch times: they are the default's times the
@@ -78,6 +85,7 @@ def make_world(profile: Profile, scale: float, folder: Path, num_requests: int, 
         drain_s=default.drain_s * unit,
         idle_step_s=default.idle_step_s * unit,
         num_kv_blocks=num_kv_blocks,
+        block_size=block_size,
         **limits(scale),
     )
     small = SmallWorld(world, budget, unit, 0.0)

@@ -11,7 +11,6 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from llmsched_gym.real_backend.errors import BackendError, one_line
 from llmsched_gym.real_backend.tokens import prompt_ids
 from llmsched_gym.real_backend.vllm.execute import ExecutesBatches, NamedBatch
 from llmsched_gym.real_backend.vllm.tiny_model import write_tiny_model
-from llmsched_gym.real_backend.vllm.versions import check_version
+from llmsched_gym.real_backend.vllm.versions import check_version, let_vllm_look_at_llvmlite
+from llmsched_gym.real_backend.weights import model_spec
 from llmsched_gym.workload import RequestTable
 
 RANDOM_MODEL = "random:tiny"
@@ -48,17 +48,6 @@ class GivenBatches(ExecutesBatches, Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """The batch that was given."""
         return self.execute(self.given, throttle_prefills)
-
-
-def _let_vllm_look_at_llvmlite() -> None:
-    """vLLM on a CPU looks into the ``__dict__`` of everything that is imported, and llvmlite has one that is none."""
-    from vllm.triton_utils import dispatcher
-
-    def attributes(value: Any) -> Any:
-        found = getattr(value, "__dict__", {})
-        return found if isinstance(found, Mapping) else {}
-
-    dispatcher.vars = attributes  # type: ignore[attr-defined]
 
 
 def make_backend(
@@ -114,7 +103,7 @@ class VLLMBackend:
                 distributed_executor_backend="uni",
                 enforce_eager=model == RANDOM_MODEL,  # compiling it would take longer than all that it is for
             )
-            _let_vllm_look_at_llvmlite()
+            let_vllm_look_at_llvmlite()
             try:
                 config = args.create_engine_config()
                 config.scheduler_config.scheduler_reserve_full_isl = False
@@ -127,9 +116,11 @@ class VLLMBackend:
                     raise BackendError(f"block_size {scenario.block_size}: {what}; {one_line(error)}") from None
                 raise BackendError(f"model {model!r}: vLLM cannot load it: {one_line(error)}") from None
         self.scheduler: Any = self.core.scheduler
+        self.block_size = scenario.block_size
+        self.device = torch.device(str(config.device_config.device_type))
+        self.dtype: torch.dtype = config.model_config.dtype
+        self.spec = model_spec(Path(model).name, config.model_config.hf_text_config, self.dtype)
         self.vocab_size = int(config.model_config.get_vocab_size())
-        self._device = str(config.device_config.device_type)
-        self._dtype = str(config.model_config.dtype).removeprefix("torch.")
         self._prompts = self._outputs = np.zeros(0, np.int64)
         self._seed = 0
         self._ended_s: float | None = None
@@ -137,15 +128,13 @@ class VLLMBackend:
     @property
     def setup(self) -> str:
         """Model, device and versions in one line: results of another setup must not be mixed in."""
-        parts = [Path(self.name).name, self._dtype, self._device, platform.machine()]
+        parts = [Path(self.name).name, str(self.dtype).removeprefix("torch."), str(self.device), platform.machine()]
         parts += [f"torch {torch.__version__}", f"vllm {vllm.__version__}"]
         return ", ".join(parts if self.clock == "wall" else [*parts, f"{self.clock} time"])
 
     def reset(self, table: RequestTable) -> None:
         """Forget everything and take the requests of a new episode; their prompts come from the table's seed."""
-        scheduler = self.scheduler
-        scheduler.finish_requests(list(scheduler.requests), RequestStatus.FINISHED_ABORTED)
-        self._step(NamedBatch())  # the workers forget them too
+        self._forget()
         self._prompts, self._outputs, self._seed = table.prompt_tokens, table.output_tokens, table.seed
         self._ended_s = None
 
@@ -177,10 +166,54 @@ class VLLMBackend:
         end_s = self._ended_s = self._now()
         return Execution(end_s - start_s + host_s, {int(name): token for name, token in tokens.items()})
 
+    def fill_random(self, seed: int) -> None:
+        """Let the whole KV cache hold numbers as keys and values are."""
+        random = torch.Generator(self.device).manual_seed(seed)
+        for cache in self._runner().kv_caches:
+            cache.normal_(generator=random)
+
+    def _runner(self) -> Any:
+        executor: Any = self.core.model_executor
+        return executor.driver_worker.worker.model_runner
+
+    def measure(self, chunks: list[tuple[int, int]], decode_contexts: list[int]) -> float:
+        """Seconds of a made-up batch: chunks as (computed, n) tokens, decodes as context lengths, itself included.
+
+        The running episode is forgotten. What counts as computed has its blocks and whatever they hold, as vLLM takes
+        requests whose KV came from elsewhere.
+        """
+        items = [*((context - 1, 1) for context in decode_contexts), *chunks]  # vLLM serves decodes first
+        self._forget()
+        manager, tokens = self.scheduler.kv_cache_manager, {}
+        for i, (computed, n) in enumerate(items):
+            request = self._add_prompt(str(i), prompt_ids(0, i, computed + n, self.vocab_size).tolist(), 2)
+            if computed:
+                manager.allocate_slots(request, computed)
+                request.num_computed_tokens = computed
+            tokens[str(i)] = n
+        start_s = self._now()
+        ran, _ = self._step(NamedBatch(tokens))
+        duration_s = self._now() - start_s
+        if ran != tokens:
+            raise BackendError(f"vLLM ran {sum(ran.values())} of {sum(tokens.values())} tokens: beyond its limits")
+        self._forget()
+        return duration_s
+
     def _add(self, name: str, r: int) -> None:
         prompt = prompt_ids(self._seed, r, int(self._prompts[r]), self.vocab_size).tolist()
-        params = SamplingParams(temperature=0.0, max_tokens=int(self._outputs[r]), ignore_eos=True)
-        self.scheduler.add_request(Request(name, prompt, params, None))
+        self._add_prompt(name, prompt, int(self._outputs[r]))
+
+    def _add_prompt(self, name: str, prompt: list[int], num_output_tokens: int) -> Request:
+        params = SamplingParams(temperature=0.0, max_tokens=num_output_tokens, ignore_eos=True)
+        request = Request(name, prompt, params, None)
+        self.scheduler.add_request(request)
+        return request
+
+    def _forget(self) -> None:
+        """End all requests; the workers forget them too."""
+        self.scheduler.finish_requests(list(self.scheduler.requests), RequestStatus.FINISHED_ABORTED)
+        self._step(NamedBatch())
+        self._ended_s = None
 
     def _step(self, batch: NamedBatch) -> tuple[dict[str, int], dict[str, int]]:
         """What vLLM ran of a batch, and the tokens that came of it, by request."""

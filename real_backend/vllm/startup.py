@@ -6,6 +6,7 @@ The scheduler itself is made in the engine's process, where an error would be on
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -15,14 +16,21 @@ PLUGIN = "llmsched_gym.real_backend.vllm"
 
 
 def check_command() -> None:
-    """End the process, status 2, if its command line asks for the plug-in with settings that cannot be used."""
+    """End the process, status 2, if its command line asks for the plug-in with settings that cannot be used.
+
+    vLLM calls this in every process that it starts; engines and workers leave the looking to the first.
+    """
     if not any(PLUGIN in argument for argument in sys.argv):
+        return
+    from llmsched_gym.real_backend.vllm.versions import check_version, let_vllm_look_at_llvmlite
+
+    let_vllm_look_at_llvmlite()
+    if multiprocessing.parent_process() is not None:
         return
     from llmsched_gym.config import ConfigError
     from llmsched_gym.cost import ProfileError, load_profile
     from llmsched_gym.real_backend.errors import BackendError
     from llmsched_gym.real_backend.vllm.options import read_options
-    from llmsched_gym.real_backend.vllm.versions import check_version
     from llmsched_gym.registry import make_scheduler
     from llmsched_gym.scheduler import PolicyError
 
