@@ -32,13 +32,17 @@ from llmsched_gym.config import (
     scenario,
     suite_text,
 )
+from llmsched_gym.options_file import read_options
 from llmsched_gym.report import console, terminal
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
+ENV_PREFIX = "LLMSCHED"
+
 app = typer.Typer(
-    help="Schedulers for LLM inference: compare them, and find the load that each can carry.",
-    add_completion=False,
+    help="Schedulers for LLM inference: compare them, and find the load that each can carry. Options can come from the "
+    f"environment, {ENV_PREFIX}_EVALUATE_SEEDS=5 for --seeds 5 of evaluate.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -94,12 +98,54 @@ RayAddress = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _take_file(context: typer.Context, path: Path | None) -> Any:
+    """Let the file's options be the defaults of this command; the value is what it says of the scenario's fields."""
+    if path is None:
+        return None
+    found = read_options(path, [parameter.name or "" for parameter in context.command.params])
+    context.default_map = {**(context.default_map or {}), **found.options}
+    return found.fields
+
+
+OptionsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_take_file,
+        metavar="FILE",
+        help="Options by name, TOML or JSON, or the config.json of a run.",
+    ),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import platform
+        from importlib import metadata
+
+        packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("gymnasium", "numpy", "numba"))
+        print(f"llmsched-gym {metadata.version('llmsched-gym')} (Python {platform.python_version()}, {packages})")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and leave.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on stderr.")] = False,
+) -> None:
+    console.quiet = quiet
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     console.print_anywhere()
+    extra: dict[str, Any] = {"auto_envvar_prefix": ENV_PREFIX}
     with _interrupts() as seen, _remarks():
         try:
-            code = typer.main.get_command(app).main(args=argv, prog_name="llmsched", standalone_mode=False)
+            code = _command_line().main(args=argv, prog_name="llmsched", standalone_mode=False, **extra)
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except Exception as error:
@@ -109,6 +155,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         return _fail("interrupted", INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _command_line() -> Any:
+    """All commands; their help does not say at each option which variable of the environment it has."""
+    group: Any = typer.main.get_command(app)
+    for command in (group, *group.commands.values()):
+        for parameter in command.params:
+            parameter.show_envvar = False
+    return group
 
 
 @contextmanager
@@ -122,7 +177,7 @@ def _remarks() -> Iterator[None]:
             usual(message, category, *where, **more)
         elif str(message) not in shown:
             shown.add(str(message))
-            print("llmsched:", message, file=sys.stderr)
+            console.remark(str(message))
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -224,6 +279,7 @@ def evaluate(
     ray_address: RayAddress = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the tables and a report.")] = None,
     no_bound: Annotated[bool, typer.Option("--no-bound", help="With --out, leave the clairvoyant bound out.")] = False,
+    config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Run policies on the same requests, at each rate and seed; with --out, also shortest-total for a bound."""
@@ -268,7 +324,7 @@ def evaluate(
                 console.print_table(table)
     if chosen != named:
         note = f"{chosen[-1]} ran too: a bound that knows every output length (--no-bound leaves it out)"
-        print(f"llmsched: {note}", file=sys.stderr)
+        console.remark(note)
 
 
 @app.command()
@@ -302,6 +358,7 @@ def capacity(
     ray: OnRay = False,
     ray_address: RayAddress = None,
     out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json.")] = None,
+    config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the largest arrival rate at which each policy meets a criterion."""
@@ -336,7 +393,7 @@ def capacity(
     ratios, unit = search.ratios(found), "sessions/s" if come_in_sessions(world) else "1/s"
     for label, item in zip(labels, found, strict=True):
         if item.note:
-            print(f"llmsched: {label}: {item.criterion} {item.note}", file=sys.stderr)
+            console.remark(f"{label}: {item.criterion} {item.note}")
     named = [{"policy": label, "ratio_to": labels[0]} for label in labels]
     rows = [item.to_row() | ratio | name for item, ratio, name in zip(found, ratios, named, strict=True)]
     if as_json:
@@ -538,7 +595,7 @@ def replay(
         console.print_table(replay_table(result))
     over = [] if max_error is None else replays.above(errors, max_error)
     for text in over:
-        print(f"llmsched: {text}", file=sys.stderr)
+        console.remark(text)
     if over:
         raise typer.Exit(FAILURE)
 
@@ -580,6 +637,7 @@ def serve_bench(
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Environment variable that holds the server's API key.")
     ] = None,
+    config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Offer a running server the requests that evaluate draws, and report on it in the same form."""
@@ -611,7 +669,7 @@ def serve_bench(
                 first_seed=first_seed,
                 out=out,
                 progress=progress,
-                say=lambda text: print(f"llmsched: {text}", file=sys.stderr),
+                say=console.remark,
             )
     rows = join(out)
     try:
@@ -633,7 +691,7 @@ def report(
     """Write report.html and report.md from a folder of results."""
     from llmsched_gym.report.write import write_report
 
-    print(f"llmsched: wrote {write_report(directory)}", file=sys.stderr)
+    console.remark(f"wrote {write_report(directory)}")
 
 
 @app.command()
@@ -644,7 +702,7 @@ def bench(
     """Measure how fast this machine runs the engine, an evaluation and the environments."""
     from llmsched_gym.evaluation.bench import bench as measure
 
-    figures = measure(quick, note=lambda text: print(f"llmsched: measuring: {text}", file=sys.stderr))
+    figures = measure(quick, note=lambda text: console.remark(f"measuring: {text}"))
     if as_json:
         console.emit(json.dumps(figures, allow_nan=False) + "\n")
         return
@@ -678,13 +736,20 @@ def _scenario(options: dict[str, Any]) -> Scenario:
         "profile workload trace trace_arrivals trace_invalid num_requests strict_share jitter cost_scale length_hint"
     )
     names += " tbt_rule backend model prefix_caching"
-    fields = {name: options[name] for name in names.split() if options.get(name) is not None}
+    fields = _parsed_fields(options["config"] or [])
+    fields |= {name: options[name] for name in names.split() if options.get(name) is not None}
     if options["patience"] is not None:
         fields["patience_s"] = options["patience"]
     for name in ("allow_refusal", "count_host_time"):
         if options.get(name):
             fields[name] = True
-    for text in options["set_"] or []:
+    return scenario(options["suite"], **fields | _parsed_fields(options["set_"] or []))
+
+
+def _parsed_fields(texts: Sequence[str]) -> dict[str, Any]:
+    """Fields of a scenario from FIELD=VALUE."""
+    fields: dict[str, Any] = {}
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"set: expected FIELD=VALUE, got {text!r}")
@@ -696,7 +761,7 @@ def _scenario(options: dict[str, Any]) -> Scenario:
             fields[name] = float(value) if value == "inf" else value
         if isinstance(fields[name], list):
             fields[name] = tuple(fields[name])
-    return scenario(options["suite"], **fields)
+    return fields
 
 
 def _places(options: dict[str, Any]) -> AbstractContextManager[Any]:

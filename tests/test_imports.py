@@ -29,8 +29,9 @@ ORDER = (
     ("real_backend.gpu_check",),
     ("paper",),
     ("fit_command", "roofline_command", "reproduce"),
-    ("commands",),
+    ("commands", "options_file"),
     ("cli",),
+    ("__main__",),
 )
 LEVELS = {f"llmsched_gym.{name}": level for level, names in enumerate(ORDER) for name in names}
 # Folders beside the package, subpackages of it; resolved by name when asked for, never imported by the core.

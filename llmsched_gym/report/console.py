@@ -19,6 +19,14 @@ BROKEN_PIPE = 141
 PIPE_WIDTH = 180  # columns of a table that no terminal bounds
 LINE_S = 10.0  # between two lines of progress where there is no bar
 
+quiet = False  # whether progress and remarks are left out
+
+
+def remark(text: str) -> None:
+    """Say something on stderr, unless the user wants none of it."""
+    if not quiet:
+        print("llmsched:", text, file=sys.stderr)
+
 
 def new_table(*columns: str, title: str | None = None, text: int = 1) -> Table:
     """A table whose first `text` columns are text and whose others are numbers."""
@@ -47,6 +55,9 @@ def progress_bar(what: str, where: Callable[[], str] = lambda: "") -> Iterator[C
 
     `where` says what does it, such as "on 2 nodes, 64 CPUs"; how many are done a second is said with it.
     """
+    if quiet:
+        yield lambda done, total: None
+        return
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
