@@ -4,11 +4,12 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 VLLM_VENV ?= .venv-vllm
 RAY_VENV ?= .venv-ray
+DOCS_VENV ?= .venv-docs
 # one process per core, a file's tests in one of them: they share compiled code
 PYTEST ?= -n 2 --dist loadfile
 export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
 
-.PHONY: demo test check install format paper libraries ray vllm clean
+.PHONY: demo test check install format paper docs libraries ray vllm clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m benchmarks.demo --out out/demo
@@ -88,6 +89,15 @@ $(RAY_VENV)/.installed: pyproject.toml
 	$(RAY_VENV)/bin/pip install -q -e ".[ray]"
 	touch $@
 
+# the site, offline, into out/site; a warning is an error
+docs: $(DOCS_VENV)/.installed
+	$(DOCS_VENV)/bin/mkdocs build
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/pip install -q "mkdocs-material==9.8.*" "mkdocstrings[python]==1.*" ruff
+	touch $@
+
 paper: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/llmsched reproduce
 
@@ -108,4 +118,4 @@ $(VLLM_VENV)/.installed: benchmarks/vllm_env.sh pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) $(VLLM_VENV) $(RAY_VENV) $(PEERS) build dist out *.egg-info
+	rm -rf $(VENV) $(DEMO_VENV) $(VLLM_VENV) $(RAY_VENV) $(DOCS_VENV) $(PEERS) build dist out *.egg-info
