@@ -79,7 +79,7 @@ $(PEERS)/d3rlpy/.run:
 	$(@D)/bin/pip install -q -e . click h5py structlog colorama dataclasses-json scikit-learn gym
 	$(@D)/bin/pip install -q --no-deps "d3rlpy==2.8.*"
 
-# The map over cells on two workers of a local Ray, in an environment of its own: 5 minutes and 1 GB. Not in CI, whose
+# The map over cells on two workers of a local Ray, in an environment of its own: 9 minutes and 1 GB. Not in CI, whose
 # time is used up, as starting Ray alone takes as long as many tests. The ordinary suite has what needs no Ray.
 ray: $(RAY_VENV)/.installed
 	$(RAY_VENV)/bin/python -m benchmarks.ray_map

@@ -1,9 +1,11 @@
 """The map over cells on a Ray started here: the same rows, lost workers and drivers, what it costs beside processes.
 
-    python -m benchmarks.ray_map [--section rows,worker,driver,listens,cost] [--workers 2] [--runs 200] [--out out/ray]
+    python -m benchmarks.ray_map [--section rows,worker,nodes,driver,listens,cost] [--workers 2] [--runs 200]
+                                 [--out out/ray]
 
 rows: a grid of so many runs, in one process and on Ray, one of them by a scheduler of the user's own. worker: the same
-with a worker killed in the middle. driver: the same by the command line, killed in the middle and started again.
+with a worker killed in the middle. nodes: on a cluster of two nodes by its address, of which one goes in the middle.
+driver: the same by the command line, killed in the middle and started again.
 listens: on which addresses Ray's ports listen. cost: processor time of the driver per cell, and cells per second of
 50 ms and of 5 s on one worker and on `--workers`, as a share of what as many processes do; cells compute, or wait with
 `--idle`.
@@ -29,6 +31,7 @@ import pandas as pd
 from benchmarks import whole
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.evaluation.grid import evaluate
+from llmsched_gym.evaluation.ray_pool import LOOPBACK, NO_CLUSTER, RayPool
 from llmsched_gym.evaluation.spread import choose, spread
 from llmsched_gym.evaluation.workers import Workers
 from llmsched_gym.text import number, table
@@ -102,6 +105,32 @@ def worker(args: argparse.Namespace) -> bool:
     once = len(cells) == len(set(cells)) == args.runs
     print(f"{len(killed)} worker killed after {args.runs // 3} runs: rows {same(here, there)}, each kept once {once}")
     return bool(killed) and same(here, there) and once
+
+
+def nodes(args: argparse.Namespace) -> bool:
+    """A cluster by its address; a node that goes costs no row and doubles none."""
+    from ray.cluster_utils import Cluster
+
+    base, settings = world(args.runs)
+    here = evaluate(base, POLICIES, **settings, out=args.out / "here")
+    node = {"num_cpus": 1, "node_ip_address": LOOPBACK}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    left: list[int] = []
+    try:
+        second = cluster.add_node(**node)
+        with choose(None, address=cluster.address, files=POLICIES) as pool:
+
+            def progress(done: int, total: int) -> None:
+                if done >= total // 3 and not left:
+                    left.append(done)
+                    cluster.remove_node(second, allow_graceful=False)
+
+            told = pool.where() if isinstance(pool, RayPool) else ""
+            there = evaluate(base, POLICIES, **settings, workers=pool, out=args.out / "nodes", progress=progress)
+    finally:
+        cluster.shutdown()
+    print(f"a cluster {told}, a node of which left after {left} runs: rows {same(here, there)}")
+    return bool(left) and same(here, there) and len(there) == args.runs
 
 
 def ray_workers() -> list[int]:
@@ -207,10 +236,11 @@ def cost(args: argparse.Namespace) -> bool:
     return good
 
 
-SECTIONS = {"rows": rows, "worker": worker, "driver": driver, "listens": listens, "cost": cost}
+SECTIONS = {"rows": rows, "worker": worker, "nodes": nodes, "driver": driver, "listens": listens, "cost": cost}
 
 
 def main() -> int:
+    os.environ.setdefault(NO_CLUSTER, "0")  # before Ray is imported: all of it on the loopback
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ray_map", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--section", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--workers", type=whole, default=2, help="of Ray, and processes beside it")
