@@ -36,10 +36,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks import whole
-from llmsched_gym.config import Scenario, scenario
+from llmsched_gym.config import Scenario, scenario, split_names
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.real_backend.command import split_policies
 from llmsched_gym.report import intervals
 from llmsched_gym.serving.bench import Server, serve_bench
 from llmsched_gym.text import between, number, table
@@ -206,7 +205,7 @@ def tell(rows: pd.DataFrame, policies: Sequence[str], what: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/live"))
-    parser.add_argument("--policies", type=split_policies, default=[STOCK, "slai", "on-time"])
+    parser.add_argument("--policies", type=lambda text: split_names([text]), default=[STOCK, "slai", "on-time"])
     parser.add_argument("--seeds", type=whole, default=5)
     parser.add_argument("--num-requests", type=whole, default=200)
     parser.add_argument("--qps", type=float, default=4.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import signal
 import sys
 import warnings
@@ -30,6 +29,7 @@ from llmsched_gym.config import (
     Scenario,
     find_suite,
     scenario,
+    split_names,
     suite_text,
 )
 from llmsched_gym.options_file import read_options
@@ -718,9 +718,7 @@ def _entries(value: Any) -> list[tuple[str, Any]]:
 
 def split_policies(texts: Sequence[str], what: str = "policy") -> list[str]:
     """Names separated by commas, those inside brackets left alone."""
-    names = [name.strip() for text in texts for name in re.split(r",(?![^\[\]]*\])", text)]
-    if not all(names):
-        raise ConfigError(f"{what}: expected names separated by commas, got {','.join(texts)!r}")
+    names = split_names(texts, what)
     sys.path.append(os.getcwd())  # module:Class may lie where the user is
     return names
 
@@ -768,8 +766,7 @@ def _places(options: dict[str, Any]) -> AbstractContextManager[Any]:
     """Where the runs of a command take place, with the files that its options name."""
     from llmsched_gym.evaluation.spread import choose
 
-    names = [*options["policy"], options["router"] or ""]
-    files = [name.strip() for text in names for name in re.split(r",(?![^\[\]]*\])", text)]
+    files = split_names([*options["policy"], *([options["router"]] if options["router"] else [])])
     files += [str(options[name]) for name in ("profile", "workload", "trace") if options[name] is not None]
     files += [text.partition("=")[2] for text in options["set_"] or ()]
     return choose(options["workers"], options["ray"], options["ray_address"], files)

@@ -73,5 +73,6 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     "tune": ("Tune a constant, a linear rule or a scheduler's parameters", _with_agents),
     "search": ("Search settings of train with Optuna", _with_agents),
     "imitate": ("Imitate a scheduler with a network", _with_agents),
+    "record": ("Record data sets for offline learning", _with_agents),
     "compare": ("Compare trained agents with opponents, over training seeds", _with_agents),
 }

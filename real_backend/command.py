@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,11 +67,3 @@ def backend_name(text: str) -> str:
     if text not in ("transformers", "vllm"):
         raise ConfigError(f"backend: expected transformers or vllm, got {text!r}")
     return text
-
-
-def split_policies(text: str) -> list[str]:
-    """Names separated by commas, those inside brackets left alone."""
-    names = [name.strip() for name in re.split(r",(?![^\[\]]*\])", text)]
-    if not all(names):
-        raise ConfigError(f"policy: expected names separated by commas, got {text!r}")
-    return names

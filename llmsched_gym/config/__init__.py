@@ -1,6 +1,7 @@
 """Frozen, validated descriptions of scenarios, environments and clusters; the named suites."""
 
 from llmsched_gym.config.cluster import MOST_REPLICAS, ROLES, ClusterScenario, RouteConfig
+from llmsched_gym.config.names import split_names
 from llmsched_gym.config.scenario import (
     ACTIONS,
     ADMISSIONS,
@@ -60,5 +61,6 @@ __all__ = [
     "plain_fields",
     "route_config",
     "scenario",
+    "split_names",
     "suite_text",
 ]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pandas as pd
 import typer
 
-from llmsched_gym.config import BLOCK_SIZE, ConfigError, scenario
+from llmsched_gym.config import BLOCK_SIZE, ConfigError, scenario, split_names
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.evaluation import metrics
 from llmsched_gym.evaluation.run import Episode, simulate
@@ -221,7 +221,7 @@ def sim2real_command(
         opened, measured, world = prepare(model, out, progress=progress, **options)  # type: ignore[arg-type]
     print(describe(measured) if measured.fit else measured.name, file=sys.stderr)
     with command.progress_bar("runs") as progress:
-        names = command.split_policies(policy)
+        names = split_names([policy])
         comparison = compare(
             opened,
             measured,
