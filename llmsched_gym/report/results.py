@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from llmsched_gym.fluid import Fluid
 from llmsched_gym.report import statistics
@@ -17,6 +18,11 @@ from llmsched_gym.report.statistics import BASELINE, ReportError
 
 REQUIRED = ("runs.parquet", "requests.parquet", "config.json")
 REQUEST_COLUMNS = ["policy", "qps", "seed", "prompt_tokens", "phase", "ttft_s", "attained"]
+OF_REQUESTS = (
+    *("index", "slo_class", "ttft_slo_s", "tbt_slo_s", "queue_time_s", "e2e_latency_s", "max_itl_s"),
+    *("output_tokens", "num_late_gaps", "num_preemptions"),
+)
+"""Columns that are shown of single requests, where there are such."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,9 @@ def read_results(directory: Path) -> Results:
         rates = rows.loc[rows["load"].isin([focus, highest]), "qps"].unique().tolist()
         name = "requests.parquet"
         wanted = None if drawn else [("qps", "in", rates)]
-        requests = pd.read_parquet(directory / name, columns=REQUEST_COLUMNS, filters=wanted)
+        held = set(pq.read_schema(directory / name).names)
+        columns = [*REQUEST_COLUMNS, *(column for column in OF_REQUESTS if column in held)]
+        requests = pd.read_parquet(directory / name, columns=columns, filters=wanted)
         name = "itl.parquet"
         itl = _optional(directory / name)
         name = "steps.parquet"
