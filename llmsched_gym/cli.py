@@ -278,6 +278,9 @@ def evaluate(
     ray: OnRay = False,
     ray_address: RayAddress = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the tables and a report.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Of a single run: its batches and requests as a trace for ui.perfetto.dev.")
+    ] = None,
     no_bound: Annotated[bool, typer.Option("--no-bound", help="With --out, leave the clairvoyant bound out.")] = False,
     config: OptionsFile = None,
     as_json: AsJson = False,
@@ -299,6 +302,14 @@ def evaluate(
         named = clusters.pairs(routers_named, named)
         world = world if replicas is None else clusters.with_replicas(world, replicas)
         world = world if staleness is None else world.replace(router_staleness_s=staleness)
+    if perfetto is not None:
+        from llmsched_gym.evaluation.perfetto import claim_trace
+
+        claim_trace(perfetto)
+        if len(named) != 1 or seeds != 1 or (rates is not None and len(rates) != 1):
+            raise ConfigError("perfetto: expected one policy, one rate and --seeds 1, got several runs")
+        if isinstance(world, ClusterScenario) or world.backend != "simulated" or world.async_lag:
+            raise ConfigError("perfetto: expected one simulated engine without async_lag")
     bounded = out is not None and not no_bound and world.backend == "simulated"
     bounded = bounded and not isinstance(world, ClusterScenario)
     chosen = with_bound(named) if bounded else named
@@ -313,8 +324,19 @@ def evaluate(
             out=out,
             progress=progress,
         )
+    if perfetto is not None:
+        from llmsched_gym.evaluation.grid import finite
+        from llmsched_gym.evaluation.perfetto import write_trace
+        from llmsched_gym.evaluation.record import record
+
+        one = finite(world) if rates is None else finite(world).replace(qps=rates[0])
+        write_trace(record(one, named[0], first_seed), perfetto)
+        print(f"llmsched: wrote {perfetto}; open it at ui.perfetto.dev", file=sys.stderr)
     try:
         if out is not None:
+            from llmsched_gym.evaluation.lives import write_lives
+
+            write_lives(out, world)
             report(out)
     finally:
         if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Results:
     itl: pd.DataFrame  # of the focus load; empty if there is none
     steps: pd.DataFrame  # of the focus load and one seed; empty if there is none
     capacity: pd.DataFrame  # empty if there is none
+    lives: Sequence[dict[str, Any]] = ()  # of the worst requests at the focus load
     fluid: Fluid | None = None  # of the scenario, where it can be had
 
     @property
@@ -122,6 +124,8 @@ def read_results(directory: Path) -> Results:
         itl = _optional(directory / name)
         name = "steps.parquet"
         steps = _optional(directory / name)
+        name = "lives.json"
+        lives = json.loads((directory / name).read_text("utf-8"))["lives"] if (directory / name).is_file() else []
         name = "capacity.json"
         capacity = _capacities(directory, _suite(rows))
     except (OSError, ValueError, KeyError) as error:
@@ -133,7 +137,7 @@ def read_results(directory: Path) -> Results:
     if not steps.empty:
         steps = steps[steps["seed"] == steps["seed"].min()]
         steps = steps if drawn else steps[np.isin(steps["qps"], rows.loc[rows["load"] == focus, "qps"])]
-    return Results(directory, config, rows, focus, requests, itl, steps, capacity, fluid_of(config))
+    return Results(directory, config, rows, focus, requests, itl, steps, capacity, lives, fluid_of(config))
 
 
 def _optional(path: Path) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.paper import constants
-from llmsched_gym.report import batch_charts, clusters, distance, load_charts, request_charts, statistics, tables
+from llmsched_gym.report import batch_charts, clusters, distance, lives, load_charts, request_charts, statistics, tables
 from llmsched_gym.report.bounds import ordinary, shown_capacity
 from llmsched_gym.report.chart import Chart
 from llmsched_gym.report.intervals import MIN_SEEDS
@@ -52,6 +52,7 @@ def sections(results: Results) -> list[Section]:
         _against_paper(results),
         _capacity(results),
         _at_focus(results),
+        _lives(results),
         _batches(results),
     ]
 
@@ -300,6 +301,14 @@ def _at_focus(results: Results) -> Section:
     seeds = own["seed"].nunique()
     text = f"At {load_label(rows, focus)}{why}; requests of {seeds} seed{'s' if seeds != 1 else ''} together."
     return Section("distributions", "Requests", text, charts)
+
+
+def _lives(results: Results) -> Section:
+    found = lives.table(results.lives)
+    if found is None:
+        return Section("lives", "")
+    text = lives.section_text(results.lives, load_label(results.rows, results.focus))
+    return Section("lives", "Why they missed", text, [lives.chart(results.lives)], [found])
 
 
 def _batches(results: Results) -> Section:

@@ -67,7 +67,7 @@
   }
 
   function layoutOf(chart, narrow) {
-    const { rows, figures, ...own } = chart.layout;
+    const { rows, figures, notes, ...own } = chart.layout;
     const found = {
       height: rows ? 84 + 27 * rows : 310, hovermode: "closest", dragmode: narrow ? false : "zoom",
       margin: { l: 52, r: 14, t: 22, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -98,6 +98,8 @@
     config.toImageButtonOptions = { filename: chart.name, scale: 2 };
     const shown = chart.traces.filter((trace) => isShown(trace, chart)).map(painted);
     canvas.closest("figure").querySelector(".badge").hidden = state.slo === "all" || hasClass(chart) || !chart.traces.some((t) => t.meta.slo);
+    const notes = chart.layout.notes;
+    if (notes) canvas.closest("figure").querySelector(".said").textContent = notes[state.picked[chart.name] ?? firstPick(chart)];
     const first = !canvas.classList.contains("js-plotly-plot");
     Plotly.react(canvas, shown, layoutOf(chart, narrow), config);
     if (first) canvas.on("plotly_click", (event) => showRequest(event.points[0]));
@@ -168,6 +170,15 @@
   }
   for (const select of document.querySelectorAll("select[data-picks]")) {
     select.addEventListener("change", () => pick(select.dataset.picks, select.value));
+  }
+
+  for (const row of document.querySelectorAll("#lives tbody tr")) {
+    row.addEventListener("click", () => {
+      const [policy, index] = [row.dataset.policy, row.cells[1].textContent.trim()];
+      const parts = (trace) => trace.meta.life?.match(/^(.*)\/\d+\/(\d+)$/s) ?? [];
+      const life = charts.get("lives").traces.find((trace) => parts(trace)[1] === policy && parts(trace)[2] === index);
+      if (life) pick("lives", life.meta.pick);
+    });
   }
 
   for (const group of document.querySelectorAll(".loads")) {
