@@ -62,7 +62,7 @@ def test_segments_are_a_whole_life(recording):
         assert all(a.stop_s == pytest.approx(b.start_s) for a, b in pairwise(parts))
         assert all(a.kind != b.kind for a, b in pairwise(parts))
         waited = sum(p.stop_s - p.start_s for p in parts if p.kind == "queue")
-        assert waited == pytest.approx(min(request["first_scheduled_s"], end_s) - request["arrival_s"], abs=1e-6)
+        assert waited == pytest.approx(np.fmin(request["first_scheduled_s"], end_s) - request["arrival_s"], abs=1e-6)
         if request["num_preemptions"] == 0 and request["num_output_tokens"] > 0:
             assert sum(p.tokens for p in parts if p.kind == "prefill") == request["prompt_tokens"]
             assert sum(p.tokens for p in parts if p.kind == "decode") == request["num_output_tokens"] - 1
