@@ -337,7 +337,7 @@ def evaluate(
             from llmsched_gym.evaluation.lives import write_lives
 
             write_lives(out, world)
-            report(out)
+            report([out])
     finally:
         if as_json:
             console.print_rows(rows)
@@ -379,7 +379,7 @@ def capacity(
     workers: Workers = None,
     ray: OnRay = False,
     ray_address: RayAddress = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json and a report.")] = None,
     config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -418,6 +418,10 @@ def capacity(
             console.remark(f"{label}: {item.criterion} {item.note}")
     named = [{"policy": label, "ratio_to": labels[0]} for label in labels]
     rows = [item.to_row() | ratio | name for item, ratio, name in zip(found, ratios, named, strict=True)]
+    folders = [] if out is None else [out, *sorted(out.glob("replicas-*"))]
+    for folder in folders:
+        if any(folder.glob("capacity-*.json")):
+            report([folder])
     if as_json:
         console.print_rows(rows)
     else:
@@ -695,7 +699,7 @@ def serve_bench(
             )
     rows = join(out)
     try:
-        report(out)
+        report([out])
     finally:
         if as_json:
             console.print_rows(rows)
@@ -707,13 +711,24 @@ def serve_bench(
 @app.command()
 def report(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder that `evaluate --out` or serve-bench wrote.")
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that evaluate, capacity or serve-bench wrote.")
     ],
+    out: Annotated[Path | None, typer.Option(help="With several folders: the folder of what compares them.")] = None,
 ) -> None:
-    """Write report.html and report.md from a folder of results."""
+    """Write report.html, report.md and tables/ of a folder of results, or of several in a folder that compares them."""
     from llmsched_gym.report.write import write_report
 
-    console.remark(f"wrote {write_report(directory)}")
+    folder = directory[0]
+    if len(directory) > 1 or out is not None:
+        if out is None or len(directory) == 1:
+            raise ConfigError("out: expected --out FOLDER with several folders, and with one folder none")
+        from llmsched_gym.evaluation.store import claim_results
+        from llmsched_gym.report.compare import combine
+
+        claim_results(out)
+        combine(directory, out)
+        folder = out
+    console.remark(f"wrote {write_report(folder)}")
 
 
 @app.command()

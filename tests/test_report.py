@@ -421,7 +421,7 @@ def test_tables_have_twins_that_programs_read(full):
     assert own["load"].tolist() == [1.0, 1.6] and own["value"].iloc[0] == pytest.approx(0.85 + 0.0045)
     matrix = pd.read_csv(full / "tables" / "p99-ttft-s-by-load-requests-s.csv")
     assert matrix["policy"].tolist()[:2] == ["sarathi", "slai"] and matrix["1.6"].tolist()[0] == 6.4
-    assert (full / "tables" / "capacity-under-attainment-0.9.csv").exists() or len(list(full.glob("tables/*.csv"))) > 6
+    assert (full / "tables" / "capacity-under-attainment-0.9.csv").exists()
 
 
 def test_markdown_tables_are_rectangular(full):

@@ -101,7 +101,7 @@ def with_guides(layout: dict[str, Any], guides: Sequence[tuple[dict[str, Any], A
         which = "xaxis" if vertical else "yaxis"
         at = math.log10(note["at"]) if layout.get(which, {}).get("type") == "log" else note["at"]
         place = (
-            {"x": at, "y": 0, "xref": "x", "yref": "paper", "yanchor": "bottom", "xanchor": "right"}
+            {"x": at, "y": int("rows" in layout), "xref": "x", "yref": "paper", "yanchor": "bottom", "xanchor": "right"}
             if vertical
             else {"x": 1, "y": at, "xref": "paper", "yref": "y", "xanchor": "right", "yanchor": "bottom"}
         )

@@ -250,7 +250,7 @@ def capacity_chart(
             "y": [policy],
             "hovertext": hover,
         }
-        trace |= {"text": f"{bar.capacity_qps:.2f}", "textposition": "outside", "cliponaxis": False}
+        trace |= {"text": f"{bar.capacity_qps:.2f}", "textposition": "inside", "insidetextanchor": "start"}
         trace |= {"hoverinfo": "text", "meta": {"policy": policy, "slo": ALL}}
         if known:
             plus, minus = bar.ci_high - bar.capacity_qps, bar.capacity_qps - bar.ci_low

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,22 +145,35 @@ def _optional(path: Path) -> pd.DataFrame:
     return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
 
 
+def named(criterion: str) -> str:
+    """What figures of a criterion are called."""
+    return "capacity-" + re.sub(r"[^a-z0-9.]+", "-", criterion.lower())
+
+
+def capacity_rows(kept: dict[str, Any]) -> pd.DataFrame:
+    """The rows of a capacity-CRITERION.json with the suite and over what they were measured."""
+    scenario, seeds = kept["config"]["scenario"], kept["config"]["seeds"]
+    source = {"suite": scenario["suite"], "measured": f"{seeds} seeds of {scenario['num_requests']:,} requests"}
+    return _numbers(pd.DataFrame([source | row for row in kept["results"]]))
+
+
+def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    for column in ("capacity_qps", "ci_low", "ci_high"):
+        frame[column] = pd.to_numeric(frame[column]).astype(float)
+    return frame
+
+
 def _capacities(directory: Path, suite: str) -> pd.DataFrame:
     """Rows of every capacity*.json: an array of rows, or an object that has them as its results beside its config."""
-    rows: list[Any] = []
+    frames = []
     for path in sorted(directory.glob("capacity*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
-            scenario, seeds = found["config"]["scenario"], found["config"]["seeds"]
-            source = {"suite": scenario["suite"], "measured": f"{seeds} seeds of {scenario['num_requests']:,} requests"}
-            rows += [source | row for row in found["results"]]
-        else:
-            rows += [{"suite": suite, "measured": ""} | row for row in found]
-    frame = pd.DataFrame(rows)
-    if frame.empty:
-        return frame
-    for column in ("capacity_qps", "ci_low", "ci_high"):
-        frame[column] = pd.to_numeric(frame[column]).astype(float)
-    frame = frame.drop_duplicates(["policy", "criterion", "suite"])
+            frames.append(capacity_rows(found))
+        elif found:
+            frames.append(_numbers(pd.DataFrame([{"suite": suite, "measured": ""} | row for row in found])))
+    if not frames:
+        return pd.DataFrame()
+    frame = pd.concat(frames, ignore_index=True).drop_duplicates(["policy", "criterion", "suite"])
     known = {"ttft-median": 0, "paper": 1}  # the paper's come first
     return frame.sort_values("criterion", key=lambda c: c.map(known).fillna(2), kind="stable").reset_index(drop=True)

@@ -16,7 +16,7 @@ from llmsched_gym.report.bounds import ordinary, shown_capacity
 from llmsched_gym.report.chart import Chart
 from llmsched_gym.report.intervals import MIN_SEEDS
 from llmsched_gym.report.load_charts import against_load, by_class
-from llmsched_gym.report.results import Results
+from llmsched_gym.report.results import Results, named
 from llmsched_gym.report.statistics import BASELINE
 from llmsched_gym.report.tables import Table
 from llmsched_gym.report.text import load_label
@@ -72,7 +72,7 @@ def _against_load(results: Results) -> Section:
             f"Share of {whose} that meet all SLOs.", percent=True,
         ),
         share(
-            "slo-missed", rows, attained, "SLOs missed", "Requests that missed an SLO (%, log scale)",
+            "slo-missed", rows, attained, "SLOs missed", "Missed an SLO (%, log scale)",
             "The same from the other side, where the best can be told apart. Triangles on the lower edge: none missed.",
             log=True, missed=True,
         ),
@@ -252,7 +252,7 @@ def _capacity(results: Results) -> Section:
     for (criterion, suite), own in results.capacity.groupby(["criterion", "suite"], sort=False):
         reference = constants.REFERENCE_CAPACITY_QPS if (suite, criterion) == ("paper", "ttft-median") else None
         other = "" if suite == results.suite else f"-{suite}"
-        name = "capacity-" + re.sub(r"[^a-z0-9.]+", "-", f"{criterion}{other}".lower())
+        name = named(f"{criterion}{other}")
         measured = own["measured"].iloc[0]
         text = f"Largest rate that meets `{criterion}`" + (f", suite {suite}, {measured}." if measured else ".")
         fluid = results.fluid if suite == results.suite else None

@@ -67,7 +67,7 @@ def sentence(rows: pd.DataFrame) -> str:
     where = f"over the {loads} loads" if loads > 1 else "at this load"
     lead = estimate(100 * found.lead, 100 * found.low, 100 * found.high, " points", 1)
     share = f"{number(100 * found.share, 1)} % SLO attainment {where}"
-    if found.lead == 0 and not found.tied and not found.judged:
+    if abs(found.lead) < 5e-4 and not found.judged:
         return f"**No clear winner:** `{found.leader}` and `{found.next}` attain the same, {share}."
     if found.is_clear:
         return f"**Winner: `{found.leader}`**, {share}: {lead} more than `{found.next}`, the next, paired by seed."

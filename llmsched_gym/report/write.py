@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from llmsched_gym.files import replace_file
-from llmsched_gym.report import findings, page, settings, statistics, tables, twins, verdict
+from llmsched_gym.report import capacity_page, findings, page, settings, statistics, tables, twins, verdict
 from llmsched_gym.report.bounds import ordinary
 from llmsched_gym.report.results import Results, read_results
 from llmsched_gym.report.sections import sections
@@ -17,51 +20,58 @@ __all__ = ["ReportError", "write_report"]
 
 
 def write_report(directory: str | Path, *, title: str | None = None) -> Path:
-    """Write report.html, report.md and tables/*.csv from what `evaluate --out` left in `directory`.
+    """Write report.html, report.md and tables/*.csv from what `evaluate` or `capacity --out` left in `directory`.
 
     Returns the path of report.html. Raises :class:`ReportError` with one line if something needed is missing or broken.
     """
-    return write_results(read_results(Path(directory)), title)
-
-
-def write_results(results: Results, title: str | None = None) -> Path:
-    """Write the report of results that were read."""
+    directory = Path(directory)
     library = page.plotly_source()
-    table = statistics.comparison_table(results.rows)
-    policies = statistics.policies_of(results.rows)
-    judged = ordinary(policies)
-    kind = "Servers" if is_served(results.rows) else "Schedulers"
-    who = f"{kind} compared" if len(judged) > 1 else judged[0]
-    parts = [part for part in sections(results) if part.shown or part.tables]
+    files = {}
+    if capacity_page.is_capacity_folder(directory):
+        context = capacity_page.context_of(directory)
+    else:
+        results = read_results(directory)
+        table = statistics.comparison_table(results.rows)
+        context = _context(results, table)
+        files["tables/comparison.csv"] = twins.comparison_csv(table)
+    parts = [part for part in context["parts"] if part.shown or part.tables]
     charts = [chart for part in parts for chart in part.shown]
-    comparisons = tables.comparison_tables(results.rows, table)
-    times = tables.comparison_tables(results.rows, table, statistics.TIMES, "Times and rates")
-    matrices = [found for found in (verdict.table(results.rows), tables.attainment_matrix(results.rows)) if found]
-    context = {
-        "title": title or f"{who}: suite {results.suite}",
-        "verdict": verdict.sentence(results.rows),
-        "summary": [findings.overview(results), *findings.summary(results.rows, table), *findings.overall(results)],
-        "matrices": matrices,
-        "parts": parts,
-        "comparisons": comparisons,
-        "times": times,
+    context |= {"parts": parts, "title": title or context["title"]}
+    context["styles"] = page.chart.style_of(context["policies"])
+    context["data"] = page.chart_data(charts, context["policies"])
+    context["plotly"] = page.Markup(library)
+    printed = [*context["matrices"], *(table for part in parts for table in part.tables)]
+    printed += [*context["comparisons"], *context["times"]]
+    files |= {f"tables/{name}": text for name, text in twins.printed_csvs(printed).items()}
+    files |= {f"report.{kind}": page.render(kind, context) for kind in ("md", "html")}
+    for path in directory.glob("tables/*.csv"):
+        path.unlink()
+    for name, text in files.items():
+        _write(directory / name, text.encode())
+    return directory / "report.html"
+
+
+def _context(results: Results, table: pd.DataFrame) -> dict[str, Any]:
+    """What the templates need of a grid of runs."""
+    rows = results.rows
+    policies = statistics.policies_of(rows)
+    judged = ordinary(policies)
+    kind = "Servers" if is_served(rows) else "Schedulers"
+    who = f"{kind} compared" if len(judged) > 1 else judged[0]
+    return {
+        "title": f"{who}: suite {results.suite}",
+        "verdict": verdict.sentence(rows),
+        "summary": [findings.overview(results), *findings.summary(rows, table), *findings.overall(results)],
+        "matrices": [found for found in (verdict.table(rows), tables.attainment_matrix(rows)) if found],
+        "parts": sections(results),
+        "comparisons": tables.comparison_tables(rows, table),
+        "times": tables.comparison_tables(rows, table, statistics.TIMES, "Times and rates"),
         "remarks": findings.remarks(results, table),
         "settings": settings.settings(results),
         "command": settings.command(results.config, results.directory),
         "config": json.dumps(results.config, indent=1, sort_keys=True),
-        "styles": page.chart.style_of(policies),
-        "data": page.chart_data(charts, policies),
-        "plotly": page.Markup(library),
+        "policies": policies,
     }
-    printed = [*matrices, *(t for part in parts for t in part.tables), *comparisons, *times]
-    files = {f"tables/{name}": text for name, text in twins.printed_csvs(printed).items()}
-    files["tables/comparison.csv"] = twins.comparison_csv(table)
-    files |= {f"report.{kind}": page.render(kind, context) for kind in ("md", "html")}
-    for path in results.directory.glob("tables/*.csv"):
-        path.unlink()
-    for name, text in files.items():
-        _write(results.directory / name, text.encode())
-    return results.directory / "report.html"
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -153,6 +153,8 @@
   }
   document.getElementById("all-policies").addEventListener("click", () => showPolicies(new Set()));
 
+  const hasClasses = data.charts.some((chart) => chart.traces.some(({ meta }) => meta.slo === "strict" || meta.slo === "relaxed"));
+  document.getElementById("classes").hidden = !hasClasses;
   const classButtons = [...document.querySelectorAll("#classes button")];
   for (const button of classButtons) {
     button.addEventListener("click", () => {
