@@ -99,7 +99,7 @@ def share_by_prompt(requests: pd.DataFrame, name: str, what: str = "attained", *
         "tickvals": list(range(len(edges) - 1)),
         "ticktext": [f"{edge:,.0f}" for edge in edges[1:]],
     }
-    layout = {"xaxis": axis("Tenths of requests by prompt length, longest prompt in each (tokens)", **ticks)}
+    layout = {"xaxis": axis("Longest prompt of each tenth (tokens)", **ticks)}
     layout["yaxis"] = axis(f"Requests {'within all SLOs' if what == 'attained' else 'finished'} (%)", percent=True)
     title = "Within all SLOs by prompt length" if what == "attained" else "Served by prompt length"
     caption = "Whether short or long prompts pay for the attainment."

@@ -129,9 +129,9 @@ def _against_load(results: Results) -> Section:
     text = "One seed." if results.num_seeds == 1 else text
     if rows["drawn"].any() and results.num_loads > 1:
         text = "Every seed draws its own rate: a point is the mean over the seeds of one of a few bins of rates."
-    if fluid_qps:
+    if fluid_qps and results.num_loads > 1:
         text += " Dash-dotted: the fluid capacity, which no scheduler sustains more than."
-    matrix = tables.ttft_matrix(rows)
+    matrix = tables.ttft_matrix(rows) if results.num_loads > 1 else None
     return Section("load", title, text, charts, [matrix] if matrix else [])
 
 

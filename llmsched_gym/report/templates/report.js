@@ -63,7 +63,7 @@
   function axis(own, narrow) {
     const look = { gridcolor: css("--line"), linecolor: css("--faint"), zerolinecolor: css("--line"), automargin: true };
     const title = { ...own.title, standoff: 8, font: { size: narrow ? 11 : 12, color: css("--ink") } };
-    return { tickfont: { color: css("--faint"), size: 11 }, nticks: narrow ? 5 : 8, ...look, ...own, title };
+    return { tickfont: { color: css("--faint"), size: 11 }, nticks: narrow ? 5 : 8, exponentformat: "none", separatethousands: true, ...look, ...own, title };
   }
 
   function layoutOf(chart, narrow) {
