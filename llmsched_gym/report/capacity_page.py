@@ -121,7 +121,7 @@ def _curves(criterion: str, curves: dict[str, list[dict[str, float | None]]], un
         layout = {"xaxis": axis(f"Load ({unit})"), "yaxis": axis("Mean excess over the limit")}
         layout = with_guides(layout, [guide(0.0, "above: not met", dash="solid")])
         text = "Seed means at the rates that the search ran; the isotonic fit through them crosses 0 at the capacity."
-        name = f"{named(criterion)}-{named(condition)}"
+        name = named(f"{criterion} {condition}")
         if traces:
             found.append(Chart(name, f"{condition[0].upper()}{condition[1:]}", text, traces, layout))
     return found
