@@ -135,7 +135,7 @@ def _longest(recording: Recording, r: int, mine: np.ndarray) -> dict[str, Any] |
     }
 
 
-def _thinned(time_s: np.ndarray, duration_s: np.ndarray, tokens: np.ndarray, most: int = 150) -> list[list[float]]:
+def _thinned(time_s: np.ndarray, duration_s: np.ndarray, tokens: np.ndarray, most: int = 100) -> list[list[float]]:
     """[time, duration, prompt tokens] of batches; of many only the longest of each so many in a row."""
     each = max(1, math.ceil(len(time_s) / most))
     parts = [slice(i, i + each) for i in range(0, len(time_s), each)]

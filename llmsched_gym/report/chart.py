@@ -22,7 +22,7 @@ from llmsched_gym.report.bounds import is_clairvoyant
 ALL = "all"
 SYMBOLS = {
     **{"o": "circle", "s": "square", "D": "diamond", "d": "diamond-tall", "^": "triangle-up", "v": "triangle-down"},
-    **{"<": "triangle-left", ">": "triangle-right", "P": "cross", "X": "x", "x": "x-thin-open", "*": "star"},
+    **{"<": "triangle-left", ">": "triangle-right", "P": "cross", "X": "x", "x": "hourglass", "*": "star"},
     **{"h": "hexagon", "H": "hexagon2", "p": "pentagon", "8": "octagon"},
 }
 """Plotly's names of matplotlib's markers."""

@@ -70,12 +70,12 @@ def against_load(
     for slo, frame in means.items():
         for policy in policies:
             own = frame[frame["policy"] == policy].sort_values("load")
-            hover = [_hover(policy, slo, item, unit, floor) for item in own.itertuples()]
+            hover = [_figure(item, unit, floor) for item in own.itertuples()]
             at = own["value"].to_numpy(float)
             beyond = np.isposinf(at)
             y = np.where(beyond, high / 1.08 if log else np.nan, np.maximum(at, floor) if missed else at)
             meta = {"policy": policy, "slo": slo}
-            marks: dict[str, Any] = {"text": hover, "hoverinfo": "text", "meta": meta}
+            marks: dict[str, Any] = {"text": hover, "hovertemplate": _said(policy, slo, single, own), "meta": meta}
             if beyond.any() or missed:
                 kinds = ["triangle-up-open" if b else "triangle-down-open" if v < floor else None for b, v in
                          zip(beyond, np.nan_to_num(at, posinf=1e12), strict=True)]  # fmt: skip
@@ -105,13 +105,19 @@ def against_load(
     return Chart(name, title, caption, traces, with_guides(layout, guides))
 
 
-def _hover(policy: str, slo: str, item: Any, unit: str, floor: float) -> str:
-    """What a point says: whose it is, where, its value with its interval and unit, and over how many seeds."""
+def _figure(item: Any, unit: str, floor: float) -> str:
+    """A point's value with its interval and unit."""
     value = "0" if floor and item.value == 0 else number(item.value)
     ends = f" [{number(item.low)}–{number(item.high)}]" if np.isfinite([item.low, item.high]).all() else ""
+    infinite = f"; infinite in {item.num_infinite} seeds" if item.num_infinite else ""
+    return f"{value}{ends} {unit}{infinite}".replace(" ;", ";").strip()
+
+
+def _said(policy: str, slo: str, single: bool, own: pd.DataFrame) -> str:
+    """A template for what points say: whose they are, where, over how many seeds."""
+    load = f"{own['load'].iloc[0]:.3g}" if single else "%{x:.3~g}"
     who = policy if slo == ALL else f"{policy}, {slo} users"
-    infinite = f", infinite in {item.num_infinite}" if item.num_infinite else ""
-    return f"<b>{escape(who)}</b><br>load {item.load:.3g}: {value}{ends} {unit}<br>{item.num_seeds} seeds{infinite}"
+    return f"<b>{escape(who)}</b><br>load {load}: %{{text}}<br>{own['num_seeds'].max()} seeds<extra></extra>"
 
 
 def escape(text: str) -> str:

@@ -121,7 +121,7 @@ def bins(lengths: pd.Series, edges: np.ndarray) -> np.ndarray:
 
 def ttft_cdf(requests: pd.DataFrame, slo_s: float = 0.5, *, at: str = "") -> Chart | None:
     """Distribution of TTFT over all requests: one without a first token never reaches the line's top."""
-    shares = np.unique(np.concatenate([np.linspace(0.01, 0.99, 99), np.linspace(0.99, 1, 11)]))
+    shares = np.unique(np.concatenate([np.linspace(0.01, 0.97, 49), np.linspace(0.98, 1, 11)]))
     traces, seen = [], []
     for kind, whose in classes(requests).items():
         for policy in statistics.policies_of(whose):
@@ -150,7 +150,7 @@ def itl_cdf(itl: pd.DataFrame, slo_class: str, slo_s: float, *, at: str = "") ->
     traces = []
     for policy in statistics.policies_of(own):
         mine = own[(own["policy"] == policy) & (own["prob"] < 0.99995)].sort_values("prob")
-        mine = mine.iloc[:: max(1, len(mine) // 130)]
+        mine = mine.iloc[:: max(1, len(mine) // 80)]
         hover = "%{y:.3~g} % of gaps longer than %{x:.3~g} s"
         traces.append(_line(policy, ALL, mine["itl_s"], 100 * (1 - mine["prob"]), hover, smooth=True))
     layout = {"xaxis": log_axis("Gap (s, log scale)", [own["itl_s"].min(), own["itl_s"].max(), slo_s], 1.1)}

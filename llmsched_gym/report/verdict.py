@@ -10,7 +10,7 @@ import pandas as pd
 from llmsched_gym.report import intervals, statistics
 from llmsched_gym.report.bounds import ordinary
 from llmsched_gym.report.tables import BEST, HEAD, Cell, Table
-from llmsched_gym.report.text import estimate, interval, names, number
+from llmsched_gym.report.text import estimate, interval, names, number, telling
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def sentence(rows: pd.DataFrame) -> str:
         return ""
     loads = rows["load"].nunique()
     where = f"over the {loads} loads" if loads > 1 else "at this load"
-    lead = estimate(100 * found.lead, 100 * found.low, 100 * found.high, " points", 1)
+    ends = 100 * found.lead, 100 * found.low, 100 * found.high
+    lead = estimate(*ends, " points", telling(*ends))
     share = f"{number(100 * found.share, 1)} % SLO attainment {where}"
     if abs(found.lead) < 5e-4 and not found.judged:
         return f"**No clear winner:** `{found.leader}` and `{found.next}` attain the same, {share}."
@@ -94,7 +95,8 @@ def table(rows: pd.DataFrame) -> Table | None:
             Cell(number(100 * item.share, 1)),
             Cell(item.next),
         ]
-        lead = Cell(number(100 * item.lead, 1), interval(100 * item.low, 100 * item.high, 1))
+        digits = telling(100 * item.lead, 100 * item.low, 100 * item.high)
+        lead = Cell(number(100 * item.lead, digits), interval(100 * item.low, 100 * item.high, digits))
         said = "clear" if item.is_clear else "not clear" if item.judged else "unknown"
         lines.append([Cell(f"{load:.3g}", kind=HEAD), *cells, lead, Cell(said)])
     labels = [f"load ({statistics.load_unit(rows)})", "leader", "attains (%)", "next", "lead (points)", "lead is"]

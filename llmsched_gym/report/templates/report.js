@@ -48,7 +48,7 @@
       delete found.line;
     } else if (style && !band) {
       const symbol = symbols?.some(Boolean) ? symbols.map((own) => own ?? style.symbol) : style.symbol;
-      found.marker = { color: colour, symbol, size: 8, opacity: 1, ...trace.marker };
+      found.marker = { color: colour, symbol, size: 8, opacity: 1, line: { width: 1, color: colour }, ...trace.marker };
       found.line = { dash: style.dash, width: thin ? 1.2 : 2, ...found.line };
       if (trace.error_x) found.error_x = { ...trace.error_x, color: colour + "66" };
     } else if (trace.marker) found.marker = { color: colour, ...trace.marker };
