@@ -7,6 +7,7 @@
   const canvases = [...document.querySelectorAll(".canvas")];
   const state = { hidden: new Set(), slo: "all", picked: {}, printing: false };
   const dirty = new Set();
+  const PAPER_PX = { half: 318, wide: 668 };
 
   // Theme
 
@@ -92,7 +93,7 @@
 
   function draw(canvas) {
     const chart = charts.get(canvas.dataset.chart);
-    const narrow = canvas.clientWidth < 430;
+    const narrow = state.printing || canvas.clientWidth < 430;
     const config = { displaylogo: false, responsive: true, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     if (narrow) config.displayModeBar = false;
     config.toImageButtonOptions = { filename: chart.name, scale: 2 };
@@ -101,7 +102,9 @@
     const notes = chart.layout.notes;
     if (notes) canvas.closest("figure").querySelector(".said").textContent = notes[state.picked[chart.name] ?? firstPick(chart)];
     const first = !canvas.classList.contains("js-plotly-plot");
-    Plotly.react(canvas, shown, layoutOf(chart, narrow), config);
+    const layout = layoutOf(chart, narrow);
+    if (state.printing) layout.width = canvas.closest(".wide") ? PAPER_PX.wide : PAPER_PX.half; // what a page has room for
+    Plotly.react(canvas, shown, layout, config);
     if (first) canvas.on("plotly_click", (event) => showRequest(event.points[0]));
   }
 
