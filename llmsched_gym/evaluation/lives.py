@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from llmsched_gym.config import ClusterScenario, Scenario
+from llmsched_gym.evaluation.grid import finite
 from llmsched_gym.evaluation.record import Recording, items_of, record, segments
 from llmsched_gym.evaluation.store import read_rows
 from llmsched_gym.files import dumps, write_text
@@ -37,8 +38,8 @@ def write_lives(out: Path, scenario: Scenario) -> None:
         requests = pd.read_parquet(out / "requests.parquet", filters=filters)
         if run.wall_time_s > MOST_WALL_S or requests.empty:
             continue
-        rate = getattr(run, "requested_qps", math.nan)
-        world = scenario if math.isnan(rate) else scenario.replace(qps=float(rate))
+        rate = run.requested_qps
+        world = finite(scenario) if pd.isna(rate) else finite(scenario).replace(qps=float(rate))
         found += lives_of(world, str(run.policy), int(run.seed), worst(requests))
     write_text(out / FILE, dumps({"lives": found}))
 

@@ -18,6 +18,9 @@ SKIPPED = 16
 MARGIN_S = 20.0
 """How long before a window batches are recorded one by one: no :data:`SKIPPED` of them take longer."""
 
+COLUMNS = ("num_computed_tokens", "prefill_tokens", "num_output_tokens", "num_preemptions")
+"""What of each request is kept from one look to the next."""
+
 Window = tuple[float, float]
 
 
@@ -67,15 +70,17 @@ class _Recorder:
     def __call__(self, engine: Engine) -> int:
         """Note the batch just done; returns how many steps to do before the next look."""
         sim, requests = engine.state.sims[0], engine.state.requests[0]
-        clock_s, one = float(sim.clock_s), self.before and int(sim.num_batches) == self.seen + 1
-        if one and self._is_wanted(clock_s - float(sim.last_batch_s), clock_s):
-            self._note(engine, clock_s)
+        clock_s, new = float(sim.clock_s), int(sim.num_batches) - self.seen
+        if self.before and new == 1:
+            touched = self._note(engine, self._is_wanted(clock_s - float(sim.last_batch_s), clock_s))
+            for name, column in self.before.items():
+                column[touched] = requests[name][touched]
         self.seen, self.num_lost = int(sim.num_batches), int(sim.num_preemptions)
         if not self._is_near(clock_s):
             self.before = {}
             return SKIPPED
-        names = ("num_computed_tokens", "prefill_tokens", "num_output_tokens", "num_preemptions")
-        self.before = {name: requests[name].copy() for name in names}
+        if not self.before or new > 1:
+            self.before = {name: requests[name].copy() for name in COLUMNS}
         return 1
 
     def _is_wanted(self, start_s: float, stop_s: float) -> bool:
@@ -84,23 +89,30 @@ class _Recorder:
     def _is_near(self, clock_s: float) -> bool:
         return any(low - MARGIN_S <= clock_s <= high for low, high in self.windows)
 
-    def _note(self, engine: Engine, clock_s: float) -> None:
+    def _note(self, engine: Engine, is_wanted: bool) -> np.ndarray:
+        """Keep the batch just done if it is wanted; returns the requests that it changed."""
         state, sim = engine.state, engine.state.sims[0]
         requests, before = state.requests[0], self.before
+        lost = np.array([], np.int64)
         if int(sim.num_preemptions) != self.num_lost:
-            for r in np.flatnonzero(requests["num_preemptions"] > before["num_preemptions"]):
-                self.lost.append((len(self.batches), int(r)))
+            lost = np.flatnonzero(requests["num_preemptions"] > before["num_preemptions"])
         taken = state.items[0, : int(state.batches[0].num_items)]
-        who = taken["request"].astype(np.int64)
-        kept = requests["num_preemptions"][who] == before["num_preemptions"][who]  # evicted for this batch: not in it
-        who, tokens = who[kept], taken["tokens"][kept]
+        who, tokens = taken["request"].astype(np.int64), taken["tokens"]
+        touched = np.concatenate([who, lost])
+        if not is_wanted:
+            return touched
+        self.lost += [(len(self.batches), int(r)) for r in lost]
+        if len(lost):  # evicted for this batch: not in it
+            kept = ~np.isin(who, lost)
+            who, tokens = who[kept], tokens[kept]
         prefill = before["num_computed_tokens"][who] < before["prefill_tokens"][who]
         prefill |= before["num_output_tokens"][who] == 0
         emitted = requests["num_output_tokens"][who] - before["num_output_tokens"][who]
         self.items.append(np.stack([who, tokens, prefill, emitted]).astype(np.int64))
-        last_s = float(sim.last_batch_s)
+        clock_s, last_s = float(sim.clock_s), float(sim.last_batch_s)
         figures = (clock_s - last_s, last_s, float(sim.kv_cache_usage), int(sim.num_running), int(sim.num_waiting))
         self.batches.append(figures)
+        return touched
 
 
 def record(scenario: Scenario, policy: str, seed: int, windows: Sequence[Window] | None = None) -> Recording:

@@ -1,9 +1,9 @@
 """Charts as plain data: Plotly traces and layouts, without colours, which the page gives by policy and theme.
 
 What the page needs to know of a trace is in its ``meta``: ``policy`` (one entry of the page's only legend shows and
-hides it), ``slo`` (the class of users whose figures it has: ``all``, ``strict`` or ``relaxed``), ``part`` (the class
-whose requests it has, shown under ``all`` too), ``ink`` (a colour of the page's own instead of a policy's) and ``pick``
-(which entry of the chart's menu shows it).
+hides it), ``slo`` (the class of users whose figures it has: ``all``, ``strict`` or ``relaxed``; without one it is
+always shown), ``part`` (the class whose requests it has, shown under ``all`` too), ``ink`` (a colour of the page's own
+instead of a policy's) and ``pick`` (which entry of the chart's menu shows it).
 """
 
 from __future__ import annotations

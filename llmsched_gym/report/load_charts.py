@@ -42,7 +42,7 @@ def against_load(
     fluid_qps: float | None = None,
     missed: bool = False,
 ) -> Chart | None:
-    """Columns of rows, one a class of users, against load, or their values at the only load.
+    """Columns of rows, by class of users, against load, or their values at the only load; "" is no class.
 
     `line` is a level of the column, `fluid_qps` a load; `missed` shows what is left of 1, on a log scale down to half
     of what one request in all runs would be.
@@ -116,7 +116,7 @@ def _figure(item: Any, unit: str, floor: float) -> str:
 def _said(policy: str, slo: str, single: bool, own: pd.DataFrame) -> str:
     """A template for what points say: whose they are, where, over how many seeds."""
     load = f"{own['load'].iloc[0]:.3g}" if single else "%{x:.3~g}"
-    who = policy if slo == ALL else f"{policy}, {slo} users"
+    who = policy if slo in (ALL, "") else f"{policy}, {slo} users"
     return f"<b>{escape(who)}</b><br>load {load}: %{{text}}<br>{own['num_seeds'].max()} seeds<extra></extra>"
 
 

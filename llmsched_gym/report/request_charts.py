@@ -147,13 +147,14 @@ def itl_cdf(itl: pd.DataFrame, slo_class: str, slo_s: float, *, at: str = "") ->
     own = itl[(itl["slo_class"].astype(str) == slo_class) & (itl["itl_s"] > 0)]
     if own.empty:
         return None
-    traces = []
+    traces, longest_s = [], slo_s
     for policy in statistics.policies_of(own):
         mine = own[(own["policy"] == policy) & (own["prob"] < 0.99995)].sort_values("prob")
         mine = mine.iloc[:: max(1, len(mine) // 80)]
         hover = "%{y:.3~g} % of gaps longer than %{x:.3~g} s"
-        traces.append(_line(policy, ALL, mine["itl_s"], 100 * (1 - mine["prob"]), hover, smooth=True))
-    layout = {"xaxis": log_axis("Gap (s, log scale)", [own["itl_s"].min(), own["itl_s"].max(), slo_s], 1.1)}
+        longest_s = max(longest_s, float(mine["itl_s"].max()))
+        traces.append(_line(policy, "", mine["itl_s"], 100 * (1 - mine["prob"]), hover, smooth=True))
+    layout = {"xaxis": log_axis("Gap (s, log scale)", [own["itl_s"].min(), longest_s], 1.1)}
     layout["yaxis"] = log_axis("Gaps longer than that (%)", [0.01, 100], 1.0)
     guides = [guide(slo_s, f"TBT SLO {slo_s:g} s", vertical=True), guide(1.0, "p99", dash="dot")]
     text = "The tail of the distribution. Left of where SLO and p99 cross, 99 % of gaps are in time."

@@ -89,7 +89,7 @@ def _against_load(results: Results) -> Section:
             )
         )  # fmt: skip
     for name, tbt_s in results.tbt_slos_s().items():
-        columns = {"all": f"itl_p99_s_{name}"} if statistics.has(rows, f"itl_p99_s_{name}") else {}
+        columns = {"": f"itl_p99_s_{name}"} if statistics.has(rows, f"itl_p99_s_{name}") else {}
         text = f"Gaps between tokens of {name} users, preemptions included. Dashed: their TBT SLO."
         title = f"p99 inter-token latency, {name} users"
         line = (tbt_s, f"TBT SLO {tbt_s:g} s")
@@ -125,7 +125,7 @@ def _against_load(results: Results) -> Section:
     title = "Against load" if results.num_loads > 1 else "At the load that was run"
     text = "Shares and rates are means over seeds, latencies medians."
     if results.num_seeds >= MIN_SEEDS and statistics.has_intervals(rows):
-        text += " Bands are 95 % intervals."
+        text += " Bands are 95 % intervals, shown with up to six policies."
     text = "One seed." if results.num_seeds == 1 else text
     if rows["drawn"].any() and results.num_loads > 1:
         text = "Every seed draws its own rate: a point is the mean over the seeds of one of a few bins of rates."

@@ -7,6 +7,7 @@
   const canvases = [...document.querySelectorAll(".canvas")];
   const state = { hidden: new Set(), slo: "all", picked: {}, printing: false };
   const dirty = new Set();
+  const MOST_BANDS = 6; // policies whose intervals can be told apart
   const PAPER_PX = { half: 318, wide: 668 };
 
   // Theme
@@ -28,7 +29,8 @@
   const hasClass = (chart) => chart.traces.some((trace) => [trace.meta.slo, trace.meta.part].includes(state.slo));
 
   function isShown(trace, chart) {
-    const { policy, slo, part, pick } = trace.meta;
+    const { policy, slo, part, pick, band } = trace.meta;
+    if (band && Object.keys(data.policies).length - state.hidden.size > MOST_BANDS) return false;
     if (policy && state.hidden.has(policy)) return false;
     if (pick && pick !== (state.picked[chart.name] ?? firstPick(chart))) return false;
     if (part) return state.slo === "all" || part === "all" || part === state.slo;
