@@ -23,10 +23,10 @@ from llmsched_gym.report import (
     draw,
     findings,
     load_charts,
+    load_section,
     page,
     plots,
     request_charts,
-    sections,
     settings,
     statistics,
     tables,
@@ -607,11 +607,11 @@ def test_marks_beyond_the_axes_stand_inside_them_and_captions_speak_of_no_others
             middle = line.get_transform().transform(line.get_xydata())[:, 1]
             half = line.get_markersize() / 2 / 72 * figure.dpi
             assert (middle + half <= high + 1).all() and (middle - half >= low - 1).all()
-    assert "Triangles" in sections._infinite(two, 99) and "Triangles" in sections._reduction(two).caption
-    lowest = sections._reduction(two).traces
+    assert "Triangles" in load_section.infinite(two, 99) and "Triangles" in load_section.reduction(two).caption
+    lowest = load_section.reduction(two).traces
     assert any("triangle-down-open" in t["meta"]["symbols"] for t in lowest)
     fine = statistics.tidy([r for r in rows if r["policy"] == "sarathi"] + [row("slai", q, 0) for q in (1.0, 2.0)])
-    assert sections._infinite(fine, 99) == "" and "Triangles" not in sections._reduction(fine).caption
+    assert load_section.infinite(fine, 99) == "" and "Triangles" not in load_section.reduction(fine).caption
 
 
 def test_a_figure_of_one_load_shows_whole_marks_and_intervals():

@@ -14,8 +14,8 @@ from llmsched_gym.report import load_charts, settings, tables
 from llmsched_gym.report.bounds import fluid_of, ordinary
 from llmsched_gym.report.chart import Chart, axis, guide, values, with_guides
 from llmsched_gym.report.distance import above_fluid, capacity_text
+from llmsched_gym.report.load_section import Section
 from llmsched_gym.report.results import capacity_rows, named
-from llmsched_gym.report.sections import Section
 from llmsched_gym.report.statistics import ReportError
 from llmsched_gym.report.text import estimate, names
 

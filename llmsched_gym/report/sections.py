@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-
-import numpy as np
-import pandas as pd
 
 from llmsched_gym.paper import constants
 from llmsched_gym.report import batch_charts, clusters, distance, lives, load_charts, request_charts, statistics, tables
 from llmsched_gym.report.bounds import ordinary, shown_capacity
-from llmsched_gym.report.chart import Chart
 from llmsched_gym.report.intervals import MIN_SEEDS
-from llmsched_gym.report.load_charts import against_load, by_class
+from llmsched_gym.report.load_charts import against_load
+from llmsched_gym.report.load_section import Section, against_all_loads, column_of, reduction
 from llmsched_gym.report.results import Results, named
 from llmsched_gym.report.statistics import BASELINE
-from llmsched_gym.report.tables import Table
 from llmsched_gym.report.text import load_label
 
 NEVER_CAME = ("pending", "cancelled")
 """Phases of turns of sessions that asked for nothing."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the report, left out when it is empty."""
-
-    anchor: str
-    title: str
-    text: str = ""
-    charts: Sequence[Chart | None] = ()
-    tables: Sequence[Table] = ()
-
-    @property
-    def shown(self) -> list[Chart]:
-        """The charts that have something to show."""
-        return [chart for chart in self.charts if chart is not None]
-
-
 def sections(results: Results) -> list[Section]:
     """Figures and tables in their order, all but the comparison tables."""
     return [
-        _against_load(results),
+        against_all_loads(results),
         _pareto(results),
         _sessions(results),
         _routers(results),
@@ -55,101 +33,6 @@ def sections(results: Results) -> list[Section]:
         _lives(results),
         _batches(results),
     ]
-
-
-def _against_load(results: Results) -> Section:
-    rows = results.rows
-    slo_s = results.ttft_slo()[0]
-    fluid_qps = shown_capacity(results.fluid, statistics.binned_loads(rows)["load"])
-    in_sessions = statistics.has(rows, "num_sessions")
-    whose = "requests, cancelled ones included," if in_sessions else "arrived requests"
-    attained = by_class("slo_attainment", rows)
-    share = partial(against_load, scale=100, unit="%", fluid_qps=fluid_qps)
-    seconds = partial(against_load, unit="s", log=True)
-    charts = [
-        share(
-            "slo-attainment", rows, attained, "SLO attainment", "Requests within all SLOs (%)",
-            f"Share of {whose} that meet all SLOs.", percent=True,
-        ),
-        share(
-            "slo-missed", rows, attained, "SLOs missed", "Missed an SLO (%, log scale)",
-            "The same from the other side, where the best can be told apart. Triangles on the lower edge: none missed.",
-            log=True, missed=True,
-        ),
-    ]  # fmt: skip
-    for percentile in (50, 99):
-        name = "Median" if percentile == 50 else f"p{percentile}"
-        column = f"ttft_p{percentile}_s"
-        text = "Dashed: the TTFT SLO of an empty prompt" + (", and the paper's limit." if percentile == 50 else ".")
-        charts.append(
-            seconds(
-                f"ttft-{name.lower()}", rows, by_class(column, rows), f"{name} time to first token",
-                f"{name} TTFT (s, log scale)", text + _infinite(rows, percentile),
-                line=(slo_s, f"TTFT SLO {slo_s:g} s"), fluid_qps=fluid_qps,
-            )
-        )  # fmt: skip
-    for name, tbt_s in results.tbt_slos_s().items():
-        columns = {"": f"itl_p99_s_{name}"} if statistics.has(rows, f"itl_p99_s_{name}") else {}
-        text = f"Gaps between tokens of {name} users, preemptions included. Dashed: their TBT SLO."
-        title = f"p99 inter-token latency, {name} users"
-        line = (tbt_s, f"TBT SLO {tbt_s:g} s")
-        charts.append(seconds(f"itl-p99-{name}", rows, columns, title, "p99 ITL (s, log scale)", text, line=line))
-    for stem, short, what in TIMES:
-        column = f"{stem}_p99_s"
-        columns = {"all": column} if statistics.has(rows, column) else {}
-        charts.append(
-            seconds(f"{stem}-p99", rows, columns, f"p99 {what}", f"p99 {short} (s, log scale)", f"{WHAT[stem]}")
-        )
-    goodput_line = None
-    if fluid_qps and not in_sessions:  # whose capacity is no number of requests
-        goodput_line = (fluid_qps, load_charts.fluid_label(fluid_qps))
-    rates = partial(against_load, rows=rows)
-    charts += [
-        rates(
-            "goodput", columns=_column(rows, "request_goodput"), title="Goodput", unit="requests/s",
-            label="Within all SLOs (requests/s)", line=goodput_line, dash=load_charts.FLUID,
-            caption="Requests within all SLOs, per second of the time in which they arrived.",
-        ),
-        rates(
-            "throughput", columns=_column(rows, "throughput_tok_s"), title="Throughput", unit="tokens/s",
-            label="Output (tokens/s)", fluid_qps=fluid_qps,
-            caption="All tokens sent while the measured requests arrived, in time or not.",
-        ),
-    ]  # fmt: skip
-    if "mean_utility" in rows and not np.allclose(rows["mean_utility"], rows["slo_attainment"], atol=5e-4):
-        text = "1 for a request within all SLOs, less up to one half for its late seconds."
-        columns = _column(rows, "mean_utility")
-        charts.append(rates("utility", columns=columns, title="Mean utility", label="Mean utility", caption=text))
-    if results.has_baseline and not results.repeats_paper:
-        charts.append(_reduction(rows))
-    title = "Against load" if results.num_loads > 1 else "At the load that was run"
-    text = "Shares and rates are means over seeds, latencies medians."
-    if results.num_seeds >= MIN_SEEDS and statistics.has_intervals(rows):
-        text += " Bands are 95 % intervals, shown with up to six policies."
-    text = "One seed." if results.num_seeds == 1 else text
-    if rows["drawn"].any() and results.num_loads > 1:
-        text = "Every seed draws its own rate: a point is the mean over the seeds of one of a few bins of rates."
-    if fluid_qps and results.num_loads > 1:
-        text += " Dash-dotted: the fluid capacity, which no scheduler sustains more than."
-    matrix = tables.ttft_matrix(rows) if results.num_loads > 1 else None
-    return Section("load", title, text, charts, [matrix] if matrix else [])
-
-
-TIMES = (
-    ("tpot", "TPOT", "mean time per output token"),
-    ("e2e", "E2E latency", "time to the last token"),
-    ("queue_time", "queue time", "time in the queue"),
-)
-"""Latencies of requests: stem of their columns, in short, in words."""
-WHAT = {
-    "tpot": "A request's mean gap after its first token.",
-    "e2e": "From a request's arrival to its last token; infinite where 1 % or more never got that.",
-    "queue_time": "From a request's arrival to the batch that it is first part of.",
-}
-
-
-def _column(rows: pd.DataFrame, column: str) -> dict[str, str]:
-    return {"all": column} if statistics.has(rows, column) else {}
 
 
 def _pareto(results: Results) -> Section:
@@ -169,7 +52,7 @@ def _sessions(results: Results) -> Section:
         parts.append("sessions")
         charts.append(
             share(
-                "sessions-on-time", columns=_column(rows, "session_on_time"), title="Sessions on time",
+                "sessions-on-time", columns=column_of(rows, "session_on_time"), title="Sessions on time",
                 label="Sessions with every turn within SLOs (%)",
                 caption="Share of sessions with every turn within all its SLOs.",
             )
@@ -182,7 +65,7 @@ def _sessions(results: Results) -> Section:
         parts.append("prefix cache")
         charts.append(
             share(
-                "prefix-hit-rate", columns=_column(rows, "prefix_hit_rate"), title="Prefix cache hit rate",
+                "prefix-hit-rate", columns=column_of(rows, "prefix_hit_rate"), title="Prefix cache hit rate",
                 label="Prompt tokens found cached (%)",
                 caption="Of the prompt tokens of requests that were scheduled, those found cached at first.",
             )
@@ -203,18 +86,6 @@ def _routers(results: Results) -> Section:
     return Section("routers", "Routers", text, batch_charts.replicas(rows), clusters.matrices(rows))
 
 
-def _infinite(rows: pd.DataFrame, percentile: int) -> str:
-    """A sentence on the triangles at the upper edge, if the figure has some."""
-    column = f"ttft_p{percentile}_s"
-    binned = statistics.binned_loads(rows)
-    if column not in rows or binned["load"].nunique() == 1:
-        return ""
-    if not np.isposinf(statistics.over_seeds(binned, column)["value"]).any():
-        return ""
-    share = f"{100 - percentile} % or more" if percentile > 50 else "half or more"
-    return f" Triangles on the upper edge: infinite in half of the seeds, as {share} never got a first token."
-
-
 def _against_bound(results: Results) -> Section:
     table = distance.gap_table(results)
     if table is None:
@@ -224,11 +95,6 @@ def _against_bound(results: Results) -> Section:
         "time of a batch. Differences are paired by seed."
     )
     return Section("bound", "How far from the best", text, tables=[table])
-
-
-def _reduction(rows: pd.DataFrame, *, paper: bool = False) -> Chart | None:
-    reduction = statistics.ttft_reduction(statistics.binned_loads(rows))
-    return load_charts.reduction_chart(reduction, paper=paper, unit=statistics.load_unit(rows))
 
 
 def _against_paper(results: Results) -> Section:
@@ -242,7 +108,7 @@ def _against_paper(results: Results) -> Section:
         "grows with the length of the run, so figures there depend on it."
     )
     table = tables.reduction_table(statistics.ttft_reduction(results.rows))
-    return Section("paper", "Beside the paper", text, [_reduction(results.rows, paper=True)], [table] if table else [])
+    return Section("paper", "Beside the paper", text, [reduction(results.rows, paper=True)], [table] if table else [])
 
 
 def _capacity(results: Results) -> Section:
