@@ -19,6 +19,7 @@ from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.report import (
     batch_charts,
     bounds,
+    chart,
     distance,
     draw,
     findings,
@@ -302,6 +303,14 @@ def test_every_trace_says_whose_it_is_and_has_finite_data_of_one_length(full):
             assert meta.get("policy") in policies or meta["ink"] in page.INKS, chart["name"]
             assert len({len(trace[k]) for k in ("x", "y", "customdata") if k in trace}) == 1, chart["name"]
             assert "color" not in trace.get("line", {})  # colours are the page's
+
+
+def test_data_cannot_end_the_script_that_holds_them():
+    value = {"policy": "</script><!--<b>", "y": [1.5, None]}
+    text = chart.embedded(value)
+    assert json.loads(text) == value and "</" not in text and "<!--" not in text
+    with pytest.raises(ValueError):
+        chart.embedded([math.nan])
 
 
 def test_charts_have_the_classes_that_rows_have(full):

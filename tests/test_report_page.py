@@ -57,6 +57,10 @@ USE = """
   select.dispatchEvent(new Event("change"));
   await drawn();
   found.picks = [...new Set(shown().map((meta) => meta.pick).filter(Boolean))];
+  const scatter = document.querySelector('[data-chart="requests"]');
+  const [points] = scatter.data;
+  scatter.emit("plotly_click", { points: [{ data: points, x: points.x[0], customdata: points.customdata[0] }] });
+  found.detail = [points.meta.policy, document.querySelector(".detail").textContent];
   found.wide = document.documentElement.scrollWidth > innerWidth;
   dispatchEvent(new Event("beforeprint"));
   found.printed = [attainment.data[0].line.color, getComputedStyle(document.body).backgroundColor];
@@ -110,6 +114,11 @@ def test_a_class_of_users_can_be_picked(found):
 def test_light_dark_and_paper(found):
     assert found["themes"] == [True, True]
     assert found["printed"][0] == "#0072b2"  # of a light page
+
+
+def test_a_click_on_a_request_shows_what_is_known_of_it(found):
+    policy, text = found["detail"]
+    assert text.startswith(f"{policy}, strict user, prompt of ") and "seed 0" in text
 
 
 def test_tables_are_sorted_and_menus_pick(found):

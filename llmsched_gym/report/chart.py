@@ -124,4 +124,4 @@ def band(own: pd.DataFrame, policy: str, slo: str, low: float, high: float) -> l
 
 def embedded(value: Any) -> str:
     """JSON that can stand in a script element of the page."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "\\u003c!--")
