@@ -331,7 +331,7 @@ def evaluate(
 
         one = finite(world) if rates is None else finite(world).replace(qps=rates[0])
         write_trace(record(one, named[0], first_seed), perfetto)
-        print(f"llmsched: wrote {perfetto}; open it at ui.perfetto.dev", file=sys.stderr)
+        console.remark(f"wrote {perfetto}; open it at ui.perfetto.dev")
     try:
         if out is not None:
             from llmsched_gym.evaluation.lives import write_lives

@@ -297,11 +297,11 @@ def test_the_report_shows_every_part(full):
 
 def test_every_trace_says_whose_it_is_and_has_finite_data_of_one_length(full):
     policies = set(own_parts(full)[1]["policies"])
-    for chart in charts_of(full).values():
-        for trace in chart["traces"]:
+    for found in charts_of(full).values():
+        for trace in found["traces"]:
             meta = trace["meta"]
-            assert meta.get("policy") in policies or meta["ink"] in page.INKS, chart["name"]
-            assert len({len(trace[k]) for k in ("x", "y", "customdata") if k in trace}) == 1, chart["name"]
+            assert meta.get("policy") in policies or meta["ink"] in page.INKS, found["name"]
+            assert len({len(trace[k]) for k in ("x", "y", "customdata") if k in trace}) == 1, found["name"]
             assert "color" not in trace.get("line", {})  # colours are the page's
 
 
@@ -372,11 +372,11 @@ def test_charts_draw_what_there_is_and_nothing_where_there_is_nothing():
     one = statistics.tidy([row("a", 1.0, 0), row("never", 1.0, 0, ttft_s=None)])
     assert [t["y"] for t in ttft(one).traces] == [["a"], ["never"]] and ttft(one).layout["rows"] == 2
     two = statistics.tidy([row(p, q, 0, ttft_s=t) for q in (1.0, 2.0) for p, t in (("a", 0.3), ("never", None))])
-    chart = ttft(two, 99)
-    assert chart.layout["yaxis"]["type"] == "log" and chart.layout["xaxis"]["title"]["text"] == "Load (requests/s)"
-    lost = next(t for t in chart.traces if t["meta"]["policy"] == "never")
+    found = ttft(two, 99)
+    assert found.layout["yaxis"]["type"] == "log" and found.layout["xaxis"]["title"]["text"] == "Load (requests/s)"
+    lost = next(t for t in found.traces if t["meta"]["policy"] == "never")
     assert lost["meta"]["symbols"] == ["triangle-up-open"] * 2 and "∞" in lost["text"][0]
-    top = 10 ** chart.layout["yaxis"]["range"][1]
+    top = 10 ** found.layout["yaxis"]["range"][1]
     assert all(top / 1.2 < y < top for y in lost["y"])  # infinite values stand inside the upper edge
     never = [row("never", 1.0, 0)]
     for nothing in (
