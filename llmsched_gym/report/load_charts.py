@@ -63,7 +63,9 @@ def against_load(
     single = binned["load"].nunique() == 1
     value_axis, (low, high) = axis(label, percent=percent), (0.0, 100.0) if percent else (-1e9, 1e9)
     if log:
-        value_axis = log_axis(label, [*finite, *(line or ())[:1], *([floor] if missed else [])], 1.3)
+        value_axis = log_axis(
+            label, [*finite, *(line or ())[:1], *([floor] if missed and (shown < floor).any() else [])], 1.3
+        )
         low, high = (10**end for end in value_axis["range"])
     elif not percent and finite.min() >= 0:
         value_axis["rangemode"] = "tozero"
