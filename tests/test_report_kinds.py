@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pandas as pd
 import pytest
@@ -100,6 +101,14 @@ def test_capacities_that_cannot_be_told_apart_have_no_clear_winner(tmp_path):
     path.write_text("{}")
     with pytest.raises(ReportError, match=r"capacity-attainment-0\.9\.json"):
         write_report(folder)
+
+
+def test_without_the_charting_library_nothing_is_written_and_one_line_says_so(tmp_path, capsys, monkeypatch):
+    folder = capacity_folder(tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    assert llmsched(["report", str(folder)]) == 2
+    assert capsys.readouterr().err.endswith("needs plotly, which is not installed: pip install plotly\n")
+    assert [path.name for path in folder.iterdir()] == ["capacity-attainment-0.9.json"]
 
 
 # Several folders
