@@ -136,6 +136,7 @@ def options_of_all(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on stderr.")] = False,
 ) -> None:
+    """Say versions, or be quiet, whatever the command."""
     console.quiet = quiet
 
 
@@ -278,6 +279,9 @@ def evaluate(
     ray: OnRay = False,
     ray_address: RayAddress = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the tables and a report.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Of a single run: its batches and requests as a trace for ui.perfetto.dev.")
+    ] = None,
     no_bound: Annotated[bool, typer.Option("--no-bound", help="With --out, leave the clairvoyant bound out.")] = False,
     config: OptionsFile = None,
     as_json: AsJson = False,
@@ -299,6 +303,14 @@ def evaluate(
         named = clusters.pairs(routers_named, named)
         world = world if replicas is None else clusters.with_replicas(world, replicas)
         world = world if staleness is None else world.replace(router_staleness_s=staleness)
+    if perfetto is not None:
+        from llmsched_gym.evaluation.perfetto import claim_trace
+
+        claim_trace(perfetto)
+        if len(named) != 1 or seeds != 1 or (rates is not None and len(rates) != 1):
+            raise ConfigError("perfetto: expected one policy, one rate and --seeds 1, got several runs")
+        if isinstance(world, ClusterScenario) or world.backend != "simulated" or world.async_lag:
+            raise ConfigError("perfetto: expected one simulated engine without async_lag")
     bounded = out is not None and not no_bound and world.backend == "simulated"
     bounded = bounded and not isinstance(world, ClusterScenario)
     chosen = with_bound(named) if bounded else named
@@ -313,9 +325,20 @@ def evaluate(
             out=out,
             progress=progress,
         )
+    if perfetto is not None:
+        from llmsched_gym.evaluation.grid import finite
+        from llmsched_gym.evaluation.perfetto import write_trace
+        from llmsched_gym.evaluation.record import record
+
+        one = finite(world) if rates is None else finite(world).replace(qps=rates[0])
+        write_trace(record(one, named[0], first_seed), perfetto)
+        console.remark(f"wrote {perfetto}; open it at ui.perfetto.dev")
     try:
         if out is not None:
-            report(out)
+            from llmsched_gym.evaluation.lives import write_lives
+
+            write_lives(out, world)
+            report([out])
     finally:
         if as_json:
             console.print_rows(rows)
@@ -357,7 +380,7 @@ def capacity(
     workers: Workers = None,
     ray: OnRay = False,
     ray_address: RayAddress = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json and a report.")] = None,
     config: OptionsFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -396,6 +419,10 @@ def capacity(
             console.remark(f"{label}: {item.criterion} {item.note}")
     named = [{"policy": label, "ratio_to": labels[0]} for label in labels]
     rows = [item.to_row() | ratio | name for item, ratio, name in zip(found, ratios, named, strict=True)]
+    folders = [] if out is None else [out, *sorted(out.glob("replicas-*"))]
+    for folder in folders:
+        if any(folder.glob("capacity-*.json")):
+            report([folder])
     if as_json:
         console.print_rows(rows)
     else:
@@ -673,7 +700,7 @@ def serve_bench(
             )
     rows = join(out)
     try:
-        report(out)
+        report([out])
     finally:
         if as_json:
             console.print_rows(rows)
@@ -685,13 +712,24 @@ def serve_bench(
 @app.command()
 def report(
     directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder that `evaluate --out` or serve-bench wrote.")
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that evaluate, capacity or serve-bench wrote.")
     ],
+    out: Annotated[Path | None, typer.Option(help="With several folders: the folder of what compares them.")] = None,
 ) -> None:
-    """Write report.html and report.md from a folder of results."""
+    """Write report.html, report.md and tables/ of a folder of results, or of several in a folder that compares them."""
     from llmsched_gym.report.write import write_report
 
-    console.remark(f"wrote {write_report(directory)}")
+    folder = directory[0]
+    if len(directory) > 1 or out is not None:
+        if out is None or len(directory) == 1:
+            raise ConfigError("out: expected --out FOLDER with several folders, and with one folder none")
+        from llmsched_gym.evaluation.store import claim_results
+        from llmsched_gym.report.compare import combine
+
+        claim_results(out)
+        combine(directory, out)
+        folder = out
+    console.remark(f"wrote {write_report(folder)}")
 
 
 @app.command()

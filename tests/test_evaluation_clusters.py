@@ -15,6 +15,7 @@ from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.metrics import requests_frame, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.store import read_rows
+from llmsched_gym.report import batch_charts
 from llmsched_gym.report import clusters as report
 from llmsched_gym.scheduler import PolicyError
 
@@ -89,9 +90,11 @@ def test_the_matrix_has_routers_in_lines_and_schedulers_in_columns():
     mean = 100 * rows[rows.policy == "jsq+slai"]["slo_attainment"].mean()
     assert math.isclose(float(tables[0].rows[0][1].text), mean, abs_tol=0.06)
     assert report.matrices(pd.DataFrame([row(simulate(ONE, "slai", 0))])) == []
-    figure = report.plot_replicas(rows)
-    heights = [bar.get_height() for axes in figure.axes for bar in axes.patches]
-    assert len(heights) >= 8 and np.isfinite(heights).all()
+    busy, *_ = batch_charts.replicas(rows)
+    assert [len(trace["y"]) for trace in busy.traces] == [2] * 4
+    assert busy.traces[0]["y"] == pytest.approx(
+        100 * np.mean(rows[rows.policy == "jsq+slai"]["busy_share_by_replica"].tolist(), axis=0), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def pyproject():
 def test_the_core_depends_on_nothing_of_the_extras():
     config = pyproject()["project"]
     core = {re.match(r"[\w-]+", name)[0].lower() for name in config["dependencies"]}
-    known = "gymnasium, numpy, numba, pandas, pyarrow, scipy, matplotlib, jinja2, typer, rich, safetensors, pillow"
+    known = (
+        "gymnasium, numpy, numba, pandas, pyarrow, scipy, matplotlib, plotly, jinja2, typer, rich, safetensors, pillow"
+    )
     assert core == set(known.split(", "))
     assert {"agents", "real", "ray", "rllib", "bench", "docs", "dev"} <= set(config["optional-dependencies"])
 

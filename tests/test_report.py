@@ -7,7 +7,6 @@ import json
 import math
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,13 +17,17 @@ from llmsched_gym.config import scenario
 from llmsched_gym.files import encode
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.report import (
+    batch_charts,
     bounds,
+    chart,
     distance,
-    distributions,
     draw,
     findings,
+    load_charts,
+    load_section,
+    page,
     plots,
-    sections,
+    request_charts,
     settings,
     statistics,
     tables,
@@ -32,39 +35,9 @@ from llmsched_gym.report import (
 from llmsched_gym.report.results import read_results
 from llmsched_gym.report.text import estimate, load_label, number
 from llmsched_gym.report.write import ReportError, write_report
+from tests.report_folders import charts_of, itl_of, make_folder, own_parts, requests_of, row, steps_of
 
-
-def row(policy, qps, seed, *, ttft_s=0.4, attained=0.9, strict=None, num_requests=100, requested=..., **fields):
-    """One run as `evaluate` reports it."""
-    by_class = {"strict": strict, "relaxed": attained}
-    gaps = {"strict": 0 if strict is None else 500, "relaxed": 20_000}
-    return {
-        "policy": policy,
-        "suite": "paper",
-        "profile": "rtx6000ada-mistral-7b",
-        "workload": "sharegpt",
-        "qps": qps,
-        "requested_qps": qps if requested is ... else requested,
-        "seed": seed,
-        "num_requests": num_requests,
-        "num_finished": num_requests,
-        "num_refused": 0,
-        "num_abandoned": 0,
-        "num_unfinished": 0,
-        "num_rejected": 0,
-        "ttft_p50_s": ttft_s,
-        "ttft_p99_s": None if ttft_s is None else 10 * ttft_s,
-        "itl_p99_s_by_class": {"strict": None if strict is None else 0.08, "relaxed": 0.3},
-        "slo_attainment": attained,
-        "slo_attainment_by_class": by_class,
-        "num_gaps_by_class": gaps,
-        "mean_utility": attained - 0.1,
-        "request_goodput": attained * qps,
-        "throughput_tok_s": 400.0 * qps,
-        "kv_cache_usage_max": 0.5,
-        "num_preemptions": 2,
-        "attained_by_decile": [attained] * 9 + [attained / 2],
-    } | fields
+pytest.importorskip("plotly")
 
 
 def line(table, policy, metric, load=None):
@@ -238,64 +211,6 @@ def test_the_command_names_all_that_differs_from_the_suite(tmp_path):
     assert "--no-bound" not in settings.command(config, tmp_path)
 
 
-def requests_of(rows, num_requests, seed=0):
-    """Made-up requests for the runs of `rows`; a policy called never gets none served."""
-    rng = np.random.default_rng(seed)
-    frames = []
-    for r in rows:
-        served = np.full(num_requests, r["policy"] != "never")
-        frames.append(
-            pd.DataFrame(
-                {
-                    "policy": r["policy"],
-                    "qps": r["qps"],
-                    "seed": r["seed"],
-                    "prompt_tokens": rng.integers(1, 4000, num_requests),
-                    "slo_class": np.where(rng.random(num_requests) < 0.1, "strict", "relaxed"),
-                    "phase": np.where(served, "finished", "abandoned"),
-                    "ttft_s": np.where(served, rng.exponential(0.5, num_requests), np.nan),
-                    "attained": served & (rng.random(num_requests) < 0.8),
-                }
-            )
-        )
-    return pd.concat(frames)
-
-
-def steps_of(policies, qps, num_steps=600):
-    start = 0.05 * np.arange(num_steps)
-    base = {"qps": qps, "seed": 0, "start_s": start, "duration_s": 0.05, "predicted_s": 0.05, "kv_cache_usage": 0.3}
-    tokens = {"decode_tokens": 20, "prefill_tokens": np.arange(num_steps) % 400, "num_running": 20, "num_waiting": 3}
-    return pd.concat([pd.DataFrame({"policy": p, **base, **tokens}) for p in policies])
-
-
-def itl_of(policies, qps, classes=("strict", "relaxed")):
-    probs = np.linspace(0, 1, 101)
-    frames = [
-        pd.DataFrame({"policy": p, "qps": qps, "slo_class": c, "prob": probs, "itl_s": 0.02 + 0.1 * probs})
-        for p in policies
-        for c in classes
-    ]
-    return pd.concat(frames)
-
-
-def make_folder(folder: Path, rows, *, steps=None, itl=None, capacity=None, num_requests=60, **fields) -> Path:
-    folder.mkdir()
-    pd.DataFrame(rows).to_parquet(folder / "runs.parquet")
-    requests_of(rows, num_requests).to_parquet(folder / "requests.parquet")
-    config = {
-        "scenario": encode(scenario("paper", **fields).to_dict()),
-        "policies": sorted({r["policy"] for r in rows}),
-    }
-    (folder / "config.json").write_text(json.dumps(config | {"qps": sorted({r["qps"] for r in rows}), "seeds": 2}))
-    if steps is not None:
-        steps.to_parquet(folder / "steps.parquet")
-    if itl is not None:
-        itl.to_parquet(folder / "itl.parquet")
-    if capacity is not None:
-        (folder / "capacity.json").write_text(json.dumps(capacity))
-    return folder
-
-
 class Page(HTMLParser):
     """Collects what a page would load, its ids and its text."""
 
@@ -345,33 +260,73 @@ def full(tmp_path_factory):
 
 
 def test_the_page_loads_nothing_and_its_links_end_somewhere(full):
-    html = (full / "report.html").read_text()
-    page = Page(html)
-    assert page.loads == [] and "script" not in page.tags and "link" not in page.tags
-    assert not re.search(r"https?://|@import|url\((?!#)", html)
-    assert len(set(page.ids)) == len(page.ids)
-    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    used = set(re.findall(r"url\(#([^)]+)\)", html))
-    assert used and used <= set(page.ids)
-    assert "my:Sched&lt;b&gt;" in html and "Sched<b>" not in html
-    assert len(html) < 3_000_000
+    html, data = own_parts(full)
+    read = Page(html)
+    assert read.loads == [] and "link" not in read.tags and read.tags.count("script") == 3
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert len(set(read.ids)) == len(read.ids)
+    assert all(link.startswith("#") and link[1:] in read.ids for link in read.links)
+    assert "my:Sched&lt;b&gt;" in html and "Sched<b>" not in re.sub(r"<script.*?</script>", "", html, flags=re.S)
+    assert (full / "report.html").stat().st_size < 6_000_000
+    assert set(data["policies"]) == {"sarathi", "slai", "my:Sched<b>[a=1,b=2]"}
 
 
 def test_the_report_shows_every_part(full):
     html, text = ((full / f"report.{kind}").read_text() for kind in ("html", "md"))
-    figures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(figures) == len(set(figures)) == html.count("<svg ")
-    assert all((full / figure).read_bytes().startswith(b"\x89PNG") for figure in figures)
-    for name in ("slo-attainment-strict", "ttft-reduction", "itl-cdf-relaxed", "batches", "capacity-ttft-median"):
-        assert f"figures/{name}.png" in figures
+    charts = charts_of(full)
+    assert re.findall(r'class="canvas" data-chart="([^"]+)"', html) == list(charts)
+    for name in (
+        "slo-attainment",
+        "slo-missed",
+        "ttft-reduction",
+        "itl-cdf-relaxed",
+        "batches",
+        "capacity-ttft-median",
+    ):
+        assert charts[name]["traces"]
     for part in (html, text):
         assert "llmsched evaluate --suite paper" in part
         assert "slai / sarathi" in part and "1.24" in part and "1.26" in part
         assert "not met at any rate" in part
         assert "the paper reports 53 %" in part
         assert "Greyed out" in part
+        assert "p99 TTFT (s) by load" in part
     assert "| sarathi | 0.400 [0.400–0.400]" in text
     assert not list(full.rglob("*.partial"))
+
+
+def test_every_trace_says_whose_it_is_and_has_finite_data_of_one_length(full):
+    policies = set(own_parts(full)[1]["policies"])
+    for found in charts_of(full).values():
+        for trace in found["traces"]:
+            meta = trace["meta"]
+            assert meta.get("policy") in policies or meta["ink"] in page.INKS, found["name"]
+            assert len({len(trace[k]) for k in ("x", "y", "customdata") if k in trace}) == 1, found["name"]
+            assert "color" not in trace.get("line", {})  # colours are the page's
+
+
+def test_data_cannot_end_the_script_that_holds_them():
+    value = {"policy": "</script><!--<b>", "y": [1.5, None]}
+    text = chart.embedded(value)
+    assert json.loads(text) == value and "</" not in text and "<!--" not in text
+    with pytest.raises(ValueError):
+        chart.embedded([math.nan])
+
+
+def test_charts_have_the_classes_that_rows_have(full):
+    slos = {t["meta"]["slo"] for t in charts_of(full)["slo-attainment"]["traces"]}
+    assert slos == {"all", "strict", "relaxed"}
+    parts = {t["meta"]["part"] for t in charts_of(full)["requests"]["traces"]}
+    assert parts == {"strict", "relaxed"}
+
+
+def test_tables_have_twins_that_programs_read(full):
+    comparison = pd.read_csv(full / "tables" / "comparison.csv")
+    own = comparison[(comparison["policy"] == "slai") & (comparison["metric"] == "slo_attainment")]
+    assert own["load"].tolist() == [1.0, 1.6] and own["value"].iloc[0] == pytest.approx(0.85 + 0.0045)
+    matrix = pd.read_csv(full / "tables" / "p99-ttft-s-by-load-requests-s.csv")
+    assert matrix["policy"].tolist()[:2] == ["sarathi", "slai"] and matrix["1.6"].tolist()[0] == 6.4
+    assert (full / "tables" / "capacity-under-attainment-0.9.csv").exists()
 
 
 def test_markdown_tables_are_rectangular(full):
@@ -399,29 +354,51 @@ def test_a_policy_that_never_serves_alone_at_one_load_is_still_a_report_and_alwa
     text = (folder / "report.md").read_text()
     assert text.startswith("# Nothing & nobody") and "| never | ∞† | ∞† |" in text
     assert "Nothing &amp; nobody" in (folder / "report.html").read_text()
-    assert "ttft" not in " ".join(path.name for path in (folder / "figures").iterdir())  # nothing to draw
+    assert not [name for name in charts_of(folder) if name.startswith("ttft")]  # nothing to draw
     assert "100.0 % under `never`" in text
 
 
-def test_figures_draw_what_there_is_and_say_when_there_is_nothing():
+def attainment(rows, **settings):
+    columns = load_charts.by_class("slo_attainment", rows)
+    return load_charts.against_load("a", rows, columns, "SLO attainment", "%", scale=100, percent=True, **settings)
+
+
+def ttft(rows, percentile=50):
+    columns = {"all": f"ttft_p{percentile}_s"}
+    return load_charts.against_load("t", rows, columns, "TTFT", "TTFT (s, log scale)", log=True)
+
+
+def test_charts_draw_what_there_is_and_nothing_where_there_is_nothing():
     one = statistics.tidy([row("a", 1.0, 0), row("never", 1.0, 0, ttft_s=None)])
-    assert [t.get_text() for t in plots.plot_ttft(one).axes[0].get_yticklabels()] == ["a", "never"]
+    assert [t["y"] for t in ttft(one).traces] == [["a"], ["never"]] and ttft(one).layout["rows"] == 2
     two = statistics.tidy([row(p, q, 0, ttft_s=t) for q in (1.0, 2.0) for p, t in (("a", 0.3), ("never", None))])
-    axes = plots.plot_ttft(two, 99).axes[0]
-    assert axes.get_yscale() == "log" and axes.get_xlabel() == "Load (requests/s)" and "(s" in axes.get_ylabel()
-    assert sum(artist.get_marker() == "^" for artist in axes.lines) >= 1  # infinite values, on the upper edge
-    for make in (
-        lambda: plots.plot_ttft(statistics.tidy([row("never", 1.0, 0, ttft_s=None)])),
-        lambda: plots.plot_attainment(one, "strict"),
-        lambda: plots.plot_itl(one, "strict"),
-        lambda: distributions.plot_ttft_cdf(requests_of([row("never", 1.0, 0)], 20)),
-        lambda: distributions.plot_ttft_by_prompt(requests_of([row("never", 1.0, 0)], 20)),
-        lambda: distributions.plot_itl_cdf(itl_of(["a"], 1.0, ["relaxed"]), "strict"),
-        lambda: distributions.plot_batches(steps_of(["a"], 1.0), []),
-        lambda: plots.plot_ttft_reduction(statistics.ttft_reduction(statistics.tidy([row("sarathi", 1.0, 0)]))),
+    found = ttft(two, 99)
+    assert found.layout["yaxis"]["type"] == "log" and found.layout["xaxis"]["title"]["text"] == "Load (requests/s)"
+    lost = next(t for t in found.traces if t["meta"]["policy"] == "never")
+    assert lost["meta"]["symbols"] == ["triangle-up-open"] * 2 and "∞" in lost["text"][0]
+    top = 10 ** found.layout["yaxis"]["range"][1]
+    assert all(top / 1.2 < y < top for y in lost["y"])  # infinite values stand inside the upper edge
+    never = [row("never", 1.0, 0)]
+    for nothing in (
+        ttft(statistics.tidy([row("never", 1.0, 0, ttft_s=None)])),
+        request_charts.ttft_cdf(requests_of(never, 20)),
+        request_charts.ttft_by_prompt(requests_of(never, 20)),
+        request_charts.scatter(requests_of(never, 20)),
+        request_charts.itl_cdf(itl_of(["a"], 1.0, ["relaxed"]), "strict", 0.1),
+        batch_charts.timeline(steps_of(["a"], 1.0), []),
+        load_charts.reduction_chart(statistics.ttft_reduction(statistics.tidy([row("sarathi", 1.0, 0)]))),
     ):
-        with pytest.raises(draw.NothingToPlot):
-            make()
+        assert nothing is None
+
+
+def test_misses_are_what_attainment_leaves_and_none_is_a_triangle():
+    rows = statistics.tidy([row(p, q, 0, attained=a) for q in (1.0, 2.0) for p, a in (("a", 0.9), ("best", 1.0))])
+    columns = {"all": "slo_attainment"}
+    chart = load_charts.against_load("m", rows, columns, "missed", "%", scale=100, log=True, missed=True)
+    a, best = chart.traces
+    assert a["y"] == [10, 10] and a["meta"]["symbols"] == [None, None]
+    assert best["y"] == [0.5, 0.5] and best["meta"]["symbols"] == ["triangle-down-open"] * 2  # half of 1 in 100
+    assert "0" in best["text"][0] and 10 ** chart.layout["yaxis"]["range"][0] < 0.5
 
 
 def test_the_summary_says_up_to_which_load_gaps_are_in_time(tmp_path):
@@ -459,7 +436,7 @@ def test_a_report_says_how_far_from_the_best(tmp_path):
         assert "1.8 (90 %)" in part and "2.2 (110 %)" in part
     assert "| slai | **−4.0** [−4.0 to −4.0] | **−4.0** [−4.0 to −4.0] |" in text
     assert "| shortest-total | 94.4 | 94.4 |" in text  # never emphasised
-    assert html.count("fluid capacity, 2.01 requests/s") == 6 + 1  # figures, and the note below the table
+    assert html.count('"fluid capacity 2.01"') == 6  # charts
 
 
 def test_a_scheduler_may_attain_more_than_the_clairvoyant_one(tmp_path):
@@ -492,37 +469,44 @@ def test_without_a_fluid_capacity_there_is_still_a_report(tmp_path, change):
     assert "luid capacity" not in text and "How far from the best" not in text
 
 
-def test_figures_show_the_fluid_capacity_near_their_loads():
+def test_charts_show_the_fluid_capacity_near_their_loads():
     fluid = fluid_capacity(scenario("paper"))
     assert bounds.shown_capacity(fluid, [1.0, 1.8]) == fluid.qps
     assert bounds.shown_capacity(fluid, [1.0, 1.6]) is bounds.shown_capacity(fluid, [3.0]) is None
     assert bounds.shown_capacity(None, [1.8]) is None
     two = statistics.tidy([row(p, q, 0) for q in (1.0, 1.8) for p in ("a", "shortest-total")])
-    for plot in (plots.plot_attainment, plots.plot_ttft, plots.plot_throughput, plots.plot_goodput):
-        figure = plot(two, fluid_qps=2.0)
-        labels = [text.get_text() for text in figure.legends[0].get_texts()]
-        assert "fluid capacity, 2.00 requests/s" in labels and "shortest-total (oracle)" in labels
-        ax = figure.axes[0]
-        level = plot is plots.plot_goodput
-        ends = [tuple(line.get_ydata() if level else line.get_xdata()) for line in ax.lines]
-        low, high = ax.get_ylim() if level else ax.get_xlim()
-        assert (2.0, 2.0) in ends and low < 2.0 < high
-    assert "fluid" not in str([t.get_text() for t in plots.plot_goodput(two).legends[0].get_texts()])
+    layout = attainment(two, fluid_qps=2.0).layout
+    assert layout["annotations"][0]["text"] == "fluid capacity 2.00" and layout["shapes"][0]["x0"] == 2.0
+    assert not attainment(two).layout["shapes"]
+    figure = plots.plot_attainment(two, fluid_qps=2.0)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "fluid capacity, 2.00 requests/s" in labels and "shortest-total (oracle)" in labels
 
 
 def test_shares_by_prompt_length_are_of_tenths():
     lengths = np.arange(1, 101)
     requests = pd.DataFrame({"policy": "a", "prompt_tokens": lengths, "attained": lengths <= 25, "phase": "finished"})
-    shares = distributions.plot_share_by_prompt(requests).axes[0].lines[0].get_ydata()
+    shares = request_charts.share_by_prompt(requests, "a").traces[0]["y"]
     assert shares == pytest.approx([100, 100, 50, 0, 0, 0, 0, 0, 0, 0])
     same = requests.assign(prompt_tokens=7)
-    assert distributions.plot_share_by_prompt(same).axes[0].lines[0].get_ydata() == pytest.approx([25])
+    assert request_charts.share_by_prompt(same, "a").traces[0]["y"] == pytest.approx([25])
+
+
+def test_the_scatter_marks_misses_and_leaves_few_of_them_out():
+    requests = requests_of([row(p, 1.0, s) for p in "ab" for s in range(3)], 1000)
+    requests = requests.assign(attained=np.arange(len(requests)) % 20 > 0)
+    chart = request_charts.scatter(requests)
+    points = {(t["meta"]["policy"], t["meta"]["missed"]): 0 for t in chart.traces}
+    for trace in chart.traces:
+        points[trace["meta"]["policy"], trace["meta"]["missed"]] += len(trace["x"])
+    assert points == {(p, True): 150 for p in "ab"} | {(p, False): 850 for p in "ab"}
+    assert "1,000 are shown" in chart.caption and len(chart.traces[0]["customdata"][0]) == len(chart.layout["figures"])
 
 
 def test_batches_are_averaged_over_busy_time():
     steps = pd.DataFrame({"start_s": [0.0, 1.5], "duration_s": [1.0, 0.5], "decode_tokens": [10, 30]})
-    assert distributions._averaged(steps, "decode_tokens", np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx([10, 30, 0])
-    assert distributions._averaged(steps, "decode_tokens", np.array([0.0, 2.0])) == pytest.approx([(10 + 15) / 1.5])
+    assert batch_charts.averaged(steps, "decode_tokens", np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx([10, 30, 0])
+    assert batch_charts.averaged(steps, "decode_tokens", np.array([0.0, 2.0])) == pytest.approx([(10 + 15) / 1.5])
 
 
 @pytest.mark.parametrize("missing", ["runs.parquet", "requests.parquet", "config.json"])
@@ -632,9 +616,11 @@ def test_marks_beyond_the_axes_stand_inside_them_and_captions_speak_of_no_others
             middle = line.get_transform().transform(line.get_xydata())[:, 1]
             half = line.get_markersize() / 2 / 72 * figure.dpi
             assert (middle + half <= high + 1).all() and (middle - half >= low - 1).all()
-    assert "Triangles" in sections._infinite(two, 99) and "Triangles" in sections._reduction(two).caption
+    assert "Triangles" in load_section.infinite(two, 99) and "Triangles" in load_section.reduction(two).caption
+    lowest = load_section.reduction(two).traces
+    assert any("triangle-down-open" in t["meta"]["symbols"] for t in lowest)
     fine = statistics.tidy([r for r in rows if r["policy"] == "sarathi"] + [row("slai", q, 0) for q in (1.0, 2.0)])
-    assert sections._infinite(fine, 99) == "" and "Triangles" not in sections._reduction(fine).caption
+    assert load_section.infinite(fine, 99) == "" and "Triangles" not in load_section.reduction(fine).caption
 
 
 def test_a_figure_of_one_load_shows_whole_marks_and_intervals():
@@ -705,11 +691,7 @@ def test_loads_at_which_everything_is_infinite_are_within_the_axes():
 def test_loads_of_sessions_are_sessions_per_second():
     rows = statistics.tidy([of_sessions("a", q, s) for q in (0.5, 1.0) for s in range(2)])
     assert load_label(rows, 0.5) == "0.5 sessions/s" and load_label(rows, 1.0) == "1 session/s"
-    figure = plots.plot_hit_rate(rows, fluid_qps=0.9)
-    assert figure.axes[0].get_xlabel() == "Load (sessions/s)"
-    assert "fluid capacity, 0.90 sessions/s" in [t.get_text() for t in figure.legends[0].get_texts()]
-    goodput = plots.plot_goodput(rows, fluid_qps=0.9)  # in requests/s, of which that capacity is none
-    assert not [t for t in goodput.legends[0].get_texts() if "fluid" in t.get_text()]
+    assert attainment(rows).layout["xaxis"]["title"]["text"] == "Load (sessions/s)"
 
 
 def test_a_report_of_sessions(tmp_path):
@@ -723,8 +705,8 @@ def test_a_report_of_sessions(tmp_path):
     text = (tmp_path / "report.md").read_text()
     assert "## Sessions and prefix cache" in text and "requests/s" not in text.replace("(requests/s)", "")
     assert "0.5, 3 sessions/s" in text and "cancelled" in text and "ms per new prompt token" in text
-    for name in ("sessions-on-time", "prefix-hit-rate"):
-        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
+    assert charts_of(tmp_path).keys() >= {"sessions-on-time", "prefix-hit-rate"}
+    assert not [a for a in charts_of(tmp_path)["goodput"]["layout"]["annotations"] if "fluid" in a["text"]]
 
     for name in ("runs", "requests"):  # a folder made before there were such columns
         path = tmp_path / f"{name}.parquet"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +78,12 @@ def simulate(
     profile: Profile | None = None,
     own_profile: Profile | None = None,
     table: RequestTable | None = None,
+    watch: Callable[[Engine], int] | None = None,
 ) -> Episode:
     """Run `policy` (a name or a scheduler) on the requests of `seed` to the end; the first `num_steps` are logged.
 
-    A `table` of requests takes the place of the seed's.
+    A `table` of requests takes the place of the seed's. `watch` looks at the engine after the first step and then after
+    as many as it returned; it changes nothing of the run.
 
     Clairvoyant schedulers need a scenario with ``length_hint``; they get an oracle's if it has none. A scenario for the
     real backend needs one, see `make_backend`. On a cluster the policy is ``ROUTER+SCHEDULER``, see `clusters`.
@@ -88,6 +91,8 @@ def simulate(
     if isinstance(scenario, ClusterScenario):
         from llmsched_gym.evaluation.clusters import simulate_cluster
 
+        if watch is not None:
+            raise ConfigError("watch: expected None for a cluster")
         if profile is not None or own_profile is not None:
             raise ConfigError("profile: expected replica_profiles of the scenario for a cluster, got a profile")
         return simulate_cluster(scenario, policy, seed, num_steps=num_steps, table=table)
@@ -120,7 +125,13 @@ def simulate(
         install(scheduler, engine.state, seed=seed)
         engine.state.sims[0].decision_s = 0.0
     start = time.perf_counter()
-    engine.run(scheduler)
+    if watch is None:
+        engine.run(scheduler)
+    else:
+        steps = 1
+        while not engine.run(scheduler, max_steps=steps):
+            steps = watch(engine)
+        watch(engine)
     wall_time_s = time.perf_counter() - start
     state = engine.state
     return Episode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,13 +19,13 @@ NEAR = 0.15
 
 
 def is_clairvoyant(policy: str) -> bool:
-    """Whether a registered scheduler, with or without parameters in brackets, is told output lengths."""
-    return policy.partition("[")[0].strip() in CLAIRVOYANT
+    """Whether a registered scheduler is told output lengths, with or without parameters or the folder it is from."""
+    return re.split(r"\[| \(", policy)[0].strip() in CLAIRVOYANT
 
 
 def bound_of(policies: Iterable[str]) -> str | None:
     """The policy that the others are measured against, with or without parameters, if it is among them."""
-    return next((p for p in policies if p.partition("[")[0].strip() == BOUND), None)
+    return next((p for p in policies if re.split(r"\[| \(", p)[0].strip() == BOUND), None)
 
 
 def ordinary(policies: Iterable[str]) -> list[str]:

@@ -1,8 +1,8 @@
-"""What a report says of replicas: matrices of routers and schedulers, and what each replica did."""
+"""What a report says of replicas: matrices of routers and schedulers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,6 @@ import pandas as pd
 from llmsched_gym.report import statistics
 from llmsched_gym.report.tables import HEAD, Cell, Table
 from llmsched_gym.text import number
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Shown(NamedTuple):
@@ -69,42 +66,3 @@ def _cell(line: object, shown: Shown) -> Cell:
     low, high = (shown.scale * getattr(line, end) for end in ("low", "high"))
     interval = f"{number(low, shown.decimals)}-{number(high, shown.decimals)}" if np.isfinite([low, high]).all() else ""
     return Cell(number(shown.scale * value, shown.decimals), interval)
-
-
-def plot_replicas(rows: pd.DataFrame) -> Figure:
-    """Busy share of each replica, and its hit rate where something is cached: a panel a policy, means over seeds."""
-    import matplotlib.pyplot as plt
-
-    policies = list(dict.fromkeys(rows["policy"]))
-    columns = min(4, len(policies))
-    lines = -(-len(policies) // columns)
-    figure, panels = plt.subplots(
-        lines, columns, figsize=(2.6 * columns + 0.6, 2.1 * lines + 0.5), sharey=True, squeeze=False
-    )
-    for panel in panels.flat[len(policies) :]:
-        panel.set_visible(False)
-    for panel, policy in zip(panels.flat, policies, strict=False):
-        own = rows[rows["policy"] == policy]
-        busy = np.array(own["busy_share_by_replica"].tolist(), float)
-        hits = np.array(own["hit_rate_by_replica"].tolist(), float)
-        places = np.arange(busy.shape[1])
-        cached = np.isfinite(hits).any()
-        width = 0.4 if cached else 0.8
-        panel.bar(
-            places - (width / 2 if cached else 0.0), 100 * busy.mean(axis=0), width, color="#0072b2", label="busy"
-        )
-        if cached:
-            hit = np.nanmean(np.where(np.isfinite(hits), hits, np.nan), axis=0)
-            panel.bar(places + width / 2, 100 * np.nan_to_num(hit), width, color="#e69f00", label="hit rate")
-        panel.set_title(policy, fontsize=8)
-        panel.set_xticks(places[:: max(1, len(places) // 8)])
-        panel.set_ylim(0, 100)
-        panel.tick_params(labelsize=8)
-    for panel in panels[:, 0]:
-        panel.set_ylabel("%", fontsize=8)
-    for panel in panels[-1]:
-        panel.set_xlabel("replica", fontsize=8)
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
-    figure.legend(handles, labels, fontsize=8, ncols=2, frameon=False, loc="upper right")
-    return figure

@@ -34,7 +34,9 @@ def overview(results: Results) -> str:
     if len(values) == 1:
         loads = load_label(rows, float(rows["load"].iloc[0]))
     kind = "servers" if served.is_served(rows) else "schedulers"
-    who = f"{len(policies)} {kind} served the same requests" if len(policies) > 1 else f"`{policies[0]}` was run"
+    compared = results.config.get("compared") or {}
+    served_what = "were run in worlds that differ" if compared.get("differences") else "served the same requests"
+    who = f"{len(policies)} {kind} {served_what}" if len(policies) > 1 else f"`{policies[0]}` was run"
     each += " request" if counts == [1] else " requests"
     text = f"{who} at {loads}: {each} {'of one seed' if seeds == 1 else f'in each of {seeds} seeds'}"
     if len(rows) > 1:

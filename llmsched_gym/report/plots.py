@@ -1,4 +1,4 @@
-"""Figures of a report over loads, and of capacities: pure functions from rows to a matplotlib figure.
+"""Static figures over loads, and of capacities, for the page of the paper's evaluation: rows to a matplotlib figure.
 
 Rows are tidy ones (:func:`llmsched_gym.report.statistics.tidy`). Every figure stands alone, legend and units included,
 and a policy has the same colour, marker and dash in all of them. Nothing here touches pyplot's state.
@@ -34,27 +34,6 @@ def plot_attainment(rows: pd.DataFrame, slo_class: str | None = None, *, fluid_q
 
 
 @draw.styled
-def plot_goodput(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
-    """Requests within all SLOs per second against load, with the fluid capacity as a level."""
-    line = None
-    if fluid_qps and not statistics.has(rows, "num_sessions"):  # whose capacity is no number of requests
-        line = (fluid_qps, _fluid_label(fluid_qps, "requests/s"))
-    return _against_load(rows, "request_goodput", "Goodput", "Within all SLOs (requests/s)", line=line, dash=FLUID)
-
-
-@draw.styled
-def plot_throughput(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
-    """Output tokens per second against load, with the fluid capacity."""
-    return _against_load(rows, "throughput_tok_s", "Throughput", "Output (tokens/s)", fluid_qps=fluid_qps)
-
-
-@draw.styled
-def plot_utility(rows: pd.DataFrame) -> Figure:
-    """Mean utility against load: attained less a share for lateness."""
-    return _against_load(rows, "mean_utility", "Mean utility", "Mean utility per request")
-
-
-@draw.styled
 def plot_ttft(
     rows: pd.DataFrame, percentile: int = 50, slo_s: float = 0.5, *, fluid_qps: float | None = None
 ) -> Figure:
@@ -71,20 +50,6 @@ def plot_itl(rows: pd.DataFrame, slo_class: str = "strict", slo_s: float = 0.1) 
     title = f"p99 inter-token latency, {slo_class} users"
     line = (slo_s, f"TBT SLO {slo_s:g} s")
     return _against_load(rows, f"itl_p99_s_{slo_class}", title, "p99 ITL (s, log scale)", log=True, line=line)
-
-
-@draw.styled
-def plot_sessions_on_time(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
-    """Share of sessions with every turn within its SLOs against load, with the fluid capacity."""
-    title, label = "Sessions on time", "Sessions with every turn within SLOs (%)"
-    return _against_load(rows, "session_on_time", title, label, percent=True, fluid_qps=fluid_qps)
-
-
-@draw.styled
-def plot_hit_rate(rows: pd.DataFrame, *, fluid_qps: float | None = None) -> Figure:
-    """Share of prompt tokens found in the prefix cache against load, with the fluid capacity."""
-    title, label = "Prefix cache hit rate", "Prompt tokens found cached (%)"
-    return _against_load(rows, "prefix_hit_rate", title, label, percent=True, fluid_qps=fluid_qps)
 
 
 def _against_load(

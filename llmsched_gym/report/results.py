@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from llmsched_gym.fluid import Fluid
 from llmsched_gym.report import statistics
@@ -17,6 +20,11 @@ from llmsched_gym.report.statistics import BASELINE, ReportError
 
 REQUIRED = ("runs.parquet", "requests.parquet", "config.json")
 REQUEST_COLUMNS = ["policy", "qps", "seed", "prompt_tokens", "phase", "ttft_s", "attained"]
+OF_REQUESTS = (
+    *("index", "slo_class", "ttft_slo_s", "tbt_slo_s", "queue_time_s", "e2e_latency_s", "max_itl_s"),
+    *("output_tokens", "num_late_gaps", "num_preemptions"),
+)
+"""Columns that are shown of single requests, where there are such."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Results:
     itl: pd.DataFrame  # of the focus load; empty if there is none
     steps: pd.DataFrame  # of the focus load and one seed; empty if there is none
     capacity: pd.DataFrame  # empty if there is none
+    lives: Sequence[dict[str, Any]] = ()  # of the worst requests at the focus load
     fluid: Fluid | None = None  # of the scenario, where it can be had
 
     @property
@@ -109,11 +118,15 @@ def read_results(directory: Path) -> Results:
         rates = rows.loc[rows["load"].isin([focus, highest]), "qps"].unique().tolist()
         name = "requests.parquet"
         wanted = None if drawn else [("qps", "in", rates)]
-        requests = pd.read_parquet(directory / name, columns=REQUEST_COLUMNS, filters=wanted)
+        held = set(pq.read_schema(directory / name).names)
+        columns = [*REQUEST_COLUMNS, *(column for column in OF_REQUESTS if column in held)]
+        requests = pd.read_parquet(directory / name, columns=columns, filters=wanted)
         name = "itl.parquet"
         itl = _optional(directory / name)
         name = "steps.parquet"
         steps = _optional(directory / name)
+        name = "lives.json"
+        lives = json.loads((directory / name).read_text("utf-8"))["lives"] if (directory / name).is_file() else []
         name = "capacity.json"
         capacity = _capacities(directory, _suite(rows))
     except (OSError, ValueError, KeyError) as error:
@@ -125,29 +138,42 @@ def read_results(directory: Path) -> Results:
     if not steps.empty:
         steps = steps[steps["seed"] == steps["seed"].min()]
         steps = steps if drawn else steps[np.isin(steps["qps"], rows.loc[rows["load"] == focus, "qps"])]
-    return Results(directory, config, rows, focus, requests, itl, steps, capacity, fluid_of(config))
+    return Results(directory, config, rows, focus, requests, itl, steps, capacity, lives, fluid_of(config))
 
 
 def _optional(path: Path) -> pd.DataFrame:
     return pd.read_parquet(path) if path.is_file() else pd.DataFrame()
 
 
+def named(criterion: str) -> str:
+    """What figures of a criterion are called."""
+    return "capacity-" + re.sub(r"[^a-z0-9.]+", "-", criterion.lower())
+
+
+def capacity_rows(kept: dict[str, Any]) -> pd.DataFrame:
+    """The rows of a capacity-CRITERION.json with the suite and over what they were measured."""
+    scenario, seeds = kept["config"]["scenario"], kept["config"]["seeds"]
+    source = {"suite": scenario["suite"], "measured": f"{seeds} seeds of {scenario['num_requests']:,} requests"}
+    return _numbers(pd.DataFrame([source | row for row in kept["results"]]))
+
+
+def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    for column in ("capacity_qps", "ci_low", "ci_high"):
+        frame[column] = pd.to_numeric(frame[column]).astype(float)
+    return frame
+
+
 def _capacities(directory: Path, suite: str) -> pd.DataFrame:
     """Rows of every capacity*.json: an array of rows, or an object that has them as its results beside its config."""
-    rows: list[Any] = []
+    frames = []
     for path in sorted(directory.glob("capacity*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
-            scenario, seeds = found["config"]["scenario"], found["config"]["seeds"]
-            source = {"suite": scenario["suite"], "measured": f"{seeds} seeds of {scenario['num_requests']:,} requests"}
-            rows += [source | row for row in found["results"]]
-        else:
-            rows += [{"suite": suite, "measured": ""} | row for row in found]
-    frame = pd.DataFrame(rows)
-    if frame.empty:
-        return frame
-    for column in ("capacity_qps", "ci_low", "ci_high"):
-        frame[column] = pd.to_numeric(frame[column]).astype(float)
-    frame = frame.drop_duplicates(["policy", "criterion", "suite"])
+            frames.append(capacity_rows(found))
+        elif found:
+            frames.append(_numbers(pd.DataFrame([{"suite": suite, "measured": ""} | row for row in found])))
+    if not frames:
+        return pd.DataFrame()
+    frame = pd.concat(frames, ignore_index=True).drop_duplicates(["policy", "criterion", "suite"])
     known = {"ttft-median": 0, "paper": 1}  # the paper's come first
     return frame.sort_values("criterion", key=lambda c: c.map(known).fillna(2), kind="stable").reset_index(drop=True)

@@ -37,7 +37,7 @@ FLAGS = frozenset(
 
 
 def command(config: Mapping[str, Any], directory: Path) -> str | None:
-    """The `llmsched evaluate` that makes `directory` again, from its config."""
+    """The `llmsched evaluate`, or `capacity` under a criterion, that makes `directory` again, from its config."""
     if isinstance(config.get("command"), str):
         return str(config["command"])
     scenario = config.get("scenario")
@@ -50,8 +50,10 @@ def command(config: Mapping[str, Any], directory: Path) -> str | None:
     if isinstance(suite, ClusterScenario):
         return None
     usual = json.loads(json.dumps(encode(suite.to_dict())))
-    words = ["llmsched", "evaluate", "--suite", scenario["suite"], "--policy", ",".join(config["policies"])]
-    if bound_of(config["policies"]) is None and scenario.get("backend", "simulated") == "simulated":
+    judged = config.get("criterion")
+    words = ["llmsched", "capacity" if judged else "evaluate", "--suite", scenario["suite"]]
+    words += ["--policy", ",".join(config["policies"]), *(["--criterion", judged] if judged else [])]
+    if not judged and bound_of(config["policies"]) is None and scenario.get("backend", "simulated") == "simulated":
         words += ["--no-bound"]
     for name, value in scenario.items():
         if value == usual.get(name) or name in ("suite", "num_requests"):
@@ -94,7 +96,9 @@ def settings(results: Results) -> list[tuple[str, str]]:
         found.append(("Sessions per run", _counts(rows["num_sessions"])))
     found.append(("Requests per run", _counts(rows["num_requests"])))
     found += [("Trace", remark) for remark in results.trace_remarks]
-    if not results.config.get("scenario"):
+    differences = (results.config.get("compared") or {}).get("differences", [])
+    found += [("Differs", text) for text in differences]
+    if differences or not results.config.get("scenario"):
         return found
     slo_s, per_token_s = results.ttft_slo()
     scales = "" if results.ttft_scales() == [1.0] else f", times {', '.join(f'{s:g}' for s in results.ttft_scales())}"

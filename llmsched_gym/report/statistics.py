@@ -65,6 +65,19 @@ METRICS = (
     Metric("num_preemptions", "Engine", "preemptions", "1/run", 0, 1, 1),
 )
 
+TIMES = (
+    Metric("tpot_p50_s", "TPOT", "p50", "s", -1, quantile=0.5),
+    Metric("tpot_p99_s", "TPOT", "p99", "s", -1, quantile=0.99),
+    Metric("e2e_p50_s", "E2E latency", "p50", "s", -1, quantile=0.5),
+    Metric("e2e_p99_s", "E2E latency", "p99", "s", -1, quantile=0.99),
+    Metric("queue_time_p50_s", "Queue time", "p50", "s", -1, quantile=0.5),
+    Metric("queue_time_p99_s", "Queue time", "p99", "s", -1, quantile=0.99),
+    Metric("throughput_tok_s", "Throughput", "output", "tokens/s", 1, 1, 0),
+    Metric("mean_batch_s", "Batches", "duration", "s", 0),
+    Metric("mean_batch_tokens", "Batches", "size", "tokens", 0, 1, 0),
+)
+"""Columns of a second comparison table."""
+
 
 SESSION_COLUMNS = (
     *("num_sessions", "session_on_time", "session_p50_s", "session_p99_s"),
@@ -92,9 +105,17 @@ def tidy(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             df[f"{column.removesuffix('_by_class')}_{name}"] = pd.Series([v.get(name) for v in values], dtype=float)
     for column in [c for c in df.columns if re.fullmatch(r"ttft_p\d+_s", c)]:
         df[column] = pd.to_numeric(df[column]).astype(float).fillna(math.inf)
+        for name in SLO_CLASSES:
+            of_class, there = f"{column}_{name}", f"num_requests_{name}"
+            if of_class in df and there in df:
+                df[of_class] = df[of_class].mask(df[of_class].isna() & (df[there] > 0), math.inf)
     for outcome in ("refused", "abandoned", "cancelled", "unfinished", "rejected"):
         df[f"{outcome}_share"] = df.get(f"num_{outcome}", 0.0) / df["num_requests"]
-    numbers = {m.column for m in METRICS} | {"qps", "throughput_tok_s", *SESSION_COLUMNS}
+    for column in [c for c in df.columns if re.fullmatch(r"(e2e|queue_time)_p\d+_s", c)]:
+        df[column] = pd.to_numeric(df[column]).astype(float)
+        if df[column].notna().any():  # a client cannot tell how long a request waited in a server's queue
+            df[column] = df[column].fillna(math.inf)
+    numbers = {m.column for m in (*METRICS, *TIMES)} | {"qps", "throughput_tok_s", *SESSION_COLUMNS}
     for column in numbers & set(df.columns):
         df[column] = pd.to_numeric(df[column]).astype(float)
     df["drawn"] = _rates_are_drawn(df)
@@ -199,15 +220,15 @@ def _summarise(load: Any, policies: list[str], column: str, values: np.ndarray, 
 def comparison_table(rows: pd.DataFrame | Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Every metric of every policy at every load, one a line.
 
-    Columns: load, policy, metric (a column of METRICS), value and its interval (low, high) over num_seeds seeds, of
-    which num_infinite are infinite, grey (a percentile with fewer than MIN_SAMPLES_BEYOND samples beyond it), best,
-    tied (its paired difference from the best has an interval that includes 0). A clairvoyant policy is neither, where
-    there are others.
+    Columns: load, policy, metric (a column of METRICS or TIMES), value and its interval (low, high) over num_seeds
+    seeds, of which num_infinite are infinite, grey (a percentile with fewer than MIN_SAMPLES_BEYOND samples beyond
+    it), best, tied (its paired difference from the best has an interval that includes 0). A clairvoyant policy is
+    neither, where there are others.
     """
     df = rows if isinstance(rows, pd.DataFrame) and "load" in rows else tidy(rows)
     policies, parts = policies_of(df), []
     for load, group in df.groupby("load"):
-        for metric in METRICS:
+        for metric in (*METRICS, *TIMES):
             if metric.column not in df or df[metric.column].isna().all():
                 continue
             values = _by_seed(group, metric.column, policies)

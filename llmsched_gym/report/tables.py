@@ -37,15 +37,19 @@ class Table(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def shown_metrics(table: pd.DataFrame) -> list[Metric]:
+def shown_metrics(table: pd.DataFrame, metrics: Sequence[Metric] = METRICS) -> list[Metric]:
     """The columns of comparison tables: shares of requests not served only if some run has one that is not 0."""
     used = table.groupby("metric")["value"].max()
-    return [m for m in METRICS if m.column in used and (m.group != "Not served" or used[m.column] > 0)]
+    return [m for m in metrics if m.column in used and (m.group != "Not served" or used[m.column] > 0)]
 
 
-def comparison_tables(rows: pd.DataFrame, table: pd.DataFrame) -> list[Table]:
-    """One table per load from :func:`tables.comparison_table`."""
-    metrics, policies = shown_metrics(table), statistics.policies_of(rows)
+def comparison_tables(
+    rows: pd.DataFrame, table: pd.DataFrame, metrics: Sequence[Metric] = METRICS, what: str = ""
+) -> list[Table]:
+    """One table per load from :func:`statistics.comparison_table`, none where no run has such figures."""
+    metrics, policies = shown_metrics(table, metrics), statistics.policies_of(rows)
+    if not metrics:
+        return []
     labels = ["policy", *(f"{m.label} ({m.unit})".strip() for m in metrics)]
     found = []
     for load, own in table.groupby("load"):
@@ -53,7 +57,7 @@ def comparison_tables(rows: pd.DataFrame, table: pd.DataFrame) -> list[Table]:
         present = [p for p in policies if own.loc[own["policy"] == p, "num_seeds"].max() > 0]
         lines = [[Cell(p, kind=HEAD), *(_cell(m, cells.loc[p, m.column]) for m in metrics)] for p in present]
         title = f"{load_label(rows, float(load))}, {seeds_label(int(own['num_seeds'].max()))}"
-        title = title[0].upper() + title[1:]
+        title = f"{what}, {title}" if what else title[0].upper() + title[1:]
         found.append(Table(title, [("", 1), *_groups(metrics)], labels, lines))
     return found
 
@@ -91,6 +95,29 @@ def attainment_matrix(rows: pd.DataFrame) -> Table | None:
         ]
         lines.append([Cell(str(policy), kind=HEAD), *cells])
     return Table(f"SLO attainment (%) by load ({statistics.load_unit(rows)})", [], labels, lines)
+
+
+def ttft_matrix(rows: pd.DataFrame) -> Table | None:
+    """The 99th percentile of TTFT of every policy at every load, the median over seeds, with its interval."""
+    if not statistics.has(rows, "ttft_p99_s"):
+        return None
+    found = statistics.over_seeds(statistics.binned_loads(rows), "ttft_p99_s").set_index(["policy", "load"])
+    policies, loads = statistics.policies_of(rows), sorted(found.index.get_level_values("load").unique())
+    rivals = found.loc[ordinary(policies)]["value"].groupby("load").min()
+    lines = []
+    for policy in policies:
+        cells = []
+        for load in loads:
+            line = found.loc[(policy, load)]
+            digits = decimals(float(line["value"]))
+            known = policy in ordinary(policies) and len(policies) > 1 and np.isfinite(line["value"])
+            best = known and same(line["value"], rivals[load], digits)
+            ends = interval(line["low"], line["high"], digits)
+            cells.append(Cell(number(line["value"], digits), ends, BEST if best else ""))
+        lines.append([Cell(policy, kind=HEAD), *cells])
+    drawn = bool(rows["drawn"].any())
+    labels = ["policy", *(f"{'about ' if drawn else ''}{load:.3g}" for load in loads)]
+    return Table(f"p99 TTFT (s) by load ({statistics.load_unit(rows)})", [], labels, lines)
 
 
 def reduction_table(reduction: pd.DataFrame) -> Table | None:

@@ -31,6 +31,12 @@ def decimals(value: float) -> int:
     return min(4, max(0, 2 - math.floor(math.log10(abs(value)))))
 
 
+def telling(value: float, low: float, high: float, digits: int = 1) -> int:
+    """So many decimals, or up to two more that an end beside 0 is not printed as 0."""
+    ends = [end for end in (value, low, high) if np.isfinite(end) and end != 0]
+    return next((d for d in (digits, digits + 1) if all(round(abs(end), d) > 0 for end in ends)), digits + 2)
+
+
 def interval(low: float, high: float, digits: int) -> str:
     """The two ends, of which the upper one may be infinite, or nothing."""
     if not np.isfinite(low) or math.isnan(high):
