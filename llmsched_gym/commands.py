@@ -44,6 +44,12 @@ def _roofline(name: str, args: list[str]) -> int:
     return code
 
 
+def _arena(name: str, args: list[str]) -> int:
+    function = importlib.import_module("llmsched_gym.arena_command").arena_command
+    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
+    return code
+
+
 def _on_real_model(name: str, args: list[str]) -> int:
     module = {"calibrate": "calibration.calibrate", "sim2real": "sim2real.compare"}[name]
     function = getattr(importlib.import_module(f"llmsched_gym.real_backend.{module}"), f"{name}_command")
@@ -65,6 +71,7 @@ def _with_agents(name: str, args: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     "reproduce": ("Run the paper's whole evaluation and write docs/results.md", _reproduce),
+    "arena": ("Rank all schedulers on all suites of one engine", _arena),
     "fit": ("Fit a cost profile to tables of measured kernels", _fit),
     "roofline": ("Make a cost profile of MODEL on DEVICE from data sheets", _roofline),
     "calibrate": ("Measure a real model's batches and fit a cost profile", _on_real_model),

@@ -72,6 +72,7 @@ def evaluate(
     first_seed: int = 0,
     workers: Places | None = 1,
     out: str | Path | None = None,
+    frames: bool = True,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of all runs (see `metrics.row`), by policy, load and seed; open loop, the same requests for every policy.
@@ -84,6 +85,7 @@ def evaluate(
         workers: processes; None: one per core, and one with a real backend. More than one needs a script's
             ``if __name__ == "__main__"``. Or an open pool, see :func:`~llmsched_gym.evaluation.spread.choose`.
         out: folder for results; one that an interrupted run of the same grid left is completed.
+        frames: whether `out` gets requests, first batches and gaps besides the rows, which a report needs.
         progress: called after each run.
     """
     scenario = finite(scenario)
@@ -91,7 +93,7 @@ def evaluate(
     rates: list[float | None] = [scenario.qps] if qps is None else list(dict.fromkeys(float(rate) for rate in qps))
     numbers = seed_range(seeds, first_seed)
     check(scenario, policies, rates, numbers.start)
-    cells = grid(policies, rates, numbers, scenario.num_requests or NUM_REQUESTS, frames=out is not None)
+    cells = grid(policies, rates, numbers, scenario.num_requests or NUM_REQUESTS, frames=frames and out is not None)
 
     backend = make_backend(scenario, workers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from llmsched_gym.report.sections import sections
 from llmsched_gym.report.served import is_served
 from llmsched_gym.report.statistics import ReportError
 
-__all__ = ["ReportError", "write_report"]
+__all__ = ["ReportError", "write_page", "write_report"]
 
 
 def write_report(directory: str | Path, *, title: str | None = None) -> Path:
@@ -25,7 +26,7 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
     Returns the path of report.html. Raises :class:`ReportError` with one line if something needed is missing or broken.
     """
     directory = Path(directory)
-    library = page.plotly_source()
+    page.plotly_source()  # or one line says so before anything is read
     files = {}
     if capacity_page.is_capacity_folder(directory):
         context = capacity_page.context_of(directory)
@@ -34,9 +35,15 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
         table = statistics.comparison_table(results.rows)
         context = _context(results, table)
         files["tables/comparison.csv"] = twins.comparison_csv(table)
+    return write_page(directory, context | {"title": title or context["title"]}, files)
+
+
+def write_page(directory: Path, context: dict[str, Any], files: Mapping[str, str]) -> Path:
+    """Write report.html, report.md and tables/*.csv of what the templates need, and `files`; returns report.html's path."""
+    files, library = dict(files), page.plotly_source()
     parts = [part for part in context["parts"] if part.shown or part.tables]
     charts = [chart for part in parts for chart in part.shown]
-    context |= {"parts": parts, "title": title or context["title"]}
+    context = {**context, "parts": parts}
     context["styles"] = page.chart.style_of(context["policies"])
     context["data"] = page.chart_data(charts, context["policies"])
     context["plotly"] = page.Markup(library)
