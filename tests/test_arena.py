@@ -10,7 +10,7 @@ from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation import arena as arenas
 from llmsched_gym.evaluation import cells
 from llmsched_gym.fluid import fluid_capacity
-from llmsched_gym.registry import registry
+from llmsched_gym.registry import make_scheduler, registry
 from llmsched_gym.report import arena
 
 SMALL = {"suites": ("paper",), "profiles": ("own",), "loads": (0.5, 0.9), "seeds": 2, "num_requests": 20}
@@ -135,6 +135,14 @@ def test_tuned_constants_run_under_the_name_of_what_they_tune(tmp_path):
     rows = tuned[0].run(tmp_path, 1, lambda done, total: None)
     assert {row["label"] for row in rows} == {"sarathi, tuned"} and len(rows) == 4
     assert not arenas.chosen(constants, ["rtx6000ada-mistral-7b-vllm"])
+
+
+def test_the_shipped_constants_can_be_made_and_say_how_they_were_found():
+    found = arenas.read_constants(arenas.TUNED_FILE)
+    assert {constants.profile for constants in found} == set(arenas.Arena.profiles)
+    for constants in found:
+        make_scheduler(constants.policy)
+        assert constants.policy.startswith(constants.name + "[") and constants.how["template"]
 
 
 @pytest.mark.parametrize(
