@@ -9,6 +9,7 @@ from llmsched_gym import cli
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation import arena as arenas
 from llmsched_gym.evaluation import cells
+from llmsched_gym.evaluation.store import grid_config
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.registry import make_scheduler, registry
 from llmsched_gym.report import arena
@@ -179,3 +180,12 @@ def test_a_file_of_constants_that_is_none_is_one_line(tmp_path):
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):
             arenas.read_constants(path)
+
+
+def test_a_name_that_ends_in_a_plus_is_no_folder(tmp_path, monkeypatch):
+    """Results do not depend on what lies in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    world = arenas.Arena(**SMALL, **PAIR).world("paper", "own")
+    before = grid_config(world, ["eb+"])
+    (tmp_path / "notes.txt").write_text("mine")
+    assert grid_config(world, ["eb+"]) == before

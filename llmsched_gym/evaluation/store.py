@@ -67,7 +67,8 @@ def _code_digest(scenario: Scenario, policies: Sequence[str]) -> str:
     if scenario.backend != "simulated":
         modules.append("llmsched_gym.real_backend")
     data = [Path(llmsched_gym.__file__).parent / "data"]
-    parts = [part for policy in policies for part in re.split(r"\+(?![^\[\]]*\])", policy)]  # routers, schedulers
+    named = (re.split(r"\+(?![^\[\]]*\])", policy) for policy in policies)  # routers, schedulers; of eb+ nothing
+    parts = [part for names in named for part in names if part]
     for policy in parts:
         name = policy.partition("[")[0]
         module = name.partition(":")[0]
