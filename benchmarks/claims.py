@@ -289,7 +289,7 @@ def line(claim: Claim, what: str, figure: Figure, value: float | None, ends: int
     def shown(better: float) -> float:
         return better if figure.is_share else 1.0 + figure.better * better / 100.0
 
-    form, sign, unit = ("+.1f", "", " points") if figure.is_share else (".2f", "×", "")
+    form, sign, unit = ("+.1f", "", " points") if figure.is_share else (".3f", "×", "")
     low, high = (None, None) if ends is None else sorted(shown(end) for end in ends)
     text = f"{sign}{number(None if value is None else shown(value), form)}{unit}{between(low, high, form)}"
     return Found(claim.source, claim.says, claim.conditions, what, text, verdict(ends, claim.target))

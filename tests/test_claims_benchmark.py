@@ -41,8 +41,8 @@ def test_gains_are_points_of_shares_and_percent_of_all_else_whichever_way_is_bet
 def test_changes_are_shown_as_ratios_and_points():
     claim = claims.Claim("paper", "says", "here", None, "a", ("b",), ())
     for name, text in {
-        "ttft_p99_s": "×0.50 [0.40, 0.60]",
-        "token_rate": "×1.50 [1.40, 1.60]",
+        "ttft_p99_s": "×0.500 [0.400, 0.600]",
+        "token_rate": "×1.500 [1.400, 1.600]",
         "slo_attainment": "+50.0 points [+40.0, +60.0]",
     }.items():
         found = claims.line(claim, "what", claims.FIGURES[name], 50.0, (40.0, 60.0))
