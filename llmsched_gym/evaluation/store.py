@@ -162,7 +162,8 @@ class Store:
         """Put the tables in place and clear away the parts."""
         self._join("requests", len(rows))
         self._join("steps", len(rows))
-        replace_file(self.out / "itl.parquet", lambda path: self._itl(len(rows)).to_parquet(path, index=False))
+        if self._parts("itl", len(rows)):
+            replace_file(self.out / "itl.parquet", lambda path: self._itl(len(rows)).to_parquet(path, index=False))
         replace_file(self.out / "runs.parquet", lambda path: write_rows(rows, path))
         shutil.rmtree(self.partial)
 
