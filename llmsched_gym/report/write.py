@@ -39,7 +39,7 @@ def write_report(directory: str | Path, *, title: str | None = None) -> Path:
 
 
 def write_page(directory: Path, context: dict[str, Any], files: Mapping[str, str]) -> Path:
-    """Write report.html, report.md and tables/*.csv of what the templates need, and `files`; returns report.html's path."""
+    """Write report.html, report.md, tables/*.csv of what the templates need, and `files`; returns the first's path."""
     files, library = dict(files), page.plotly_source()
     parts = [part for part in context["parts"] if part.shown or part.tables]
     charts = [chart for part in parts for chart in part.shown]
