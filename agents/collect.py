@@ -65,11 +65,11 @@ class Collector:
         core, n = self.core, self.num_envs
         space: Any = core.action_space
         widths = np.atleast_1d(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
-        masks = (n, n_steps, int(widths.sum())) if core.kind.mask is not None else (0, 0, 0)
+        num_masked = int(widths.sum()) if core.kind.mask is not None else 0
         numbers = {name: np.zeros((n, n_steps), np.float32) for name in ("log_probs", "rewards", "discounts")}
         return Rollout(
             features=np.zeros((n, n_steps, core.arrays.features.shape[1]), np.float32),
-            masks=np.zeros(masks, np.bool_),
+            masks=np.zeros((n, n_steps, num_masked), np.bool_),
             actions=np.zeros((n, n_steps, len(widths)), np.int64),
             values=np.zeros((n, n_steps + 1), np.float32),
             ended=np.zeros((n, n_steps), np.bool_),

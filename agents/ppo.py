@@ -10,23 +10,25 @@ by minibatch, no clipping of values, one optimiser. Discounts are per second, se
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.functional import mse_loss, pad
 from torch.nn.utils import clip_grad_norm_
 
 from llmsched_gym.agents.checkpoint import load_checkpoint
 from llmsched_gym.agents.collect import Collector, networks_of
 from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.envs import TrainingEnv
+from llmsched_gym.agents.loss_kernels import FIGURES, loss_gradient
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import episode_figures
@@ -37,7 +39,7 @@ from llmsched_gym.config import ACTIONS
 from llmsched_gym.policies import read_folder
 
 MINIBATCHES = 5  # what these random numbers are for; see agents.collect for others
-IMPOSSIBLE = -1e8  # the score of what cannot be chosen
+SHARDS = 2  # of a minibatch
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Config:
     max_grad_norm: float = option(0.5, "gradients longer than that are shortened to it")
     critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start")
     warm_start: str = option("", "run to start from, weights.pt of agents.imitate, or policy folder (actor only)")
-    threads: int = option(2, "threads of rollouts and of torch, one a core at most")
+    threads: int = option(2, "threads of rollouts; two of them share an update")
     # the network
     hidden: tuple[int, ...] = option((64, 64), "widths of the layers")
     activation: str = option("tanh", "between layers", choices=("tanh", "relu"))
@@ -107,30 +109,29 @@ def make_policy(config: Config, collector: Collector) -> Any:
     return policy
 
 
+class Data(NamedTuple):
+    """Decisions to learn from, in any order."""
+
+    features: torch.Tensor  # (decisions, number of features) float32, normalised
+    masks: np.ndarray  # (decisions, number of scores) bool; no scores where all are always legal
+    actions: np.ndarray  # (decisions, entries) int64
+    log_probs: np.ndarray  # (decisions,) float32, of the policy that acted
+    returns: np.ndarray  # (decisions,) float32, what the critic is to tell
+
+
 class Learner:
-    """Learns from rollouts: ``learner.learn(rollout, step)`` is an iteration's update of the policy."""
+    """Learns from rollouts: ``learner.learn(rollout, step)`` is an iteration's update of the policy.
+
+    The gradient of a minibatch is the sum of those of its SHARDS, whoever computes them: threads change no figure.
+    """
 
     def __init__(self, config: Config, policy: Any, widths: np.ndarray) -> None:
-        self.config, self.policy, self.updates = config, policy, 0
-        # Scores of one entry after the other, and one that is impossible: where each entry's own lie, (entries, most).
-        ends, most = np.cumsum(widths), int(widths.max())
-        places = [
-            [*range(end - width, end), *[ends[-1]] * (most - width)] for end, width in zip(ends, widths, strict=True)
-        ]
-        self.places = torch.tensor(places)
-
-    def _evaluate(
-        self, features: torch.Tensor, masks: torch.Tensor | None, actions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probabilities of `actions`, entropies and values, each (batch,), of normalised features."""
-        body = self.policy.mlp_extractor
-        scores = self.policy.action_net(body.policy_net(features))
-        if masks is not None:
-            scores = scores.masked_fill(~masks, IMPOSSIBLE)
-        log_probs = pad(scores, (0, 1), value=IMPOSSIBLE)[:, self.places].log_softmax(-1)
-        chosen = log_probs.gather(-1, actions[..., None]).sum((1, 2))
-        entropy = -(log_probs.exp() * log_probs).sum((1, 2))
-        return chosen, entropy, self.policy.value_net(body.value_net(features))[:, 0]
+        self.config, self.policy, self.widths, self.updates = config, policy, widths, 0
+        self.weights = np.array([config.clip, config.entropy, config.value_weight])
+        num_others = min(config.threads, SHARDS) - 1
+        self._threads = (
+            ThreadPoolExecutor(num_others, initializer=torch.set_num_threads, initargs=(1,)) if num_others else None
+        )
 
     def learn(self, rollout: Any, step: int) -> dict[str, float]:
         """Passes over a rollout, which began `step` decisions into the training, in minibatches; figures for logs."""
@@ -138,44 +139,77 @@ class Learner:
         rate = config.learning_rate * (max(0.0, 1.0 - step / config.steps) if config.anneal else 1.0)
         for group in policy.optimizer.param_groups:
             group["lr"] = rate
-        data = [
-            torch.from_numpy(array).flatten(0, 1) for array in (rollout.actions, rollout.log_probs, rollout.advantages)
-        ]
-        values = torch.from_numpy(rollout.values[:, :-1]).flatten()
-        returns = data[-1] + values
-        with torch.no_grad():
-            features = policy.extract_features(torch.from_numpy(rollout.features).flatten(0, 1))
-        masks = torch.from_numpy(rollout.masks).flatten(0, 1) if len(rollout.masks) else None
-        seen = []
-        for rows in self._minibatches(len(returns), step):
-            actions, old_log_probs, advantages = (part[rows] for part in data)
-            log_probs, entropy, value = self._evaluate(features[rows], None if masks is None else masks[rows], actions)
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-            change = log_probs - old_log_probs
-            ratio = change.exp()
-            clipped = ratio.clamp(1.0 - config.clip, 1.0 + config.clip)
-            policy_loss = -torch.minimum(advantages * ratio, advantages * clipped).mean()
-            value_loss, entropy = mse_loss(value, returns[rows]), entropy.mean()
-            policy.optimizer.zero_grad()
-            (policy_loss - config.entropy * entropy + config.value_weight * value_loss).backward()
-            clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        data, values = self.data_of(rollout), rollout.values[:, :-1].ravel()
+        learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        sums, num_seen = np.zeros(len(FIGURES)), 0
+        for rows in self._minibatches(len(values), step):
+            advantages = rollout.advantages.ravel()[rows]
+            advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
+            shards = [*zip(np.array_split(rows, SHARDS), np.array_split(advantages, SHARDS), strict=True)]
+            found = self._each(functools.partial(self.gradients, data, learning, len(rows)), shards)
+            for k, parameter in enumerate(learning):
+                parameter.grad = functools.reduce(torch.add, [gradients[k] for gradients, _ in found])
+            clip_grad_norm_(learning, config.max_grad_norm)
             policy.optimizer.step()
-            with torch.no_grad():
-                moved = (ratio - 1.0 - change).mean(), (ratio != clipped).float().mean()
-                seen.append(torch.stack([policy_loss, value_loss, entropy, *moved]))
-        self.updates += len(seen)
-        names = ("policy_gradient_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
-        figures = dict(zip(names, torch.stack(seen).mean(0).tolist(), strict=True))
-        spread = float(returns.var())
-        figures["explained_variance"] = 1.0 - float((returns - values).var()) / spread if spread > 0.0 else 0.0
+            sums += sum(each for _, each in found)
+            num_seen += len(rows)
+            self.updates += 1
+        figures = dict(zip(FIGURES, (sums / num_seen).tolist(), strict=True))
+        spread, missed = float(data.returns.var()), float((data.returns - values).var())
+        figures["explained_variance"] = 1.0 - missed / spread if spread > 0.0 else 0.0
         figures |= {"learning_rate": rate, "n_updates": self.updates}
         return {f"train/{name}": value for name, value in figures.items()}
 
-    def _minibatches(self, size: int, step: int) -> Iterator[torch.Tensor]:
+    def data_of(self, rollout: Any) -> Data:
+        """A rollout's decisions, one after the other."""
+        size = rollout.rewards.size
+        with torch.no_grad():
+            features = self.policy.extract_features(torch.from_numpy(rollout.features).flatten(0, 1))
+        actions, masks = (array.reshape(size, array.shape[-1]) for array in (rollout.actions, rollout.masks))
+        returns = rollout.advantages + rollout.values[:, :-1]
+        return Data(features, masks, actions, rollout.log_probs.ravel(), returns.ravel())
+
+    def gradients(
+        self, data: Data, learning: list[torch.Tensor], size: int, shard: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[Any, np.ndarray]:
+        """What a shard adds to the gradient of a minibatch of `size`, for each of the parameters that are learning.
+
+        A shard is rows of `data` and their advantages. Also returns the sums that :func:`loss_gradient` makes.
+        """
+        rows, advantages = shard
+        policy, body = self.policy, self.policy.mlp_extractor
+        features = data.features[torch.from_numpy(rows)]
+        outputs = policy.action_net(body.policy_net(features)), policy.value_net(body.value_net(features))[:, 0]
+        scores, values = (output.detach().numpy() for output in outputs)
+        by_output, sums = (np.empty_like(scores), np.empty_like(values)), np.zeros(len(FIGURES))
+        told = data.masks, self.widths, rows, data.actions, data.log_probs, advantages, data.returns
+        loss_gradient(scores, values, *told, size, self.weights, *by_output, np.zeros((len(self.widths), 2)), sums)
+        pairs = [
+            (output, torch.from_numpy(by))
+            for output, by in zip(outputs, by_output, strict=True)
+            if output.requires_grad
+        ]
+        return torch.autograd.grad([output for output, _ in pairs], learning, [by for _, by in pairs]), sums
+
+    def _each(self, function: Callable[[Any], Any], parts: list[Any]) -> list[Any]:
+        """What the function makes of each part, by all threads."""
+        if self._threads is None:
+            return [function(part) for part in parts]
+        others = [self._threads.submit(function, part) for part in parts[1:]]
+        return [function(parts[0]), *(other.result() for other in others)]
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.shutdown()
+
+    def _minibatches(self, size: int, step: int) -> Iterator[np.ndarray]:
         """Rows of one minibatch after the other, each epoch in its own order."""
         rng = np.random.default_rng([self.config.seed, MINIBATCHES, step])
         for _ in range(self.config.epochs):
-            yield from torch.from_numpy(rng.permutation(size)).split(self.config.batch_size)
+            order = rng.permutation(size)
+            for first in range(0, size, self.config.batch_size):
+                yield order[first : first + self.config.batch_size]
 
 
 def train(config: Config, evaluated: Callable[[int, float], None] | None = None) -> Path:
@@ -185,7 +219,7 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
     """
     out = Path(config.out)
     config = open_run(config)
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(1)  # several wait for each other without sleeping; whole shards are shared out instead
     collector = make_collector(config)
     policy, world = make_policy(config, collector), collector.config
     learner = Learner(config, policy, collector.rollout.widths)
@@ -229,6 +263,7 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
             figures["time/frames_per_s"] = (step - first) / took_s
             run.tell(step, figures, policy, state)
     collector.close()
+    learner.close()
     return finish(out / "policy", *read_folder(out / "best"))
 
 

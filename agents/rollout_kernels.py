@@ -42,7 +42,7 @@ class Rollout(NamedTuple):
     """Decisions of all environments side by side, each with what is needed to learn from it."""
 
     features: Any  # (num_envs, n_steps, number of features) float32, what was seen
-    masks: Any  # (num_envs, n_steps, number of scores) bool, what was legal; (0, 0, 0) where all always is
+    masks: Any  # (num_envs, n_steps, number of scores) bool, what was legal; no scores where all always is
     actions: Any  # (num_envs, n_steps, entries of an action) int64
     log_probs: Any  # (num_envs, n_steps) float32, of the actions
     values: Any  # (num_envs, n_steps + 1) float32; the last of the observation after the rollout
@@ -233,7 +233,7 @@ def collect(state, arrays, step, b, actor, critic, gae_lambda, first, stop):
     `step` is that of their kind of action.
     """
     s, a = unpack(state), unpack(arrays)
-    n_steps, has_masks = b.rewards.shape[1], b.masks.shape[0] > 0
+    n_steps, has_masks = b.rewards.shape[1], b.masks.shape[2] > 0
     for start in range(first, stop, BLOCK):
         end, going = min(start + BLOCK, stop), 1
         while going > 0:
@@ -246,7 +246,7 @@ def collect(state, arrays, step, b, actor, critic, gae_lambda, first, stop):
                     continue
                 going += 1
                 b.features[env, t] = a.features[env]
-                mask = b.masks[env, t] if has_masks else b.waits[:0]
+                mask = b.masks[env, t]
                 if has_masks:
                     legal_requests(s, env, mask)
                 b.values[env, t] = value_of(critic, a.features[env])

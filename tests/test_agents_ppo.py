@@ -70,12 +70,9 @@ def test_a_rollout_is_torchs_policy_in_the_vector_environment(action):
         actions = torch.from_numpy(b.actions).flatten(0, 1)
         told = {} if masks is None else {"action_masks": masks}
         with torch.no_grad():
-            values, log_probs, entropy = policy.evaluate_actions(
+            values, log_probs, _ = policy.evaluate_actions(
                 features, actions if masks is None else actions[:, 0], **told
             )
-            ours = Learner(config, policy, b.widths)._evaluate(policy.extract_features(features), masks, actions)
-        for found, wanted in zip(ours, (log_probs, entropy, values[:, 0]), strict=True):
-            assert torch.allclose(found, wanted, atol=1e-5)
         assert np.abs(b.log_probs.ravel() - log_probs.numpy()).max() < 1e-5
         assert np.abs(b.values[:, :-1].ravel() - values.numpy()[:, 0]).max() < 1e-5
         assert len(np.unique(b.actions, axis=1)) > 1
@@ -101,6 +98,38 @@ def test_a_rollout_is_torchs_policy_in_the_vector_environment(action):
             assert np.allclose(b.discounts[:, t], info["discount"], rtol=1e-6)
         assert len(ended) == b.ended.sum() and all(0.0 <= e["episode_attainment"] <= 1.0 for e in ended)
     assert action == "request" or (num_ended > 0 and num_cut > 0)
+
+
+@pytest.mark.parametrize("action", ["knobs", "request"])
+def test_the_gradient_is_autograds(action):
+    config = replace(TINY, action=action, entropy=0.1)
+    collector, policy = started(config)
+    collector.collect(*networks_of(policy), 0)
+    for parameter in policy.parameters():  # learnt on, so that some ratios are outside the clip range
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    learner, b = Learner(config, policy, collector.rollout.widths), collector.rollout
+    data, rng = learner.data_of(b), np.random.default_rng(0)
+    rows = rng.permutation(len(data.returns))[:100]
+    advantages = rng.standard_normal(100).astype(np.float32)
+    found, sums = learner.gradients(data, list(policy.parameters()), 100, (rows, advantages))
+
+    seen, masks = torch.from_numpy(b.features).flatten(0, 1)[rows], {}
+    actions = torch.from_numpy(data.actions[rows])
+    if action == "request":
+        masks, actions = {"action_masks": data.masks[rows]}, actions[:, 0]
+    values, log_probs, entropy = policy.evaluate_actions(seen, actions, **masks)
+    ratio, weights = torch.exp(log_probs - torch.from_numpy(data.log_probs[rows])), torch.from_numpy(advantages)
+    clipped = ratio.clamp(0.8, 1.2)
+    losses = (
+        -torch.minimum(weights * ratio, weights * clipped),
+        (values[:, 0] - torch.from_numpy(data.returns[rows])) ** 2,
+    )
+    (losses[0] - 0.1 * entropy + 0.5 * losses[1]).mean().backward()
+    for gradient, parameter in zip(found, policy.parameters(), strict=True):
+        assert torch.allclose(gradient, parameter.grad, atol=1e-5, rtol=1e-4)
+    outside = (ratio != clipped).sum()
+    wanted = losses[0].sum(), losses[1].sum(), entropy.sum(), (ratio - 1 - ratio.log()).sum(), outside
+    assert sums == pytest.approx([each.item() for each in wanted], rel=1e-3, abs=1e-3) and outside > 0
 
 
 def same(one, other, rows=slice(None)):
