@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,7 +145,8 @@ class Learner:
         sums, num_seen = np.zeros(len(FIGURES)), 0
         for rows in self._minibatches(len(values), step):
             advantages = rollout.advantages.ravel()[rows]
-            advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
+            if len(rows) > 1:
+                advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
             shards = [*zip(np.array_split(rows, SHARDS), np.array_split(advantages, SHARDS), strict=True)]
             found = self._each(functools.partial(self.gradients, data, learning, len(rows)), shards)
             for k, parameter in enumerate(learning):
@@ -250,7 +252,7 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
             "updates": learner.updates,
         }
 
-    with TrainingRun(config, world, saved, evaluated) as run:
+    with closing(collector), closing(learner), TrainingRun(config, world, saved, evaluated) as run:
         while run.step < config.steps:
             start, first = time.perf_counter(), run.step
             set_actor_learning(policy, first >= config.critic_warmup)
@@ -262,8 +264,6 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
             figures["time/rollout_share"] = (collected - start) / took_s
             figures["time/frames_per_s"] = (step - first) / took_s
             run.tell(step, figures, policy, state)
-    collector.close()
-    learner.close()
     return finish(out / "policy", *read_folder(out / "best"))
 
 
