@@ -193,6 +193,16 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(tmp_path):
     assert load_policy(tmp_path / "whole" / "policy").decision_s > 0.0
 
 
+def test_threads_and_a_waiting_actor_change_no_figure_that_they_should_not(tmp_path):
+    config = replace(TINY, steps=576, eval_every=576, critic_warmup=384)
+    for threads in (1, 2):
+        train(replace(config, threads=threads, out=str(tmp_path / str(threads))))
+    first, second = curve(tmp_path / "1"), curve(tmp_path / "2")
+    assert first == second and len(first) == 3
+    moved = [line["train/approx_kl"] for line in first]
+    assert max(moved[:2]) < 1e-6 < moved[2]
+
+
 def test_the_folder_decides_as_the_policy(tmp_path):
     from llmsched_gym.agents.export import export
 
