@@ -30,7 +30,7 @@ from llmsched_gym.agents.collect import Collector, networks_of
 from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.loss_kernels import FIGURES, loss_gradient
-from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
+from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs, through
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import episode_figures
 from llmsched_gym.agents.run_folder import open_run, start_run
@@ -181,11 +181,12 @@ class Learner:
         rows, advantages = shard
         policy, body = self.policy, self.policy.mlp_extractor
         features = data.features[torch.from_numpy(rows)]
-        outputs = policy.action_net(body.policy_net(features)), policy.value_net(body.value_net(features))[:, 0]
-        scores, values = (output.detach().numpy() for output in outputs)
-        by_output, sums = (np.empty_like(scores), np.empty_like(values)), np.zeros(len(FIGURES))
+        scores = policy.action_net(through(body.policy_net, features))
+        outputs = scores, policy.value_net(through(body.value_net, features))[:, 0]
+        found = [output.detach().numpy() for output in outputs]
+        by_output, sums = [np.empty_like(each) for each in found], np.zeros(len(FIGURES))
         told = data.masks, self.widths, rows, data.actions, data.log_probs, advantages, data.returns
-        loss_gradient(scores, values, *told, size, self.weights, *by_output, np.zeros((len(self.widths), 2)), sums)
+        loss_gradient(*found, *told, size, self.weights, *by_output, np.zeros((len(self.widths), 2)), sums)
         pairs = [
             (output, torch.from_numpy(by))
             for output, by in zip(outputs, by_output, strict=True)

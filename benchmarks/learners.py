@@ -3,8 +3,9 @@
 `agents.ppo` and `agents.train` train side by side, an iteration of the one and then of the other, with the same
 environments, rollouts, epochs, minibatches, network and held actions; so does Stable-Baselines3's PPO on CartPole-v1
 with these sizes. What else runs on the machine meets all three. Prints one JSON line: decisions per second (medians
-over iterations), microseconds per decision of rollouts and updates, the median of the ratios of iterations that
-followed each other, and the explained variance of the learners over the last half of the iterations.
+over iterations), microseconds per decision of rollouts, of updates and, all threads together, of the processor; the
+median of the ratios of iterations that followed each other; and the explained variance of the learners over the last
+half of the iterations.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from llmsched_gym.agents.networks import normaliser_of
 from llmsched_gym.agents.rollout import Discounts
 from llmsched_gym.evaluation.bench import machine
 
-Iteration = Callable[[], tuple[float, float, float]]
-"""Seconds of a rollout and of an update, and the explained variance of the critic before it."""
+Iteration = Callable[[], tuple[float, float, float, float]]
+"""Seconds of a rollout and of an update, of the processor for both, and the explained variance before the update."""
 
 
-def timed(collect: Callable[[], Any], learn: Callable[[], Any]) -> tuple[float, float]:
-    start = time.perf_counter()
+def timed(collect: Callable[[], Any], learn: Callable[[], Any]) -> tuple[float, float, float]:
+    start, start_cpu = time.perf_counter(), time.process_time()
     collect()
     collected = time.perf_counter()
     learn()
-    return collected - start, time.perf_counter() - collected
+    return collected - start, time.perf_counter() - collected, time.process_time() - start_cpu
 
 
 def own(config: ppo.Config) -> Iteration:
@@ -52,7 +53,7 @@ def own(config: ppo.Config) -> Iteration:
     collector.start()
     step = 0
 
-    def iterate() -> tuple[float, float, float]:
+    def iterate() -> tuple[float, float, float, float]:
         nonlocal step
         figures: dict[str, float] = {}
         times = timed(
@@ -70,7 +71,7 @@ def of_sb3(model: Any, env: Any, callback: Any, steps: int) -> Iteration:
     model.set_logger(Logger(folder=None, output_formats=[]))
     _, callback = model._setup_learn(steps, callback)
 
-    def iterate() -> tuple[float, float, float]:
+    def iterate() -> tuple[float, float, float, float]:
         def learn() -> None:
             model._update_current_progress_remaining(model.num_timesteps, steps)
             model.train()
@@ -136,12 +137,14 @@ def main() -> int:
             "decisions_per_s": round(decisions / float(np.median(total[:, k]))),
             "rollout_us": round(1e6 * float(np.median(kept[:, k, 0])) / decisions, 2),
             "update_us": round(1e6 * float(np.median(kept[:, k, 1])) / decisions, 2),
-            "explained_variance": round(float(np.mean(found[len(found) // 2 :, k, 2])), 3),
+            "processor_us": round(1e6 * float(np.median(kept[:, k, 2])) / decisions, 2),
+            "explained_variance": round(float(np.mean(found[len(found) // 2 :, k, 3])), 3),
         }
         for k, name in enumerate(learners)
     }
     for k, name in ((1, "sb3"), (2, "cartpole")):
         figures[f"own_over_{name}"] = round(float(np.median(total[:, k] / total[:, 0])), 2)
+        figures[f"own_over_{name}_by_processor"] = round(float(np.median(kept[:, k, 2] / kept[:, 0, 2])), 2)
     sizes["torch_threads"] = args.torch_threads
     print(json.dumps(figures | {"sizes": sizes, "load": os.getloadavg(), "machine": machine()}))
     return 0
