@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.agents.seeds import SeededVectorEnv
+from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.sb3 import LLMSchedVecEnv
 from llmsched_gym.workload import make_table
 
@@ -34,27 +35,36 @@ class TrainingEnv(LLMSchedVecEnv):
         self._options = [{} for _ in range(self.num_envs)]
 
     def save(self) -> dict[str, Any]:
-        core = self.env.core
-        tables = [table.seed for table in core.tables if table is not None]
-        return {
-            "arrays": {name: array.copy() for name, array in core.engine.state._asdict().items()},
-            "outputs": {name: array.copy() for name, array in core.arrays._asdict().items()},
-            "tables": np.array(tables),
+        return save_core(self.env.core) | {
             "returns": self._returns.copy(),
             "lengths": self._lengths.copy(),
             "episodes": json.dumps(self.env.episodes.bit_generator.state),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        core = self.env.core
-        core.engine.reserve(state["arrays"]["requests"].shape[1], state["arrays"]["gaps"].shape[1])
-        for arrays, saved in ((core.engine.state, state["arrays"]), (core.arrays, state["outputs"])):
-            for name, array in arrays._asdict().items():
-                array[...] = saved[name].view(array.dtype)
-        for env, seed in enumerate(state["tables"].tolist()):
-            core.tables[env] = table = make_table(self.env.config, seed)
-            core.seeds[env], core.qps[env] = seed, table.qps
-            core.engine.adopt(env, seed)
+        restore_core(self.env.core, state)
         self.env._is_over[:], self.env._any_over = False, False
         self._returns[:], self._lengths[:] = state["returns"], state["lengths"]
         self.env.episodes.bit_generator.state = json.loads(state["episodes"])
+
+
+def save_core(core: EnvCore) -> dict[str, Any]:
+    """The state of all environments of a core, each in an episode, as arrays."""
+    tables = [table.seed for table in core.tables if table is not None]
+    return {
+        "arrays": {name: array.copy() for name, array in core.engine.state._asdict().items()},
+        "outputs": {name: array.copy() for name, array in core.arrays._asdict().items()},
+        "tables": np.array(tables),
+    }
+
+
+def restore_core(core: EnvCore, state: dict[str, Any]) -> None:
+    """Let a core of the same settings go on from what :func:`save_core` made."""
+    core.engine.reserve(state["arrays"]["requests"].shape[1], state["arrays"]["gaps"].shape[1])
+    for arrays, saved in ((core.engine.state, state["arrays"]), (core.arrays, state["outputs"])):
+        for name, array in arrays._asdict().items():
+            array[...] = saved[name].view(array.dtype)
+    for env, seed in enumerate(state["tables"].tolist()):
+        core.tables[env] = table = make_table(core.config, seed)
+        core.seeds[env], core.qps[env] = seed, table.qps
+        core.engine.adopt(env, seed)

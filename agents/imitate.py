@@ -30,7 +30,8 @@ from llmsched_gym.agents.networks import normaliser_of
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
 from llmsched_gym.agents.train import Config as TrainConfig
-from llmsched_gym.agents.train import evaluate, make_model
+from llmsched_gym.agents.train import make_model
+from llmsched_gym.agents.training_run import evaluate
 from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.env.actions.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.policies.bridge import knobs_now, sets_knobs

@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from llmsched_gym.agents.rollout_kernels import tanh_of
 from llmsched_gym.env.actions import ACTIONS
 from llmsched_gym.env.core import space_settings
 from llmsched_gym.env.slots import NUM_SLOTS
@@ -158,3 +159,26 @@ def policy_kwargs(
 def normaliser_of(policy: Any) -> Normaliser:
     extractor = policy.features_extractor
     return extractor if isinstance(extractor, Normaliser) else extractor.normalise
+
+
+class Tanh(torch.autograd.Function):
+    """The rollouts' hyperbolic tangent, in a fifth of the time of torch's, which is half of a forward pass."""
+
+    @staticmethod
+    def forward(context: Any, numbers: torch.Tensor) -> torch.Tensor:
+        found = torch.empty_like(numbers)
+        tanh_of(numbers.detach().numpy().reshape(-1), found.numpy().reshape(-1))
+        context.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (found,) = context.saved_tensors
+        return torch.ops.aten.tanh_backward(gradient, found)
+
+
+def through(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """What hidden layers make of `x`."""
+    for module in layers:
+        x = Tanh.apply(x) if isinstance(module, nn.Tanh) else module(x)
+    return x

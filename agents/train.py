@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,33 +25,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
-from torch.utils.tensorboard import SummaryWriter
 
 from llmsched_gym.agents.checkpoint import (
-    cut_events,
     load_checkpoint,
     random_state,
-    save_checkpoint,
     set_random_state,
 )
 from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.envs import TrainingEnv
-from llmsched_gym.agents.export import export, load_actor
+from llmsched_gym.agents.export import load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
-from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
-from llmsched_gym.agents.seeds import SELECTION_SEEDS
+from llmsched_gym.agents.run_folder import open_run, start_run
+from llmsched_gym.agents.training_run import TrainingRun
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of
-from llmsched_gym.evaluation.metrics import row
-from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
+from llmsched_gym.policies import read_folder
 
 
 @dataclass(frozen=True)
@@ -186,15 +178,6 @@ def start_episodes(model: PPO | MaskablePPO, env: TrainingEnv) -> None:
     model._last_obs, model._last_episode_starts = env.reset(), np.ones(env.num_envs, bool)  # type: ignore[assignment]
 
 
-def evaluate(policy: Any, config: Config, world: EnvConfig, backend: Any = None) -> dict[str, float]:
-    """Means over selection seeds of the runs that `llmsched evaluate` would make of the exported policy."""
-    spec, tensors = export(policy, world)
-    scenario = env_config(config.suite, **{"num_requests": config.eval_requests, **config.world()})
-    seeds = SELECTION_SEEDS[: config.eval_seeds]
-    rows = [row(simulate(scenario, LoadedPolicy(spec, tensors), seed, backend=backend)) for seed in seeds]
-    return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
-
-
 def set_actor_learning(policy: Any, learns: bool) -> None:
     actor = [policy.action_net, getattr(policy.mlp_extractor, "policy_net", None)]
     for module in filter(None, actor):
@@ -217,7 +200,6 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
     model = make_model(config, env)
     model.set_logger(Logger(folder=None, output_formats=[]))
     callback: Any = Discounts(per_second=config.discount == "second")
-    best, last_eval, last_checkpoint = -np.inf, 0, 0
 
     saved = load_checkpoint(out) if config.resume else None
     if saved is None:
@@ -238,15 +220,25 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
         if config.is_real:  # no checkpoint holds a model's KV
             start_episodes(model, env)
         set_random_state(saved["random"])
-        best, last_eval, last_checkpoint = saved["best"], saved["last_eval"], saved["step"]
 
-    cut_events(out / "tensorboard", model.num_timesteps)
-    with (
-        SummaryWriter(str(out / "tensorboard")) as writer,
-        open(cut_progress(out, model.num_timesteps), "a") as progress,
-        _bar(evaluated is None) as bar,
-    ):
-        task = bar.add_task("training", total=config.steps, completed=model.num_timesteps, best="-")
+    def state() -> dict[str, Any]:
+        return {
+            "updates": model._n_updates,
+            "policy": model.policy.state_dict(),
+            "optimizer": model.policy.optimizer.state_dict(),
+            "observation": model._last_obs,
+            "episode_starts": np.asarray(model._last_episode_starts),
+            "episodes": list(model.ep_info_buffer or ()),
+            "env": env.save(),
+            "random": random_state(),
+        }
+
+    def looked() -> None:
+        if config.is_real:  # the model has served the evaluation's requests
+            start_episodes(model, env)
+
+    backend = env.env.core.engine.backend
+    with TrainingRun(config, world, saved, evaluated) as run:
         while model.num_timesteps < config.steps:
             start, first = time.perf_counter(), model.num_timesteps
             set_actor_learning(model.policy, first >= config.critic_warmup)
@@ -254,52 +246,11 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
             model._update_current_progress_remaining(model.num_timesteps, config.steps)
             model.train()
             step = model.num_timesteps
-
             figures = {k: float(v) for k, v in model.logger.name_to_value.items()}
             model.logger.name_to_value.clear()
             figures |= episode_figures(model.ep_info_buffer or ())
             figures["time/frames_per_s"] = (step - first) / (time.perf_counter() - start)
-            ends = step >= config.steps
-            if step - last_eval >= config.eval_every or ends:
-                last_eval = step
-                found = evaluate(model.policy, config, world, env.env.core.engine.backend)
-                if config.is_real:  # the model has served the evaluation's requests
-                    start_episodes(model, env)
-                figures |= {f"eval/{name}": value for name, value in found.items()}
-                if found["mean_utility"] > best:
-                    best = found["mean_utility"]
-                    summary = {
-                        **settings_of(config),
-                        "warm_start": bool(config.warm_start),
-                        "model": Path(config.model).name,
-                        "step": step,
-                        "selection": found,
-                    }
-                    write_folder(out / "best", *export(model.policy, world, training=summary))
-            for name, value in figures.items():
-                writer.add_scalar(name, value, step)
-            progress.write(json.dumps({"step": step, **figures}) + "\n")
-            progress.flush()
-            bar.update(task, completed=step, best="-" if best == -np.inf else f"{best:.4f}")
-            if step - last_checkpoint >= config.checkpoint_every or ends:
-                last_checkpoint = step
-                state = {
-                    "step": step,
-                    "updates": model._n_updates,
-                    "policy": model.policy.state_dict(),
-                    "optimizer": model.policy.optimizer.state_dict(),
-                    "observation": model._last_obs,
-                    "episode_starts": np.asarray(model._last_episode_starts),
-                    "episodes": list(model.ep_info_buffer or ()),
-                    "env": env.save(),
-                    "random": random_state(),
-                    "best": best,
-                    "last_eval": last_eval,
-                }
-                writer.flush()
-                save_checkpoint(out, step, state)
-            if evaluated is not None and "eval/mean_utility" in figures:
-                evaluated(step, figures["eval/mean_utility"])
+            run.tell(step, figures, model.policy, state, backend=backend, looked=looked)
     return finish(out / "policy", *read_folder(out / "best"))
 
 
@@ -307,17 +258,6 @@ def _check(config: Config) -> None:
     action = action_of(env_config(config.suite, **config.world()))
     if action.mask is not None and config.algorithm != "maskable":
         raise ConfigError(f"algorithm: expected maskable for {action.name} actions, got {config.algorithm}")
-
-
-def _bar(is_shown: bool) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("best {task.fields[best]}"),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=not is_shown)
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

@@ -77,6 +77,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     "calibrate": ("Measure a real model's batches and fit a cost profile", _on_real_model),
     "sim2real": ("Compare the simulator with a real model", _on_real_model),
     "train": ("Train PPO or MaskablePPO", _with_agents),
+    "ppo": ("Train our own PPO, twice as fast: features, knobs, presets and requests", _with_agents),
     "tune": ("Tune a constant, a linear rule or a scheduler's parameters", _with_agents),
     "search": ("Search settings of train with Optuna", _with_agents),
     "imitate": ("Imitate a scheduler with a network", _with_agents),
