@@ -50,6 +50,12 @@ class GivenBatches(ExecutesBatches, Scheduler):
         return self.execute(self.given, throttle_prefills)
 
 
+def has_weights(model: str) -> bool:
+    """Whether a model comes with weights; a folder with no more than a configuration gets random ones."""
+    folder = Path(model)
+    return not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
 def make_backend(
     scenario: Scenario, model: str = RANDOM_MODEL, *, count_host_time: bool | None = None, clock: str = "wall"
 ) -> VLLMBackend:
@@ -58,7 +64,7 @@ def make_backend(
     Args:
         scenario: its `max_num_seqs`, `max_model_len`, `max_num_batched_tokens`, `block_size` and `num_kv_blocks` count;
             without `num_kv_blocks` the profile's.
-        model: a folder, a hub id, or ``random:tiny``.
+        model: a folder (with a configuration alone the weights are random), a hub id, or ``random:tiny``.
         count_host_time: whether the time between two batches counts as well; None is as `scenario` says.
         clock: "wall", or on a CPU "cpu": time on its cores, all threads together.
     """
@@ -91,6 +97,7 @@ class VLLMBackend:
             args = EngineArgs(
                 model=path,
                 skip_tokenizer_init=True,
+                load_format="auto" if has_weights(path) else "dummy",
                 dtype="float32" if model == RANDOM_MODEL else "auto",
                 max_model_len=scenario.max_model_len,
                 max_num_seqs=scenario.max_num_seqs or profile.device.max_num_seqs,
@@ -180,21 +187,30 @@ class VLLMBackend:
         """Seconds of a made-up batch: chunks as (computed, n) tokens, decodes as context lengths, itself included.
 
         The running episode is forgotten. What counts as computed has its blocks and whatever they hold, as vLLM takes
-        requests whose KV came from elsewhere.
+        requests whose KV came from elsewhere. Requests that have computed something run one token before the clock
+        starts: to vLLM's worker a request of the last step is cheaper than one that it has never seen.
         """
-        items = [*((context - 1, 1) for context in decode_contexts), *chunks]  # vLLM serves decodes first
         self._forget()
-        manager, tokens = self.scheduler.kv_cache_manager, {}
-        for i, (computed, n) in enumerate(items):
-            request = self._add_prompt(str(i), prompt_ids(0, i, computed + n, self.vocab_size).tolist(), 2)
+        before, tokens, prompts = {}, {}, {}
+        for i, (computed, n) in enumerate([*((context - 1, 1) for context in decode_contexts), *chunks]):
+            name, decodes = str(i), i < len(decode_contexts)
+            tokens[name] = n
+            prompts[name] = prompt_ids(
+                0, i, computed if decodes and computed else computed + n, self.vocab_size
+            ).tolist()
             if computed:
-                manager.allocate_slots(request, computed)
-                request.num_computed_tokens = computed
-            tokens[str(i)] = n
+                request = self._add_prompt(name, prompts.pop(name), 3)
+                before[name] = 1
+                if computed > 1:
+                    self.scheduler.kv_cache_manager.allocate_slots(request, computed - 1)
+                    request.num_computed_tokens = computed - 1
+        ran_before = self._step(NamedBatch(before))[0] if before else {}
+        for name, prompt in prompts.items():
+            self._add_prompt(name, prompt, 3)
         start_s = self._now()
         ran, _ = self._step(NamedBatch(tokens))
         duration_s = self._now() - start_s
-        if ran != tokens:
+        if ran_before != before or ran != tokens:
             raise BackendError(f"vLLM ran {sum(ran.values())} of {sum(tokens.values())} tokens: beyond its limits")
         self._forget()
         return duration_s
