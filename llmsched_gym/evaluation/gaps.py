@@ -92,6 +92,23 @@ class Gaps:
         found = []
         for name, counts in zip(SLO_CLASSES, self.counts, strict=True):
             used = np.flatnonzero(counts)
-            middle = ((used << _SHIFT) + (1 << (_SHIFT - 1))).astype(np.uint32).view(np.float32)
-            found.append((name, np.where(used == 0, np.float32(0), middle), counts[used]))
+            found.append((name, _middle(used), counts[used]))
         return found
+
+
+def quantile(counts: np.ndarray, q: float, endless: int = 0) -> float | None:
+    """The q-quantile of what bins of :class:`Gaps` count, (num_bins,), the middle of its bin, to 0.1 %.
+
+    `endless` more are infinite. None of nothing, and where it is infinite.
+    """
+    total = int(counts.sum())
+    if total + endless == 0:
+        return None
+    place = int(np.searchsorted(np.cumsum(counts), math.ceil(q * (total + endless - 1)), side="right"))
+    return float(_middle(np.array([place]))[0]) if place < len(counts) else None
+
+
+def _middle(bins: np.ndarray) -> np.ndarray:
+    """The middle of bins, seconds; 0 of the first."""
+    seconds = ((bins << _SHIFT) + (1 << (_SHIFT - 1))).astype(np.uint32).view(np.float32)
+    return np.where(bins == 0, np.float32(0), seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ from llmsched_gym.scheduler import install
 from llmsched_gym.workload import RequestTable, make_table
 
 HOST_WARM_UP_STEPS = 16
+LATE_S = 1e6  # a clock beyond it loses nanoseconds a batch: runs that begin later count from their first arrival
+MOST_S = 2.0**32  # of arrivals; float64 tells less than a microsecond there
+TIMES = ("arrival_s", "first_scheduled_s", "first_token_s", "last_token_s", "resolved_s", "lst_s")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +71,16 @@ def make_backend(scenario: Scenario, workers: Any = 1) -> Any:
     )
 
 
+def _origin_s(scenario: Scenario, table: RequestTable) -> float:
+    """From where the engine counts the time of a finite run: whole seconds, 0 unless its requests come late."""
+    roots = table.arrival_s[table.is_root]
+    latest_s = float(roots.max(initial=0.0))
+    if not latest_s < MOST_S:
+        raise ConfigError(f"arrival_s: expected times below {MOST_S:,.0f} s, got {latest_s:g}")
+    is_late = scenario.num_requests is not None and table.num_past == 0 and len(roots) and roots[0] > LATE_S
+    return float(np.floor(roots[0])) if is_late else 0.0
+
+
 def simulate(
     scenario: Scenario,
     policy: str | Any,
@@ -82,8 +95,9 @@ def simulate(
 ) -> Episode:
     """Run `policy` (a name or a scheduler) on the requests of `seed` to the end; the first `num_steps` are logged.
 
-    A `table` of requests takes the place of the seed's. `watch` looks at the engine after the first step and then after
-    as many as it returned; it changes nothing of the run.
+    A `table` of requests takes the place of the seed's; where its first request comes very late, time is counted from
+    there and told as the table has it, as float64 has little left beside 1e9 s. `watch` looks at the engine after the
+    first step and then after as many as it returned; it changes nothing of the run.
 
     Clairvoyant schedulers need a scenario with ``length_hint``; they get an oracle's if it has none. A scenario for the
     real backend needs one, see `make_backend`. On a cluster the policy is ``ROUTER+SCHEDULER``, see `clusters`.
@@ -103,7 +117,9 @@ def simulate(
     scenario = scenario_for(scenario, scheduler)
     if getattr(scheduler, "clairvoyant", False) and scenario.length_hint == "none":
         scenario = scenario.replace(length_hint="oracle")
-    table = make_table(scenario, seed) if table is None else table
+    asked = make_table(scenario, seed) if table is None else table
+    origin_s = _origin_s(scenario, asked)
+    table = asked if origin_s == 0.0 else replace(asked, arrival_s=asked.arrival_s - origin_s)
     num_gaps = int(np.sum(table.output_tokens, dtype=np.int64) - len(table))
     engine = Engine(
         scenario,
@@ -134,15 +150,22 @@ def simulate(
         watch(engine)
     wall_time_s = time.perf_counter() - start
     state = engine.state
+    requests, sim = rows_of(state, 0, table), state.sims[0]
+    steps = state.steps[0, : min(num_steps, int(sim.num_batches))]
+    if origin_s > 0.0:
+        for column in TIMES:
+            requests[column] += origin_s
+        steps["start_s"] += origin_s
+        sim.clock_s += origin_s
     return Episode(
         scenario=scenario,
         policy=name,
         seed=seed,
-        table=table,
-        requests=rows_of(state, 0, table),
+        table=asked,
+        requests=requests,
         gaps=state.gaps[0],
-        steps=state.steps[0, : min(num_steps, int(state.sims[0].num_batches))],
-        sim=state.sims[0],
+        steps=steps,
+        sim=sim,
         wall_time_s=wall_time_s,
         recached_tokens=state.prefixes[0, : len(table)]["num_recached_tokens"] if scenario.prefix_caching else None,
     )

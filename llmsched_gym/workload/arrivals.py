@@ -6,7 +6,7 @@ do not depend on the rate, so a seed brings the same requests, in the same relat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +43,14 @@ class RandomArrivals:
         if n > len(self._gaps):
             self._gaps = np.concatenate([self._gaps, self._draw_gaps(n - len(self._gaps))])
         return self._to_seconds(np.cumsum(self._gaps[:n]))
+
+    def parts(self, size: int) -> Iterator[np.ndarray]:
+        """The times of :meth:`times`, `size` at a time and without end, of which none are kept. Once, and alone."""
+        last = 0.0  # in unit time
+        while True:
+            unit = np.cumsum(np.concatenate([[last], self._draw_gaps(size)]))[1:]
+            last = float(unit[-1])
+            yield self._to_seconds(unit)
 
 
 class ReplayArrivals:

@@ -125,19 +125,17 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         row = (uniforms[:, 0] * len(trace)).astype(np.int64)
         prompt, output = trace.prompt_tokens[row], trace.output_tokens[row]
 
-    relaxed = uniforms[:, 2] >= uniform(scenario.strict_share, episode[STRICT_SHARE])
-    ttft_slo_s = scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * (prompt if new_tokens is None else new_tokens)
-    scales = scenario.ttft_class_scales
-    if scales != (1.0,):
-        ttft_slo_s = ttft_slo_s * np.asarray(scales, float)[(uniforms[:, 3] * len(scales)).astype(np.int64)]
+    slo_class, ttft_slo_s, tbt_slo_s = slo_columns(
+        scenario, episode, uniforms, prompt if new_tokens is None else new_tokens
+    )
     return RequestTable(
         arrival_s=arrival_s,
         prompt_tokens=prompt,
         output_tokens=output,
-        slo_class=relaxed.astype(np.int8),
+        slo_class=slo_class,
         ttft_slo_s=ttft_slo_s,
-        tbt_slo_s=np.where(relaxed, float(scenario.relaxed_tbt_slo_s), float(scenario.strict_tbt_slo_s)),
-        length_hint=_length_hint(scenario, seed, output),
+        tbt_slo_s=tbt_slo_s,
+        length_hint=length_hints(scenario, rng(seed, HINT_STREAM), output),
         session_id=session,
         cohort_start=start,
         cohort_stop=stop,
@@ -148,6 +146,19 @@ def make_table(scenario: Scenario, seed: int) -> RequestTable:
         shares_with=shares[0] if shares else None,
         shared_tokens=shares[1] if shares else None,
     )
+
+
+def slo_columns(
+    scenario: Scenario, episode: np.ndarray, uniforms: np.ndarray, new_tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Classes, TTFT SLOs and TBT SLOs, each (n,), of `uniforms` (n, 4) and the prompt tokens that count for a TTFT."""
+    relaxed = uniforms[:, 2] >= uniform(scenario.strict_share, episode[STRICT_SHARE])
+    ttft_slo_s = scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * new_tokens
+    scales = scenario.ttft_class_scales
+    if scales != (1.0,):
+        ttft_slo_s = ttft_slo_s * np.asarray(scales, float)[(uniforms[:, 3] * len(scales)).astype(np.int64)]
+    tbt_slo_s = np.where(relaxed, float(scenario.relaxed_tbt_slo_s), float(scenario.strict_tbt_slo_s))
+    return relaxed.astype(np.int8), ttft_slo_s, tbt_slo_s
 
 
 def trace_remarks(scenario: Scenario, seed: int) -> list[str]:
@@ -245,10 +256,11 @@ def _arrivals(scenario: Scenario, kind: str, seed: int, episode: np.ndarray, tra
     return random_arrivals(kind, scenario, episode[[QPS, START_SIDE]], gaps, holds)
 
 
-def _length_hint(scenario: Scenario, seed: int, output: np.ndarray) -> np.ndarray:
+def length_hints(scenario: Scenario, draws: np.random.Generator, output: np.ndarray) -> np.ndarray:
+    """What schedulers are told of output lengths, tokens; nan without a hint. Shape (n,)."""
     sigma = scenario.hint_sigma
     if sigma is None:
         return np.full(len(output), np.nan)
     if sigma == 0.0:
         return output.astype(np.float64)
-    return output * np.exp(sigma * rng(seed, HINT_STREAM).standard_normal(len(output)))
+    return output * np.exp(sigma * draws.standard_normal(len(output)))
