@@ -89,6 +89,14 @@ def json_with(*names: str) -> Callable[[Path], bool]:
     return has_them
 
 
+def parse(text: str | bytes, **options: Any) -> Any:
+    """``json.loads``, but a whole number beyond float64 is infinite, as one with a point is, and refused as that."""
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits), **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def encode(value: Any) -> Any:
     """`value` as JSON can hold it: an infinite number becomes the text inf."""
     if isinstance(value, float) and math.isinf(value):

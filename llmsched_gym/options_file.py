@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config import ConfigError, scenario
-from llmsched_gym.files import encode
+from llmsched_gym.files import encode, parse
 from llmsched_gym.text import shown
 
 SET = "set"
@@ -55,7 +55,7 @@ def read_options(path: Path, parameters: Collection[str]) -> FileOptions:
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        data = parse(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

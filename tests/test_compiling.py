@@ -134,6 +134,7 @@ def test_old_caches_are_removed(tmp_path):
     for path in (old, other):
         path.mkdir()
         os.utime(path, (time.time() - KEPT_S - 60,) * 2)
+    (tmp_path / f"{old.name}.123.removed").mkdir()  # by a process that was ended
     remove_old(tmp_path / names[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names[: KEPT + 1], other.name]
     os.utime(tmp_path / names[1], (time.time() - KEPT_S - 60,) * 2)

@@ -28,7 +28,7 @@ import numpy as np
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, DeviceSpec, ModelSpec, plain_fields
 from llmsched_gym.cost.surface import ProfileError, Sums, Surface
 from llmsched_gym.cost.variants import Variant, split_name
-from llmsched_gym.files import claim_file, json_with, version_of, write_text
+from llmsched_gym.files import claim_file, json_with, parse, version_of, write_text
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "profiles"
 
@@ -233,7 +233,7 @@ class Profile:
         """Read a profile; raises :class:`ProfileError` naming file and field."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ProfileError(f"{path}: cannot read: {error.strerror}") from None
         except ValueError as error:

@@ -69,7 +69,8 @@ class Surface:
         shapes = {"decode_ms": (n, k), "chunk_ms": (c, p), "hybrid_ms": (c, n, k), "floor_ms": (k,)}
         for name, shape in shapes.items():
             _check_table(name, getattr(self, name), shape, signed=name == "chunk_ms")
-        _check_table("sequence_ms", self.sequence_ms, (max(1, len(self.sequence_ms)),))
+        rows = len(self.sequence_ms) if isinstance(self.sequence_ms, tuple) else 1
+        _check_table("sequence_ms", self.sequence_ms, (max(1, rows),))
         for name in ("launch_ms", "tail_alone", "tail_hybrid", "chunk_batch_ms"):
             _check_table(name, (getattr(self, name),), (1,))
 

@@ -24,6 +24,7 @@ KERNELS = tuple(
 
 KEPT, KEPT_S = 8, 14 * 24 * 3600.0  # folders beside the one in use, by last use, and how long they are kept at most
 _NAME = re.compile(r"kernels-[0-9a-f]{16}")
+_AWAY = re.compile(rf"{_NAME.pattern}\.\d+\.removed")
 
 
 @cache
@@ -58,10 +59,11 @@ def _user_root() -> Path | None:
 
 def _temporary_root() -> Path | None:
     """A folder of this user's alone: code is read from it."""
-    path = Path(tempfile.gettempdir()) / f"llmsched_gym-{os.getuid()}"
+    own = getattr(os, "getuid", lambda: 0)()  # on Windows all files are of user 0
+    path = Path(tempfile.gettempdir()) / f"llmsched_gym-{own}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)
-        return path if path.lstat().st_uid == os.getuid() and not path.is_symlink() else None
+        return path if path.lstat().st_uid == own and not path.is_symlink() else None
     except OSError:
         return None
 
@@ -92,7 +94,9 @@ def remove_old(used: Path) -> None:
     ages = []
     try:
         for path in used.parent.iterdir():
-            if path != used and _NAME.fullmatch(path.name):
+            if _AWAY.fullmatch(path.name):  # a process was ended while it removed it
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != used and _NAME.fullmatch(path.name):
                 ages.append((time.time() - path.stat().st_mtime, path))
     except OSError:
         return

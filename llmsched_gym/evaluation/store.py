@@ -219,18 +219,21 @@ def claim_results(out: str | Path) -> None:
     claim_folder(Path(out), "results of llmsched", RESULTS)
 
 
-def lock_folder(out: Path) -> int:
+def lock_folder(out: Path) -> int | None:
     """Keep other processes from writing to `out` while the file descriptor returned is open, or its process lives.
 
-    One line of :class:`ConfigError` if another has it. A file system without locks is written to without one.
+    One line of :class:`ConfigError` if another has it. A file system, or a system, without locks is written to without
+    one.
     """
-    folder = os.open(out, os.O_RDONLY)
+    folder = None
     try:
         import fcntl
 
+        folder = os.open(out, os.O_RDONLY)
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(folder)
+        if folder is not None:
+            os.close(folder)
         message = f"out: another process is writing to {out}; wait for it, or choose another folder"
         raise ConfigError(message) from None
     except (ImportError, OSError):

@@ -33,6 +33,7 @@ from llmsched_gym.engine.pack import LPM, ORDERS
 from llmsched_gym.env.actions import ACTIONS, action_of
 from llmsched_gym.env.features import ALL_FEATURES, WIDTHS, features_of
 from llmsched_gym.env.slots import ALL_SLOT_FEATURES, NUM_SLOT_FEATURES, slot_features_of
+from llmsched_gym.files import parse
 from llmsched_gym.scheduler import PolicyError
 
 FORMAT = "llmsched-policy/1"
@@ -155,7 +156,7 @@ def read_fields(folder: str | Path) -> Any:
     folder = Path(folder)
     data = _read(folder, SPEC)
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return parse(data, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise PolicyError(f"policy {str(folder)!r}: {SPEC}: not JSON: {str(error).splitlines()[0]}") from None
 

@@ -70,7 +70,8 @@ def join(out: str | Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise ConfigError(f"out: cannot write to {folder}: {error.strerror or error}") from None
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
     return rows
 
 

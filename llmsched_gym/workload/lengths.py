@@ -8,7 +8,6 @@ uniforms; request i uses row i of the uniforms, so its lengths do not depend on 
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import ConfigError
-from llmsched_gym.files import version_of
+from llmsched_gym.files import parse, version_of
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "workloads"
 WORKLOADS = tuple(sorted(path.stem for path in DATA_DIR.glob("*.json")))
@@ -125,7 +124,7 @@ def is_mixture(data: dict[str, Any]) -> bool:
 @functools.lru_cache(maxsize=16)
 def _read(path: Path, absolute: Path, version: tuple[int, ...]) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(data, dict):

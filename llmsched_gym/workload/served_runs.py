@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_gym.files import parse
 from llmsched_gym.text import counted, shown
 from llmsched_gym.workload.trace_columns import MAX_TOKENS
 from llmsched_gym.workload.traces import TraceError, TraceWarning, csv_rows, open_text
@@ -217,7 +218,7 @@ def _bench_lists(path: Path, data: dict[str, Any]) -> dict[str, list[Any]]:
 
 def _bench_result(path: Path, text: str) -> dict[str, Any]:
     try:
-        data = json.loads(text)
+        data = parse(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # --append-result adds a line for each
             raise TraceError(f"{path}: line {error.lineno}: expected the result of one run, got several") from None

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import gzip
 import io
-import json
 import warnings
 import zlib
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from llmsched_gym.config import ConfigError
-from llmsched_gym.files import version_of
+from llmsched_gym.files import parse, version_of
 from llmsched_gym.text import counted
 from llmsched_gym.workload.identity import Shares, shares_of_chains, shares_of_ids
 from llmsched_gym.workload.servegen import SPAN_S, draw_requests, is_servegen
@@ -247,7 +246,7 @@ def _json_items(path: Path, first: str, lines: Iterator[str], before: int) -> It
         if not text.strip():
             continue
         try:
-            item = json.loads(text)
+            item = parse(text)
         except ValueError as error:
             raise TraceError(f"{path}: line {line}: not JSON: {error}") from None
         if not isinstance(item, dict):
