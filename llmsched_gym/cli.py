@@ -353,7 +353,13 @@ def evaluate(
 @app.command()
 def capacity(
     policy: Policy,
-    criterion: Annotated[str, typer.Option(help="ttft-median, paper, attainment:X or serve-all:X.")],
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="What must hold, in quotes: ttft.p99<=2,itl.strict.p99<=0.1,attainment>=0.95 (seconds, shares), or "
+            "ttft-median, paper, serve-all:X; docs/paths/device.md has all."
+        ),
+    ],
     suite: SuiteName = "default",
     profile: Profile = None,
     workload: Workload = None,
@@ -361,7 +367,8 @@ def capacity(
     trace_arrivals: TraceArrivals = None,
     trace_invalid: TraceInvalid = None,
     qps: Annotated[
-        str | None, typer.Option(help="Lowest and highest rate searched, 1/s; default: 0.1,16, further for replicas.")
+        str | None,
+        typer.Option(help="Lowest and highest rate searched, 1/s; else 0.1,16, further where the fluid capacity is."),
     ] = None,
     router: Routers = None,
     replicas: Annotated[str | None, typer.Option(help="Numbers of equal replicas; default: the suite's.")] = None,
@@ -391,6 +398,7 @@ def capacity(
         raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
     from llmsched_gym.evaluation import capacity as search
     from llmsched_gym.evaluation import cluster_capacity as clusters
+    from llmsched_gym.evaluation.criteria import criterion as judged_by
     from llmsched_gym.evaluation.spread import where
     from llmsched_gym.workload.generate import come_in_sessions
 
@@ -410,6 +418,7 @@ def capacity(
             name = "router" if router is not None else "replicas"
             raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
         else:
+            judged_by(criterion)  # before the fluid capacity takes its time
             qps_range = rates or clusters.searched_rates(world)
             found = search.capacity(world, split_policies(policy), criterion, qps=qps_range, **settings)
             labels = [item.policy for item in found]
@@ -417,6 +426,11 @@ def capacity(
     for label, item in zip(labels, found, strict=True):
         if item.note:
             console.remark(f"{label}: {item.criterion} {item.note}")
+    if not isinstance(world, ClusterScenario) and world.backend == "simulated":
+        from llmsched_gym.fluid import fluid_capacity
+
+        most = f"{fluid_capacity(world).qps:.3g} {'requests/s' if unit == '1/s' else unit}"
+        console.remark(f"no scheduler that serves everybody sustains more than {most}, the fluid capacity")
     named = [{"policy": label, "ratio_to": labels[0]} for label in labels]
     rows = [item.to_row() | ratio | name for item, ratio, name in zip(found, ratios, named, strict=True)]
     folders = [] if out is None else [out, *sorted(out.glob("replicas-*"))]

@@ -75,6 +75,7 @@ def trace(path, rows=20, **changes):
         (["evaluate", "--policy", "slai", "--out", "/dev/null/out"], "/dev/null/out"),
         (["capacity", "--policy", "slai"], "--criterion"),
         (["capacity", "--policy", "slai", "--criterion", "frob"], "criterion"),
+        (["capacity", "--policy", "slai", "--criterion", "ttft.p95<=1"], "got 'ttft.p95'"),
         (["capacity", "--policy", "slai", "--criterion", "paper", "--qps", "1.5"], "qps"),
         (["capacity", "--policy", "slai", "--criterion", "paper", "--qps", "2,1"], "qps"),
         (["capacity", "--policy", "slai", "--criterion", "paper", "--router", "jsq"], "router"),
@@ -329,7 +330,7 @@ def test_a_capacity_outside_the_range_is_said_on_stderr(capsys):
     assert main([*args, "--seeds", "1", "--qps", "0.5,0.6", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)[0]["capacity_qps"] is None
-    assert "sarathi" in err and "still met" in err
+    assert "sarathi" in err and "still met" in err and "sustains more than 2.01 requests/s" in err
 
 
 @pytest.mark.parametrize("command", ["policies", "routers", "suites", "workloads", "profiles"])
