@@ -71,6 +71,12 @@ NumRequests = Annotated[int | None, typer.Option(help="Measured requests of a ru
 Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
 FirstSeed = Annotated[int, typer.Option(help="The first seed.")]
 StrictShare = Annotated[float | None, typer.Option(help="Share of strict users, 0 to 1.")]
+TtftSlo = Annotated[
+    str | None, typer.Option(metavar="S[,T]", help="TTFT SLO: seconds, and seconds a prompt token (0).")
+]
+TbtSlo = Annotated[
+    str | None, typer.Option(metavar="S[,S]", help="SLO of gaps between tokens, seconds: of strict users, of others.")
+]
 Jitter = Annotated[float | None, typer.Option(help="Sigma of the log-normal factor on batch times.")]
 Patience = Annotated[float | None, typer.Option(help="Lateness at which a client leaves, seconds; inf: never.")]
 CostScale = Annotated[float | None, typer.Option(help="Hidden factor on batch times.")]
@@ -264,6 +270,8 @@ def evaluate(
     seeds: Seeds = 20,
     first_seed: FirstSeed = 0,
     strict_share: StrictShare = None,
+    ttft_slo: TtftSlo = None,
+    tbt_slo: TbtSlo = None,
     jitter: Jitter = None,
     patience: Patience = None,
     cost_scale: CostScale = None,
@@ -376,6 +384,8 @@ def capacity(
     seeds: Seeds = 20,
     first_seed: FirstSeed = 0,
     strict_share: StrictShare = None,
+    ttft_slo: TtftSlo = None,
+    tbt_slo: TbtSlo = None,
     jitter: Jitter = None,
     patience: Patience = None,
     cost_scale: CostScale = None,
@@ -663,6 +673,8 @@ def serve_bench(
     seeds: Seeds = 5,
     first_seed: FirstSeed = 0,
     strict_share: StrictShare = None,
+    ttft_slo: TtftSlo = None,
+    tbt_slo: TbtSlo = None,
     patience: Patience = None,
     tbt_rule: TbtRule = None,
     set_: Set = None,
@@ -790,6 +802,10 @@ def _scenario(options: dict[str, Any]) -> Scenario:
     fields |= {name: options[name] for name in names.split() if options.get(name) is not None}
     if options["patience"] is not None:
         fields["patience_s"] = options["patience"]
+    if options["ttft_slo"] is not None:
+        fields["ttft_slo_s"], fields["ttft_slo_per_token_s"] = _one_or_two("ttft_slo", options["ttft_slo"], 0.0)
+    if options["tbt_slo"] is not None:
+        fields["strict_tbt_slo_s"], fields["relaxed_tbt_slo_s"] = _one_or_two("tbt_slo", options["tbt_slo"])
     for name in ("allow_refusal", "count_host_time"):
         if options.get(name):
             fields[name] = True
@@ -829,6 +845,14 @@ def _numbers(name: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{name}: expected numbers separated by commas, got {text!r}") from None
+
+
+def _one_or_two(name: str, text: str, second: float | None = None) -> tuple[float, float]:
+    """Two numbers; where only one is given the other is `second`, or the same."""
+    numbers = _numbers(name, text)
+    if len(numbers) > 2:
+        raise ConfigError(f"{name}: expected one or two numbers, got {text!r}")
+    return numbers[0], numbers[1] if len(numbers) == 2 else numbers[0] if second is None else second
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:

@@ -64,6 +64,9 @@ def trace(path, rows=20, **changes):
         (["evaluate", "--policy", "slai", "--jitter", "nan"], "jitter"),
         (["evaluate", "--policy", "slai", "--patience", "0"], "patience_s"),
         (["evaluate", "--policy", "slai", "--strict-share", "1.5"], "strict_share"),
+        (["evaluate", "--policy", "slai", "--ttft-slo", "1,2,3"], "ttft_slo: expected one or two numbers"),
+        (["evaluate", "--policy", "slai", "--tbt-slo", "fast"], "tbt_slo"),
+        (["evaluate", "--policy", "slai", "--tbt-slo", "0"], "strict_tbt_slo_s"),
         (["evaluate", "--policy", "slai", "--workload", "frob"], "workload"),
         (["evaluate", "--policy", "slai", "--profile", "frob"], "profile"),
         (["evaluate", "--policy", "slai", "--tbt-rule", "frob"], "tbt_rule"),
@@ -91,6 +94,33 @@ def test_one_line_and_exit_code_2(args, words, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("\n") and err.count("\n") == 1 and err.startswith("llmsched: ")
     assert words in err
+
+
+def test_slos_are_options(capsys):
+    args = [
+        "evaluate",
+        "--policy",
+        "sarathi",
+        "--suite",
+        "paper",
+        "--qps",
+        "1.6",
+        "--seeds",
+        "1",
+        "--num-requests",
+        "40",
+    ]
+    shares = {}
+    for slos in ("", "--ttft-slo 60 --tbt-slo 9", "--ttft-slo 60 --tbt-slo 9,0.001", "--ttft-slo 0.01,0.0001"):
+        assert main([*args, *slos.split(), "--json", "--workers", "1"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        shares[slos] = row["slo_attainment_by_class"]
+        if "9," in slos:
+            assert row["tbt_slo_s_by_class"] == {"strict": 9.0, "relaxed": 0.001}
+    unbounded, strict_only, tight = list(shares.values())[1:]
+    assert unbounded == {"strict": 1.0, "relaxed": 1.0}
+    assert strict_only["strict"] == 1.0 and strict_only["relaxed"] < 0.5
+    assert tight["strict"] == tight["relaxed"] == 0.0
 
 
 def test_bad_files_are_named(tmp_path, capsys):

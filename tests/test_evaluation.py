@@ -326,6 +326,14 @@ def test_a_capacity_outside_the_searched_rates_says_so(latency, word):
     assert found.to_row()["capacity_qps"] is None
 
 
+def test_what_is_not_met_at_the_lowest_rate_is_named():
+    def simulate(policy, pairs):
+        return [world(ttft_p99_s=None, num_rejected=2) for _ in pairs]
+
+    found = Search(criterion("attainment>=0.9,ttft.p99<=2"), simulate, range(2)).find("any")
+    assert "the end of the searched range: p99 TTFT (2 % are rejected, too long for max_model_len" in found.note
+
+
 def test_the_crossing_of_a_fit():
     rates = [1, 2, 3, 4]
     assert crossing(rates, np.array([-2.0, -1.0, 1.0, 2.0])) == 2.5

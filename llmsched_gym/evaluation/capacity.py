@@ -112,7 +112,7 @@ class Search:
         found.curve = [self._means(policy, k) for k in rates]
         if not self.low < place < self.high:
             found.qps, found.limited_by = None, None
-            found.note = self._beyond(self.low, "not") if place <= self.low else self._beyond(self.high, "still")
+            found.note = self._not_met(policy) if place <= self.low else self._beyond(self.high, "still")
             return found
         below = max(k for k in rates if k <= place)
         found.shares = {"at_qps": STEP**below} | _shares([self.rows[policy, below, seed] for seed in self.seeds])
@@ -151,7 +151,22 @@ class Search:
             k, last = max(k - COARSE, self.low), k
             if met(k):
                 return k, last
-        return self._beyond(k, "not")
+        return self._not_met(policy)
+
+    def _not_met(self, policy: str) -> str:
+        """Which conditions fail at the lowest rate, and that requests were too long for the engine if any were."""
+        rows = [row for seed in self.seeds if (row := self.rows.get((policy, self.low, seed))) is not None]
+        failing = []
+        for condition in self.judged.conditions:
+            values = [v for v in map(condition.excess, rows) if v is not None]
+            failing += [condition.name] if values and float(np.mean(values)) > 0.0 else []
+        note = f"{self._beyond(self.low, 'not')}: {', '.join(failing)}"
+        rejected = np.mean([row.get("num_rejected", 0) / row["num_requests"] for row in rows])
+        if rejected > 0.0:
+            note += (
+                f" ({100 * rejected:.2g} % are rejected, too long for max_model_len or memory, and count as infinite)"
+            )
+        return note
 
     def _run(self, policy: str, rates: set[int], seeds: Sequence[int]) -> None:
         missing = [(k, seed) for k in sorted(rates) for seed in seeds if (policy, k, seed) not in self.rows]
