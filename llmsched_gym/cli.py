@@ -38,6 +38,7 @@ from llmsched_gym.report import console, terminal
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 ENV_PREFIX = "LLMSCHED"
+GO_ON, RESUME = ("evaluate", "serve-bench", "compare"), ("train", "tune", "search")  # commands, after an interrupt
 
 app = typer.Typer(
     help="Schedulers for LLM inference: compare them, and find the load that each can carry. Options can come from the "
@@ -160,8 +161,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _explain(error)
             code = INTERRUPTED
     if code == INTERRUPTED:
-        return _fail("interrupted", INTERRUPTED)
+        return _fail(_interrupted(sys.argv[1:] if argv is None else argv), INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(words: Sequence[str]) -> str:
+    """What to say of an interrupt: commands that keep what is done in their folder can go on from it."""
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command in GO_ON and any(word.split("=")[0] == "--out" for word in words):
+        return "interrupted: the same command goes on where it stopped"
+    if command in RESUME:
+        return "interrupted: with --resume the same command goes on from its last checkpoint"
+    return "interrupted"
 
 
 def _command_line() -> Any:
@@ -250,7 +261,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-@app.command()
+@app.command(epilog="\b\nExample:\n  llmsched evaluate --policy slai,sarathi --qps 1.4,1.8 --out out/mine")
 def evaluate(
     policy: Policy,
     suite: SuiteName = "default",
@@ -358,7 +369,7 @@ def evaluate(
         console.remark(note)
 
 
-@app.command()
+@app.command(epilog="\b\nExample:\n  llmsched capacity --policy slai --criterion 'ttft.p99<=2,attainment>=0.95'")
 def capacity(
     policy: Policy,
     criterion: Annotated[

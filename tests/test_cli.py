@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from llmsched_gym import cli
 from llmsched_gym.cli import main, split_policies
 from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError
+from llmsched_gym.report import console, terminal
 
 RUN = ["evaluate", "--policy", "slai", "--suite", "paper", "--qps", "1.5", "--seeds", "2", "--num-requests", "20"]
 
@@ -317,6 +319,37 @@ def test_tables_fit_a_terminal(capsys, monkeypatch):
     assert "faster-transformer" in printed and "sarathi attained" in printed  # not cut into pieces
 
 
+def test_numbers_and_names_are_in_one_line_at_80_columns(capsys, monkeypatch):
+    monkeypatch.setattr("llmsched_gym.report.console.PIPE_WIDTH", 80)
+    assert main(["profiles"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("rtxpro6000-llama-3.1-8b-vllm ") == 2
+    name = "slai[order=feasible,hold=always,budget=1024]"
+    row = {"policy": name, "limited_by": "p99 TTFT of relaxed users", "note": None}
+    row |= {"capacity_qps": 12.345, "ci_low": 10.316, "ci_high": 14.158}
+    row |= {"ratio": 1.234, "ratio_ci_low": 1.111, "ratio_ci_high": 1.333}
+    console.print_table(terminal.capacities([row]))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    for figure in ("12.345", "[10.316, 14.158]", "1.234", "[1.111, 1.333]"):
+        assert figure in printed
+    assert "ratio to the first" in printed
+
+
+@pytest.mark.parametrize("command", ["evaluate", "capacity"])
+def test_help_has_an_example_that_can_be_copied(command, capsys):
+    assert main([command, "--help"]) == 0
+    *_, heading, example = capsys.readouterr().out.rstrip().splitlines()
+    assert heading == "  Example:" and example.startswith(f"    llmsched {command} --policy slai")
+    assert len(example) <= 80
+
+
+def test_an_interrupt_says_how_to_go_on():
+    assert cli._interrupted(["-q", "evaluate", "--policy", "slai", "--out", "o"]).endswith("goes on where it stopped")
+    assert cli._interrupted(["evaluate", "--policy", "slai"]) == "interrupted"
+    assert "--resume" in cli._interrupted(["train"])
+
+
 def test_profiles_say_what_was_measured(capsys):
     assert main(["profiles", "--json"]) == 0
     basis = {row["name"]: row["basis"] for row in json.loads(capsys.readouterr().out)}
@@ -432,7 +465,11 @@ def test_an_interrupt_is_one_line(tmp_path, workers):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, remarks(err)) == (130, "", "llmsched: interrupted\n")
+    assert (process.returncode, out, remarks(err)) == (
+        130,
+        "",
+        "llmsched: interrupted: the same command goes on where it stopped\n",
+    )
     assert not (tmp_path / "runs.parquet").exists()
 
 
