@@ -45,9 +45,9 @@ def test_rates_are_searched_past_the_fluid_capacity():
     one = clusters.with_replicas(many, 1)
     assert clusters.searched_rates(one) == (pytest.approx(0.05 * fluid_capacity(one).qps), 16.0)
     assert clusters.searched_rates(scenario()) == (0.1, 16.0)
-    fast = scenario("paper", profile="h100-mistral-7b", workload="sharegpt")
+    fast = scenario("paper", profile="h100-mistral-7b", workload="sharegpt", cost_scale=0.25)
     assert clusters.searched_rates(fast) == (0.1, pytest.approx(1.5 * fluid_capacity(fast).qps))
-    assert clusters.searched_rates(fast)[1] > 30.0
+    assert clusters.searched_rates(fast)[1] > 16.0
     assert clusters.searched_rates(scenario("paper", backend="transformers", model="random:tiny")) == (0.1, 16.0)
 
 
