@@ -21,7 +21,8 @@ import numpy as np
 
 from llmsched_gym import text
 from llmsched_gym.config import Scenario, scenario
-from llmsched_gym.evaluation.capacity import STEP, Search, criterion, ratios
+from llmsched_gym.evaluation.capacity import STEP, Search, ratios
+from llmsched_gym.evaluation.criteria import criterion
 from llmsched_gym.evaluation.gaps import percentile
 from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate

@@ -13,7 +13,7 @@ import typer
 from llmsched_gym.config import SUITES, ConfigError
 from llmsched_gym.evaluation import arena as arenas
 from llmsched_gym.evaluation.arena_capacity import capacities_of
-from llmsched_gym.evaluation.capacity import criterion
+from llmsched_gym.evaluation.criteria import criterion
 from llmsched_gym.evaluation.spread import choose, where
 from llmsched_gym.evaluation.store import write_rows
 from llmsched_gym.files import replace_file

@@ -38,6 +38,7 @@ from llmsched_gym.report import console, terminal
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 ENV_PREFIX = "LLMSCHED"
+GO_ON, RESUME = ("evaluate", "serve-bench", "compare"), ("train", "tune", "search")  # commands, after an interrupt
 
 app = typer.Typer(
     help="Schedulers for LLM inference: compare them, and find the load that each can carry. Options can come from the "
@@ -71,6 +72,12 @@ NumRequests = Annotated[int | None, typer.Option(help="Measured requests of a ru
 Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
 FirstSeed = Annotated[int, typer.Option(help="The first seed.")]
 StrictShare = Annotated[float | None, typer.Option(help="Share of strict users, 0 to 1.")]
+TtftSlo = Annotated[
+    str | None, typer.Option(metavar="S[,T]", help="TTFT SLO: seconds, and seconds a prompt token (0).")
+]
+TbtSlo = Annotated[
+    str | None, typer.Option(metavar="S[,S]", help="SLO of gaps between tokens, seconds: of strict users, of others.")
+]
 Jitter = Annotated[float | None, typer.Option(help="Sigma of the log-normal factor on batch times.")]
 Patience = Annotated[float | None, typer.Option(help="Lateness at which a client leaves, seconds; inf: never.")]
 CostScale = Annotated[float | None, typer.Option(help="Hidden factor on batch times.")]
@@ -154,8 +161,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _explain(error)
             code = INTERRUPTED
     if code == INTERRUPTED:
-        return _fail("interrupted", INTERRUPTED)
+        return _fail(_interrupted(sys.argv[1:] if argv is None else argv), INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def _interrupted(words: Sequence[str]) -> str:
+    """What to say of an interrupt: commands that keep what is done in their folder can go on from it."""
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command in GO_ON and any(word.split("=")[0] == "--out" for word in words):
+        return "interrupted: the same command goes on where it stopped"
+    if command in RESUME:
+        return "interrupted: with --resume the same command goes on from its last checkpoint"
+    return "interrupted"
 
 
 def _command_line() -> Any:
@@ -244,7 +261,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-@app.command()
+@app.command(epilog="\b\nExample:\n  llmsched evaluate --policy slai,sarathi --qps 1.4,1.8 --out out/mine")
 def evaluate(
     policy: Policy,
     suite: SuiteName = "default",
@@ -264,6 +281,8 @@ def evaluate(
     seeds: Seeds = 20,
     first_seed: FirstSeed = 0,
     strict_share: StrictShare = None,
+    ttft_slo: TtftSlo = None,
+    tbt_slo: TbtSlo = None,
     jitter: Jitter = None,
     patience: Patience = None,
     cost_scale: CostScale = None,
@@ -350,10 +369,16 @@ def evaluate(
         console.remark(note)
 
 
-@app.command()
+@app.command(epilog="\b\nExample:\n  llmsched capacity --policy slai --criterion 'ttft.p99<=2,attainment>=0.95'")
 def capacity(
     policy: Policy,
-    criterion: Annotated[str, typer.Option(help="ttft-median, paper, attainment:X or serve-all:X.")],
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="What must hold, in quotes: ttft.p99<=2,itl.strict.p99<=0.1,attainment>=0.95 (seconds, shares), or "
+            "ttft-median, paper, serve-all:X; docs/paths/device.md has all."
+        ),
+    ],
     suite: SuiteName = "default",
     profile: Profile = None,
     workload: Workload = None,
@@ -361,7 +386,8 @@ def capacity(
     trace_arrivals: TraceArrivals = None,
     trace_invalid: TraceInvalid = None,
     qps: Annotated[
-        str | None, typer.Option(help="Lowest and highest rate searched, 1/s; default: 0.1,16, further for replicas.")
+        str | None,
+        typer.Option(help="Lowest and highest rate searched, 1/s; else 0.1,16, further where the fluid capacity is."),
     ] = None,
     router: Routers = None,
     replicas: Annotated[str | None, typer.Option(help="Numbers of equal replicas; default: the suite's.")] = None,
@@ -369,6 +395,8 @@ def capacity(
     seeds: Seeds = 20,
     first_seed: FirstSeed = 0,
     strict_share: StrictShare = None,
+    ttft_slo: TtftSlo = None,
+    tbt_slo: TbtSlo = None,
     jitter: Jitter = None,
     patience: Patience = None,
     cost_scale: CostScale = None,
@@ -391,6 +419,7 @@ def capacity(
         raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
     from llmsched_gym.evaluation import capacity as search
     from llmsched_gym.evaluation import cluster_capacity as clusters
+    from llmsched_gym.evaluation.criteria import criterion as judged_by
     from llmsched_gym.evaluation.spread import where
     from llmsched_gym.workload.generate import come_in_sessions
 
@@ -410,6 +439,7 @@ def capacity(
             name = "router" if router is not None else "replicas"
             raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
         else:
+            judged_by(criterion)  # before the fluid capacity takes its time
             qps_range = rates or clusters.searched_rates(world)
             found = search.capacity(world, split_policies(policy), criterion, qps=qps_range, **settings)
             labels = [item.policy for item in found]
@@ -417,6 +447,11 @@ def capacity(
     for label, item in zip(labels, found, strict=True):
         if item.note:
             console.remark(f"{label}: {item.criterion} {item.note}")
+    if not isinstance(world, ClusterScenario) and world.backend == "simulated":
+        from llmsched_gym.fluid import fluid_capacity
+
+        most = f"{fluid_capacity(world).qps:.3g} {'requests/s' if unit == '1/s' else unit}"
+        console.remark(f"no scheduler that serves everybody sustains more than {most}, the fluid capacity")
     named = [{"policy": label, "ratio_to": labels[0]} for label in labels]
     rows = [item.to_row() | ratio | name for item, ratio, name in zip(found, ratios, named, strict=True)]
     folders = [] if out is None else [out, *sorted(out.glob("replicas-*"))]
@@ -649,6 +684,8 @@ def serve_bench(
     seeds: Seeds = 5,
     first_seed: FirstSeed = 0,
     strict_share: StrictShare = None,
+    ttft_slo: TtftSlo = None,
+    tbt_slo: TbtSlo = None,
     patience: Patience = None,
     tbt_rule: TbtRule = None,
     set_: Set = None,
@@ -776,6 +813,10 @@ def _scenario(options: dict[str, Any]) -> Scenario:
     fields |= {name: options[name] for name in names.split() if options.get(name) is not None}
     if options["patience"] is not None:
         fields["patience_s"] = options["patience"]
+    if options["ttft_slo"] is not None:
+        fields["ttft_slo_s"], fields["ttft_slo_per_token_s"] = _one_or_two("ttft_slo", options["ttft_slo"], 0.0)
+    if options["tbt_slo"] is not None:
+        fields["strict_tbt_slo_s"], fields["relaxed_tbt_slo_s"] = _one_or_two("tbt_slo", options["tbt_slo"])
     for name in ("allow_refusal", "count_host_time"):
         if options.get(name):
             fields[name] = True
@@ -815,6 +856,14 @@ def _numbers(name: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{name}: expected numbers separated by commas, got {text!r}") from None
+
+
+def _one_or_two(name: str, text: str, second: float | None = None) -> tuple[float, float]:
+    """Two numbers; where only one is given the other is `second`, or the same."""
+    numbers = _numbers(name, text)
+    if len(numbers) > 2:
+        raise ConfigError(f"{name}: expected one or two numbers, got {text!r}")
+    return numbers[0], numbers[1] if len(numbers) == 2 else numbers[0] if second is None else second
 
 
 def _whole_numbers(name: str, text: str) -> list[int]:

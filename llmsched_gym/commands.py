@@ -50,6 +50,12 @@ def _arena(name: str, args: list[str]) -> int:
     return code
 
 
+def _watch(name: str, args: list[str]) -> int:
+    function = importlib.import_module("llmsched_gym.watch_command").watch_command
+    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
+    return code
+
+
 def _on_real_model(name: str, args: list[str]) -> int:
     module = {"calibrate": "calibration.calibrate", "sim2real": "sim2real.compare"}[name]
     function = getattr(importlib.import_module(f"llmsched_gym.real_backend.{module}"), f"{name}_command")
@@ -74,6 +80,7 @@ COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     "arena": ("Rank all schedulers on all suites of one engine", _arena),
     "fit": ("Fit a cost profile to tables of measured kernels", _fit),
     "roofline": ("Make a cost profile of MODEL on DEVICE from data sheets", _roofline),
+    "watch": ("Watch one run of a policy live in the terminal", _watch),
     "calibrate": ("Measure a real model's batches and fit a cost profile", _on_real_model),
     "sim2real": ("Compare the simulator with a real model", _on_real_model),
     "train": ("Train PPO or MaskablePPO", _with_agents),

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from llmsched_gym import cli
 from llmsched_gym.cli import main, split_policies
 from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError
+from llmsched_gym.report import console, terminal
 
 RUN = ["evaluate", "--policy", "slai", "--suite", "paper", "--qps", "1.5", "--seeds", "2", "--num-requests", "20"]
 
@@ -64,6 +66,9 @@ def trace(path, rows=20, **changes):
         (["evaluate", "--policy", "slai", "--jitter", "nan"], "jitter"),
         (["evaluate", "--policy", "slai", "--patience", "0"], "patience_s"),
         (["evaluate", "--policy", "slai", "--strict-share", "1.5"], "strict_share"),
+        (["evaluate", "--policy", "slai", "--ttft-slo", "1,2,3"], "ttft_slo: expected one or two numbers"),
+        (["evaluate", "--policy", "slai", "--tbt-slo", "fast"], "tbt_slo"),
+        (["evaluate", "--policy", "slai", "--tbt-slo", "0"], "strict_tbt_slo_s"),
         (["evaluate", "--policy", "slai", "--workload", "frob"], "workload"),
         (["evaluate", "--policy", "slai", "--profile", "frob"], "profile"),
         (["evaluate", "--policy", "slai", "--tbt-rule", "frob"], "tbt_rule"),
@@ -75,6 +80,7 @@ def trace(path, rows=20, **changes):
         (["evaluate", "--policy", "slai", "--out", "/dev/null/out"], "/dev/null/out"),
         (["capacity", "--policy", "slai"], "--criterion"),
         (["capacity", "--policy", "slai", "--criterion", "frob"], "criterion"),
+        (["capacity", "--policy", "slai", "--criterion", "ttft.p95<=1"], "got 'ttft.p95'"),
         (["capacity", "--policy", "slai", "--criterion", "paper", "--qps", "1.5"], "qps"),
         (["capacity", "--policy", "slai", "--criterion", "paper", "--qps", "2,1"], "qps"),
         (["capacity", "--policy", "slai", "--criterion", "paper", "--router", "jsq"], "router"),
@@ -90,6 +96,33 @@ def test_one_line_and_exit_code_2(args, words, capsys):
     out, err = capsys.readouterr()
     assert out == "" and err.endswith("\n") and err.count("\n") == 1 and err.startswith("llmsched: ")
     assert words in err
+
+
+def test_slos_are_options(capsys):
+    args = [
+        "evaluate",
+        "--policy",
+        "sarathi",
+        "--suite",
+        "paper",
+        "--qps",
+        "1.6",
+        "--seeds",
+        "1",
+        "--num-requests",
+        "40",
+    ]
+    shares = {}
+    for slos in ("", "--ttft-slo 60 --tbt-slo 9", "--ttft-slo 60 --tbt-slo 9,0.001", "--ttft-slo 0.01,0.0001"):
+        assert main([*args, *slos.split(), "--json", "--workers", "1"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        shares[slos] = row["slo_attainment_by_class"]
+        if "9," in slos:
+            assert row["tbt_slo_s_by_class"] == {"strict": 9.0, "relaxed": 0.001}
+    unbounded, strict_only, tight = list(shares.values())[1:]
+    assert unbounded == {"strict": 1.0, "relaxed": 1.0}
+    assert strict_only["strict"] == 1.0 and strict_only["relaxed"] < 0.5
+    assert tight["strict"] == tight["relaxed"] == 0.0
 
 
 def test_bad_files_are_named(tmp_path, capsys):
@@ -286,6 +319,37 @@ def test_tables_fit_a_terminal(capsys, monkeypatch):
     assert "faster-transformer" in printed and "sarathi attained" in printed  # not cut into pieces
 
 
+def test_numbers_and_names_are_in_one_line_at_80_columns(capsys, monkeypatch):
+    monkeypatch.setattr("llmsched_gym.report.console.PIPE_WIDTH", 80)
+    assert main(["profiles"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("rtxpro6000-llama-3.1-8b-vllm ") == 2
+    name = "slai[order=feasible,hold=always,budget=1024]"
+    row = {"policy": name, "limited_by": "p99 TTFT of relaxed users", "note": None}
+    row |= {"capacity_qps": 12.345, "ci_low": 10.316, "ci_high": 14.158}
+    row |= {"ratio": 1.234, "ratio_ci_low": 1.111, "ratio_ci_high": 1.333}
+    console.print_table(terminal.capacities([row]))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    for figure in ("12.345", "[10.316, 14.158]", "1.234", "[1.111, 1.333]"):
+        assert figure in printed
+    assert "ratio to the first" in printed
+
+
+@pytest.mark.parametrize("command", ["evaluate", "capacity"])
+def test_help_has_an_example_that_can_be_copied(command, capsys):
+    assert main([command, "--help"]) == 0
+    *_, heading, example = capsys.readouterr().out.rstrip().splitlines()
+    assert heading == "  Example:" and example.startswith(f"    llmsched {command} --policy slai")
+    assert len(example) <= 80
+
+
+def test_an_interrupt_says_how_to_go_on():
+    assert cli._interrupted(["-q", "evaluate", "--policy", "slai", "--out", "o"]).endswith("goes on where it stopped")
+    assert cli._interrupted(["evaluate", "--policy", "slai"]) == "interrupted"
+    assert "--resume" in cli._interrupted(["train"])
+
+
 def test_profiles_say_what_was_measured(capsys):
     assert main(["profiles", "--json"]) == 0
     basis = {row["name"]: row["basis"] for row in json.loads(capsys.readouterr().out)}
@@ -329,7 +393,7 @@ def test_a_capacity_outside_the_range_is_said_on_stderr(capsys):
     assert main([*args, "--seeds", "1", "--qps", "0.5,0.6", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)[0]["capacity_qps"] is None
-    assert "sarathi" in err and "still met" in err
+    assert "sarathi" in err and "still met" in err and "sustains more than 2.01 requests/s" in err
 
 
 @pytest.mark.parametrize("command", ["policies", "routers", "suites", "workloads", "profiles"])
@@ -401,7 +465,11 @@ def test_an_interrupt_is_one_line(tmp_path, workers):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, remarks(err)) == (130, "", "llmsched: interrupted\n")
+    assert (process.returncode, out, remarks(err)) == (
+        130,
+        "",
+        "llmsched: interrupted: the same command goes on where it stopped\n",
+    )
     assert not (tmp_path / "runs.parquet").exists()
 
 

@@ -4,7 +4,8 @@ import pytest
 
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.evaluation import cluster_capacity as clusters
-from llmsched_gym.evaluation.capacity import Search, criterion
+from llmsched_gym.evaluation.capacity import Search
+from llmsched_gym.evaluation.criteria import criterion
 from llmsched_gym.fluid import fluid_capacity
 
 PAIRS = clusters.pairs(("jsq", "prefix-affinity[weight=2]"), ("slai", "on-time"))
@@ -41,9 +42,13 @@ def test_each_pair_on_each_number_of_replicas():
 def test_rates_are_searched_past_the_fluid_capacity():
     many = clusters.with_replicas(scenario("cluster"), 16)
     assert clusters.searched_rates(many) == (0.1, pytest.approx(1.5 * fluid_capacity(many).qps))
-    assert (
-        clusters.searched_rates(clusters.with_replicas(many, 1)) == clusters.searched_rates(scenario()) == (0.1, 16.0)
-    )
+    one = clusters.with_replicas(many, 1)
+    assert clusters.searched_rates(one) == (pytest.approx(0.05 * fluid_capacity(one).qps), 16.0)
+    assert clusters.searched_rates(scenario()) == (0.1, 16.0)
+    fast = scenario("paper", profile="h100-mistral-7b", workload="sharegpt", cost_scale=0.25)
+    assert clusters.searched_rates(fast) == (0.1, pytest.approx(1.5 * fluid_capacity(fast).qps))
+    assert clusters.searched_rates(fast)[1] > 16.0
+    assert clusters.searched_rates(scenario("paper", backend="transformers", model="random:tiny")) == (0.1, 16.0)
 
 
 def test_results_of_several_numbers_lie_apart(tmp_path):

@@ -16,7 +16,8 @@ from llmsched_gym.engine import Batch
 from llmsched_gym.evaluation import cells, grid
 from llmsched_gym.evaluation import store as stores
 from llmsched_gym.evaluation.bench import PlainSarathi
-from llmsched_gym.evaluation.capacity import LOW_QPS, STEP, Search, capacity, criterion, crossing, ratios
+from llmsched_gym.evaluation.capacity import LOW_QPS, STEP, Search, capacity, crossing, ratios
+from llmsched_gym.evaluation.criteria import LATENCIES, OF_CLASSES, criterion, file_name
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.store import read_rows
@@ -267,6 +268,7 @@ def world(**figures):
     share = {"strict": 1.0, "relaxed": 1.0}
     fine = dict(ttft_p50_s=0.1, slo_attainment=1.0, slo_attainment_by_class=share, num_requests=100)
     fine |= dict(num_refused=0, num_abandoned=0, num_gaps_by_class={"strict": 10, "relaxed": 10})
+    fine |= dict(num_requests_by_class={"strict": 50, "relaxed": 50})
     fine |= dict(itl_p99_s_by_class={"strict": 0.05, "relaxed": 0.05})
     fine |= dict(tbt_slo_s_by_class={"strict": 0.1, "relaxed": 0.5})
     fine |= {f"{name}_by_decile": [0.0] * 10 for name in ("refused", "abandoned")}
@@ -324,6 +326,14 @@ def test_a_capacity_outside_the_searched_rates_says_so(latency, word):
     assert found.to_row()["capacity_qps"] is None
 
 
+def test_what_is_not_met_at_the_lowest_rate_is_named():
+    def simulate(policy, pairs):
+        return [world(ttft_p99_s=None, num_rejected=2) for _ in pairs]
+
+    found = Search(criterion("attainment>=0.9,ttft.p99<=2"), simulate, range(2)).find("any")
+    assert "the end of the searched range: p99 TTFT (2 % are rejected, too long for max_model_len" in found.note
+
+
 def test_the_crossing_of_a_fit():
     rates = [1, 2, 3, 4]
     assert crossing(rates, np.array([-2.0, -1.0, 1.0, 2.0])) == 2.5
@@ -363,10 +373,63 @@ def test_criteria():
     assert met("serve-all:0.9", slo_attainment_by_class={"strict": None, "relaxed": 1.0})
 
 
+def test_criteria_of_ones_own():
+    tail = "ttft.p99<=2,tpot.p99<=0.05"
+    assert criterion(f" {tail.replace(',', ', ')} ").name == tail
+    assert met(tail, ttft_p99_s=2.0, tpot_p99_s=0.05)
+    assert not met(tail, ttft_p99_s=2.1, tpot_p99_s=0.01) and not met(tail, ttft_p99_s=0.1, tpot_p99_s=0.051)
+    assert not met(tail, ttft_p99_s=None, tpot_p99_s=0.01)  # infinite
+    assert met(tail, ttft_p99_s=1.0, tpot_p99_s=None)  # nobody has a second token
+    strict = "itl.strict.p99<=0.1,attainment.strict>=0.9,attainment>=0.5"
+    assert met(strict, slo_attainment=0.6)
+    assert not met(strict, itl_p99_s_by_class={"strict": 0.11, "relaxed": 0.01})
+    assert not met(strict, slo_attainment_by_class={"strict": 0.8, "relaxed": 1.0})
+    assert met("itl.strict.p99<=0.01", num_gaps_by_class={"strict": 0, "relaxed": 5})
+    assert met("ttft.p50<=0.5", ttft_p50_s=0.5) and not met("paper,attainment>=0.9", slo_attainment=0.8)
+    names = [c.name for c in criterion("ttft.mean<=1,queue_time.p50<=1,e2e.p99<=9,ttft.relaxed.p99<=3").conditions]
+    assert names == ["mean TTFT", "median queue time", "p99 E2E", "p99 TTFT of relaxed users"]
+
+
+def test_rows_have_every_figure_that_a_criterion_can_bound():
+    (figures,) = evaluate(SMALL, ["slai"], qps=[1.0], seeds=1)
+    terms = [f"{metric}.{figure}" for metric, known in LATENCIES.items() for figure in known]
+    terms += [f"{m}.{c}.{figure}" for m, known in OF_CLASSES.items() for c in ("strict", "relaxed") for figure in known]
+    for term in terms:
+        (tight,), (loose,) = (criterion(f"{term}<={limit}").conditions for limit in ("1e-9", "9000"))
+        assert loose.excess(figures) < 0 < tight.excess(figures), term
+
+
 @pytest.mark.parametrize("text", ["", "best", "attainment", "attainment:0", "attainment:2", "serve-all:x", "paper:0.9"])
 def test_unknown_criteria(text):
     with pytest.raises(ConfigError, match="criterion"):
         criterion(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("ttfb.p99<=2", "expected one of ttft, itl, tpot, e2e, queue_time, attainment, got 'ttfb'"),
+        ("ttft<=2", "expected one of ttft.p50, ttft.p90, ttft.p99, ttft.mean, got 'ttft'"),
+        ("ttft.p95<=2", "ttft.p99, ttft.mean, got 'ttft.p95'"),
+        ("ttft.strict.p90<=2", "expected one of ttft.strict.p50, ttft.strict.p99, got 'ttft.strict.p90'"),
+        ("tpot.strict.p99<=2", "expected ttft and itl where a class is named"),
+        ("ttft.p99>=2", "expected ttft.p99<=2, got 'ttft.p99>=2'"),
+        ("attainment<=0.9", "expected attainment>=0.9"),
+        ("attainment>0.9", "expected attainment>=0.9"),
+        ("attainment>=95", "share above 0 and at most 1, got '95'"),
+        ("attainment.p99>=0.9", "attainment.strict or attainment.relaxed"),
+        ("ttft.p99<=2s", "expected seconds above 0 and below 10000, got '2s'"),
+        ("ttft.p99<=nan", "seconds above 0"),
+        ("ttft.p99<=1<=2", "METRIC.FIGURE<=SECONDS"),
+        ("ttft.p99<=1,", "METRIC.FIGURE<=SECONDS"),
+        ("ttft.p99", "quote it: a shell takes < and > for itself"),
+        ("ttft.p99<=1,ttft.p99<=2", "got two of p99 TTFT"),
+    ],
+)
+def test_criteria_that_say_nothing_are_one_clear_line(text, words):
+    with pytest.raises(ConfigError) as error:
+        criterion(text)
+    assert words in str(error.value) and str(error.value).startswith("criterion: expected ")
 
 
 def test_who_is_served_at_capacity(tmp_path):
@@ -376,6 +439,7 @@ def test_who_is_served_at_capacity(tmp_path):
     assert 1.0 < row["capacity_qps"] < 8.0
     assert row["attained"] >= 0.85 and row["refused"] > 0.0 and len(row["refused_by_decile"]) == 10
     written = json.loads((tmp_path / "capacity-attainment-0.9.json").read_text())
+    assert file_name("ttft.p99<=2,attainment>=0.9") == "ttft.p99-max-2-attainment-min-0.9"
     assert written["results"][0]["capacity_qps"] == row["capacity_qps"]
     assert written["config"]["criterion"] == "attainment:0.9" and written["curves"]["slai[refuse=true]"]
 

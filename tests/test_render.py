@@ -11,6 +11,8 @@ from PIL import Image
 
 import llmsched_gym  # noqa: F401
 from examples import animation
+from llmsched_gym import watch_command
+from llmsched_gym.cli import main
 from llmsched_gym.config import ACTIONS
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.policy import SchedulerPolicy
@@ -177,3 +179,34 @@ def test_nobody_is_told_of_batches_without_pictures():
     for mode in (None, "ansi", "human"):
         env = LLMSchedEnv(render_mode=mode, action_repeat=2)
         assert not env.core._watchers and not env.core._outside
+
+
+def test_watching_prints_a_line_every_few_seconds_where_there_is_no_terminal(capsys):
+    asked = ["watch", "--policy", "slai", "--suite", "paper", "--qps", "2.4", "--speed", "inf", "--seconds", "60"]
+    assert main([*asked, "--every", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" s ")[0].strip() for line in lines] == ["20", "40", "60"]
+    assert max(map(len, lines)) <= 80 and all("running KV" in line and "on time" in line for line in lines)
+    assert main([*asked[:-2], "--num-requests", "30"]) == 0  # to the end of the run
+    assert capsys.readouterr().out.splitlines()[-1].split()[2:7] == ["0", "waiting", "0", "running", "KV"]
+
+
+def test_watching_says_what_happens_in_the_simulator():
+    env, policy = watch_command._make("slai", "paper", 2.4, None, None, None, None, 0)
+    watch_command._run_to(env, policy, 40.0)
+    requests, clock_s = env.core.engine.state.requests[0], float(env.core.engine.state.sims[0].clock_s)
+    came = np.count_nonzero(requests["num_output_tokens"] > 0)
+    assert 40.0 <= clock_s < 41.0 and len(watch_command.recent_ttft_s(env)) == came > 20
+    watch_command._run_to(env, policy, 90.0)
+    ttft_s = watch_command.recent_ttft_s(env)
+    assert 20 < len(ttft_s) < np.count_nonzero(requests["num_output_tokens"] > 0) and (ttft_s > 0.0).all()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [(["--speed", "0"], "speed"), (["--suite", "cluster"], "suite"), (["--policy", "slai,sarathi"], "policy")],
+)
+def test_what_cannot_be_watched_is_one_line(args, words, capsys):
+    assert main(["watch", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"llmsched: {words}: expected" in err

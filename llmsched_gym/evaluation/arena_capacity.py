@@ -8,7 +8,8 @@ from typing import Any
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation.arena import UNTUNED, Arena
-from llmsched_gym.evaluation.capacity import LOW_QPS, capacity, criterion
+from llmsched_gym.evaluation.capacity import LOW_QPS, capacity
+from llmsched_gym.evaluation.criteria import criterion
 from llmsched_gym.evaluation.grid import Progress
 from llmsched_gym.evaluation.spread import Places, opened
 from llmsched_gym.evaluation.store import grid_config

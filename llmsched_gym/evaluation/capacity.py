@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.config import SLO_CLASSES, ConfigError, Scenario, plain
+from llmsched_gym.config import ConfigError, Scenario, plain
 from llmsched_gym.evaluation.cells import Cell, Runner
+from llmsched_gym.evaluation.criteria import Criterion, criterion, file_name
 from llmsched_gym.evaluation.grid import check, finite, seed_range
 from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.spread import Places
@@ -27,86 +28,10 @@ from llmsched_gym.report.intervals import MIN_SEEDS, resample_quantiles
 
 STEP = 1.02
 LOW_QPS, HIGH_QPS = 0.1, 16.0
-TTFT_LIMIT_S = 0.5
-HUGE = 1e4  # stands for an infinite latency in a mean
 NUM_RESAMPLES = 1000
 COARSE, MEDIUM, SCOUTS = 16, 4, 3  # strides on the grid; seeds that scout with the coarse one
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Met while the mean over seeds of `excess`, expected to grow with the load, is not above 0."""
-
-    name: str
-    excess: Callable[[Row], float | None]  # None: the run has nothing to judge
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """What a run must meet: all of the conditions."""
-
-    name: str
-    conditions: tuple[Condition, ...]
-
-
-def criterion(text: str) -> Criterion:
-    """ttft-median, paper, attainment:X or serve-all:X."""
-    name, _, number = text.partition(":")
-    ttft = Condition("median TTFT", lambda row: _or_huge(row["ttft_p50_s"]) - TTFT_LIMIT_S)
-    if text == "ttft-median":
-        return Criterion(text, (ttft,))
-    if text == "paper":
-        return Criterion(text, (ttft, *(_itl(c) for c in SLO_CLASSES)))
-    try:
-        share = float(number)
-    except ValueError:
-        share = math.nan
-    if name not in ("attainment", "serve-all") or not 0.0 < share <= 1.0:
-        raise ConfigError(
-            f"criterion: expected ttft-median, paper, attainment:X or serve-all:X with 0 < X <= 1, got {text!r}"
-        )
-    attainment = Condition("attainment", lambda row: share - row["slo_attainment"])
-    if name == "attainment":
-        return Criterion(text, (attainment,))
-    return Criterion(
-        text,
-        (
-            attainment,
-            Condition(
-                "attainment of strict users", lambda row: _below(share, row["slo_attainment_by_class"]["strict"])
-            ),
-            Condition("attainment of the longest prompts", lambda row: _below(0.5, row["attained_by_decile"][-1])),
-            Condition("refused or abandoned", lambda row: _lost(row) / _n(row) - 0.01),
-        ),
-    )
-
-
-def _itl(slo_class: str) -> Condition:
-    def excess(row: Row) -> float | None:
-        if not row["num_gaps_by_class"][slo_class]:
-            return None
-        return _or_huge(row["itl_p99_s_by_class"][slo_class]) - row["tbt_slo_s_by_class"][slo_class]
-
-    return Condition(f"p99 ITL of {slo_class} users", excess)
-
-
-def _lost(row: Row) -> int:
-    """Requests that were refused or left, and the turns that were to follow them."""
-    return int(row["num_refused"] + row["num_abandoned"] + row.get("num_cancelled", 0))
-
-
-def _n(row: Row) -> int:
-    return int(row["num_requests"])
-
-
-def _or_huge(seconds: float | None) -> float:
-    return HUGE if seconds is None else min(seconds, HUGE)
-
-
-def _below(limit: float, share: float | None) -> float | None:
-    return None if share is None else limit - share
 
 
 @dataclass
@@ -187,7 +112,7 @@ class Search:
         found.curve = [self._means(policy, k) for k in rates]
         if not self.low < place < self.high:
             found.qps, found.limited_by = None, None
-            found.note = self._beyond(self.low, "not") if place <= self.low else self._beyond(self.high, "still")
+            found.note = self._not_met(policy) if place <= self.low else self._beyond(self.high, "still")
             return found
         below = max(k for k in rates if k <= place)
         found.shares = {"at_qps": STEP**below} | _shares([self.rows[policy, below, seed] for seed in self.seeds])
@@ -226,7 +151,22 @@ class Search:
             k, last = max(k - COARSE, self.low), k
             if met(k):
                 return k, last
-        return self._beyond(k, "not")
+        return self._not_met(policy)
+
+    def _not_met(self, policy: str) -> str:
+        """Which conditions fail at the lowest rate, and that requests were too long for the engine if any were."""
+        rows = [row for seed in self.seeds if (row := self.rows.get((policy, self.low, seed))) is not None]
+        failing = []
+        for condition in self.judged.conditions:
+            values = [v for v in map(condition.excess, rows) if v is not None]
+            failing += [condition.name] if values and float(np.mean(values)) > 0.0 else []
+        note = f"{self._beyond(self.low, 'not')}: {', '.join(failing)}"
+        rejected = np.mean([row.get("num_rejected", 0) / row["num_requests"] for row in rows])
+        if rejected > 0.0:
+            note += (
+                f" ({100 * rejected:.2g} % are rejected, too long for max_model_len or memory, and count as infinite)"
+            )
+        return note
 
     def _run(self, policy: str, rates: set[int], seeds: Sequence[int]) -> None:
         missing = [(k, seed) for k in sorted(rates) for seed in seeds if (policy, k, seed) not in self.rows]
@@ -307,7 +247,7 @@ def capacity(
     out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Capacity]:
-    """The capacity of each policy under the criterion `judged` (see `criterion`), searched between the rates `qps`.
+    """The capacity of each policy under the criterion `judged` (see `criteria`), searched between the rates `qps`.
 
     The other arguments are those of `grid.evaluate`, and `progress` is called when runs are planned, too; the folder
     `out` gets ``capacity-CRITERION.json``. Pass the result to `ratios` to compare policies.
@@ -339,11 +279,11 @@ def capacity(
         search = Search(conditions, simulate, numbers, qps)
         found = [search.find(policy) for policy in policies]
     if out is not None:
-        settings = {"criterion": judged, "qps": list(qps), "seeds": len(numbers), "first_seed": numbers.start}
+        settings = {"criterion": conditions.name, "qps": list(qps), "seeds": len(numbers), "first_seed": numbers.start}
         results = {
             "config": grid_config(scenario, policies, **settings),
             "results": [item.to_row() | ratio for item, ratio in zip(found, ratios(found), strict=True)],
             "curves": {item.policy: item.curve for item in found},
         }
-        write_text(Path(out) / f"capacity-{judged.replace(':', '-')}.json", dumps(results))
+        write_text(Path(out) / f"capacity-{file_name(conditions.name)}.json", dumps(results))
     return found

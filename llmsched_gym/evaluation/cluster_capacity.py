@@ -11,6 +11,7 @@ from llmsched_gym.evaluation.capacity import HIGH_QPS, LOW_QPS, Capacity, capaci
 from llmsched_gym.fluid import fluid_capacity
 
 ABOVE = 1.5  # rates are searched up to this share of the fluid capacity; refusing requests serves others above it
+BELOW = 0.05  # and from this share of it on, on machines so slow that it is below the usual lowest rate
 
 
 def pairs(routers: Sequence[str], schedulers: Sequence[str]) -> list[str]:
@@ -31,10 +32,15 @@ def with_replicas(scenario: Scenario, num_replicas: int) -> ClusterScenario:
 
 
 def searched_rates(scenario: Scenario) -> tuple[float, float]:
-    """Lowest and highest rate that a search has to look at, arrivals per second."""
-    if not isinstance(scenario, ClusterScenario):
+    """Lowest and highest rate that a search has to look at, arrivals per second.
+
+    A run of finitely many requests, or one that refuses some of them, can meet a criterion above the fluid capacity,
+    so the search ends well above it. A real model's speed is not the profile's: its rates are the usual ones.
+    """
+    if scenario.backend != "simulated":
         return LOW_QPS, HIGH_QPS
-    return LOW_QPS, max(HIGH_QPS, ABOVE * fluid_capacity(scenario).qps)
+    most = fluid_capacity(scenario).qps
+    return min(LOW_QPS, BELOW * most), max(HIGH_QPS, ABOVE * most)
 
 
 def by_replicas(

@@ -29,13 +29,14 @@ def remark(text: str) -> None:
 
 
 def new_table(*columns: str, title: str | None = None, text: int = 1) -> Table:
-    """A table whose first `text` columns are text and whose others are numbers."""
+    """A table whose first `text` columns are text, which wraps where it must, and whose others are numbers."""
     from rich import box
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=0)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < text else "right", overflow="fold")
+        # a number in two lines reads as another number
+        table.add_column(column, justify="left" if i < text else "right", overflow="fold", no_wrap=i >= text)
     return table
 
 
@@ -43,6 +44,7 @@ def listing(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> Table:
     """Chosen fields of some rows, under the headings of `columns`; those of numbers must come last."""
     text = sum(any(isinstance(row[name], str) for row in rows) for name in columns)
     table = new_table(*columns.values(), text=text)
+    table.columns[0].no_wrap = True  # a name in two lines cannot be copied
     for row in rows:
         values = (row[name] for name in columns)
         table.add_row(*(f"{v:g}" if isinstance(v, float) else str(v) for v in values))

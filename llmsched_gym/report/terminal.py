@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 INFINITE, OUTSIDE = "inf", "not in the range"
+LONG = 16  # characters of a policy's name that a heading of numbers has room for
 
 
 def with_interval(value: float | None, bounds: Interval | None, digits: int = 3) -> str:
@@ -132,11 +133,14 @@ def load_text(group: Sequence[dict[str, Any]]) -> str:
 
 def capacities(rows: Sequence[dict[str, Any]], unit: str = "1/s") -> Table:
     """One line per row of a policy's capacity, in `unit`; ratios are to the first."""
-    table = new_table("policy", "limited by", f"capacity ({unit})", f"ratio to {rows[0]['policy']}", text=2)
+    first = rows[0]["policy"]
+    ratio = f"ratio to {first if len(first) <= LONG else 'the first'}"
+    table = new_table("policy", "limited by", f"capacity ({unit})", ratio, text=2)
     for row in rows:
         figures = []
         for name, ends in (("capacity_qps", "ci"), ("ratio", "ratio_ci")):
-            figures.append(number(row[name], 3) + between(row[f"{ends}_low"], row[f"{ends}_high"], 3))
+            ends_text = between(row[f"{ends}_low"], row[f"{ends}_high"], 3)
+            figures.append(number(row[name], 3) + ends_text.replace(" [", "\n["))
         table.add_row(row["policy"], row["limited_by"] or (OUTSIDE if row["note"] else "-"), *figures)
     return table
 
@@ -203,12 +207,12 @@ def trace_table(found: dict[str, Any]) -> Table:
 def fit_table(data: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Table:
     """How far a fitted workload is off: figures of the trace, and by how much those of draws differ."""
     figures = [name for name in rows[0] if name not in ("quantity", "ks_distance")]
-    table = new_table(f"{data['name']}", *(f"{name}\ntrace, error" for name in figures), "KS distance")
+    table = new_table(f"{data['name']}", *(f"{name}\ntrace, error" for name in figures), "KS\ndistance")
     for row in rows:
         cells = []
         for name in figures:
             error = row[name]["error"]
-            cells.append(f"{row[name]['trace']:,.6g}" + ("" if error is None else f" {100 * error:+.1f} %"))
+            cells.append(f"{row[name]['trace']:,.6g}" + ("" if error is None else f"\n{100 * error:+.1f} %"))
         table.add_row(row["quantity"].replace("_", " "), *cells, f"{row['ks_distance']:.3f}")
     found = data["arrivals"]
     if found is None:
