@@ -8,7 +8,8 @@ Three policies that nobody could run, each on the same requests as the constant:
 - `hindsight`: for each seed the best of ``--settings`` random constants, chosen on the very requests that it is judged
   on; this flatters it.
 
-Differences are paired by seed, with 95 % bootstrap intervals.
+Differences are paired by seed, with 95 % intervals. ``--planner`` asks instead what a planner gains that tries
+schedulers ahead; it has options of its own, see :mod:`~llmsched_gym.agents.planner_headroom`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.planner_headroom import planner
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
@@ -37,6 +39,7 @@ from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 from llmsched_gym.report import intervals
 from llmsched_gym.workload import make_table
 
+PLANNER = "--planner"
 CAPS, BUDGETS = (0.75, 0.8, 0.85), (512, 768, 1024)
 ON_TIME = "on-time[cap={cap},budget={budget}]"
 LENGTHS = "shortest-total[cap={cap},budget={budget}]"
@@ -125,6 +128,9 @@ def headroom(config: Config) -> dict[str, Any]:
 
 
 def main() -> int:
+    argv = sys.argv[1:]
+    if PLANNER in argv:
+        return fail_in_one_line(lambda: planner([part for part in argv if part != PLANNER]))
     return fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, None, __doc__)))))
 
 
