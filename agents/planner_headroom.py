@@ -3,8 +3,8 @@
 Mean utility of the informed planner, the uninformed one and rules on the same requests
 (:mod:`~llmsched_gym.agents.planner`), by suite, profile and load; differences are paired by seed, with Student's t
 intervals from ten seeds on. The best rule is the best of the alternatives held throughout, by its mean on these very
-seeds. Where the informed planner gains less than 0.01 over it, a suite is solved by a rule, as far as such a planner
-can tell.
+seeds, which flatters it. Where the informed planner gains less than 0.01 over it, a suite is solved by a rule, as far
+as such a planner can tell: on average, where the interval has 0.01 in it.
 
 Each run is a line of ``--out``; a command that is given again goes on behind what is there.
 """
@@ -165,7 +165,11 @@ def headroom(config: Config) -> list[Row]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One line a world: the best rule, means by policy, and paired differences, each with its interval or None."""
+    """One line a world: the best rule, means by policy, and paired differences, each with its interval or None.
+
+    `solved` is whether the informed planner gains less than 0.01 over the best rule, `certain` whether the interval
+    says so too.
+    """
     found = []
     for place in dict.fromkeys((row["suite"], row["profile"], row["load"]) for row in rows):
         here = [row for row in rows if (row["suite"], row["profile"], row["load"]) == place]
@@ -176,12 +180,13 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
         best = max((name for name in means if name not in (INFORMED, UNINFORMED)), key=lambda name: means[name])
         line: Row = dict(zip(("suite", "profile", "load"), place, strict=True))
         line |= {"qps": here[0]["qps"], "best": best, "best_utility": means[best], "means": means}
-        for name, base in ((INFORMED, BASE), (INFORMED, best), (UNINFORMED, BASE), (UNINFORMED, best)):
+        for name, (to, base) in itertools.product((INFORMED, UNINFORMED), (("base", BASE), ("best", best))):
             if name in means and base in means:
-                to = "best" if base is best else "base"
                 line[f"{name}_over_{to}"] = means[name] - means[base]
                 line[f"{name}_over_{to}_interval"] = intervals.difference(by_policy[name], by_policy[base])
+        ends = line[f"{INFORMED}_over_best_interval"]
         line["solved"] = line[f"{INFORMED}_over_best"] < SOLVED
+        line["certain"] = ends is not None and (ends[1] < SOLVED or ends[0] >= SOLVED)
         found.append(line)
     return found
 
@@ -189,23 +194,27 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 def as_text(lines: Sequence[Mapping[str, Any]]) -> str:
     """The table, Markdown."""
 
-    def gain(line: Mapping[str, Any], name: str) -> str:
-        if f"{name}_over_best" not in line:
+    def gain(line: Mapping[str, Any], name: str, to: str) -> str:
+        if f"{name}_over_{to}" not in line:
             return "-"
-        ends = line[f"{name}_over_best_interval"]
-        return f"{line[f'{name}_over_best']:+.3f}" + (f" [{ends[0]:+.3f}, {ends[1]:+.3f}]" if ends else "")
+        ends = line[f"{name}_over_{to}_interval"]
+        return f"{line[f'{name}_over_{to}']:+.3f}" + (f" [{ends[0]:+.3f}, {ends[1]:+.3f}]" if ends else "")
 
-    head = ["suite", "profile", "load", "requests/s", "`on-time`", "best rule", "", "informed", "over the best rule"]
-    head += ["uninformed", "over the best rule", ""]
+    def mean(line: Mapping[str, Any], name: str) -> str:
+        return f"{line['means'][name]:.3f}" if name in line["means"] else "-"
+
+    head = ["suite", "profile", "load", "requests/s", f"`{BASE}`", "best rule", ""]
+    for name in (INFORMED, UNINFORMED):
+        head += [name, f"over `{BASE}`", "over the best rule"]
     body = []
     for line in lines:
-        means = line["means"]
         row = [line["suite"], line["profile"], line["load"], "drawn" if line["qps"] is None else f"{line['qps']:.2f}"]
-        row += [f"{means[BASE]:.3f}" if BASE in means else "-", f"`{line['best']}`", f"{line['best_utility']:.3f}"]
-        row += [f"{means[INFORMED]:.3f}", gain(line, INFORMED)]
-        row += [f"{means[UNINFORMED]:.3f}" if UNINFORMED in means else "-", gain(line, UNINFORMED)]
-        body.append([*row, "solved by a rule" if line["solved"] else ""])
-    return table(head, body, 3)
+        row += [mean(line, BASE), f"`{line['best']}`", f"{line['best_utility']:.3f}"]
+        for name in (INFORMED, UNINFORMED):
+            row += [mean(line, name), gain(line, name, "base"), gain(line, name, "best")]
+        verdict = "solved by a rule" if line["solved"] else f"{SOLVED:g} or more to gain"
+        body.append([*row, verdict + ("" if line["certain"] else ", on average")])
+    return table([*head, "verdict"], body)
 
 
 def planner(argv: Sequence[str]) -> None:

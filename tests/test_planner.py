@@ -164,11 +164,13 @@ def test_a_gain_has_an_interval_and_a_suite_without_one_is_solved():
         for u in (0.5 + 0.01 * seed + gain * (1.0 + 0.1 * (seed % 2)),)
     ]
     line = planner_headroom.summary(rows)[0]
-    assert line["best"] == "on-time" and not line["solved"]
+    assert line["best"] == "on-time" and line["certain"] and not line["solved"]
+    assert line["uninformed_over_base"] == line["uninformed_over_best"] == pytest.approx(0.00105)
     assert line["informed_over_best"] == pytest.approx(0.021)
     low, high = line["informed_over_best_interval"]
     assert 0.019 < low < 0.021 < high < 0.023
-    assert planner_headroom.summary([row for row in rows if row["policy"] != "on-time" or row["seed"] >= 0])[0] == line
+    few = planner_headroom.summary([row for row in rows if row["seed"] < 9])[0]
+    assert few["informed_over_best_interval"] is None and not few["certain"]
     less = [{**row, "mean_utility": row["mean_utility"] - 0.015 * (row["policy"] == "informed")} for row in rows]
     assert planner_headroom.summary(less)[0]["solved"]
 
