@@ -66,6 +66,7 @@ class Plan:
     interval_s: float = 1.0  # simulated seconds between decisions
     horizon_s: float = 30.0  # simulated seconds of a rollout
     futures: int = 0  # drawn futures of a decision; 0: the true one
+    margin: float = 0.0  # standard errors over futures by which the first must be beaten; 0: the mean decides
     alternatives: tuple[str, ...] = ALTERNATIVES  # the first follows all others in a rollout
 
     def __post_init__(self) -> None:
@@ -76,6 +77,10 @@ class Plan:
             raise ConfigError(f"horizon_s: expected interval_s ({self.interval_s:g}) or more, got {self.horizon_s:g}")
         if self.futures < 0:
             raise ConfigError(f"futures: expected 0 or more, got {self.futures}")
+        if not 0.0 <= self.margin < math.inf:
+            raise ConfigError(f"margin: expected standard errors >= 0, got {self.margin!r}")
+        if self.margin > 0.0 and self.futures == 1:
+            raise ConfigError("futures: expected two or more with a margin, got 1")
 
 
 class Planned(NamedTuple):
@@ -163,7 +168,11 @@ class Planner:
             ahead = self._futures.draw(engine, state, self._decision)
             rolled = [self._values(self._futures.engine, future, env) for env, future in enumerate(ahead)]
             values = np.mean(rolled, axis=0)
-        best = int(np.argmax(values > values.max() - 1e-9))  # the first of those that only rounding tells apart
+        sure = values
+        if self.plan.margin > 0.0 and self._futures is not None:
+            gains = np.array(rolled) - np.array(rolled)[:, :1]
+            sure = values - self.plan.margin * gains.std(axis=0, ddof=1) / math.sqrt(len(gains))
+        best = int(np.argmax(sure > sure.max() - 1e-9))  # the first of those that only rounding tells apart
         return best, float(values[best])
 
     def _values(self, engine: Engine, state: Saved, env: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Config:
     interval_s: float = option(1.0, "simulated seconds between decisions")
     horizon_s: float = option(30.0, "simulated seconds of a rollout")
     futures: int = option(4, "drawn futures of a decision; 0: no uninformed planner", low=0)
+    margin: float = option(0.0, "standard errors by which futures must favour leaving on-time; 0: their mean decides")
     alternatives: str = option("", "schedulers to try, the first follows all others; with ; between, none: sixteen")
     set: dict[str, Any] = option({}, "any other field of Scenario, as --set jitter=0; may be repeated")  # noqa: RUF009
     out: str = option("runs/planner.jsonl", "file of runs, one a line")
@@ -96,7 +97,7 @@ def plans(config: Config, world: Scenario) -> dict[str, Plan]:
     found = {INFORMED: informed}
     if config.futures and is_drawable(world):
         check_drawable(world)
-        found[UNINFORMED] = replace(informed, futures=config.futures)
+        found[UNINFORMED] = replace(informed, futures=config.futures, margin=config.margin)
     return found
 
 
@@ -147,7 +148,7 @@ def headroom(config: Config) -> list[Row]:
         policies |= planned
         for name, seed in itertools.product(policies, seeds):
             plan = policies[name]
-            about = plan.__dict__ if isinstance(plan, Plan) else plan
+            about = asdict(plan) if isinstance(plan, Plan) else plan
             runs.append((digest_of([world.to_dict(), about, seed]), place, world, name, plan, seed))
     rows = []
     with Progress(console=Console(stderr=True)) as bar, out.open("a", encoding="utf-8") as lines:

@@ -60,6 +60,19 @@ def test_the_informed_planner_finds_the_better_order_and_keeps_what_it_saw():
     assert found.promised[-1] == 4.0
 
 
+def test_with_a_margin_it_leaves_the_first_only_for_what_futures_agree_on(monkeypatch):
+    engine = Engine(BUSY, 200)
+    engine.reset(make_table(BUSY, 5))
+    for margin, values, best in (
+        (0.0, [[5, 4, 6], [5, 7, 5]], 1),
+        (1.5, [[5, 4, 6], [5, 7, 5]], 0),
+        (1.5, [[5, 4, 6], [5, 7, 6]], 2),
+    ):
+        planner = Planner(Plan(**SHORT, futures=2, margin=margin, alternatives=("on-time", "slai", "sarathi")), BUSY, 5)
+        monkeypatch.setattr(planner, "_values", lambda engine, state, env, values=values: np.array(values[env], float))
+        assert planner.choose(engine)[0] == best
+
+
 def test_what_the_requests_are_worth_at_the_end_is_their_utility():
     world = BUSY.replace(qps=4.0, warmup_s=0.0, patience_s=5.0, num_requests=40, drain_s=600.0)
     for rule in ("every-gap", "fraction:0.9", "deadline", "mean"):
@@ -183,6 +196,7 @@ def test_a_gain_has_an_interval_and_a_suite_without_one_is_solved():
         ({"loads": "much"}, "loads: expected own or shares of the fluid capacity, 0 to 10, got 'much'"),
         ({"alternatives": "on-time;shortest-total"}, "alternatives: expected compiled schedulers that are told no"),
         ({"horizon_s": 1.0}, "horizon_s: expected interval_s"),
+        ({"futures": 1, "margin": 1.0}, "futures: expected two or more with a margin, got 1"),
         ({"interval_s": 0.0}, "interval_s: expected seconds > 0"),
         ({"set": {"length_hint": "oracle"}}, "length_hint: expected none where futures are drawn"),
     ],
