@@ -64,7 +64,7 @@ class Plan:
     """How a planner looks ahead."""
 
     interval_s: float = 1.0  # simulated seconds between decisions
-    horizon_s: float = 30.0  # simulated seconds of a rollout
+    horizon_s: float = 60.0  # simulated seconds of a rollout
     futures: int = 0  # drawn futures of a decision; 0: the true one
     margin: float = 0.0  # standard errors over futures by which the first must be beaten; 0: the mean decides
     alternatives: tuple[str, ...] = ALTERNATIVES  # the first follows all others in a rollout

@@ -49,7 +49,7 @@ class Config:
     num_requests: int = option(300, "measured requests of a run")
     warmup_s: float = option(30.0, "seconds of arrivals before them (suites without a warm-up keep theirs)")
     interval_s: float = option(1.0, "simulated seconds between decisions")
-    horizon_s: float = option(30.0, "simulated seconds of a rollout")
+    horizon_s: float = option(60.0, "simulated seconds of a rollout")
     futures: int = option(4, "drawn futures of a decision; 0: no uninformed planner", low=0)
     margin: float = option(0.0, "standard errors by which futures must favour leaving on-time; 0: their mean decides")
     alternatives: str = option("", "schedulers to try, the first follows all others; with ; between, none: sixteen")
