@@ -48,6 +48,7 @@ OPTIONAL = (
     "aiohttp",
     "prometheus_client",
     "optuna",
+    "rliable",
 )
 ADAPTERS = (
     "llmsched_gym/env/sb3.py",
