@@ -7,7 +7,7 @@ seeds that nobody trained on, in scores: 0 is the scheduler `random`, 1 the best
 has results.jsonl, a line for every finished training, the trainings' folders, benchmark.md, benchmark.json and
 curves.png. The same command again goes on after an interruption; more presets or seeds may be asked for then.
 
-Decision times are not charged. Needs ``pip install '.[agents,bench]'``.
+Decision times are not charged. Needs ``pip install '.[agents]'``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from llmsched_gym.agents.benchmark_learners import SELECTION, Training, figures_of, learn, utilities
 from llmsched_gym.agents.benchmark_presets import Preset, find_presets
-from llmsched_gym.agents.benchmark_scores import Reference, curves, lines_of, markdown, over_environments, rliable
+from llmsched_gym.agents.benchmark_scores import Reference, curves, lines_of, markdown, over_environments
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ConfigError, Scenario
@@ -148,7 +148,6 @@ def _run(jobs: Sequence[tuple[Preset, int]], config: Config) -> Iterator[dict[st
 
 def benchmark(config: Config) -> str:
     """Train what is missing, write tables and curves; returns the Markdown."""
-    rliable()  # rather now than after an hour
     presets, store = find_presets(config.presets), Results(config)
     done = store.read(presets)
     jobs = [(preset, seed) for seed in range(config.seeds) for preset in presets]

@@ -48,7 +48,6 @@ OPTIONAL = (
     "aiohttp",
     "prometheus_client",
     "optuna",
-    "rliable",
 )
 ADAPTERS = (
     "llmsched_gym/env/sb3.py",
