@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap, trim_mean
 
 from llmsched_gym.agents.benchmark_presets import LEARNERS, Preset
+from llmsched_gym.config import ConfigError
 from llmsched_gym.report import draw
 from llmsched_gym.text import between
 from llmsched_gym.text import table as markdown_table
@@ -39,7 +40,10 @@ class Reference(NamedTuple):
 
 
 def score(utility: float, reference: Reference) -> float:
-    """0 for `random`, 1 for the best rule."""
+    """0 for `random`, 1 for the best rule; ConfigError where that is not better."""
+    if reference.best <= reference.random:
+        earned = f"{reference.rule} earns {reference.best:.3f}, random {reference.random:.3f}"
+        raise ConfigError(f"world: expected one where the best rule is above random; {earned}")
     return (utility - reference.random) / (reference.best - reference.random)
 
 

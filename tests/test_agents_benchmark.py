@@ -21,11 +21,11 @@ TINY = """
 learner = "a2c"
 [world]
 action = "preset"
-action_repeat = 4
+action_repeat = 1
 qps = 2.0
 horizon_s = 4.0
 warmup_s = 0.0
-drain_s = 0.5
+drain_s = 6.0
 arrivals_continue = false
 max_backlog = 8
 [settings]
@@ -77,6 +77,8 @@ def test_presets_that_are_not_there_are_refused():
 def test_scores_are_between_random_and_the_best_rule(file):
     reference = Reference(0.2, "slai", 0.7)
     assert [score(utility, reference) for utility in (0.2, 0.45, 0.7)] == pytest.approx([0.0, 0.5, 1.0])
+    with pytest.raises(ConfigError, match="above random"):
+        score(0.5, Reference(0.7, "slai", 0.7))
     preset = read_preset(file)
     rows = [{"greedy": [0.45, 0.45], "sampled": [0.2, 0.2]}, {"greedy": [0.8, 0.8], "sampled": [0.7, 0.7]}]
     (line,) = lines_of([(preset, rows)], {"tiny": reference})
