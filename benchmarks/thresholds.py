@@ -1,7 +1,6 @@
 """What `slai` earns in an episode of each registered environment: ``python -m benchmarks.thresholds --episodes 20``.
 
-Mean returns, rounded down, are the environments' ``reward_threshold`` in ``llmsched_gym/__init__.py``. `on-time` and
-`random` stand beside it. Episodes of selection seeds, 2000 and on.
+`on-time` and `random` stand beside it. Episodes of selection seeds, 2000 and on; mean returns.
 """
 
 from __future__ import annotations
