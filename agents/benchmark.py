@@ -66,11 +66,15 @@ def references(scenario: Scenario, config: Config) -> tuple[Reference, Reference
     """By what scores are measured in a scenario: on the test seeds, and on those of looks within trainings."""
     choosing = SELECTION_SEEDS[: config.eval_seeds]
     best = max(RULES, key=lambda rule: _mean(scenario, rule, choosing))
-    found = [
-        Reference(_mean(scenario, "random", seeds), best, _mean(scenario, best, seeds))
-        for seeds in (range(TEST_SEED, TEST_SEED + config.eval_seeds), SELECTION_SEEDS[:SELECTION])
-    ]
-    return found[0], found[1]
+    looks = scenario.replace(num_requests=config.eval_requests)
+    test, selection = (
+        Reference(_mean(world, "random", seeds), best, _mean(world, best, seeds))
+        for world, seeds in (
+            (scenario, range(TEST_SEED, TEST_SEED + config.eval_seeds)),
+            (looks, SELECTION_SEEDS[:SELECTION]),
+        )
+    )
+    return test, selection
 
 
 def _mean(scenario: Scenario, rule: str, seeds: Sequence[int]) -> float:
