@@ -1,0 +1,151 @@
+"""What a standard result is of: a learner with its settings in an environment, a TOML file in ``agents/presets``.
+
+::
+
+    learner = "ppo"               # one of LEARNERS
+    suite = "default"
+
+    [world]                       # fields of EnvConfig
+    action = "preset"
+
+    [settings]                    # of the learner; num_envs, and hidden, the network's widths, of all of them
+    learning_rate = 1e-3
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+import inspect
+import tomllib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmsched_gym.config import ConfigError, EnvConfig, Scenario, env_config, scenario
+from llmsched_gym.files import digest_of
+
+FOLDER = Path(__file__).with_name("presets")
+
+
+class Learner(NamedTuple):
+    """Who learns, where its settings are looked up, and the actions that it can take."""
+
+    label: str
+    place: tuple[str, str]  # module and class that has the settings: a dataclass of ours, or one of SB3's algorithms
+    actions: tuple[str, ...]
+    fixed: dict[str, Any] = {}  # noqa: RUF012 - of a tuple
+
+
+_CHOICES = ("knobs", "preset")
+LEARNERS = {
+    "own-ppo": Learner("`llmsched ppo`", ("llmsched_gym.agents.ppo", "Config"), (*_CHOICES, "request")),
+    "ppo": Learner("PPO of SB3", ("llmsched_gym.agents.train", "Config"), _CHOICES),
+    "maskable": Learner(
+        "MaskablePPO", ("llmsched_gym.agents.train", "Config"), ("request",), {"algorithm": "maskable"}
+    ),
+    "a2c": Learner("A2C", ("stable_baselines3", "A2C"), _CHOICES),
+    "dqn": Learner("DQN", ("stable_baselines3", "DQN"), ("preset",)),
+    "qr-dqn": Learner("QR-DQN", ("sb3_contrib", "QRDQN"), ("preset",)),
+}
+OURS = ("out", "seed", "steps", "suite", "set", "resume", "env", "backend", "model")  # options, but no settings
+SB3S = ("policy", "env", "policy_kwargs", "seed", "device", "self", "tensorboard_log", "verbose", "_init_setup_model")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A file's content."""
+
+    name: str
+    learner: str
+    suite: str
+    world: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def config(self) -> EnvConfig:
+        """The environment."""
+        return env_config(self.suite, **self.world)
+
+    @property
+    def environment(self) -> str:
+        """Suite and action, by which learners are compared."""
+        return f"{self.suite}, {self.world.get('action', EnvConfig().action)}"
+
+    @property
+    def digest(self) -> str:
+        """Of all that a result depends on but steps and seeds."""
+        return digest_of({**dataclasses.asdict(self), "config": dataclasses.asdict(self.config)})
+
+    def scenario(self, num_requests: int) -> Scenario:
+        """What schedulers, which know no actions, are compared in."""
+        names = {field.name for field in dataclasses.fields(Scenario)} - {"suite"}
+        fields = {name: value for name, value in self.world.items() if name in names}
+        return scenario(self.suite, **fields, num_requests=num_requests)
+
+
+def read_preset(path: Path) -> Preset:
+    """A preset's file; ConfigError of one line names what is wrong with which field."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"presets: cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"presets: {path}: not a TOML file: {' '.join(str(error).split())}") from None
+    _known(path, "", data, ("learner", "suite", "world", "settings"))
+    learner, world, settings = data.get("learner"), data.get("world", {}), data.get("settings", {})
+    if learner not in LEARNERS:
+        raise ConfigError(f"presets: {path}: learner: expected one of {', '.join(LEARNERS)}, got {learner!r}")
+    for name, table in (("world", world), ("settings", settings)):
+        if not isinstance(table, dict):
+            raise ConfigError(f"presets: {path}: {name}: expected a table, got {table!r}")
+    _known(path, "settings.", settings, settings_of(learner))
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    preset = Preset(path.stem, learner, data.get("suite", "default"), world, settings)
+    try:
+        action = preset.config.action
+    except ConfigError as error:
+        raise ConfigError(f"presets: {path}: {error}") from None
+    if action not in LEARNERS[learner].actions:
+        expected = " or ".join(LEARNERS[learner].actions)
+        raise ConfigError(f"presets: {path}: world.action: expected {expected} for {learner}, got {action!r}")
+    return preset
+
+
+def settings_of(learner: str) -> tuple[str, ...]:
+    """Names of the settings that a learner has."""
+    module, name = LEARNERS[learner].place
+    cls = getattr(importlib.import_module(module), name)
+    if dataclasses.is_dataclass(cls):
+        return tuple(f.name for f in dataclasses.fields(cls) if f.name not in (*OURS, *EnvConfig.__dataclass_fields__))
+    return ("num_envs", "hidden", *(name for name in inspect.signature(cls).parameters if name not in SB3S))
+
+
+def find_presets(wanted: str) -> list[Preset]:
+    """The presets of a list of names, of patterns such as ``default-*`` or of TOML files, separated by commas."""
+    files: dict[str, Path] = {}
+    known = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
+    for name in filter(None, wanted.split(",")):
+        found = (
+            {Path(name).stem: Path(name)} if name.endswith(".toml") else {n: known[n] for n in _matching(known, name)}
+        )
+        if not found:
+            raise ConfigError(f"--presets: expected some of {', '.join(known)} or a .toml file, got {name!r}")
+        for stem, path in found.items():
+            if files.setdefault(stem, path) != path:
+                raise ConfigError(f"--presets: expected files of different names, got {files[stem]} and {path}")
+    if not files:
+        raise ConfigError("--presets: expected at least one")
+    return [read_preset(path) for path in files.values()]
+
+
+def _matching(known: Collection[str], pattern: str) -> list[str]:
+    return [name for name in known if fnmatch.fnmatchcase(name, pattern)]
+
+
+def _known(path: Path, place: str, data: dict[str, Any], names: Collection[str]) -> None:
+    for name in data:
+        if name not in names:
+            raise ConfigError(f"presets: {path}: {place}{name}: expected one of {', '.join(names)}")

@@ -1,0 +1,126 @@
+"""Standard results: presets and what is refused, one preset with two seeds from training to table, going on, scores."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from llmsched_gym.config import ConfigError
+
+pytest.importorskip("stable_baselines3", reason="stable-baselines3 is not installed")
+pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed")
+pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+pytest.importorskip("torch", reason="torch is not installed")
+
+from llmsched_gym.agents import benchmark
+from llmsched_gym.agents.benchmark_presets import FOLDER, LEARNERS, find_presets, read_preset
+from llmsched_gym.agents.benchmark_scores import Reference, estimate, lines_of, markdown, score
+
+TINY = """
+learner = "a2c"
+[world]
+action = "preset"
+action_repeat = 1
+qps = 2.0
+horizon_s = 4.0
+warmup_s = 0.0
+drain_s = 6.0
+arrivals_continue = false
+max_backlog = 8
+[settings]
+num_envs = 2
+n_steps = 4
+hidden = [8]
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def test_every_preset_is_an_environment_that_its_learner_can_act_in():
+    presets = find_presets("*")
+    assert [preset.name for preset in presets] == sorted(path.stem for path in FOLDER.glob("*.toml"))
+    assert {preset.learner for preset in presets} == set(LEARNERS)
+    for preset in presets:
+        assert preset.name == f"{preset.suite}-{preset.config.action}-{preset.learner}"
+    assert [preset.learner for preset in find_presets("default-preset-*dqn")] == ["dqn", "qr-dqn"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"a2c"', '"a3c"', "learner: expected one of own-ppo"),
+        ('"preset"', '"priority"', "world.action: expected knobs or preset for a2c, got 'priority'"),
+        ("qps", "rate", "rate"),
+        ("n_steps", "steps", "settings.steps: expected one of"),
+        ("[world]", "[world", "not a TOML file"),
+    ],
+)
+def test_a_wrong_preset_is_one_line_that_names_the_file_and_the_field(file, old, new, told):
+    file.write_text(TINY.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        read_preset(file)
+    assert str(file) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_presets_that_are_not_there_are_refused():
+    for wanted in ("nobody", "", "missing.toml"):
+        with pytest.raises(ConfigError, match="presets"):
+            find_presets(wanted)
+
+
+def test_scores_are_between_random_and_the_best_rule(file):
+    reference = Reference(0.2, "slai", 0.7)
+    assert [score(utility, reference) for utility in (0.2, 0.45, 0.7)] == pytest.approx([0.0, 0.5, 1.0])
+    with pytest.raises(ConfigError, match="above random"):
+        score(0.5, Reference(0.7, "slai", 0.7))
+    preset = read_preset(file)
+    rows = [{"greedy": [0.45, 0.45], "sampled": [0.2, 0.2]}, {"greedy": [0.8, 0.8], "sampled": [0.7, 0.7]}]
+    (line,) = lines_of([(preset, rows)], {"tiny": reference})
+    text = markdown([line], {"tiny": reference}, "told")
+    assert line["greedy"]["scores"] == pytest.approx([0.5, 1.2]) and line["greedy"]["above"] == 1
+    assert line["sampled"]["estimate"] == (pytest.approx(0.5), None, None)  # two seeds: no interval
+    assert "| default, preset | A2C | 2 | 0.625 | 0.850 | 0.500 | 1 of 2 |" in text
+
+
+def test_the_interquartile_mean_and_an_interval_of_strata():
+    scores = np.array([[0.1], [0.5], [0.6], [0.9]])
+    middle, low, high = estimate(scores)
+    assert middle == pytest.approx(0.55) and 0.1 <= low < 0.55 < high <= 0.9
+    assert estimate(scores) == (middle, low, high)
+    assert estimate(scores[:2]) == (pytest.approx(0.3), None, None)
+    far = np.hstack([np.full((4, 1), 0.0), np.full((4, 1), 10.0)])  # two environments: seeds never change places
+    assert estimate(far) == pytest.approx((5.0, 5.0, 5.0))
+
+
+def test_a_preset_from_training_to_table_and_nothing_is_done_twice(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "RULES", ("sarathi", "slai"))
+    out = tmp_path / "out"
+    config = benchmark.Config(
+        presets=str(file), seeds=2, steps=64, eval_seeds=1, requests=8, eval_requests=4, out=str(out)
+    )
+    text = benchmark.benchmark(config)
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [0, 1] and "A2C" in text and "64 decisions" in text
+    for row in rows:
+        assert all(math.isfinite(value) for value in row["greedy"] + row["sampled"])
+        steps = [step for step, _ in row["curve"]]
+        assert steps == sorted(set(steps)) and steps[-1] == 64
+        assert (out / "tiny" / f"seed-{row['seed']}" / "best.zip").is_file()
+    assert (out / "curves.png").stat().st_size > 1000
+    assert json.loads((out / "benchmark.json").read_text())["lines"][0]["training_seeds"] == 2
+
+    with open(out / "results.jsonl", "a") as lines:
+        lines.write('{"preset": "ti')  # cut off by a kill
+    monkeypatch.setattr(benchmark, "learn", lambda *_: pytest.fail("trained twice"))
+    assert benchmark.benchmark(config) == text
+    with pytest.raises(ConfigError, match=r"--steps: the results in .* have 64, got 65"):
+        benchmark.Results(benchmark.Config(steps=65, eval_seeds=1, requests=8, eval_requests=4, out=str(out)))
+    file.write_text(TINY.replace("[8]", "[9]"))
+    with pytest.raises(ConfigError, match="preset tiny has changed"):
+        benchmark.benchmark(config)
