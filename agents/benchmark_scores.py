@@ -1,8 +1,8 @@
 """From mean utilities to scores, tables and curves of standard results.
 
 A score is 0 for the scheduler `random` and 1 for the best rule on the same requests. Interquartile means and their
-stratified bootstrap intervals over training seeds are those of Agarwal et al. (NeurIPS 2021). Their rliable (1.2) makes
-no intervals with arch 7, so scipy does.
+stratified bootstrap intervals over training seeds are those of Agarwal et al. (NeurIPS 2021). Their rliable (1.2)
+cannot be imported beside pandas 3, so scipy makes them.
 """
 
 from __future__ import annotations
