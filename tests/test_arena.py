@@ -159,7 +159,7 @@ def test_the_shipped_constants_can_be_made_and_say_how_they_were_found():
         ("--reference", "slai"): "reference: expected one of the policies, got 'slai'",
         ("--hints", "loud"): "length_hint: expected one of none, oracle, noisy:NUMBER, got 'loud'",
         ("--tuned", "missing.toml"): "tuned: cannot read missing.toml: No such file or directory",
-        ("--capacity", "all"): "criterion: expected ttft-median",
+        ("--capacity", "all"): "criterion: expected METRIC.FIGURE<=SECONDS",
         ("--seeds", "0"): "seeds: expected a whole number >= 1, got 0",
         ("--num-requests", "0"): "num_requests: expected a whole number >= 1, got 0",
     }.items(),

@@ -142,7 +142,9 @@ def test_an_interrupted_label_goes_on_where_it_stopped(trace, tmp_path):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=30)[1]
-        assert process.returncode == 130 and error.strip().splitlines()[-1] == "llmsched: interrupted", error
+        assert process.returncode == 130 and error.strip().splitlines()[-1].startswith(
+            "llmsched: interrupted: the same command"
+        ), error
         kept = [json.loads(line) for line in lines.read_text().splitlines()]
         assert 1 <= len(kept) < 4
         assert not (out / "runs.parquet").exists()

@@ -74,7 +74,7 @@ def test_sessions_of_a_trace(sessions, tmp_path, capsys):
     out, suite = tmp_path / "chats.json", tmp_path / "chats.toml"
     assert main(["workload", "fit", str(sessions), "--out", str(out), "--suite", str(suite)]) == 0
     text = capsys.readouterr().out
-    assert "think s" in text and "sessions/s" in text and "KS distance" in text
+    assert "think s" in text and "sessions/s" in text and "KS" in text and "distance" in text
     data, rows = fit_workload(load_trace(sessions), "chats", "made")
     assert data["kind"] == "sessions" and data["statistics"]["num_requests"] >= 3000
     found = {row["quantity"]: row for row in rows}

@@ -18,7 +18,10 @@ from llmsched_gym.sources import digest
 
 KERNELS = tuple(
     f"llmsched_gym.{name}"
-    for name in ("engine", "env", "scheduler", "baselines", "policies", "real_backend.vllm.lane_kernels")
+    for name in (
+        *("engine", "env", "scheduler", "baselines", "policies", "real_backend.vllm.lane_kernels"),
+        *("agents.loss_kernels", "agents.rollout_kernels"),
+    )
 )
 """Modules and packages that hold kernels."""
 
