@@ -2,6 +2,10 @@
 
 Everything that is random about an environment is a function of (seed, its index, step or number of the episode): a
 collector of environments 64 to 127 finds what one of 0 to 127 finds for these, in however many threads.
+
+In groups (see :mod:`llmsched_gym.agents.advantages`) the n-th episode of each member has the same requests. Members
+whose batches last longer fall behind, so a group in which an episode has ended begins the next one together with the
+next rollout. Every rollout ends with the critic's value of what comes, so nothing that was learnt from is lost by that.
 """
 
 from __future__ import annotations
@@ -15,10 +19,12 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
+from llmsched_gym.agents.advantages import Advantages, Variant
 from llmsched_gym.agents.envs import restore_core, save_core
 from llmsched_gym.agents.rollout_kernels import KINDS, Rollout, collecting
 from llmsched_gym.agents.seeds import TRAINING_SEEDS
 from llmsched_gym.config import ConfigError, env_config
+from llmsched_gym.env.arrays import TRUNCATED
 from llmsched_gym.env.base import EPISODE_INFOS
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.policies.network import Network, make_network
@@ -37,6 +43,7 @@ class Collector:
         gae_lambda: lambda of the advantage.
         num_threads: threads that share the environments.
         first: index of the first environment.
+        variant: of the advantages; ConfigError where it makes no sense in this world.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class Collector:
         gae_lambda: float,
         num_threads: int = 1,
         first: int = 0,
+        variant: Variant = Variant(),  # noqa: B008  frozen
         **fields: Any,
     ) -> None:
         config = env_config(suite, **fields)
@@ -60,20 +68,25 @@ class Collector:
         self._threads = ThreadPoolExecutor(self.num_threads - 1) if self.num_threads > 1 else None
         self.num_episodes = np.zeros(num_envs, np.int64)  # that have begun
         self.rollout = self._buffers(n_steps)
+        self.group = variant.group
+        self.advantages = Advantages(variant, core, gae_lambda) if variant != Variant() else None
+        self.figures: dict[str, float] = {}  # of the last rollout's advantages, for logs
 
     def _buffers(self, n_steps: int) -> Rollout:
         core, n = self.core, self.num_envs
         space: Any = core.action_space
         widths = np.atleast_1d(space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n)
         num_masked = int(widths.sum()) if core.kind.mask is not None else 0
-        numbers = {name: np.zeros((n, n_steps), np.float32) for name in ("log_probs", "rewards", "discounts")}
+        names = ("log_probs", "rewards", "discounts", "paid", "last_values", "advantages", "baselines")
+        numbers = {name: np.zeros((n, n_steps), np.float32) for name in names}
         return Rollout(
             features=np.zeros((n, n_steps, core.arrays.features.shape[1]), np.float32),
             masks=np.zeros((n, n_steps, num_masked), np.bool_),
             actions=np.zeros((n, n_steps, len(widths)), np.int64),
             values=np.zeros((n, n_steps + 1), np.float32),
             ended=np.zeros((n, n_steps), np.bool_),
-            advantages=np.zeros((n, n_steps), np.float32),
+            clocks=np.zeros((n, n_steps)),
+            durations=np.zeros((n, n_steps)),
             uniforms=np.zeros((n, n_steps, len(widths)), np.float32),
             widths=widths.astype(np.int64),
             at=np.zeros(n, np.int64),
@@ -89,7 +102,8 @@ class Collector:
 
     def _begin(self, env: int) -> None:
         """Begin the next episode of environment `env`."""
-        self.core.reset(env, episode_seed(self.seed, self.first + env, int(self.num_episodes[env])))
+        place = (self.first + env) // self.group
+        self.core.reset(env, episode_seed(self.seed, place, int(self.num_episodes[env])))
         self.num_episodes[env] += 1
         self.rollout.returns[env] = 0.0
 
@@ -105,6 +119,7 @@ class Collector:
         edges = np.linspace(0, self.num_envs, self.num_threads + 1).astype(int).tolist()
         own = [[network._replace(layers=network.layers.copy()) for network in (actor, critic)] for _ in edges[1:]]
         ended: list[tuple[int, int, dict[str, float]]] = []
+        begun, cut = self.num_episodes.copy(), {}  # what episodes that were truncated ended with
         while True:
             parts = [
                 (core.engine.handle, core.handle, core.kind.step, b, *networks, self.gae_lambda, *edge)
@@ -118,6 +133,8 @@ class Collector:
             for env in waiting:  # between the threads' turns, as arrays may grow
                 t = int(b.at[env]) - 1
                 if b.ended[env, t]:
+                    if core.arrays.outcomes[env, TRUNCATED] > 0.0:
+                        cut[env, t] = core.arrays.features[env].copy()
                     figures = zip(EPISODE_INFOS, core.metrics(env).values(), strict=True)
                     ended.append((t, env, {"r": float(b.returns[env]), **dict(figures)}))
                     self._begin(env)
@@ -125,17 +142,33 @@ class Collector:
                     core.engine.refill_noise(env)
                 b.waits[env] = False
             if not waiting:
-                return [figures for *_, figures in sorted(ended, key=lambda end: end[:2])]
+                break
+        if self.advantages is not None:
+            self.figures = self.advantages.learn(b, core.arrays.features, cut, begun)
+        if self.group > 1:
+            self._begin_together()
+        return [figures for *_, figures in sorted(ended, key=lambda end: end[:2])]
+
+    def _begin_together(self) -> None:
+        """Begin the next episode in each group of which a member's has ended in the rollout."""
+        for start in range(0, self.num_envs, self.group):
+            members = slice(start, start + self.group)
+            if self.rollout.ended[members].any():
+                self.num_episodes[members] = self.num_episodes[members].max()
+                for env in range(start, start + self.group):
+                    self._begin(env)
 
     def save(self) -> dict[str, Any]:
         """The state between two rollouts, for a checkpoint."""
-        b = self.rollout
-        return {"core": save_core(self.core), "num_episodes": self.num_episodes, "returns": b.returns}
+        b, learnt = self.rollout, {} if self.advantages is None else {"advantages": self.advantages.save()}
+        return {"core": save_core(self.core), "num_episodes": self.num_episodes, "returns": b.returns, **learnt}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state that was saved."""
         restore_core(self.core, state["core"])
         self.num_episodes[:], self.rollout.returns[:] = state["num_episodes"], state["returns"]
+        if self.advantages is not None:
+            self.advantages.restore(state["advantages"])
 
     def close(self) -> None:
         """End the threads."""
@@ -144,7 +177,7 @@ class Collector:
 
 
 def episode_seed(seed: int, env: int, number: int) -> int:
-    """The requests of environment `env`'s episode `number`, from 0 on, in the training `seed`: a training seed."""
+    """The requests of environment (or group) `env`'s episode `number`, from 0 on, in the training `seed`."""
     return int(np.random.default_rng([seed, EPISODES, env, number]).integers(TRAINING_SEEDS.start, TRAINING_SEEDS.stop))
 
 

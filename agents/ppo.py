@@ -6,6 +6,8 @@ Python are for ``llmsched train``.
 
 Proximal policy optimisation as in Schulman et al. (2017), with the details of Stable-Baselines3: advantages normalised
 by minibatch, no clipping of values, one optimiser. Discounts are per second, see :mod:`llmsched_gym.agents.rollout`.
+What takes noise out of advantages is :mod:`llmsched_gym.agents.advantages`, where an actor starts from
+:mod:`llmsched_gym.agents.priors`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from llmsched_gym.agents.advantages import Variant
 from llmsched_gym.agents.checkpoint import load_checkpoint
 from llmsched_gym.agents.collect import Collector, networks_of
 from llmsched_gym.agents.decision_time import finish
@@ -32,11 +35,12 @@ from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.loss_kernels import FIGURES, loss_gradient
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs, through
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.priors import close_last, prefer
 from llmsched_gym.agents.rollout import episode_figures
 from llmsched_gym.agents.run_folder import open_run, start_run
 from llmsched_gym.agents.train import set_actor_learning, typical_features, warm_start
 from llmsched_gym.agents.training_run import TrainingRun
-from llmsched_gym.config import ACTIONS
+from llmsched_gym.config import ACTIONS, ConfigError
 from llmsched_gym.policies import read_folder
 
 MINIBATCHES = 5  # what these random numbers are for; see agents.collect for others
@@ -68,6 +72,15 @@ class Config:
     entropy: float = option(0.002, "weight of the entropy bonus")
     value_weight: float = option(0.5, "weight of the critic's loss")
     max_grad_norm: float = option(0.5, "gradients longer than that are shortened to it")
+    # noise that need not be, see docs/agents.md
+    group: int = option(1, "environments on the same requests, each other's baseline")
+    regenerate: bool = option(False, "no credit across an empty queue")
+    shaping: float = option(0.0, "utility that a predicted second of waiting prompts costs, as a potential")
+    average: bool = option(False, "rewards less their mean per second, instead of a discount")
+    prior: str = option("", "knobs, presets: a rule with fixed settings to start from, such as tuned-constant")
+    prior_share: float = option(0.5, "its probability at the start, in each entry of an action")
+    work_conserving: bool = option(False, "request actions: a batch ends when nothing more can be added")
+    # starting from elsewhere
     critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start")
     warm_start: str = option("", "run to start from, weights.pt of agents.imitate, or policy folder (actor only)")
     threads: int = option(2, "threads of rollouts; two of them share an update")
@@ -95,7 +108,9 @@ class Config:
 def make_collector(config: Config) -> Collector:
     """The environments of a training."""
     sizes = config.num_envs, config.suite, config.seed, config.n_steps
-    return Collector(*sizes, gae_lambda=config.gae_lambda, num_threads=config.threads, **config.world())
+    variant = Variant(**{field.name: getattr(config, field.name) for field in fields(Variant)})
+    threads = config.threads
+    return Collector(*sizes, gae_lambda=config.gae_lambda, num_threads=threads, variant=variant, **config.world())
 
 
 def make_policy(config: Config, collector: Collector) -> Any:
@@ -107,6 +122,10 @@ def make_policy(config: Config, collector: Collector) -> Any:
     core = collector.core
     policy = cls(core.observation_space, core.action_space, lambda _: config.learning_rate, **settings)
     policy.optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate, eps=1e-5, fused=True)
+    if config.prior:
+        prefer(policy, collector.config, config.prior, config.prior_share)
+    if config.work_conserving:
+        close_last(policy, collector.config)
     return policy
 
 
@@ -141,10 +160,11 @@ class Learner:
         for group in policy.optimizer.param_groups:
             group["lr"] = rate
         data, values = self.data_of(rollout), rollout.values[:, :-1].ravel()
+        gains = (rollout.advantages - rollout.baselines).ravel()
         learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         sums, num_seen = np.zeros(len(FIGURES)), 0
         for rows in self._minibatches(len(values), step):
-            advantages = rollout.advantages.ravel()[rows]
+            advantages = gains[rows]
             if len(rows) > 1:
                 advantages = (advantages - advantages.mean()) / (advantages.std(ddof=1) + 1e-8)
             shards = [*zip(np.array_split(rows, SHARDS), np.array_split(advantages, SHARDS), strict=True)]
@@ -231,7 +251,11 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
     saved = load_checkpoint(out) if config.resume else None
     if saved is None:
         if config.warm_start:
+            if config.prior:
+                raise ConfigError("prior: expected no --warm-start, which decides where the actor starts")
             warm_start(policy, world, Path(config.warm_start))
+            if config.work_conserving:
+                close_last(policy, world)
         else:
             typical = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
             normaliser_of(policy).fit(typical_features(typical, config.seed))
@@ -260,7 +284,7 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
             episodes.extend(collector.collect(*networks_of(policy), first))
             collected = time.perf_counter()
             step = first + config.num_envs * config.n_steps
-            figures = learner.learn(collector.rollout, first) | episode_figures(episodes)
+            figures = learner.learn(collector.rollout, first) | collector.figures | episode_figures(episodes)
             took_s = time.perf_counter() - start
             figures["time/rollout_share"] = (collected - start) / took_s
             figures["time/frames_per_s"] = (step - first) / took_s

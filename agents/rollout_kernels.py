@@ -18,7 +18,7 @@ from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
 from llmsched_gym.engine.state import HANDLE_TYPE, lane_of
 from llmsched_gym.env.actions.by_slot import can_add
 from llmsched_gym.env.actions.request import CLOSE
-from llmsched_gym.env.arrays import ARRAYS_HANDLE_TYPE, DISCOUNT, PAUSED, REWARD, TERMINATED, TRUNCATED
+from llmsched_gym.env.arrays import ARRAYS_HANDLE_TYPE, DISCOUNT, DURATION_S, PAUSED, REWARD, TERMINATED, TRUNCATED
 from llmsched_gym.env.slots import NUM_SLOTS, num_visible
 from llmsched_gym.policies.network import TANH, Network
 from llmsched_gym.workload import NOISE_BLOCK
@@ -49,7 +49,12 @@ class Rollout(NamedTuple):
     rewards: Any  # (num_envs, n_steps) float32; at a truncation with the discounted value of what was seen last
     discounts: Any  # (num_envs, n_steps) float32, exp(-duration / tau)
     ended: Any  # (num_envs, n_steps) bool, whether the step was its episode's last
+    paid: Any  # (num_envs, n_steps) float32, the rewards as the environment paid them
+    last_values: Any  # (num_envs, n_steps) float32, at a truncation the value of what was seen last, else 0
+    clocks: Any  # (num_envs, n_steps) float64, seconds of the episode before the step
+    durations: Any  # (num_envs, n_steps) float64, seconds that it took
     advantages: Any  # (num_envs, n_steps) float32
+    baselines: Any  # (num_envs, n_steps) float32, what the actor's advantages are less, see agents.advantages
     uniforms: Any  # (num_envs, n_steps, entries of an action) float32, the random numbers that actions are drawn with
     widths: Any  # (entries of an action,) int64, scores of each entry
     at: Any  # (num_envs,) int64, steps that are done
@@ -66,6 +71,8 @@ _WHOLE, _SINGLE = types.int64, types.float32
 ROLLOUT_TYPE = _arrays(
     {
         **{name: (_SINGLE, 2) for name in ("log_probs", "values", "rewards", "discounts", "advantages")},
+        **{name: (_SINGLE, 2) for name in ("paid", "last_values", "baselines")},
+        **{name: (types.float64, 2) for name in ("clocks", "durations")},
         **{name: (_SINGLE, 3) for name in ("features", "uniforms")},
         **{name: (_WHOLE, 1) for name in ("widths", "at")},
         "masks": (types.boolean, 3),
@@ -207,10 +214,14 @@ def learn_advantages(b, env, gae_lambda):
 def take(s, a, b, critic, env, gae_lambda, any_noise_due):
     """Write down what the step of environment `env` has brought."""
     outcome, t = a.outcomes[env], b.at[env]
-    reward = outcome[REWARD]
+    reward, last_value = outcome[REWARD], 0.0
     b.returns[env] += reward
+    b.paid[env, t] = reward
     if outcome[TRUNCATED] > 0.0:
-        reward += outcome[DISCOUNT] * value_of(critic, a.features[env])
+        last_value = value_of(critic, a.features[env])
+        reward += outcome[DISCOUNT] * last_value
+    b.last_values[env, t] = last_value
+    b.durations[env, t] = outcome[DURATION_S]
     b.rewards[env, t] = reward
     b.discounts[env, t] = outcome[DISCOUNT]
     has_ended = outcome[TERMINATED] + outcome[TRUNCATED] > 0.0
@@ -253,6 +264,7 @@ def collect(state, arrays, step, b, actor, critic, gae_lambda, first, stop):
                     continue
                 going += 1
                 b.features[env, t] = a.features[env]
+                b.clocks[env, t] = s.sims[env].clock_s
                 mask = b.masks[env, t]
                 if has_masks:
                     legal_requests(s, env, mask)
