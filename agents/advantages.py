@@ -8,13 +8,6 @@ once, whatever the threads were; where no option is on nobody does so.
   baseline may depend on all of it. Here it is the leave-one-out mean of what the others' advantages are at the same
   time of the same episode: it depends on their actions, which are drawn independently, and never on one's own, so the
   gradient stays unbiased. Where nobody else decides around that time there is none.
-- `regenerate`: cuts at regeneration, as in Dai and Gluzman (2022), "Queueing Network Controls via Deep Reinforcement
-  Learning". With nobody waiting or running, what comes does not depend on what was, so credit ends there, and the value
-  is one number for all such moments: the running mean of the critic's. Exact for Poisson arrivals at one rate on a
-  device of one speed, and a policy that looks at nothing else. An approximation elsewhere: a rate drawn for the
-  episode, bursts and hidden speeds outlive an empty queue, and features remember them (arrivals of the last minute,
-  measured over predicted time). Only moments of decisions count: a queue that empties under a held action goes
-  unnoticed.
 - `shaping`: r + discount Phi(s') - Phi(s) as reward, with Phi = -shaping * predicted seconds of prompts to compute. Ng,
   Harada and Russell (1999), "Policy Invariance under Reward Transformations": what is best stays best, and what a
   backlog will cost is told at once. Phi is 0 after a termination; sums telescope with each step's own discount, so the
@@ -24,6 +17,8 @@ once, whatever the threads were; where no option is on nobody does so.
   Region Methods". The mean is that of all rollouts, recent ones more; the critic's values are centred, as only their
   differences mean something. Exact where an episode never ends; our episodes are cut off after `horizon_s` and begin
   with a random backlog, so the mean is that of such episodes.
+
+Cuts at regeneration (Dai and Gluzman, 2022) are not among them: our engine hardly ever runs empty, see docs/agents.md.
 """
 
 from __future__ import annotations
@@ -38,12 +33,10 @@ from llmsched_gym.engine.predict import prompt_s
 from llmsched_gym.env.core import EnvCore
 from llmsched_gym.env.features import ALL_FEATURES, AT
 from llmsched_gym.scheduler import default_knobs
-from llmsched_gym.workload import make_table
 
 RECENT = 0.1  # weight of a rollout in running means
 TYPICAL_PROMPT = 1024  # tokens; what one of them takes is what any of them is taken to
-SEEN = (AT.num_waiting, AT.running_share, AT.waiting_tokens, AT.started_tokens)  # features that are looked at
-WAITING, RUNNING, WAITING_TOKENS, STARTED_TOKENS = range(len(SEEN))
+BACKLOG = (AT.waiting_tokens, AT.started_tokens)  # features that tell it
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,6 @@ class Variant:
     """Which of the options are on; none is by default."""
 
     group: int = 1  # environments on the same requests
-    regenerate: bool = False
     shaping: float = 0.0  # utility that a second of waiting work costs, in Phi
     average: bool = False
 
@@ -72,19 +64,16 @@ class Advantages:
             raise ConfigError(
                 f"average: expected episodes that do not end, num_requests=None, got {config.num_requests}"
             )
-        if variant.regenerate and make_table(config, 0).parent is not None:
-            raise ConfigError("regenerate: expected requests without sessions, whose turns come back to an empty queue")
         self.scale = variant.shaping * config.reward_scale * token_s(core)
         self.paid = self.seconds = 0.0  # decaying sums
-        self.empty_value = np.nan
 
     def save(self) -> dict[str, float]:
         """What is known of earlier rollouts."""
-        return {"paid": self.paid, "seconds": self.seconds, "empty_value": float(self.empty_value)}
+        return {"paid": self.paid, "seconds": self.seconds}
 
     def restore(self, state: dict[str, float]) -> None:
         """Go on from what was saved."""
-        self.paid, self.seconds, self.empty_value = state["paid"], state["seconds"], state["empty_value"]
+        self.paid, self.seconds = state["paid"], state["seconds"]
 
     def learn(
         self, b: Rollout, last: np.ndarray, cut: dict[tuple[int, int], np.ndarray], first: np.ndarray
@@ -98,44 +87,42 @@ class Advantages:
             first: number of the episode that each environment began it in, (num_envs,).
         """
         variant, figures = self.variant, dict[str, float]()
-        seen, after = b.features[..., SEEN], np.concatenate([b.features[:, 1:, SEEN], last[:, None, SEEN]], 1)
         is_cut = np.zeros(b.ended.shape, np.bool_)
-        for (env, t), features in cut.items():
-            after[env, t], is_cut[env, t] = features[list(SEEN)], True
-        goes_on = ~b.ended | is_cut
+        for place in cut:
+            is_cut[place] = True
         if variant.average:
             figures |= self._centre(b, is_cut)
-        rewards = b.paid.astype(np.float64) - (self.paid / self.seconds * b.durations if variant.average else 0.0)
+        rewards = b.paid.astype(np.float64) - (self.rate * b.durations if variant.average else 0.0)
         discounts = np.ones_like(b.durations) if variant.average else b.discounts.astype(np.float64)
         if variant.shaping > 0.0:
-            rewards += discounts * np.where(goes_on, self.potential(after), 0.0) - self.potential(seen)
-        values, flows = np.where(b.ended, b.last_values, b.values[:, 1:]).astype(np.float64), ~b.ended
-        if variant.regenerate:
-            renewed = goes_on & is_empty(after)
-            if renewed.any():
-                self.empty_value = _recent(self.empty_value, values[renewed].mean())
-            values, flows = np.where(renewed, self.empty_value, values), flows & ~renewed
-            figures |= {"regenerations": renewed.mean(), "empty_value": self.empty_value}
+            after = np.concatenate([b.features[:, 1:, BACKLOG], last[:, None, BACKLOG]], 1)
+            for place, features in cut.items():
+                after[place] = features[list(BACKLOG)]
+            reached = np.where(b.ended & ~is_cut, 0.0, self.potential(after))
+            rewards += discounts * reached - self.potential(b.features[..., BACKLOG])
+        values = np.where(b.ended, b.last_values, b.values[:, 1:]).astype(np.float64)
         advantage = np.zeros(len(values))
         for t in reversed(range(values.shape[1])):
             delta = rewards[:, t] + discounts[:, t] * values[:, t] - b.values[:, t]
-            advantage = delta + discounts[:, t] * self.gae_lambda * flows[:, t] * advantage
+            advantage = delta + discounts[:, t] * self.gae_lambda * ~b.ended[:, t] * advantage
             b.advantages[:, t] = advantage
         if variant.group > 1:
             numbers = first[:, None] + np.cumsum(b.ended, 1) - b.ended
             others, known = others_mean(b.advantages, b.clocks, numbers, variant.group)
             b.baselines[...] = others
-            left = (
-                (b.advantages - b.baselines)[known].var() / max(b.advantages[known].var(), 1e-12) if known.any() else 1
-            )
+            plain, less = b.advantages[known], (b.advantages - b.baselines)[known]
+            left = less.var() / plain.var() if plain.any() else 1.0
             figures |= {"baselined": known.mean(), "variance_left": left}
         return {f"advantages/{name}": float(figure) for name, figure in figures.items()}
 
     def potential(self, seen: np.ndarray) -> np.ndarray:
-        """Phi of features in SEEN, (...,): minus what prompts that are waiting or under way have left to compute."""
-        tokens = _amount(AT.waiting_tokens, seen[..., WAITING_TOKENS])
-        tokens += _amount(AT.started_tokens, seen[..., STARTED_TOKENS])
-        return -self.scale * tokens
+        """Phi of features in BACKLOG, (..., 2): minus what prompts that wait or are under way have left to compute."""
+        waiting, started = (
+            np.expm1(seen[..., k].astype(np.float64) * np.log1p(ALL_FEATURES[place].scale))
+            for k, place in enumerate(BACKLOG)
+        )
+        found: np.ndarray = -self.scale * (waiting + started)
+        return found
 
     def _centre(self, b: Rollout, is_cut: np.ndarray) -> dict[str, float]:
         """Take the mean off the critic's values, and a rollout into the mean reward per second."""
@@ -144,7 +131,12 @@ class Advantages:
         b.last_values[is_cut] -= mean
         self.paid = (1.0 - RECENT) * self.paid + float(b.paid.sum(dtype=np.float64))
         self.seconds = (1.0 - RECENT) * self.seconds + float(b.durations.sum())
-        return {"reward_per_s": self.paid / self.seconds}
+        return {"reward_per_s": self.rate}
+
+    @property
+    def rate(self) -> float:
+        """The mean reward per second so far."""
+        return self.paid / self.seconds if self.seconds > 0.0 else 0.0
 
 
 def token_s(core: EnvCore) -> float:
@@ -152,11 +144,6 @@ def token_s(core: EnvCore) -> float:
     state = core.engine.state
     chunk = min(int(default_knobs()["token_budget"]), core.config.max_num_batched_tokens)
     return float(prompt_s(state.own_linear_s[0], state.own_coef_s[0], 0, TYPICAL_PROMPT, chunk)) / TYPICAL_PROMPT
-
-
-def is_empty(seen: np.ndarray) -> np.ndarray:
-    """Whether nobody waits or runs, by features in SEEN; (...,) bool."""
-    return (seen[..., WAITING] == 0.0) & (seen[..., RUNNING] == 0.0)
 
 
 def others_mean(
@@ -191,13 +178,3 @@ def _covers(times: np.ndarray, numbers: np.ndarray, others: np.ndarray, their_nu
     is_inside = (before >= 0) & (behind <= last)
     before, behind = before.clip(0), behind.clip(max=last)
     return is_inside & (their_numbers[before] == numbers) & (their_numbers[behind] == numbers)
-
-
-def _amount(place: int, feature: np.ndarray) -> np.ndarray:
-    """What a feature on a log scale says, in tokens."""
-    return np.expm1(feature.astype(np.float64) * np.log1p(ALL_FEATURES[place].scale))
-
-
-def _recent(mean: float, found: float) -> float:
-    """A running mean with what was found last; the first is nan."""
-    return float(found if np.isnan(mean) else (1.0 - RECENT) * mean + RECENT * found)

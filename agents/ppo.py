@@ -74,7 +74,6 @@ class Config:
     max_grad_norm: float = option(0.5, "gradients longer than that are shortened to it")
     # noise that need not be, see docs/agents.md
     group: int = option(1, "environments on the same requests, each other's baseline")
-    regenerate: bool = option(False, "no credit across an empty queue")
     shaping: float = option(0.0, "utility that a predicted second of waiting prompts costs, as a potential")
     average: bool = option(False, "rewards less their mean per second, instead of a discount")
     prior: str = option("", "knobs, presets: a rule with fixed settings to start from, such as tuned-constant")

@@ -27,15 +27,13 @@ from llmsched_gym.policies import read_folder
 WORLD = {"horizon_s": 4.0, "qps": 2.0, "max_backlog": 8, "warmup_s": 0.0, "drain_s": 20.0}
 TINY = Config(action="preset", num_envs=8, n_steps=32, steps=1024, batch_size=64, epochs=2, action_repeat=2, set=WORLD)
 TINY = replace(TINY, hidden=(16,), threads=1, eval_seeds=1, eval_requests=3, eval_every=512, checkpoint_every=256)
-QUIET = {**WORLD, "horizon_s": 40.0, "qps": 0.2, "max_backlog": 0}  # the queue is often empty
 OPTIONS = {
     "group": {"group": 4},
-    "regenerate": {"regenerate": True, "set": QUIET},
     "shaping": {"shaping": 0.5},
     "average": {"average": True},
     "prior": {"prior": "tuned-constant"},
     "work-conserving": {"work_conserving": True, "action": "request"},
-    "together": {"group": 2, "regenerate": True, "shaping": 0.5, "average": True, "prior": "slai", "set": QUIET},
+    "together": {"group": 2, "shaping": 0.5, "average": True, "prior": "slai"},
 }
 
 
@@ -134,7 +132,7 @@ def test_shaping_telescopes():
     plain, _ = again(collector, Variant(), 1.0)
     shaped, _ = again(collector, variant, 1.0)
     potential = Advantages(variant, collector.core, 1.0).potential
-    columns = [AT.num_waiting, AT.running_share, AT.waiting_tokens, AT.started_tokens]
+    columns = [AT.waiting_tokens, AT.started_tokens]
     now, last = potential(b.features[..., columns]), potential(collector.core.arrays.features[:, columns])
     left = np.cumprod(b.discounts[:, ::-1], 1)[:, ::-1]  # discount from each decision to the end of the rollout
     assert now.min() < -0.05 * TINY.reward_scale and np.allclose(shaped - plain, left * last[:, None] - now, atol=1e-5)
@@ -165,21 +163,6 @@ def test_at_truncations_the_potential_is_that_of_what_was_seen_last():
     scale = Advantages(Variant(shaping=1.0), collector.core, 1.0).scale
     assert with_it[env, t] - without[env, t] == pytest.approx(-b.discounts[env, t] * scale * (1e6**0.5), rel=1e-2)
     assert np.array_equal(with_it[env, t + 1 :], without[env, t + 1 :])
-
-
-def test_no_credit_flows_over_an_empty_queue():
-    collector, _ = collected(replace(TINY, regenerate=True, set=QUIET, n_steps=64))
-    b = collector.rollout
-    empty = (b.features[..., AT.num_waiting] == 0.0) & (b.features[..., AT.running_share] == 0.0)
-    env, t = next((env, t) for env, t in np.argwhere(empty) if t > 0 and not b.ended[env, t - 1])
-    assert collector.figures["advantages/regenerations"] > 0.0
-    before, _ = again(collector, Variant(regenerate=True), 0.97)
-    b.paid[env, t:] += 100.0
-    after, _ = again(collector, Variant(regenerate=True), 0.97)
-    assert np.array_equal(before[env, :t], after[env, :t]) and not np.array_equal(before[env, t:], after[env, t:])
-    value = again(collector, Variant(regenerate=True))[1]["advantages/empty_value"]
-    wanted = b.paid[env, t - 1] + b.discounts[env, t - 1] * value - b.values[env, t - 1]
-    assert before[env, t - 1] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_average_rewards_are_less_their_mean_per_second():
@@ -255,7 +238,6 @@ def test_interrupted_trainings_and_more_threads_change_no_figure(name, tmp_path)
     [
         ({"group": 3}, "group: expected a divisor of the 8 environments, got 3"),
         ({"average": True, "set": {"num_requests": 5}}, "average: expected episodes that do not end"),
-        ({"regenerate": True, "suite": "chat", "set": {}}, "regenerate: expected requests without sessions"),
         ({"work_conserving": True}, "work_conserving: expected --action request, got preset"),
         ({"prior": "slai", "action": "request"}, "prior: expected --action knobs or preset, got request"),
         (
@@ -275,9 +257,9 @@ def test_what_makes_no_sense_is_one_line(changes, message, tmp_path):
 
 
 def test_options_are_options_of_the_command_line():
-    given = ["--group", "4", "--regenerate", "--shaping", "0.5", "--average", "--prior", "slai", "--work-conserving"]
+    given = ["--group", "4", "--shaping", "0.5", "--average", "--prior", "slai", "--work-conserving"]
     found = parse(Config, given, None)
-    assert (found.group, found.regenerate, found.shaping, found.average) == (4, True, 0.5, True)
+    assert (found.group, found.shaping, found.average) == (4, 0.5, True)
     assert (found.prior, found.work_conserving) == ("slai", True)
     with pytest.raises(ConfigError, match="--shaping: expected a number >= 0"):
         parse(Config, ["--shaping", "-1"], None)
