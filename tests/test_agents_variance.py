@@ -24,9 +24,9 @@ from llmsched_gym.env.actions.request import CLOSE
 from llmsched_gym.env.features import AT
 from llmsched_gym.policies import read_folder
 
-WORLD = {"horizon_s": 4.0, "qps": 2.0, "max_backlog": 8, "warmup_s": 0.0, "drain_s": 20.0}
+WORLD = {"horizon_s": 4.0, "qps": 2.0, "max_backlog": 8, "warmup_s": 0.0, "drain_s": 4.0}
 TINY = Config(action="preset", num_envs=8, n_steps=32, steps=1024, batch_size=64, epochs=2, action_repeat=2, set=WORLD)
-TINY = replace(TINY, hidden=(16,), threads=1, eval_seeds=1, eval_requests=3, eval_every=512, checkpoint_every=256)
+TINY = replace(TINY, hidden=(16,), threads=1, eval_seeds=1, eval_requests=1, eval_every=512, checkpoint_every=256)
 OPTIONS = {
     "group": {"group": 4},
     "shaping": {"shaping": 0.5},
