@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from llmsched_gym.config import ConfigError, Scenario
@@ -232,13 +233,24 @@ class Engine:
         return View(self.state, self.handle, env)
 
     def submit(self, batch: Batch, env: int = 0) -> None:
-        """Take a batch formed outside; an illegal one raises :class:`IllegalBatch`."""
+        """Take a batch formed outside, instead of one that was not run; an illegal one raises :class:`IllegalBatch`."""
         self._check_env(env)
-        if self.scenario.prefix_caching:
-            kernels.clear_batch_env(self.handle, env)  # one that was formed and not run holds blocks
-        if self.scenario.async_lag:
-            kernels.see_flight_env(self.handle, env)
-        submit(self.state, batch, env)
+        kernels.clear_batch_env(self.handle, env)  # one that was formed and not run has marks, and may hold blocks
+        with self._foreseen(env):
+            submit(self.state, batch, env)
+
+    @contextmanager
+    def _foreseen(self, env: int) -> Iterator[None]:
+        """A batch is formed as if the one in flight had landed; if none comes of it, nothing is foreseen."""
+        if not self.scenario.async_lag:
+            yield
+            return
+        kernels.see_flight_env(self.handle, env)
+        try:
+            yield
+        except BaseException:
+            kernels.forget_flight_env(self.handle, env)
+            raise
 
     def decide(self, scheduler: Any, env: int = 0) -> None:
         """Let the scheduler form the next batch: compiled, plain Python, or one that works on the engine itself."""
@@ -251,13 +263,14 @@ class Engine:
         else:
             kernels.clear_batch_env(self.handle, env)
             if self.has_work(env):
-                if self.scenario.async_lag:
-                    kernels.see_flight_env(self.handle, env)
-                self.submit(scheduler.schedule(self.view(env)), env)
+                with self._foreseen(env):
+                    self.submit(scheduler.schedule(self.view(env)), env)
 
     def execute(self, env: int = 0) -> Execution:
-        """Apply the decided batch, run it on the backend and commit it; an empty one idles."""
+        """Apply the decided batch, run it on the backend and commit it; an empty one, or none, idles."""
         self._check_env(env)
+        if not self.state.batches[env].is_marked:
+            kernels.clear_batch_env(self.handle, env)  # that of the step before
         handle, execution = self.handle, Execution(0.0)
         if self.backend is None:
             if kernels.apply_env(handle, env):

@@ -47,17 +47,24 @@ def foresee(lane, flight, flying):
 
 
 @kernel(outline=True)
+def forget_foreseen(lane, flight, flying):
+    """Undo :func:`foresee`."""
+    if not flight.is_foreseen:
+        return
+    flight.is_foreseen = 0
+    lane.sim.max_num_seqs += lane.sim.num_ending
+    for i in range(flight.num_items):
+        if flying[i].emits:
+            request = lane.requests[flying[i].request]
+            request.last_token_s = flying[i].last_token_s
+            request.num_output_tokens -= 1
+
+
+@kernel(outline=True)
 def settle(lane, flight, flying):
     """Undo :func:`foresee`, and put who is hidden back into the list of running requests, at its place."""
     sim, requests, running = lane.sim, lane.requests, lane.running
-    if flight.is_foreseen:
-        flight.is_foreseen = 0
-        sim.max_num_seqs += sim.num_ending
-        for i in range(flight.num_items):
-            if flying[i].emits:
-                request = requests[flying[i].request]
-                request.last_token_s = flying[i].last_token_s
-                request.num_output_tokens -= 1
+    forget_foreseen(lane, flight, flying)
     for i in range(sim.num_running, sim.num_running + sim.num_ending):
         r = running[i]
         j = i

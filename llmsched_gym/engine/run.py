@@ -15,8 +15,8 @@ from numba.extending import intrinsic
 from llmsched_gym.engine.batch import batch_s
 from llmsched_gym.engine.handles import unpack
 from llmsched_gym.engine.jit import JIT_ENABLED, entry, kernel
-from llmsched_gym.engine.lag import foresee, land, settle, take_off
-from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, pass_time, remember
+from llmsched_gym.engine.lag import foresee, forget_foreseen, land, settle, take_off
+from llmsched_gym.engine.lifecycle import average, deliver, enter, let_in, lose_patience, pass_time, remember
 from llmsched_gym.engine.queue import expire
 from llmsched_gym.engine.state import (
     HANDLE_TYPE,
@@ -158,6 +158,7 @@ def enter_env(s, k, r):
     lane, of = lane_of(state, k), episode_of(state, env_of(state, k))
     if enter(of, r):
         deliver(lane, r)
+        lose_patience(lane, of, lane.sim.clock_s)  # it may have arrived long ago
     average(lane.sim, 0.0)
 
 
@@ -224,6 +225,13 @@ def see_flight_env(s, k):
     """:func:`see_flight` of lane `k`, for Python."""
     state = unpack(s)
     see_flight(state, k, lane_of(state, k))
+
+
+@entry()
+def forget_flight_env(s, k):
+    """Undo :func:`see_flight` of lane `k`, for Python: no batch has come of it."""
+    state = unpack(s)
+    forget_foreseen(lane_of(state, k), state.flights[k], state.flying[k])
 
 
 def _code_at(context: Any, address: Any) -> Any:

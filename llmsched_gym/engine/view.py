@@ -204,6 +204,10 @@ def submit(state: State, batch: Batch, k: int = 0) -> None:
         raise IllegalBatch(f"rule 1: schedule() must return a Batch, got {type(batch).__name__}")
     if not isinstance(batch.tokens, Mapping):
         raise IllegalBatch(f"rule 1: Batch.tokens must map requests to tokens, got {type(batch.tokens).__name__}")
+    for name in ("preempt", "refuse"):
+        if not isinstance(getattr(batch, name), Iterable):
+            kind = type(getattr(batch, name)).__name__
+            raise IllegalBatch(f"rule 1: Batch.{name} must be the indices of requests, got {kind}")
     preempted, refused = [index(r) for r in batch.preempt], [index(r) for r in batch.refuse]
     seqs = int(sim.num_running)
     for r in preempted:

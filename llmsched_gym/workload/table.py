@@ -47,6 +47,8 @@ class Request:
             value = getattr(self, name)
             if not isinstance(value, int | float | np.number) or not value > 0.0:
                 raise ConfigError(f"{name}: expected seconds > 0, got {value!r}")
+        if self.arrival_s is not None and not isinstance(self.arrival_s, int | float | np.number):
+            raise ConfigError(f"arrival_s: expected seconds or None, got {self.arrival_s!r}")
         if self.slo_class not in range(len(SLO_CLASSES)):
             raise ConfigError(f"slo_class: expected 0 to {len(SLO_CLASSES) - 1}, got {self.slo_class!r}")
 
