@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from gymnasium.envs.registration import EnvSpec
 
-from llmsched_gym.config import OF_THE_VECTOR, DeviceSpec, EnvConfig, Scenario, UnknownField, env_config, scenario
+from llmsched_gym.config import (
+    OF_THE_VECTOR,
+    ConfigError,
+    DeviceSpec,
+    EnvConfig,
+    Scenario,
+    UnknownField,
+    env_config,
+    scenario,
+)
 from llmsched_gym.cost import load_profile
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.reward import as_reward, as_rewards
@@ -286,3 +295,12 @@ def test_a_reward_that_is_complex_or_masked_is_one_line(paid):
     with pytest.raises(ValueError, match=r"^reward: expected 2 finite numbers, shape"):
         as_rewards(np.array([1.0, 2j]), 2)
     assert as_reward(np.ma.array(1.5)) == 1.5 and as_rewards(np.ma.array([1.0, 2.0]), 2).tolist() == [1.0, 2.0]
+
+
+def test_a_bad_rate_leaves_the_seeds_of_episodes_alone():
+    env, twin = LLMSchedEnv(horizon_s=2.0), LLMSchedEnv(horizon_s=2.0)
+    for one in (env, twin):
+        one.reset(seed=3)
+    with pytest.raises(ConfigError, match=r"^qps: expected"):
+        env.reset(options={"qps": -1.0})
+    assert env.reset()[1]["seed"] == twin.reset()[1]["seed"]

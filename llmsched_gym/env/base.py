@@ -103,6 +103,8 @@ class SimulatedEnv(JsonSpec, gym.Env):
 
     def restart(self, seed: int | None, qps: float | None = None) -> None:
         """What :meth:`reset` does to the state."""
+        if qps is not None:
+            self.config.replace(qps=qps)  # a bad rate fails before the generator of seeds goes on
         super().reset(seed=seed)
         episode = int(self.np_random.integers(2**62)) if seed is None else seed
         self.core.reset(self._index, episode, qps)
