@@ -4,11 +4,13 @@ import json
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import llmsched_gym
 from llmsched_gym.config import ConfigError, scenario
-from llmsched_gym.cost import ProfileError, load_profile
+from llmsched_gym.cost import Profile, ProfileError, load_profile
+from llmsched_gym.evaluation.arena import read_constants
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.store import read_rows
 from llmsched_gym.report.results import ReportError, read_results
@@ -96,3 +98,45 @@ def test_a_torn_table_is_one_line_and_the_rows_stay_readable(tmp_path):
     with pytest.raises(ReportError) as error:
         read_results(tmp_path)
     assert "requests.parquet" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("read", [lambda path: scenario(str(path)), read_constants])
+def test_toml_that_is_nested_too_deeply(read, tmp_path):
+    path = tmp_path / "suite.toml"
+    path.write_text("what = " + "[" * 5000)
+    with pytest.raises(ConfigError, match="nested too deeply") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+def profile_with(tmp_path, name, change):
+    data = json.loads((DATA / "profiles" / f"{name}.json").read_text())
+    change(data)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+WITH_SURFACE, SMOOTH, TABLE = "rtx6000ada-mistral-7b-vllm", "rtx6000ada-mistral-7b", "a100-mistral-7b"
+
+
+@pytest.mark.parametrize(("name", "change", "field"), [
+    (WITH_SURFACE, lambda d: d["surface"]["decode_ms"][0].__setitem__(0, "1"), "decode_ms: expected 9 x 11 numbers"),
+    (WITH_SURFACE, lambda d: d["surface"].update(launch_ms="0"), "surface.launch_ms: expected"),
+    (WITH_SURFACE, lambda d: d["surface"]["decode_ms"][0].__setitem__(0, 1e300), "surface.decode_ms: expected"),
+    (WITH_SURFACE, lambda d: d["surface"]["chunk_ms"][0].__setitem__(0, -1e6), "surface.chunk_ms: expected less"),
+    (SMOOTH, lambda d: d["linear"].update(power=1e300), "linear: expected finite milliseconds > 0"),
+    (SMOOTH, lambda d: d.update(pair_ms=1e300), "pair_ms: expected milliseconds <= 1e"),
+    (TABLE, lambda d: d["linear"]["ms"].__setitem__(-1, 1e-3), "linear: expected finite milliseconds > 0"),
+])  # fmt: skip
+def test_profiles_by_which_batches_would_take_no_time_or_for_ever(name, change, field, tmp_path):
+    with pytest.raises(ProfileError, match=field) as error:
+        load_profile(profile_with(tmp_path, name, change))
+    assert "\n" not in str(error.value)
+
+
+def test_shipped_profiles_are_made_again_as_they_are():
+    for path in (DATA / "profiles").glob("*.json"):
+        profile = load_profile(path.stem)
+        assert Profile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+        assert np.isfinite(profile.scaled(10.0).linear_table_s(8192)).all()

@@ -54,6 +54,8 @@ def read_suite(path: str, known: Mapping[str, Suite]) -> Suite:
         raise ConfigError(f"suite: cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # what tomllib, or the decoder of UTF-8, finds
         raise ConfigError(f"suite: {path}: not a TOML file: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"suite: {path}: not a TOML file: nested too deeply") from None
     _known(path, "", data, TOP)
     base, what, own = data.get("base"), data.get("what", ""), data.get("scenario", {})
     if base is not None and (not isinstance(base, str) or base not in known):

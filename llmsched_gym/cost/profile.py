@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, DeviceSpec, ModelSpec, plain_fields
-from llmsched_gym.cost.surface import ProfileError, Sums, Surface
+from llmsched_gym.cost.surface import MOST_MS, ProfileError, Sums, Surface
 from llmsched_gym.cost.variants import Variant, split_name
 from llmsched_gym.files import claim_file, json_with, parse, version_of, write_text
 
@@ -55,7 +55,7 @@ class TableLinear:
         if any(b <= a for a, b in zip(self.tokens, self.tokens[1:], strict=False)):
             raise ProfileError("linear.tokens: expected increasing numbers")
         for ms in self.ms:
-            _check_number("linear.ms", ms, open_low=True)
+            _check_number("linear.ms", ms, open_low=True, most=MOST_MS)
 
     def at(self, n: int) -> float:
         """Milliseconds for n >= 1 tokens."""
@@ -98,6 +98,8 @@ class SmoothLinear:
 
 MOST_WHOLE = 2**31 - 1
 """What the engine's records hold."""
+MOST_TOKENS = 1 << 16
+"""Of the batches whose times are looked at when a profile is made."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,19 @@ class Profile:
             if getattr(self, name) > MOST_WHOLE:
                 raise ProfileError(f"{name}: expected a whole number <= {MOST_WHOLE:,}, got {getattr(self, name)!r}")
         for name in ("overhead_ms", "pair_ms", "kv_ms"):
-            _check_number(name, getattr(self, name))
+            _check_number(name, getattr(self, name), most=MOST_MS)
+        _check_linear(self.linear)
+        if self.surface is not None:
+            self._check_chunks(self.surface)
+
+    def _check_chunks(self, surface: Surface) -> None:
+        """Tables of chunks may be negative, batches may not."""
+        for chunk, row in zip(surface.chunk, surface.chunk_ms, strict=True):
+            for computed, ms in zip(surface.prefix, row, strict=True):
+                pairs = chunk * (computed + (chunk + 1) / 2)
+                if self.overhead_ms + self.linear.at(chunk) + self.pair_ms * pairs + ms <= 0.0:
+                    what = f"a chunk of {chunk} tokens behind {computed} takes no time"
+                    raise ProfileError(f"surface.chunk_ms: expected less to be taken off, {what}")
 
     @property
     def pair_s(self) -> float:
@@ -393,7 +407,20 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: Any, open_low: bool = False) -> None:
+def _check_number(name: str, value: Any, open_low: bool = False, most: float = math.inf) -> None:
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or value < 0 or (open_low and value == 0):
         raise ProfileError(f"{name}: expected a finite number {'>' if open_low else '>='} 0, got {value!r}")
+    if value > most:
+        raise ProfileError(f"{name}: expected milliseconds <= {most:g}, got {value!r}")
+
+
+def _check_linear(linear: TableLinear | SmoothLinear) -> None:
+    """Of one token and of the longest batches, where the last trend goes on."""
+    for n in (1, MOST_TOKENS):
+        try:
+            ms = linear.at(n)
+        except OverflowError:
+            ms = math.inf
+        if not 0.0 < ms < math.inf:
+            raise ProfileError(f"linear: expected finite milliseconds > 0 for 1 to {MOST_TOKENS:,} tokens, got {ms!r}")

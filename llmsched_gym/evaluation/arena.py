@@ -207,6 +207,8 @@ def read_constants(path: Path) -> tuple[Constants, ...]:
         raise ConfigError(f"tuned: cannot read {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise ConfigError(f"tuned: {path} is no TOML file: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"tuned: {path} is no TOML file: nested too deeply") from None
     entries = data.get("tuned")
     if not isinstance(entries, list):
         raise ConfigError(f"tuned: expected tables [[tuned]] in {path}")
