@@ -1,17 +1,20 @@
-"""Broken and hostile files for everything that reads one: traces, profiles, workloads, option files, policy folders.
+"""Broken and hostile files for whatever reads one: traces, profiles, workloads, suites, options, policy folders.
 
     python -m benchmarks.fuzz [--seconds 600] [--seed 0] [--atheris]
 
-Each case is a good file in which bytes, lines or values of its JSON are changed. It is read, or refused with one line
-of the reader's own error; anything else, or more than `HANG_S` seconds, is a finding, printed as JSON; its file is kept
-in ``out/fuzz``. Unpickling and running a process count as findings too. With ``--atheris`` (``pip install atheris``)
-that library changes the bytes, guided by the lines of our code that they reach, instead of our own changes.
+Each case is a good file in which bytes, lines or values are changed. It is read, as something that a run can go on
+with, or refused with one line of the reader's own error; anything else, or more than `HANG_S` seconds, is a finding,
+printed as JSON; its file is kept in ``out/fuzz``. Unpickling and running a process count as findings too. With
+``--atheris`` (``pip install atheris``) that library changes the bytes, guided by the lines of our code that they reach,
+instead of our own changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import os
 import pickle
 import random
@@ -27,8 +30,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import llmsched_gym
-from llmsched_gym.config import ConfigError
+from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.cost import ProfileError, load_profile
 from llmsched_gym.options_file import read_options
 from llmsched_gym.scheduler import PolicyError, make_scheduler
@@ -57,23 +62,78 @@ OPTIONS = {
 }
 
 
+SUITE_FILES = {
+    "suite.toml": 'base = "default"\nwhat = "bursts"\n[scenario]\narrivals = "gamma"\nburstiness = 0.5\n'
+    "qps_range = [1.0, 2.0]\npatience_s = 30.0\nmax_num_seqs = 64\n",
+    "replicas.toml": 'what = "two"\n[scenario]\nnum_replicas = 2\nreplica_profiles = ["rtx6000ada-mistral-7b"]\n'
+    "replica_failures = [[0, 1.0, 2.0]]\nrouter_staleness_s = 0.5\nprefix_caching = true\n",
+}
+VALUES = (
+    "nan",
+    "inf",
+    "-1",
+    "0",
+    "1e400",
+    "true",
+    '""',
+    '"x"',
+    "[]",
+    "[[[1]]]",
+    "{}",
+    "9223372036854775808",
+    "[" * 2000,
+)
+
+
+def _expect(is_valid: Any, what: str) -> None:
+    """A reader has let something through that no run can go on with."""
+    if not is_valid:
+        raise AssertionError(what)
+
+
 def _options(path: Path) -> Any:
     return read_options(path, ["policy", "qps", "seeds", "suite", "set"])
+
+
+def _trace(path: Path, on_invalid: Any = "raise") -> None:
+    trace = load_trace(path, on_invalid)
+    for tokens in (trace.prompt_tokens, trace.output_tokens):
+        _expect(len(tokens) > 0 and tokens.min() >= 1, "a request without tokens")
+    if trace.arrival_s is not None:
+        _expect(np.isfinite(trace.arrival_s).all() and (np.diff(trace.arrival_s) >= 0.0).all(), "times out of order")
+
+
+def _profile(path: Path) -> None:
+    profile = load_profile(path)
+    for chunks, contexts in (([(0, 512)], [1000] * 8), ([], [1])):
+        _expect(0.0 < profile.predict_s(chunks, contexts) < math.inf, "a batch that takes no time, or for ever")
+
+
+def _suite(path: Path) -> None:
+    found = scenario(str(path))
+    _expect(
+        type(found)(**found.to_dict()).to_dict() == found.to_dict(), "a suite that is another one when it is made again"
+    )
+
+
+def _policy(path: Path) -> None:
+    make_scheduler(f"{path.parent}/")
 
 
 def corpus() -> list[tuple[str, bytes, Callable[[Path], Any], Path | None]]:
     """Kind, good content, its reader, and the folder that it is a file of, where that is what is read."""
     found: list[tuple[str, bytes, Callable[[Path], Any], Path | None]] = []
     for name, text in TRACES.items():
-        found.append((name, text.encode(), load_trace, None))
-        found.append((name, text.encode(), lambda path: load_trace(path, "drop"), None))
+        found.append((name, text.encode(), _trace, None))
+        found.append((name, text.encode(), lambda path: _trace(path, "drop"), None))
     found += [(name, text.encode(), _options, None) for name, text in OPTIONS.items()]
-    found += [(path.name, path.read_bytes(), load_profile, None) for path in sorted((DATA / "profiles").glob("*.json"))]
+    found += [(path.name, path.read_bytes(), _profile, None) for path in sorted((DATA / "profiles").glob("*.json"))]
+    found += [(name, text.encode(), _suite, None) for name, text in SUITE_FILES.items()]
     workloads = sorted((DATA / "workloads").glob("*.json"))
     found += [(path.name, path.read_bytes(), lambda path: load_sessions(str(path)), None) for path in workloads]
     for folder in sorted(path for path in (DATA / "policies").iterdir() if path.is_dir()):
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            found.append((path.name, path.read_bytes(), lambda path: make_scheduler(f"{path.parent}/"), folder))
+            found.append((path.name, path.read_bytes(), _policy, folder))
     return found
 
 
@@ -85,10 +145,18 @@ def nodes(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from nodes(inner)
 
 
+def _json(content: bytes) -> Any:
+    """What the content says; None if it is no JSON."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
 def changed(content: bytes, name: str, draw: random.Random) -> bytes:
     """Good content with a few changes."""
-    if name.endswith(".json") and draw.random() < 0.7:
-        value = json.loads(content)
+    value = _json(content) if name.endswith(".json") and draw.random() < 0.7 else None
+    if value is not None:
         for _ in range(draw.randint(1, 3)):
             places = list(nodes(value)) if isinstance(value, dict | list) else []
             if not places:
@@ -97,12 +165,12 @@ def changed(content: bytes, name: str, draw: random.Random) -> bytes:
             if draw.random() < 0.15:
                 del holder[key]
             else:
-                holder[key] = draw.choice(HOSTILE)
+                holder[key] = copy.deepcopy(draw.choice(HOSTILE))  # which the next change may change
         return json.dumps(value).encode()
     data = bytearray(content)
     for _ in range(draw.randint(1, 6)):
         at = draw.randrange(len(data) + 1)
-        how = draw.randrange(6)
+        how = draw.randrange(7 if name.endswith(".toml") else 6)
         if how == 0:
             data[at : at + draw.choice((1, 8, 1000))] = b""
         elif how == 1:
@@ -113,6 +181,11 @@ def changed(content: bytes, name: str, draw: random.Random) -> bytes:
             data[min(at, len(data) - 1)] ^= 1 << draw.randrange(8)
         elif how == 4:
             data = data[:at]
+        elif how == 6:
+            lines = data.split(b"\n")
+            i = draw.randrange(len(lines))
+            lines[i] = lines[i].partition(b"=")[0] + b"= " + draw.choice(VALUES).encode()
+            data = bytearray(b"\n".join(lines))
         else:
             lines = data.split(b"\n")
             lines.insert(draw.randrange(len(lines) + 1), draw.choice(lines))
