@@ -6,6 +6,9 @@ batch unless a promised prompt would then be late. Prompts that cannot be on tim
 with `age`, have what the promised leave, and a share before them once they have waited so long. Predictions are
 corrected by how much longer than predicted batches have taken lately.
 
+With prefix caching they also wait while running requests fill much of the KV cache: what a late prompt takes are the
+contexts of sessions that are on time, whose next turns are late then, too, and so on until nothing is cached.
+
 Where the profile knows that decodes cost more beside a prompt (`mix=auto`), time decides: if the decodes and the
 prompts at hand take longer in one batch than in one each, decodes are put off while anything is promised, and prompts
 get a batch of their own, as long as the cap allows.
@@ -45,8 +48,9 @@ OWN = (
     Own("stretch", STRETCH, positive, "factor on predicted prefill times, > 0"),
     Own("age", math.inf, not_negative, "seconds since arrival >= 0, inf for no aging"),  # from then on, a share
     Own("mix", AUTO, MIXES.index, f"one of {', '.join(MIXES)}"),
+    Own("usage", 0.45, not_negative, "share of the KV cache, >= 0"),  # with prefix caching: with more in use they wait
 )
-QUIET, STRETCHED, AGE, MIX = range(len(OWN))
+QUIET, STRETCHED, AGE, MIX, USAGE = range(len(OWN))
 RESERVE_S = 0.3  # a promise with less slack is at risk; chosen on selection seeds of the drift suite, as `quiet` is
 # Of aging, chosen on the paper suite, seeds 2000-2019, 1.8 requests/s.
 AGED_SHARE = 0.4  # of the room behind urgent decodes, for prompts that have waited longer than `age`
@@ -75,7 +79,8 @@ def plan(lane):
     batch.margin = knobs.margin if apart or slack_s < RESERVE_S else math.nan
     if ages and lane.sim.kv_cache_usage > AGED_USAGE:
         batch.margin = math.nan
-    if knobs.hold and (ages or lane.sim.num_running > knobs.own[QUIET]):
+    is_full = lane.sim.prefix_caching and lane.sim.kv_cache_usage > knobs.own[USAGE]
+    if knobs.hold and (ages or is_full or lane.sim.num_running > knobs.own[QUIET]):
         batch.hold = HOLD_ALWAYS
 
 

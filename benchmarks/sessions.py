@@ -41,7 +41,7 @@ from llmsched_gym.scheduler import install
 from llmsched_gym.text import between, number, table
 from llmsched_gym.workload import RequestTable, make_table
 
-POLICIES = ("vllm-v1", "sarathi", "slai", "srpt-capped", "on-time", "learned")
+POLICIES = ("vllm-v1", "sarathi", "slai", "srpt-capped", "tuned-constant", "on-time", "learned")
 SHARES = (0.4, 0.6, 0.8, 1.0)
 MEMORIES = (1, 2, 4, 8)
 TRACE = "mooncake_conversation_first6000.jsonl.gz"

@@ -153,6 +153,17 @@ def test_a_quiet_engine_serves_the_hopeless():
             assert (running in run.step()) is expected
 
 
+@pytest.mark.parametrize(("caching", "blocks", "served"), [(True, 10, True), (True, 8, False), (False, 8, True)])
+def test_late_prompts_wait_for_a_full_cache_that_sessions_share(caching, blocks, served):
+    # one running request with four blocks: 0.4 or 0.5 of the cache, and 0.45 is what makes late prompts wait
+    rows = [request(prompt=60, output=9), request(0.001, prompt=16, output=1, ttft=0.001)]
+    run = Run("on-time", rows, device=LINEAR, prefix_caching=caching, num_kv_blocks=blocks)
+    run.step()
+    assert (1 in run.step()) is served
+    run.drain()
+    assert run.sim.num_finished == 2
+
+
 def test_late_prompts_go_by_age():
     rows = [request(prompt=400, output=1, ttft=0.01), request(0.001, prompt=300, output=1, ttft=0.01)]
     # without aging the shorter one overtakes
