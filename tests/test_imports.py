@@ -28,8 +28,7 @@ ORDER = (
     ("real_backend.sim2real",),
     ("real_backend.gpu_check",),
     ("paper",),
-    ("arena_command", "fit_command", "roofline_command", "reproduce", "watch_command"),
-    ("commands", "options_file"),
+    ("reproduce",),
     ("cli",),
     ("__main__",),
 )

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from llmsched_gym.cli import main
+from llmsched_gym.cli.options_file import read_options
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.files import encode
-from llmsched_gym.options_file import read_options
 
 PARAMETERS = ("policy", "suite", "router", "qps", "seeds", "first_seed", "num_requests", "as_json")
 

@@ -33,25 +33,25 @@ def _reproduce(name: str, args: list[str]) -> int:
 
 
 def _fit(name: str, args: list[str]) -> int:
-    function = importlib.import_module("llmsched_gym.fit_command").fit_command
+    function = importlib.import_module("llmsched_gym.cli.fit").fit_command
     code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
     return code
 
 
 def _roofline(name: str, args: list[str]) -> int:
-    function = importlib.import_module("llmsched_gym.roofline_command").roofline_command
+    function = importlib.import_module("llmsched_gym.cli.roofline").roofline_command
     code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
     return code
 
 
 def _arena(name: str, args: list[str]) -> int:
-    function = importlib.import_module("llmsched_gym.arena_command").arena_command
+    function = importlib.import_module("llmsched_gym.cli.arena").arena_command
     code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
     return code
 
 
 def _watch(name: str, args: list[str]) -> int:
-    function = importlib.import_module("llmsched_gym.watch_command").watch_command
+    function = importlib.import_module("llmsched_gym.cli.watch").watch_command
     code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
     return code
 

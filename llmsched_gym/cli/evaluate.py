@@ -1,0 +1,121 @@
+"""`llmsched evaluate`: policies on the same requests, at each rate and seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmsched_gym.cli import options as opt
+from llmsched_gym.cli.reports import report
+from llmsched_gym.cli.values import places_of, read_numbers, scenario_of, split_policies
+from llmsched_gym.config import ClusterScenario, ConfigError
+from llmsched_gym.report import console, terminal
+
+
+def evaluate(
+    policy: opt.Policy,
+    suite: opt.SuiteName = "default",
+    router: opt.Routers = None,
+    replicas: Annotated[int | None, typer.Option(help="Number of equal replicas; default: the suite's.")] = None,
+    staleness: Annotated[float | None, typer.Option(help="Seconds between two reports of a replica; 0: none.")] = None,
+    profile: opt.Profile = None,
+    workload: opt.Workload = None,
+    trace: opt.TraceFile = None,
+    trace_arrivals: opt.TraceArrivals = None,
+    trace_invalid: opt.TraceInvalid = None,
+    qps: Annotated[
+        str | None,
+        typer.Option(help="Arrival rates, 1/s, of requests or sessions, separated by commas; else the suite's."),
+    ] = None,
+    num_requests: opt.NumRequests = None,
+    seeds: opt.Seeds = 20,
+    first_seed: opt.FirstSeed = 0,
+    strict_share: opt.StrictShare = None,
+    ttft_slo: opt.TtftSlo = None,
+    tbt_slo: opt.TbtSlo = None,
+    jitter: opt.Jitter = None,
+    patience: opt.Patience = None,
+    cost_scale: opt.CostScale = None,
+    length_hint: opt.LengthHint = None,
+    tbt_rule: opt.TbtRule = None,
+    backend: opt.BackendName = None,
+    model: opt.Model = None,
+    count_host_time: opt.CountHostTime = False,
+    allow_refusal: opt.AllowRefusal = False,
+    prefix_caching: opt.PrefixCaching = None,
+    set_: opt.Set = None,
+    workers: opt.Workers = None,
+    ray: opt.OnRay = False,
+    ray_address: opt.RayAddress = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the tables and a report.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="Of a single run: its batches and requests as a trace for ui.perfetto.dev.")
+    ] = None,
+    no_bound: Annotated[bool, typer.Option("--no-bound", help="With --out, leave the clairvoyant bound out.")] = False,
+    config: opt.OptionsFile = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Run policies on the same requests, at each rate and seed; with --out, also shortest-total for a bound."""
+    world = scenario_of(locals())
+    rates = None if qps is None else read_numbers("qps", qps)
+    from llmsched_gym.evaluation import cluster_capacity as clusters
+    from llmsched_gym.evaluation.grid import evaluate as run
+    from llmsched_gym.evaluation.spread import where
+    from llmsched_gym.report.bounds import with_bound
+
+    named = split_policies(policy)
+    for name, given in (("router", router), ("replicas", replicas), ("staleness", staleness)):
+        if given is not None and not isinstance(world, ClusterScenario):
+            raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
+    if isinstance(world, ClusterScenario):
+        routers_named = split_policies([world.router if router is None else router], "router")
+        named = clusters.pairs(routers_named, named)
+        world = world if replicas is None else clusters.with_replicas(world, replicas)
+        world = world if staleness is None else world.replace(router_staleness_s=staleness)
+    if perfetto is not None:
+        from llmsched_gym.evaluation.perfetto import claim_trace
+
+        claim_trace(perfetto)
+        if len(named) != 1 or seeds != 1 or (rates is not None and len(rates) != 1):
+            raise ConfigError("perfetto: expected one policy, one rate and --seeds 1, got several runs")
+        if isinstance(world, ClusterScenario) or world.backend != "simulated" or world.async_lag:
+            raise ConfigError("perfetto: expected one simulated engine without async_lag")
+    bounded = out is not None and not no_bound and world.backend == "simulated"
+    bounded = bounded and not isinstance(world, ClusterScenario)
+    chosen = with_bound(named) if bounded else named
+    with places_of(locals()) as places, console.progress_bar("runs", where(places)) as progress:
+        rows = run(
+            world,
+            chosen,
+            qps=rates,
+            seeds=seeds,
+            first_seed=first_seed,
+            workers=places,
+            out=out,
+            progress=progress,
+        )
+    if perfetto is not None:
+        from llmsched_gym.evaluation.grid import finite
+        from llmsched_gym.evaluation.perfetto import write_trace
+        from llmsched_gym.evaluation.record import record
+
+        one = finite(world) if rates is None else finite(world).replace(qps=rates[0])
+        write_trace(record(one, named[0], first_seed), perfetto)
+        console.remark(f"wrote {perfetto}; open it at ui.perfetto.dev")
+    try:
+        if out is not None:
+            from llmsched_gym.evaluation.lives import write_lives
+
+            write_lives(out, world)
+            report([out])
+    finally:
+        if as_json:
+            console.print_rows(rows)
+        else:
+            for table in terminal.comparison(rows):
+                console.print_table(table)
+    if chosen != named:
+        note = f"{chosen[-1]} ran too: a bound that knows every output length (--no-bound leaves it out)"
+        console.remark(note)
