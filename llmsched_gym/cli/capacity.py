@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from llmsched_gym.cli import options as opt
 from llmsched_gym.cli.reports import report
 from llmsched_gym.cli.values import places_of, read_numbers, read_whole_numbers, scenario_of, split_policies
@@ -19,46 +17,38 @@ def capacity(
     policy: opt.Policy,
     criterion: Annotated[
         str,
-        typer.Option(
-            help="What must hold, in quotes: ttft.p99<=2,itl.strict.p99<=0.1,attainment>=0.95 (seconds, shares), or "
-            "ttft-median, paper, serve-all:X; docs/paths/device.md has all."
+        opt.option(
+            group=opt.RUNS,
+            help="What must hold, in quotes: ttft.p99<=2, itl.strict.p99<=0.1, attainment>=0.95 (seconds, shares), "
+            "with commas between several; or ttft-median, paper, serve-all:X; docs/paths/device.md has all.",
         ),
     ],
-    suite: opt.SuiteName = "default",
-    profile: opt.Profile = None,
-    workload: opt.Workload = None,
-    trace: opt.TraceFile = None,
-    trace_arrivals: opt.TraceArrivals = None,
-    trace_invalid: opt.TraceInvalid = None,
+    in_world: opt.World,
+    clients: opt.Clients,
+    engine: opt.Engine,
+    at: opt.Places,
     qps: Annotated[
         str | None,
-        typer.Option(help="Lowest and highest rate searched, 1/s; else 0.1,16, further where the fluid capacity is."),
+        opt.option(
+            group=opt.RUNS,
+            help="Lowest and highest rate searched, 1/s; else 0.1,16, further where the fluid capacity is.",
+        ),
     ] = None,
-    router: opt.Routers = None,
-    replicas: Annotated[str | None, typer.Option(help="Numbers of equal replicas; default: the suite's.")] = None,
     num_requests: opt.NumRequests = None,
     seeds: opt.Seeds = 20,
     first_seed: opt.FirstSeed = 0,
-    strict_share: opt.StrictShare = None,
-    ttft_slo: opt.TtftSlo = None,
-    tbt_slo: opt.TbtSlo = None,
-    jitter: opt.Jitter = None,
-    patience: opt.Patience = None,
-    cost_scale: opt.CostScale = None,
-    length_hint: opt.LengthHint = None,
-    tbt_rule: opt.TbtRule = None,
-    allow_refusal: opt.AllowRefusal = False,
-    prefix_caching: opt.PrefixCaching = None,
-    set_: opt.Set = None,
-    workers: opt.Workers = None,
-    ray: opt.OnRay = False,
-    ray_address: opt.RayAddress = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for capacity-CRITERION.json and a report.")] = None,
-    config: opt.OptionsFile = None,
+    router: opt.Routers = None,
+    replicas: Annotated[
+        str | None, opt.option(group=opt.RUNS, help="Numbers of equal replicas; default: the suite's.")
+    ] = None,
+    out: Annotated[
+        Path | None, opt.option(group=opt.OUTPUT, help="Folder for capacity-CRITERION.json and a report.")
+    ] = None,
     as_json: opt.AsJson = False,
+    config: opt.OptionsFile = None,
 ) -> None:
     """Find the largest arrival rate at which each policy meets a criterion."""
-    world = scenario_of(locals())
+    world = scenario_of(in_world, clients, config, engine, num_requests=num_requests)
     bounds = None if qps is None else read_numbers("qps", qps)
     if bounds is not None and (len(bounds) != 2 or not bounds[0] < bounds[1]):
         raise ConfigError(f"qps: expected the lowest and the highest rate, LOW,HIGH, got {qps!r}")
@@ -71,7 +61,8 @@ def capacity(
     rates = None if bounds is None else (bounds[0], bounds[1])
     settings: dict[str, Any] = {"seeds": seeds, "first_seed": first_seed, "out": out}
     labels: list[str] = []
-    with places_of(locals()) as places, console.progress_bar("runs", where(places)) as progress:
+    names = [*policy, *([router] if router else [])]
+    with places_of(at, names, in_world, engine) as places, console.progress_bar("runs", where(places)) as progress:
         settings |= {"workers": places, "progress": progress}
         if isinstance(world, ClusterScenario):
             numbers = [world.num_replicas] if replicas is None else read_whole_numbers("replicas", replicas)
@@ -82,7 +73,7 @@ def capacity(
             labels = [f"{item.policy} on {n}" if len(numbers) > 1 else item.policy for n, item in several]
         elif router is not None or replicas is not None:
             name = "router" if router is not None else "replicas"
-            raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
+            raise ConfigError(f"{name}: expected a suite of several replicas, got {in_world.suite!r}")
         else:
             judged_by(criterion)  # before the fluid capacity takes its time
             qps_range = rates or clusters.searched_rates(world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +11,7 @@ import typer
 from llmsched_gym.cli import capacity, evaluate, lists, replay, reports, serve_bench, traces
 from llmsched_gym.cli.endings import INTERRUPTED, explain, fail, interrupted, interrupts, remarks
 from llmsched_gym.cli.passed_on import add_commands
+from llmsched_gym.help_text import GroupedCommand, epilog, grouped
 from llmsched_gym.report import console
 
 ENV_PREFIX = "LLMSCHED"
@@ -45,28 +46,28 @@ def options_of_all(
     console.quiet = quiet
 
 
-EXAMPLES = {
-    "evaluate": "llmsched evaluate --policy slai,sarathi --qps 1.4,1.8 --out out/mine",
-    "capacity": "llmsched capacity --policy slai --criterion 'ttft.p99<=2,attainment>=0.95'",
-}
+COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (
+    (evaluate.evaluate, ("llmsched evaluate --policy slai,sarathi --qps 1.4,1.8 --out out/mine",)),
+    (capacity.capacity, ("llmsched capacity --policy slai --criterion 'ttft.p99<=2,attainment>=0.95'",)),
+    (lists.policies, ("llmsched policies --json",)),
+    (lists.routers, ("llmsched routers",)),
+    (lists.suites, ("llmsched suites",)),
+    (lists.suite, ("llmsched suite default > my.toml",)),
+    (lists.workloads, ("llmsched workloads",)),
+    (lists.profiles, ("llmsched profiles",)),
+    (traces.trace, ("llmsched trace trace.csv --plot trace.png",)),
+    (replay.replay, ("llmsched replay run.csv --profile rtx6000ada-mistral-7b --max-error 0.2",)),
+    (
+        serve_bench.serve_bench,
+        ("llmsched serve-bench --url http://localhost:8000 --label vllm --qps 2,4 --seeds 3 --out out/server",),
+    ),
+    (reports.report, ("llmsched report out/mine", "llmsched report out/mine out/other --out out/both")),
+    (reports.bench, ("llmsched bench --quick --json",)),
+)
+"""Commands in the order of help, with examples."""
 
-for function in (
-    evaluate.evaluate,
-    capacity.capacity,
-    lists.policies,
-    lists.routers,
-    lists.suites,
-    lists.suite,
-    lists.workloads,
-    lists.profiles,
-    traces.trace,
-    replay.replay,
-    serve_bench.serve_bench,
-    reports.report,
-    reports.bench,
-):
-    name = function.__name__.replace("_", "-")
-    app.command(name, epilog=f"\b\nExample:\n  {EXAMPLES[name]}" if name in EXAMPLES else None)(function)
+for function, lines in COMMANDS:
+    app.command(function.__name__.replace("_", "-"), cls=GroupedCommand, epilog=epilog(*lines))(grouped(function))
 app.add_typer(traces.workload_app, name="workload")
 add_commands(app)
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     extra: dict[str, Any] = {"auto_envvar_prefix": ENV_PREFIX}
     with interrupts() as seen, remarks():
         try:
-            code = _command_line().main(args=argv, prog_name="llmsched", standalone_mode=False, **extra)
+            code = typer_group().main(args=argv, prog_name="llmsched", standalone_mode=False, **extra)
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except Exception as error:
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _command_line() -> Any:
+def typer_group() -> Any:
     """All commands; their help does not say at each option which variable of the environment it has."""
     group: Any = typer.main.get_command(app)
     for command in (group, *group.commands.values()):

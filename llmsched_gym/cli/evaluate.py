@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from llmsched_gym.cli import options as opt
 from llmsched_gym.cli.reports import report
 from llmsched_gym.cli.values import places_of, read_numbers, scenario_of, split_policies
@@ -16,49 +14,48 @@ from llmsched_gym.report import console, terminal
 
 def evaluate(
     policy: opt.Policy,
-    suite: opt.SuiteName = "default",
-    router: opt.Routers = None,
-    replicas: Annotated[int | None, typer.Option(help="Number of equal replicas; default: the suite's.")] = None,
-    staleness: Annotated[float | None, typer.Option(help="Seconds between two reports of a replica; 0: none.")] = None,
-    profile: opt.Profile = None,
-    workload: opt.Workload = None,
-    trace: opt.TraceFile = None,
-    trace_arrivals: opt.TraceArrivals = None,
-    trace_invalid: opt.TraceInvalid = None,
-    qps: Annotated[
-        str | None,
-        typer.Option(help="Arrival rates, 1/s, of requests or sessions, separated by commas; else the suite's."),
-    ] = None,
+    in_world: opt.World,
+    clients: opt.Clients,
+    engine: opt.Engine,
+    at: opt.Places,
+    qps: opt.Qps = None,
     num_requests: opt.NumRequests = None,
     seeds: opt.Seeds = 20,
     first_seed: opt.FirstSeed = 0,
-    strict_share: opt.StrictShare = None,
-    ttft_slo: opt.TtftSlo = None,
-    tbt_slo: opt.TbtSlo = None,
-    jitter: opt.Jitter = None,
-    patience: opt.Patience = None,
-    cost_scale: opt.CostScale = None,
-    length_hint: opt.LengthHint = None,
-    tbt_rule: opt.TbtRule = None,
-    backend: opt.BackendName = None,
-    model: opt.Model = None,
-    count_host_time: opt.CountHostTime = False,
-    allow_refusal: opt.AllowRefusal = False,
-    prefix_caching: opt.PrefixCaching = None,
-    set_: opt.Set = None,
-    workers: opt.Workers = None,
-    ray: opt.OnRay = False,
-    ray_address: opt.RayAddress = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the tables and a report.")] = None,
-    perfetto: Annotated[
-        Path | None, typer.Option(help="Of a single run: its batches and requests as a trace for ui.perfetto.dev.")
+    router: opt.Routers = None,
+    replicas: Annotated[
+        int | None, opt.option(group=opt.RUNS, help="Number of equal replicas; default: the suite's.")
     ] = None,
-    no_bound: Annotated[bool, typer.Option("--no-bound", help="With --out, leave the clairvoyant bound out.")] = False,
-    config: opt.OptionsFile = None,
+    staleness: Annotated[
+        float | None, opt.option(group=opt.RUNS, help="Seconds between two reports of a replica; 0: none.")
+    ] = None,
+    backend: Annotated[
+        str | None,
+        opt.option(group=opt.ENGINE, help="What executes batches: simulated, or a real model: transformers or vllm."),
+    ] = None,
+    model: Annotated[
+        str | None, opt.option(group=opt.ENGINE, help="With transformers: a folder, a hub id, random:tiny.")
+    ] = None,
+    count_host_time: Annotated[
+        bool,
+        opt.option(
+            "--count-host-time", group=opt.ENGINE, help="With transformers: let the scheduler's own time count."
+        ),
+    ] = False,
+    out: Annotated[Path | None, opt.option(group=opt.OUTPUT, help="Folder for the tables and a report.")] = None,
+    perfetto: Annotated[
+        Path | None,
+        opt.option(group=opt.OUTPUT, help="Of a single run: its batches and requests as a trace for ui.perfetto.dev."),
+    ] = None,
+    no_bound: Annotated[
+        bool, opt.option("--no-bound", group=opt.OUTPUT, help="With --out, leave the clairvoyant bound out.")
+    ] = False,
     as_json: opt.AsJson = False,
+    config: opt.OptionsFile = None,
 ) -> None:
     """Run policies on the same requests, at each rate and seed; with --out, also shortest-total for a bound."""
-    world = scenario_of(locals())
+    more = {"num_requests": num_requests, "backend": backend, "model": model, "count_host_time": count_host_time}
+    world = scenario_of(in_world, clients, config, engine, **more)
     rates = None if qps is None else read_numbers("qps", qps)
     from llmsched_gym.evaluation import cluster_capacity as clusters
     from llmsched_gym.evaluation.grid import evaluate as run
@@ -68,7 +65,7 @@ def evaluate(
     named = split_policies(policy)
     for name, given in (("router", router), ("replicas", replicas), ("staleness", staleness)):
         if given is not None and not isinstance(world, ClusterScenario):
-            raise ConfigError(f"{name}: expected a suite of several replicas, got {suite!r}")
+            raise ConfigError(f"{name}: expected a suite of several replicas, got {in_world.suite!r}")
     if isinstance(world, ClusterScenario):
         routers_named = split_policies([world.router if router is None else router], "router")
         named = clusters.pairs(routers_named, named)
@@ -85,7 +82,8 @@ def evaluate(
     bounded = out is not None and not no_bound and world.backend == "simulated"
     bounded = bounded and not isinstance(world, ClusterScenario)
     chosen = with_bound(named) if bounded else named
-    with places_of(locals()) as places, console.progress_bar("runs", where(places)) as progress:
+    names = [*policy, *([router] if router else [])]
+    with places_of(at, names, in_world, engine) as places, console.progress_bar("runs", where(places)) as progress:
         rows = run(
             world,
             chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,61 +11,92 @@ import typer
 from llmsched_gym.cli.options_file import read_options
 from llmsched_gym.config import CLUSTER_SUITES, SUITES
 
+RUNS, ENGINE, OUTPUT = "What runs", "The engine", "Output"  # groups of help that single options join
+
+
+def option(*names: str, **more: Any) -> Any:
+    """typer's option; `group` is the heading of help under which it stands."""
+    return typer.Option(*names, rich_help_panel=more.pop("group", None), **more)
+
+
 Policy = Annotated[
-    list[str], typer.Option(metavar="P1,P2,...", help="Names, module:Class or folders, separated by commas.")
+    list[str], option(metavar="P1,P2,...", group=RUNS, help="Names, module:Class or folders, separated by commas.")
 ]
-SuiteName = Annotated[
-    str, typer.Option(help=f"One of {', '.join((*SUITES, *CLUSTER_SUITES))}, or a TOML file (llmsched suite).")
+Qps = Annotated[
+    str | None,
+    option(group=RUNS, help="Arrival rates, 1/s, of requests or sessions, separated by commas; else the suite's."),
 ]
+NumRequests = Annotated[int | None, option(group=RUNS, help="Measured requests of a run (2000).")]
+Seeds = Annotated[int, option(group=RUNS, help="Number of seeds.")]
+FirstSeed = Annotated[int, option(group=RUNS, help="The first seed.")]
 Routers = Annotated[
     str | None,
-    typer.Option("--router", metavar="R1,R2,...", help="Routers, each with every policy, on a suite of replicas."),
+    option("--router", metavar="R1,R2,...", group=RUNS, help="Routers, each with every policy, of several replicas."),
 ]
-Profile = Annotated[str | None, typer.Option(help="Cost profile: a name or a JSON file.")]
-Workload = Annotated[str | None, typer.Option(help="Fitted workload: a name or a JSON file.")]
-TraceFile = Annotated[str | None, typer.Option(help="Trace file that replaces the workload.")]
-TraceArrivals = Annotated[
-    str | None,
-    typer.Option(
-        help="With a trace: keep its times (the default where it has some), or poisson, gamma, mmpp, switching."
-    ),
-]
-TraceInvalid = Annotated[str | None, typer.Option(help="Rows of a trace that break a rule: raise, or drop.")]
-NumRequests = Annotated[int | None, typer.Option(help="Measured requests of a run (2000).")]
-Seeds = Annotated[int, typer.Option(help="Number of seeds.")]
-FirstSeed = Annotated[int, typer.Option(help="The first seed.")]
-StrictShare = Annotated[float | None, typer.Option(help="Share of strict users, 0 to 1.")]
-TtftSlo = Annotated[
-    str | None, typer.Option(metavar="S[,T]", help="TTFT SLO: seconds, and seconds a prompt token (0).")
-]
-TbtSlo = Annotated[
-    str | None, typer.Option(metavar="S[,S]", help="SLO of gaps between tokens, seconds: of strict users, of others.")
-]
-Jitter = Annotated[float | None, typer.Option(help="Sigma of the log-normal factor on batch times.")]
-Patience = Annotated[float | None, typer.Option(help="Lateness at which a client leaves, seconds; inf: never.")]
-CostScale = Annotated[float | None, typer.Option(help="Hidden factor on batch times.")]
-LengthHint = Annotated[str | None, typer.Option(help="Output length told to policies: none, noisy:SIGMA, oracle.")]
-TbtRule = Annotated[str | None, typer.Option(help="every-gap, fraction:X, deadline or mean.")]
-BackendName = Annotated[
-    str | None,
-    typer.Option("--backend", help="What executes batches: simulated, or a real model: transformers or vllm."),
-]
-Model = Annotated[str | None, typer.Option(help="With transformers: a folder, a hub id, random:tiny.")]
-CountHostTime = Annotated[
-    bool, typer.Option("--count-host-time", help="With transformers: let the scheduler's own time count.")
-]
-PrefixCaching = Annotated[
-    bool | None,
-    typer.Option("--prefix-caching/--no-prefix-caching", help="Whether requests share KV blocks of equal beginnings."),
-]
-AllowRefusal = Annotated[bool, typer.Option("--allow-refusal", help="Let policies refuse requests.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of the scenario.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")]
-OnRay = Annotated[bool, typer.Option("--ray", help="Run on a Ray started here, of --workers processes.")]
-RayAddress = Annotated[
-    str | None, typer.Option("--ray-address", metavar="A", help="Run on the Ray cluster at this address.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@dataclass(frozen=True)
+class World:
+    """The world."""
+
+    suite: Annotated[
+        str, option(help=f"One of {', '.join((*SUITES, *CLUSTER_SUITES))}, or a TOML file (llmsched suite).")
+    ] = "default"
+    workload: Annotated[str | None, option(help="Fitted workload: a name or a JSON file.")] = None
+    trace: Annotated[str | None, option(help="Trace file that replaces the workload.")] = None
+    trace_arrivals: Annotated[
+        str | None,
+        option(help="With a trace: keep its times (usual where it has some), or poisson, gamma, mmpp, switching."),
+    ] = None
+    trace_invalid: Annotated[str | None, option(help="Rows of a trace that break a rule: raise, or drop.")] = None
+    set_: Annotated[
+        list[str] | None, option("--set", metavar="FIELD=VALUE", help="Any other field of the scenario.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class Clients:
+    """What clients expect."""
+
+    strict_share: Annotated[float | None, option(help="Share of strict users, 0 to 1.")] = None
+    ttft_slo: Annotated[
+        str | None, option(metavar="S[,T]", help="TTFT SLO: seconds, and seconds a prompt token (0).")
+    ] = None
+    tbt_slo: Annotated[
+        str | None, option(metavar="S[,S]", help="SLO of gaps between tokens, seconds: of strict users, of others.")
+    ] = None
+    tbt_rule: Annotated[str | None, option(help="every-gap, fraction:X, deadline or mean.")] = None
+    patience: Annotated[float | None, option(help="Lateness at which a client leaves, seconds; inf: never.")] = None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The engine."""
+
+    profile: Annotated[str | None, option(help="Cost profile: a name or a JSON file.")] = None
+    jitter: Annotated[float | None, option(help="Sigma of the log-normal factor on batch times.")] = None
+    cost_scale: Annotated[float | None, option(help="Hidden factor on batch times.")] = None
+    length_hint: Annotated[str | None, option(help="Output length told to policies: none, noisy:SIGMA, oracle.")] = None
+    allow_refusal: Annotated[bool, option("--allow-refusal", help="Let policies refuse requests.")] = False
+    prefix_caching: Annotated[
+        bool | None,
+        option("--prefix-caching/--no-prefix-caching", help="Whether requests share KV blocks of equal beginnings."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where it runs."""
+
+    workers: Annotated[int | None, option(min=1, help="Processes; one per core unless given.")] = None
+    ray: Annotated[bool, option("--ray", help="Run on a Ray started here, of --workers processes.")] = False
+    ray_address: Annotated[
+        str | None, option("--ray-address", metavar="A", help="Run on the Ray cluster at this address.")
+    ] = None
+
+
+TraceInvalid = Annotated[str | None, option(help="Rows of a trace that break a rule: raise, or drop.")]
+AsJson = Annotated[bool, option("--json", group=OUTPUT, help="Print JSON.")]
 
 
 def _take_file(context: typer.Context, path: Path | None) -> Any:

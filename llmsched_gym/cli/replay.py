@@ -17,18 +17,34 @@ from llmsched_gym.report import console
 
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="CSV of request times, or JSON of vllm bench serve.")],
-    profile: Annotated[str, typer.Option(help="Cost profile: a name or a JSON file.")],
-    policy: Annotated[str, typer.Option(help="What served the run: a name, module:Class or a folder.")] = "vllm-v1",
-    max_num_seqs: Annotated[int | None, typer.Option(help="Requests that may run at once (the profile's).")] = None,
-    max_num_batched_tokens: Annotated[
-        int | None, typer.Option(help="Tokens in a batch, and vllm-v1's budget (vLLM's on the profile's device).")
+    profile: Annotated[str, typer.Option(rich_help_panel="The simulator", help="Cost profile: a name or a JSON file.")],
+    policy: Annotated[
+        str,
+        typer.Option(rich_help_panel="The simulator", help="What served the run: a name, module:Class or a folder."),
+    ] = "vllm-v1",
+    max_num_seqs: Annotated[
+        int | None, typer.Option(rich_help_panel="The simulator", help="Requests that may run at once (the profile's).")
     ] = None,
-    kv_blocks: Annotated[int | None, typer.Option(help="Usable KV blocks of 16 tokens (the profile's).")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel="The simulator",
+            help="Tokens in a batch, and vllm-v1's budget (vLLM's on the profile's device).",
+        ),
+    ] = None,
+    kv_blocks: Annotated[
+        int | None, typer.Option(rich_help_panel="The simulator", help="Usable KV blocks of 16 tokens (the profile's).")
+    ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(help="Exit with 1 if the mean of TTFT, TPOT or E2E is off by more than this fraction."),
+        typer.Option(
+            rich_help_panel="Output",
+            help="Exit with 1 if the mean of TTFT, TPOT or E2E is off by more than this fraction.",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for requests.csv and replay.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(rich_help_panel="Output", help="Folder for requests.csv and replay.png.")
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Compare a measured serving run with the simulator, request by request."""

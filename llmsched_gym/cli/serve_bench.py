@@ -7,58 +7,55 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from llmsched_gym.cli import options as opt
 from llmsched_gym.cli.reports import report
 from llmsched_gym.cli.values import read_numbers, scenario_of
 from llmsched_gym.config import ConfigError
 from llmsched_gym.report import console, terminal
 
+SERVER = "The server"  # a group of help
+
 
 def serve_bench(
-    label: Annotated[str, typer.Option(help="What the server is called in rows and reports, where policies are.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results of all labels, and the report.")],
-    url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, http://HOST:PORT.")] = None,
+    *,
+    label: Annotated[
+        str, opt.option(group=SERVER, help="What the server is called in rows and reports, where policies are.")
+    ],
+    in_world: opt.World,
+    clients: opt.Clients,
+    url: Annotated[str | None, opt.option(group=SERVER, help="An OpenAI-compatible server, http://HOST:PORT.")] = None,
     saved: Annotated[
-        Path | None, typer.Option(metavar="JSON", help="Instead of a server: a result of vllm bench serve.")
+        Path | None,
+        opt.option(group=SERVER, metavar="JSON", help="Instead of a server: a result of vllm bench serve."),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model's name at the server (the first it lists).")] = None,
-    suite: opt.SuiteName = "default",
-    workload: opt.Workload = None,
-    trace: opt.TraceFile = None,
-    trace_arrivals: opt.TraceArrivals = None,
-    trace_invalid: opt.TraceInvalid = None,
-    qps: Annotated[
+    model: Annotated[
+        str | None, opt.option(group=SERVER, help="The model's name at the server (the first it lists).")
+    ] = None,
+    api_key_env: Annotated[
         str | None,
-        typer.Option(help="Arrival rates, 1/s, of requests or sessions, separated by commas; else the suite's."),
+        opt.option(group=SERVER, metavar="NAME", help="Environment variable that holds the server's API key."),
     ] = None,
+    send_slos: Annotated[
+        bool, opt.option("--send-slos", group=SERVER, help="Tell the server each request's SLOs, as vllm_xargs.")
+    ] = False,
+    check_metrics: Annotated[
+        bool,
+        opt.option("--check-metrics", group=SERVER, help="Compare TTFT and ITL with the histograms at /metrics."),
+    ] = False,
+    logprobs: Annotated[
+        bool,
+        opt.option("--logprobs", group=SERVER, help="Ask for logprobs, where only they tell tokens of a chunk."),
+    ] = False,
+    qps: opt.Qps = None,
     num_requests: opt.NumRequests = None,
     seeds: opt.Seeds = 5,
     first_seed: opt.FirstSeed = 0,
-    strict_share: opt.StrictShare = None,
-    ttft_slo: opt.TtftSlo = None,
-    tbt_slo: opt.TbtSlo = None,
-    patience: opt.Patience = None,
-    tbt_rule: opt.TbtRule = None,
-    set_: opt.Set = None,
-    send_slos: Annotated[
-        bool, typer.Option("--send-slos", help="Tell the server each request's SLOs, as vllm_xargs.")
-    ] = False,
-    check_metrics: Annotated[
-        bool, typer.Option("--check-metrics", help="Compare TTFT and ITL with the histograms at /metrics.")
-    ] = False,
-    logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Ask for logprobs, where only they tell tokens of a chunk.")
-    ] = False,
-    api_key_env: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the server's API key.")
-    ] = None,
-    config: opt.OptionsFile = None,
+    out: Annotated[Path, opt.option(group=opt.OUTPUT, help="Folder for the results of all labels, and the report.")],
     as_json: opt.AsJson = False,
+    config: opt.OptionsFile = None,
 ) -> None:
     """Offer a running server the requests that evaluate draws, and report on it in the same form."""
-    world = scenario_of({name: value for name, value in locals().items() if name != "model"})
+    world = scenario_of(in_world, clients, config, num_requests=num_requests)
     rates = None if qps is None else read_numbers("qps", qps)
     if (url is None) == (saved is None):
         raise ConfigError("url: expected one of --url and --saved")

@@ -10,6 +10,7 @@ import typer
 
 from llmsched_gym.cli import options as opt
 from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.help_text import GroupedCommand, epilog
 from llmsched_gym.report import console, terminal
 
 
@@ -48,7 +49,11 @@ def _workload() -> None:
     pass
 
 
-@workload_app.command("fit")
+@workload_app.command(
+    "fit",
+    cls=GroupedCommand,
+    epilog=epilog("llmsched workload fit trace.csv --out mine.json --suite my.toml"),
+)
 def workload_fit(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace, or a folder of ServeGen's clients.")],
     out: Annotated[Path, typer.Option(metavar="FILE.json", help="The workload file to write.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from llmsched_gym.cli import options as opt
 from llmsched_gym.config import ConfigError, Scenario, scenario, split_names
 
 
@@ -19,29 +21,34 @@ def split_policies(texts: Sequence[str], what: str = "policy") -> list[str]:
     return names
 
 
-def scenario_of(options: dict[str, Any]) -> Scenario:
-    """The suite's scenario with the fields that were given."""
-    if options["trace"] is not None and options["workload"] is not None:
+def scenario_of(
+    world: opt.World, clients: opt.Clients, config: Any, engine: opt.Engine | None = None, **more: Any
+) -> Scenario:
+    """The suite's scenario with the fields that were given.
+
+    Args:
+        world, clients, engine: options of the command line.
+        config: fields that the file of --config has, FIELD=VALUE; what was given apart counts before them.
+        more: fields by name, None where they were not given.
+    """
+    if world.trace is not None and world.workload is not None:
         raise ConfigError("workload: expected one of --workload and --trace, got both")
+    given = dataclasses.asdict(world) | dataclasses.asdict(clients) | more
+    given |= {} if engine is None else dataclasses.asdict(engine)
     for name in ("trace_arrivals", "trace_invalid"):
-        if options["trace"] is None and options[name] is not None:
+        if world.trace is None and given[name] is not None:
             raise ConfigError(f"{name}: needs --trace")
-    names = (
-        "profile workload trace trace_arrivals trace_invalid num_requests strict_share jitter cost_scale length_hint"
-    )
-    names += " tbt_rule backend model prefix_caching"
-    fields = _parsed_fields(options["config"] or [])
-    fields |= {name: options[name] for name in names.split() if options.get(name) is not None}
-    if options["patience"] is not None:
-        fields["patience_s"] = options["patience"]
-    if options["ttft_slo"] is not None:
-        fields["ttft_slo_s"], fields["ttft_slo_per_token_s"] = _one_or_two("ttft_slo", options["ttft_slo"], 0.0)
-    if options["tbt_slo"] is not None:
-        fields["strict_tbt_slo_s"], fields["relaxed_tbt_slo_s"] = _one_or_two("tbt_slo", options["tbt_slo"])
-    for name in ("allow_refusal", "count_host_time"):
-        if options.get(name):
-            fields[name] = True
-    return scenario(options["suite"], **fields | _parsed_fields(options["set_"] or []))
+    for name in ("allow_refusal", "count_host_time"):  # a flag that was not given leaves what the suite says
+        given[name] = given.get(name) or None
+    given["patience_s"] = clients.patience
+    if clients.ttft_slo is not None:
+        given["ttft_slo_s"], given["ttft_slo_per_token_s"] = _one_or_two("ttft_slo", clients.ttft_slo, 0.0)
+    if clients.tbt_slo is not None:
+        given["strict_tbt_slo_s"], given["relaxed_tbt_slo_s"] = _one_or_two("tbt_slo", clients.tbt_slo)
+    for name in ("suite", "set_", "patience", "ttft_slo", "tbt_slo"):
+        del given[name]
+    fields = _parsed_fields(config or []) | {name: value for name, value in given.items() if value is not None}
+    return scenario(world.suite, **fields | _parsed_fields(world.set_ or []))
 
 
 def _parsed_fields(texts: Sequence[str]) -> dict[str, Any]:
@@ -62,14 +69,16 @@ def _parsed_fields(texts: Sequence[str]) -> dict[str, Any]:
     return fields
 
 
-def places_of(options: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Where the runs of a command take place, with the files that its options name."""
+def places_of(
+    places: opt.Places, names: Sequence[str], world: opt.World, engine: opt.Engine
+) -> AbstractContextManager[Any]:
+    """Where the runs of a command take place, with the files that policies, routers and other options name."""
     from llmsched_gym.evaluation.spread import choose
 
-    files = split_names([*options["policy"], *([options["router"]] if options["router"] else [])])
-    files += [str(options[name]) for name in ("profile", "workload", "trace") if options[name] is not None]
-    files += [text.partition("=")[2] for text in options["set_"] or ()]
-    return choose(options["workers"], options["ray"], options["ray_address"], files)
+    files = split_names(names)
+    files += [str(name) for name in (engine.profile, world.workload, world.trace) if name is not None]
+    files += [text.partition("=")[2] for text in world.set_ or ()]
+    return choose(places.workers, places.ray, places.ray_address, files)
 
 
 def read_numbers(name: str, text: str) -> list[float]:
