@@ -4,6 +4,6 @@ Results go to stdout, progress and remarks to stderr. What cannot be done is sai
 Modules are imported by the commands that need them, so that listing things is quick.
 """
 
-from llmsched_gym.cli.entry import app, main
+from llmsched_gym.cli.entry import app, main, run
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "run"]

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import os
 import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.report import console
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
-GO_ON, RESUME = ("evaluate", "serve-bench", "compare"), ("train", "tune", "search")  # commands, after an interrupt
+GO_ON_WITH_OUT = ("evaluate", "capacity", "serve-bench")  # after an interrupt, if they have a folder
+GO_ON = ("compare", "arena", "reproduce", "calibrate", "sim2real")  # these always have one
+RESUME = ("train", "ppo", "tune", "search")  # with --resume
 
 
 def interrupted(words: Sequence[str]) -> str:
     """What to say of an interrupt: commands that keep what is done in their folder can go on from it."""
     command = next((word for word in words if not word.startswith("-")), "")
-    if command in GO_ON and any(word.split("=")[0] == "--out" for word in words):
+    out = _value_of("--out", words)
+    if command in GO_ON or (command in GO_ON_WITH_OUT and out is not None):
         return "interrupted: the same command goes on where it stopped"
-    if command in RESUME:
+    if command in RESUME and Path(out or f"runs/{command}", "config.json").exists():
         return "interrupted: with --resume the same command goes on from its last checkpoint"
     return "interrupted"
+
+
+def _value_of(option: str, words: Sequence[str]) -> str | None:
+    """What a command line says for an option; the last counts."""
+    found = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
 
 
 @contextmanager
@@ -103,3 +119,14 @@ def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception],
 def fail(message: str, code: int) -> int:
     print("llmsched:", " ".join(message.split()), file=sys.stderr)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; after an interrupt at once, as Python takes seconds to free compiled kernels one by one."""
+    if code == INTERRUPTED:
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

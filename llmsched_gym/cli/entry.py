@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from llmsched_gym.cli import capacity, evaluate, lists, replay, reports, serve_bench, traces
-from llmsched_gym.cli.endings import INTERRUPTED, explain, fail, interrupted, interrupts, remarks
+from llmsched_gym.cli.endings import INTERRUPTED, explain, fail, interrupted, interrupts, leave, remarks
 from llmsched_gym.cli.passed_on import add_commands
 from llmsched_gym.help_text import GroupedCommand, epilog, grouped
 from llmsched_gym.report import console
@@ -88,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         return fail(interrupted(sys.argv[1:] if argv is None else argv), INTERRUPTED)
     return code if isinstance(code, int) else 0
+
+
+def run() -> NoReturn:
+    """The program `llmsched`: :func:`main` with the words of the command line, then the end of the process."""
+    leave(main())
 
 
 def typer_group() -> Any:
