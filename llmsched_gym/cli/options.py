@@ -115,6 +115,6 @@ OptionsFile = Annotated[
         is_eager=True,
         callback=_take_file,
         metavar="FILE",
-        help="Options by name, TOML or JSON, or the config.json of a run.",
+        help="Options by name, a .toml or .json file, or the config.json of a run.",
     ),
 ]
