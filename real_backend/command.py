@@ -16,6 +16,17 @@ from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.scheduler import PolicyError
 
 USAGE, INTERRUPTED = 2, 130
+ModelName = Annotated[
+    str, typer.Option(rich_help_panel="The model", help="Local folder, hub id, random:mistral-7b or random:tiny.")
+]
+Device = Annotated[str | None, typer.Option(rich_help_panel="The model", help="cuda or cpu; the GPU if there is one.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(rich_help_panel="The model", min=1, help="CPU threads of torch; its own choice unless given."),
+]
+Clock = Annotated[
+    str, typer.Option(rich_help_panel="The model", help="wall; cpu on a CPU that others use too, with --threads 1.")
+]
 Backend = Annotated[
     str,
     typer.Option(rich_help_panel="The model", help="What runs the model: transformers, or vllm where it is installed."),

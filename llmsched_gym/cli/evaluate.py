@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from llmsched_gym.cli import options as opt
-from llmsched_gym.cli.reports import report
+from llmsched_gym.cli.reports import print_comparison, report
 from llmsched_gym.cli.values import places_of, read_numbers, scenario_of, split_policies
 from llmsched_gym.config import ClusterScenario, ConfigError
-from llmsched_gym.report import console, terminal
+from llmsched_gym.report import console
 
 
 def evaluate(
@@ -109,11 +109,7 @@ def evaluate(
             write_lives(out, world)
             report([out])
     finally:
-        if as_json:
-            console.print_rows(rows)
-        else:
-            for table in terminal.comparison(rows):
-                console.print_table(table)
+        print_comparison(rows, as_json)
     if chosen != named:
         note = f"{chosen[-1]} ran too: a bound that knows every output length (--no-bound leaves it out)"
         console.remark(note)

@@ -10,7 +10,7 @@ import typer
 
 from llmsched_gym.cli import options as opt
 from llmsched_gym.config import ConfigError
-from llmsched_gym.report import console
+from llmsched_gym.report import console, terminal
 
 
 def report(
@@ -33,6 +33,15 @@ def report(
         combine(directory, out)
         folder = out
     console.remark(f"wrote {write_report(folder)}")
+
+
+def print_comparison(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows of runs as tables, or as JSON."""
+    if as_json:
+        console.print_rows(rows)
+        return
+    for table in terminal.comparison(rows):
+        console.print_table(table)
 
 
 def bench(

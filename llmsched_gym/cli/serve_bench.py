@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 from llmsched_gym.cli import options as opt
-from llmsched_gym.cli.reports import report
+from llmsched_gym.cli.reports import print_comparison, report
 from llmsched_gym.cli.values import read_numbers, scenario_of
 from llmsched_gym.config import ConfigError
-from llmsched_gym.report import console, terminal
+from llmsched_gym.report import console
 
 SERVER = "The server"  # a group of help
 
@@ -89,8 +89,4 @@ def serve_bench(
     try:
         report([out])
     finally:
-        if as_json:
-            console.print_rows(rows)
-        else:
-            for table in terminal.comparison(rows):
-                console.print_table(table)
+        print_comparison(rows, as_json)

@@ -21,7 +21,7 @@ from llmsched_gym.cost.tiles import CANDIDATES, best_tile
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.calibration.measurements import Sheet, run_sweep
 from llmsched_gym.real_backend.calibration.sweep import Limits, plan
-from llmsched_gym.real_backend.command import Backend
+from llmsched_gym.real_backend.command import Backend, Clock, Device, ModelName, Threads
 from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
@@ -186,16 +186,12 @@ def describe(profile: Profile) -> str:
 
 
 def calibrate_command(
-    model: Annotated[
-        str, typer.Option(rich_help_panel="The model", help="Local folder, hub id, random:mistral-7b or random:tiny.")
-    ],
+    model: ModelName,
     out: Annotated[Path, typer.Option(rich_help_panel="Output", help="Profile to write, a .json file.")],
     csv: Annotated[
         Path | None, typer.Option(rich_help_panel="Output", help="Measured rows (OUT with .csv); rows in it are kept.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(rich_help_panel="The model", help="cuda or cpu; the GPU if there is one.")
-    ] = None,
+    device: Device = None,
     max_tokens: Annotated[
         int | None,
         typer.Option(rich_help_panel="What is measured", help="Tokens of the largest batch (2048; 512 on a CPU)."),
@@ -224,13 +220,8 @@ def calibrate_command(
     repeats: Annotated[
         int, typer.Option(rich_help_panel="What is measured", min=1, help="Measured passes per batch and round.")
     ] = REPEATS,
-    threads: Annotated[
-        int | None,
-        typer.Option(rich_help_panel="The model", min=1, help="CPU threads of torch; its own choice unless given."),
-    ] = None,
-    clock: Annotated[
-        str, typer.Option(rich_help_panel="The model", help="wall; cpu on a CPU that others use too, with --threads 1.")
-    ] = "wall",
+    threads: Threads = None,
+    clock: Clock = "wall",
     name: Annotated[
         str | None, typer.Option(rich_help_panel="Output", help="Name of the profile; DEVICE-MODEL unless given.")
     ] = None,

@@ -32,7 +32,7 @@ from llmsched_gym.real_backend.calibration.calibrate import (
     on_gpu,
     open_backend,
 )
-from llmsched_gym.real_backend.command import Backend
+from llmsched_gym.real_backend.command import Backend, Clock, Device, ModelName, Threads
 from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.real_backend.sim2real import page
 from llmsched_gym.real_backend.sim2real.agreement import summary
@@ -178,9 +178,7 @@ def prepare(
 
 
 def sim2real_command(
-    model: Annotated[
-        str, typer.Option(rich_help_panel="The model", help="Local folder, hub id, random:mistral-7b or random:tiny.")
-    ],
+    model: ModelName,
     out: Annotated[Path, typer.Option(rich_help_panel="Output", help="Folder for the page and what it is made from.")],
     profile: Annotated[
         str | None,
@@ -202,16 +200,9 @@ def sim2real_command(
     scale: Annotated[
         float | None, typer.Option(rich_help_panel="The model", help="Of request lengths: 1, and 1/16 on a CPU.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(rich_help_panel="The model", help="cuda or cpu; the GPU if there is one.")
-    ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(rich_help_panel="The model", min=1, help="CPU threads of torch; its own choice unless given."),
-    ] = None,
-    clock: Annotated[
-        str, typer.Option(rich_help_panel="The model", help="wall; cpu on a CPU that others use too, with --threads 1.")
-    ] = "wall",
+    device: Device = None,
+    threads: Threads = None,
+    clock: Clock = "wall",
     backend: Backend = "transformers",
 ) -> None:
     """Compare the simulator with the real model."""
