@@ -22,6 +22,7 @@ from rich.progress import Progress
 from scipy.stats import trim_mean
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.settings import RUN, WORLD, Spread, World
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.spread import choose
@@ -31,22 +32,23 @@ from llmsched_gym.text import table as markdown_table
 
 METRIC = "mean_utility"
 
+COMPARED = "What is compared"  # a group of help
+
 
 @dataclass(frozen=True)
-class Config:
-    agents: str = option("learned", "policies trained with different seeds, separated by commas")
-    opponents: str = option("tuned-constant,tuned-linear,slai,sarathi", "policies to beat, separated by commas")
-    beside: str = option("", "policies that the table shows too, separated by commas; not to be beaten")
+class Config(Spread, World):
+    agents: str = option("learned", "policies trained with different seeds, separated by commas", group=COMPARED)
+    opponents: str = option(
+        "tuned-constant,tuned-linear,slai,sarathi", "policies to beat, separated by commas", group=COMPARED
+    )
+    beside: str = option("", "policies that the table shows too, separated by commas; not to be beaten", group=COMPARED)
+    margin: float = option(0.02, "gain in mean utility that counts as winning", group=COMPARED)
     suite: str = option("drift", "suite")
     set: dict[str, Any] = option({}, "any other field of Scenario, as --set qps=1.8; may be repeated")  # noqa: RUF009
-    seeds: int = option(20, "seeds of a policy")
-    first_seed: int = option(3000, "the first; below 3,000 seeds are for training and selection")
-    requests: int = option(20_000, "measured requests of a run")
-    margin: float = option(0.02, "gain in mean utility that counts as winning")
-    workers: int = option(2, "processes")
-    ray: bool = option(False, "run on a Ray started here, of so many processes")
-    ray_address: str = option("", "run on the Ray cluster at this address")
-    out: str = option("runs/compare", "folder of the runs and of the table")
+    seeds: int = option(20, "seeds of a policy", group=WORLD)
+    first_seed: int = option(3000, "the first; below 3,000 seeds are for training and selection", group=WORLD)
+    requests: int = option(20_000, "measured requests of a run", group=WORLD)
+    out: str = option("runs/compare", "folder of the runs and of the table", group=RUN)
 
 
 def interquartile_mean(values: Sequence[float]) -> float:

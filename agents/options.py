@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import ProfileError
+from llmsched_gym.help_text import ExamplesKept, examples
 from llmsched_gym.scheduler import PolicyError
 from llmsched_gym.workload import TraceError
 
@@ -30,6 +32,36 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
+class _Formatter(ExamplesKept, argparse.ArgumentDefaultsHelpFormatter):
+    """Says defaults, too."""
+
+
+_EXAMPLE = re.compile(r":?\s*``((?:llmsched|python -m)\s[^`]*?\s-[^`]*)``")
+
+
+def _described(doc: str) -> str:
+    """The first paragraph, without its examples, which stand at the end of help."""
+    return _EXAMPLE.sub("", doc.split("\n\n")[0])
+
+
+def _examples(doc: str) -> str | None:
+    """The command lines that a docstring has between double backticks, as the end of help."""
+    lines = [" ".join(line.split()) for line in _EXAMPLE.findall(doc)]
+    return examples(*lines) if lines else None
+
+
+def _groups(cls: type) -> dict[str, str]:
+    """The group of help in which each field's option stands: what its `group` says, or what the class calls itself.
+
+    A dataclass that another one is made of has its group as its docstring; other fields have none.
+    """
+    found: dict[str, str] = {}
+    for base in cls.__mro__[:0:-1]:
+        title = (base.__doc__ or "").rstrip(".")
+        found |= {name: title for name in vars(base).get("__annotations__", {})}
+    return {field.name: field.metadata.get("group", found.get(field.name, "")) for field in dataclasses.fields(cls)}
+
+
 def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str | None = None) -> Any:
     """An instance of the dataclass from a command line that the first paragraph of `doc` describes.
 
@@ -37,25 +69,29 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
     """
     parser = _Parser(
         prog=program,
-        description=(doc or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [OPTIONS]",
+        description=_described(doc or ""),
+        epilog=_examples(doc or ""),
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    hints = typing.get_type_hints(cls)
+    hints, headings = typing.get_type_hints(cls), _groups(cls)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(headings.values()) if title}
     for field in dataclasses.fields(cls):
+        group = groups.get(headings[field.name], parser)
         flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
         help = field.metadata["help"]
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
         elif kind == dict[str, Any]:
-            parser.add_argument(flag, action="append", type=_pair, metavar="FIELD=VALUE", help=help)
+            group.add_argument(flag, action="append", type=_pair, metavar="FIELD=VALUE", help=help)
         elif kind == tuple[int, ...]:
             text = ",".join(map(str, field.default))  # type: ignore[arg-type]
-            parser.add_argument(flag, type=integers, default=text, metavar="N,N,...", help=help)
+            group.add_argument(flag, type=integers, default=text, metavar="N,N,...", help=help)
         else:
             choices = field.metadata.get("choices")
             read = whole if kind is int else kind
-            parser.add_argument(flag, type=read, default=field.default, choices=choices, help=help)
+            group.add_argument(flag, type=read, default=field.default, choices=choices, help=help)
     values = vars(parser.parse_args(argv))
     for name, kind in hints.items():
         if kind == dict[str, Any]:

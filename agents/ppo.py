@@ -38,6 +38,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.priors import close_last, prefer
 from llmsched_gym.agents.rollout import episode_figures
 from llmsched_gym.agents.run_folder import open_run, start_run
+from llmsched_gym.agents.settings import LEARNER, Decisions, Looks, Network, Proximal, Run, World
 from llmsched_gym.agents.train import set_actor_learning, typical_features, warm_start
 from llmsched_gym.agents.training_run import TrainingRun
 from llmsched_gym.config import ACTIONS, ConfigError
@@ -46,51 +47,27 @@ from llmsched_gym.policies import read_folder
 MINIBATCHES = 5  # what these random numbers are for; see agents.collect for others
 SHARDS = 2  # of a minibatch
 
+NOISE = "Noise that need not be, see docs/agents.md"  # a group of help
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(Looks, Network, Proximal, Decisions, World, Run):
     out: str = option("runs/ppo", "folder of the run")
-    resume: bool = option(False, "go on from the last checkpoint in --out, with the settings of its config.json")
-    seed: int = option(0, "of everything that is random: weights, actions, minibatches, choice of episodes")
-    # the world
-    suite: str = option("default", "suite to train on")
-    set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
     action: str = option("knobs", "what the agent decides", choices=("knobs", "preset", "request"))
-    action_repeat: int = option(8, "batches that one action decides (1 for request actions)")
-    reward_scale: float = option(0.02, "factor on the reward")
-    tau_s: float = option(120.0, "time constant of the per-second discount")
-    # the learner
-    steps: int = option(2_000_000, "decisions to train on, over all environments")
-    num_envs: int = option(128, "environments side by side")
-    n_steps: int = option(64, "decisions per environment and iteration")
-    batch_size: int = option(2048, "of a minibatch")
-    epochs: int = option(4, "passes over an iteration's data")
-    learning_rate: float = option(5e-4, "at the start")
-    anneal: bool = option(True, "let the learning rate fall to 0 linearly")
-    gae_lambda: float = option(0.97, "lambda of the advantage")
-    clip: float = option(0.2, "PPO's clip range")
-    entropy: float = option(0.002, "weight of the entropy bonus")
-    value_weight: float = option(0.5, "weight of the critic's loss")
-    max_grad_norm: float = option(0.5, "gradients longer than that are shortened to it")
-    # noise that need not be, see docs/agents.md
-    group: int = option(1, "environments on the same requests, each other's baseline")
-    shaping: float = option(0.0, "utility that a predicted second of waiting prompts costs, as a potential")
-    average: bool = option(False, "rewards less their mean per second, instead of a discount")
-    prior: str = option("", "knobs, presets: a rule with fixed settings to start from, such as tuned-constant")
-    prior_share: float = option(0.5, "its probability at the start, in each entry of an action")
-    work_conserving: bool = option(False, "request actions: a batch ends when nothing more can be added")
-    # starting from elsewhere
-    critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start")
-    warm_start: str = option("", "run to start from, weights.pt of agents.imitate, or policy folder (actor only)")
+    critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start", group=LEARNER)
+    value_weight: float = option(0.5, "weight of the critic's loss", group=LEARNER)
+    max_grad_norm: float = option(0.5, "gradients longer than that are shortened to it", group=LEARNER)
+    group: int = option(1, "environments on the same requests, each other's baseline", group=NOISE)
+    shaping: float = option(
+        0.0, "utility that a predicted second of waiting prompts costs, as a potential", group=NOISE
+    )
+    average: bool = option(False, "rewards less their mean per second, instead of a discount", group=NOISE)
+    prior: str = option(
+        "", "knobs, presets: a rule with fixed settings to start from, such as tuned-constant", group=NOISE
+    )
+    prior_share: float = option(0.5, "its probability at the start, in each entry of an action", group=NOISE)
+    work_conserving: bool = option(False, "request actions: a batch ends when nothing more can be added", group=NOISE)
     threads: int = option(2, "threads of rollouts; two of them share an update")
-    # the network
-    hidden: tuple[int, ...] = option((64, 64), "widths of the layers")
-    activation: str = option("tanh", "between layers", choices=("tanh", "relu"))
-    # looking and saving
-    eval_every: int = option(250_000, "decisions between evaluations on selection seeds")
-    eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
-    eval_requests: int = option(500, "measured requests of an evaluation run")
-    checkpoint_every: int = option(250_000, "decisions between checkpoints")
 
     def world(self) -> dict[str, Any]:
         """Fields of the environment."""

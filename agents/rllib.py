@@ -29,6 +29,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rllib_env import ENV_ID, is_masked, typical
 from llmsched_gym.agents.run_folder import checkpoints, cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
+from llmsched_gym.agents.settings import LEARNER, RUN, Decisions, Looks, Network, Run, World
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.ray_pool import RayPool
@@ -41,37 +42,26 @@ SAMPLED = ("env_runners", "num_env_steps_sampled_lifetime")  # where an algorith
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Looks, Network, Decisions, World, Run):
     out: str = option("runs/rllib", "folder of the run")
-    resume: bool = option(False, "go on from the last checkpoint in --out, with the settings of its config.json")
-    seed: int = option(0, "of weights, actions, minibatches and the choice of episodes")
-    ray_address: str = option("", "run on the Ray cluster at this address")
-    # the world
-    suite: str = option("default", "suite to train on")
-    set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
+    ray_address: str = option("", "run on the Ray cluster at this address", group=RUN)
     action: str = option("preset", "what the agent decides", choices=tuple(ACTIONS))
-    action_repeat: int = option(8, "batches that one action decides (1 for request actions)")
-    reward_scale: float = option(0.02, "factor on the reward")
-    # the learner
-    algorithm: str = option("ppo", "of RLlib", choices=("ppo", "appo", "dqn"))
-    steps: int = option(1_000_000, "decisions to train on, over all environments")
-    env_runners: int = option(2, "processes that sample")
-    num_envs: int = option(32, "environments of each")
-    batch_size: int = option(8192, "decisions of an iteration of PPO, and of a batch of APPO or DQN where smaller")
-    minibatch_size: int = option(1024, "of PPO")
-    epochs: int = option(4, "passes of PPO over an iteration's data")
-    learning_rate: float = option(5e-4, "of the optimiser")
-    gamma: float = option(0.998, "discount of a decision")
-    gae_lambda: float = option(0.97, "lambda of PPO's advantage")
-    clip: float = option(0.2, "PPO's and APPO's clip range")
-    entropy: float = option(0.002, "weight of the entropy bonus of PPO and APPO")
-    hidden: tuple[int, ...] = option((64, 64), "widths of the layers")
-    activation: str = option("tanh", "between layers", choices=("tanh", "relu"))
-    # looking and saving
-    max_s: float = option(0.0, "seconds of training after which to stop before --steps; 0: never")
+    algorithm: str = option("ppo", "of RLlib", choices=("ppo", "appo", "dqn"), group=LEARNER)
+    steps: int = option(1_000_000, "decisions to train on, over all environments", group=LEARNER)
+    env_runners: int = option(2, "processes that sample", group=LEARNER)
+    num_envs: int = option(32, "environments of each", group=LEARNER)
+    batch_size: int = option(
+        8192, "decisions of an iteration of PPO, and of a batch of APPO or DQN where smaller", group=LEARNER
+    )
+    minibatch_size: int = option(1024, "of PPO", group=LEARNER)
+    epochs: int = option(4, "passes of PPO over an iteration's data", group=LEARNER)
+    learning_rate: float = option(5e-4, "of the optimiser", group=LEARNER)
+    gamma: float = option(0.998, "discount of a decision", group=LEARNER)
+    gae_lambda: float = option(0.97, "lambda of PPO's advantage", group=LEARNER)
+    clip: float = option(0.2, "PPO's and APPO's clip range", group=LEARNER)
+    entropy: float = option(0.002, "weight of the entropy bonus of PPO and APPO", group=LEARNER)
+    max_s: float = option(0.0, "seconds of training after which to stop before --steps; 0: never", group=LEARNER)
     eval_every: int = option(100_000, "decisions between evaluations on selection seeds")
-    eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
-    eval_requests: int = option(500, "measured requests of an evaluation run")
     checkpoint_every: int = option(100_000, "decisions between checkpoints")
 
     def world(self) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwa
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
 from llmsched_gym.agents.run_folder import open_run, start_run
+from llmsched_gym.agents.settings import LEARNER, NETWORK, RUN, WORLD, Decisions, Looks, Network, Proximal, Run, World
 from llmsched_gym.agents.training_run import TrainingRun
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of
@@ -48,49 +49,26 @@ from llmsched_gym.policies import read_folder
 
 
 @dataclass(frozen=True)
-class Config:
-    env: str = option("sched", "route trains a router, see `--env route --help`", choices=("sched", "route"))
-    out: str = option("runs/train", "folder of the run")
-    resume: bool = option(False, "go on from the last checkpoint in --out, with the settings of its config.json")
-    seed: int = option(0, "of everything that is random: weights, actions, minibatches, choice of episodes")
-    # the world
-    backend: str = option("simulated", "what executes batches", choices=("simulated", "transformers", "vllm"))
-    model: str = option("", "of a real backend: a folder, a hub id, random:tiny")
-    suite: str = option("default", "suite to train on")
-    set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
-    action: str = option("knobs", "what the agent decides", choices=tuple(ACTIONS))
-    observation: str = option("features", "what it sees: MLP on features, or rows", choices=("features", "slots"))
-    action_repeat: int = option(8, "batches that one action decides (1 for request actions)")
-    reward_scale: float = option(0.02, "factor on the reward")
-    tau_s: float = option(120.0, "time constant of the per-second discount")
-    # the learner
-    algorithm: str = option("ppo", "maskable is for request actions", choices=("ppo", "maskable"))
-    steps: int = option(2_000_000, "decisions to train on, over all environments")
+class Config(Looks, Network, Proximal, Decisions, World, Run):
+    env: str = option("sched", "route trains a router, see `--env route --help`", choices=("sched", "route"), group=RUN)
+    backend: str = option(
+        "simulated", "what executes batches", choices=("simulated", "transformers", "vllm"), group=WORLD
+    )
+    model: str = option("", "of a real backend: a folder, a hub id, random:tiny", group=WORLD)
+    observation: str = option(
+        "features", "what it sees: MLP on features, or rows", choices=("features", "slots"), group=WORLD
+    )
+    algorithm: str = option("ppo", "maskable is for request actions", choices=("ppo", "maskable"), group=LEARNER)
     num_envs: int = option(128, "environments side by side; always 1 on a real model")
-    n_steps: int = option(64, "decisions per environment and iteration")
-    batch_size: int = option(2048, "of a minibatch")
-    epochs: int = option(4, "passes over an iteration's data")
-    learning_rate: float = option(5e-4, "at the start")
-    anneal: bool = option(True, "let the learning rate fall to 0 linearly")
-    discount: str = option("second", "per second, exp(-duration / tau), or per step", choices=("second", "step"))
-    gamma: float = option(0.998, "discount of a step, with --discount step")
-    gae_lambda: float = option(0.97, "lambda of the advantage")
-    clip: float = option(0.2, "PPO's clip range")
-    entropy: float = option(0.002, "weight of the entropy bonus")
-    critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start")
-    warm_start: str = option("", "run to start from, weights.pt of agents.imitate, or policy folder (actor only)")
-    threads: int = option(1, "threads of torch; more pay only with large networks on idle cores")
-    # the network
+    critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start", group=LEARNER)
+    discount: str = option(
+        "second", "per second, exp(-duration / tau), or per step", choices=("second", "step"), group=LEARNER
+    )
+    gamma: float = option(0.998, "discount of a step, with --discount step", group=LEARNER)
     hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
-    activation: str = option("tanh", "between layers", choices=("tanh", "relu"))
-    width: int = option(32, "slots: width of a row's embedding")
-    layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0)
-    heads: int = option(2, "slots: attention heads")
-    # looking and saving
-    eval_every: int = option(250_000, "decisions between evaluations on selection seeds")
-    eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
-    eval_requests: int = option(500, "measured requests of an evaluation run")
-    checkpoint_every: int = option(250_000, "decisions between checkpoints")
+    width: int = option(32, "slots: width of a row's embedding", group=NETWORK)
+    layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0, group=NETWORK)
+    heads: int = option(2, "slots: attention heads", group=NETWORK)
 
     def world(self) -> dict[str, Any]:
         """Fields of the environment."""

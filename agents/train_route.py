@@ -40,6 +40,7 @@ from llmsched_gym.agents.route_networks import (
 from llmsched_gym.agents.routing import DiscountedReplay, RouteTrainingEnv, typical_observations
 from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
+from llmsched_gym.agents.settings import LEARNER, RUN, WORLD, Looks, Network, Proximal, Run, World
 from llmsched_gym.config import ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.clusters import simulate_cluster
 from llmsched_gym.evaluation.metrics import row
@@ -48,43 +49,31 @@ from llmsched_gym.scheduler import PolicyError
 
 
 @dataclass(frozen=True)
-class Config:
-    env: str = option("route", "this help is of route; sched trains an agent that forms batches", choices=("route",))
-    out: str = option("runs/train", "folder of the run")
-    resume: bool = option(False, "go on from the last checkpoint in --out, with the settings of its config.json")
-    seed: int = option(0, "of everything that is random: weights, actions, minibatches, choice of episodes")
-    # the world
+class Config(Looks, Network, Proximal, World, Run):
+    env: str = option(
+        "route", "this help is of route; sched trains an agent that forms batches", choices=("route",), group=RUN
+    )
     suite: str = option("cluster", "suite to train on")
     set: dict[str, Any] = option({}, "any other field of RouteConfig, as --set qps=6; may be repeated")  # noqa: RUF009
-    reward_scale: float = option(0.1, "factor on the reward")
+    reward_scale: float = option(0.1, "factor on the reward", group=WORLD)
     tau_s: float = option(30.0, "time constant of the per-second discount")
-    # the learner
     algorithm: str = option(
-        "ppo", "who learns; what is illegal none of them chooses", choices=("ppo", "maskable", "dqn")
+        "ppo", "who learns; what is illegal none of them chooses", choices=("ppo", "maskable", "dqn"), group=LEARNER
     )
     steps: int = option(1_000_000, "decisions to train on, over all environments")
     num_envs: int = option(8, "environments side by side")
     n_steps: int = option(512, "ppo: decisions per environment and iteration")
     batch_size: int = option(1024, "of a minibatch")
     epochs: int = option(4, "ppo: passes over an iteration's data")
-    learning_rate: float = option(5e-4, "at the start")
-    anneal: bool = option(True, "let the learning rate fall to 0 linearly")
     gae_lambda: float = option(0.97, "ppo: lambda of the advantage")
     clip: float = option(0.2, "ppo: clip range")
     entropy: float = option(0.002, "ppo: weight of the entropy bonus")
-    memory: int = option(100_000, "dqn: decisions in the replay memory")
-    learning_starts: int = option(5_000, "dqn: decisions before it learns")
-    exploration: float = option(0.2, "dqn: share of the training over which random actions become rare")
-    target_every: int = option(5_000, "dqn: decisions between two updates of the target network")
+    memory: int = option(100_000, "dqn: decisions in the replay memory", group=LEARNER)
+    learning_starts: int = option(5_000, "dqn: decisions before it learns", group=LEARNER)
+    exploration: float = option(0.2, "dqn: share of the training over which random actions become rare", group=LEARNER)
+    target_every: int = option(5_000, "dqn: decisions between two updates of the target network", group=LEARNER)
     warm_start: str = option("", "folder of a router whose scores the actor begins with")
-    threads: int = option(1, "threads of torch")
-    # the network, the same for every replica
-    hidden: tuple[int, ...] = option((64, 64), "widths of the layers")
-    activation: str = option("tanh", "between layers", choices=("tanh", "relu"))
-    # looking and saving
     eval_every: int = option(100_000, "decisions between evaluations on selection seeds")
-    eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
-    eval_requests: int = option(500, "measured requests of an evaluation run")
     checkpoint_every: int = option(100_000, "decisions between checkpoints")
 
     def world(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS
+from llmsched_gym.agents.settings import WORLD, Evaluations, Run, Spread, World
 from llmsched_gym.config import ConfigError, EnvConfig, Scenario, env_config
 from llmsched_gym.env.actions.knobs import knobs_for
 from llmsched_gym.env.features import FEATURES
@@ -65,28 +66,25 @@ LINEAR_FEATURES = (
 )
 START_ACTION = {"token_budget": 768, "cap": 0.7, "order": 5, "hold": 2}  # feasible prompts first, every decode, capped
 
+SEARCH = "The search"  # a group of help
+
 
 @dataclass(frozen=True)
-class Config:
+class Config(Spread, Evaluations, World, Run):
     out: str = option("runs/tune", "folder of the run")
-    resume: bool = option(False, "go on with the run in --out, with the settings of its config.json")
     seed: int = option(0, "of the search and of the choice of episodes")
-    kind: str = option("constant", "what is tuned", choices=("constant", "linear"))
-    template: str = option("", "a scheduler with ranges for parameters, tuned instead")
     suite: str = option("default", "suite to tune on")
-    set: dict[str, Any] = option({}, "any other field of EnvConfig, as --set qps=1.8; may be repeated")  # noqa: RUF009
-    action_repeat: int = option(8, "batches that one decision holds")
-    steps: int = option(2_000_000, "simulated decisions to spend (one is action_repeat batches)")
-    population: int = option(0, "candidates of a generation; 0: CMA-ES's own choice")
-    sigma: float = option(0.3, "first step size; scores of knobs go from 0 to 1")
-    episodes: int = option(6, "runs of a candidate in a generation")
-    requests: int = option(600, "measured requests of a run")
-    eval_every: int = option(250_000, "decisions between looks at selection seeds")
+    action_repeat: int = option(8, "batches that one decision holds", group=WORLD)
+    kind: str = option("constant", "what is tuned", choices=("constant", "linear"), group=SEARCH)
+    template: str = option("", "a scheduler with ranges for parameters, tuned instead", group=SEARCH)
+    steps: int = option(2_000_000, "simulated decisions to spend (one is action_repeat batches)", group=SEARCH)
+    population: int = option(0, "candidates of a generation; 0: CMA-ES's own choice", group=SEARCH)
+    sigma: float = option(0.3, "first step size; scores of knobs go from 0 to 1", group=SEARCH)
+    episodes: int = option(6, "runs of a candidate in a generation", group=SEARCH)
+    requests: int = option(600, "measured requests of a run", group=SEARCH)
     eval_seeds: int = option(8, "selection seeds (2000, 2001, ...)")
     eval_requests: int = option(1000, "measured requests of an evaluation run")
     workers: int = option(1, "processes that share a population; no figure depends on it")
-    ray: bool = option(False, "run on a Ray started here, of so many processes")
-    ray_address: str = option("", "run on the Ray cluster at this address")
 
 
 class KnobRules:

@@ -33,9 +33,9 @@ from typing import Any
 import numpy as np
 
 import llmsched_gym
+from llmsched_gym.cli.options_file import read_options
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.cost import ProfileError, load_profile
-from llmsched_gym.options_file import read_options
 from llmsched_gym.scheduler import PolicyError, make_scheduler
 from llmsched_gym.workload import TraceError, load_trace
 from llmsched_gym.workload.mixture import load_sessions

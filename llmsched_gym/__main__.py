@@ -1,7 +1,5 @@
 """``python -m llmsched_gym`` is ``llmsched``."""
 
-import sys
+from llmsched_gym.cli import run
 
-from llmsched_gym.cli import main
-
-sys.exit(main())
+run()

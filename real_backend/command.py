@@ -11,17 +11,34 @@ import typer
 
 from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import ProfileError
+from llmsched_gym.help_text import GroupedCommand, epilog, grouped
 from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.scheduler import PolicyError
 
 USAGE, INTERRUPTED = 2, 130
-Backend = Annotated[str, typer.Option(help="What runs the model: transformers, or vllm where it is installed.")]
+ModelName = Annotated[
+    str, typer.Option(rich_help_panel="The model", help="Local folder, hub id, random:mistral-7b or random:tiny.")
+]
+Device = Annotated[str | None, typer.Option(rich_help_panel="The model", help="cuda or cpu; the GPU if there is one.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(rich_help_panel="The model", min=1, help="CPU threads of torch; its own choice unless given."),
+]
+Clock = Annotated[
+    str, typer.Option(rich_help_panel="The model", help="wall; cpu on a CPU that others use too, with --threads 1.")
+]
+Backend = Annotated[
+    str,
+    typer.Option(rich_help_panel="The model", help="What runs the model: transformers, or vllm where it is installed."),
+]
 
 
-def call(function: Callable[..., None], program: str, argv: Sequence[str] | None = None) -> int:
-    """Run one typer command; returns its exit code, and raises what is wrong."""
+def call(
+    function: Callable[..., None], program: str, argv: Sequence[str] | None = None, lines: Sequence[str] = ()
+) -> int:
+    """Run one typer command whose help ends with the examples `lines`; returns its exit code, raises what is wrong."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command()(function)
+    app.command(cls=GroupedCommand, epilog=epilog(*lines) if lines else None)(grouped(function))
     code = typer.main.get_command(app).main(args=argv, prog_name=program, standalone_mode=False)
     return code if isinstance(code, int) else 0
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llmsched_gym import cli
-from llmsched_gym.cli import main, split_policies
+from llmsched_gym.cli import main
+from llmsched_gym.cli.endings import interrupted
+from llmsched_gym.cli.values import split_policies
 from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError
 from llmsched_gym.report import console, terminal
 
@@ -345,9 +346,20 @@ def test_help_has_an_example_that_can_be_copied(command, capsys):
 
 
 def test_an_interrupt_says_how_to_go_on():
-    assert cli._interrupted(["-q", "evaluate", "--policy", "slai", "--out", "o"]).endswith("goes on where it stopped")
-    assert cli._interrupted(["evaluate", "--policy", "slai"]) == "interrupted"
-    assert "--resume" in cli._interrupted(["train"])
+    assert interrupted(["-q", "evaluate", "--policy", "slai", "--out", "o"]).endswith("goes on where it stopped")
+    assert interrupted(["evaluate", "--policy", "slai"]) == "interrupted"
+    assert interrupted(["capacity", "--policy", "slai", "--out=o"]).endswith("goes on where it stopped")
+    assert interrupted(["arena", "--out", "o"]).endswith("goes on where it stopped")
+
+
+@pytest.mark.parametrize("command", ["train", "ppo", "tune", "search"])
+def test_an_interrupt_of_a_training_names_resume_where_there_is_something_to_resume(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words, out in (([command], tmp_path / "runs" / command), ([command, "--out", "o"], tmp_path / "o")):
+        assert interrupted(words) == "interrupted"
+        out.mkdir(parents=True)
+        (out / "config.json").write_text("{}")
+        assert "with --resume the same command goes on" in interrupted(words)
 
 
 def test_profiles_say_what_was_measured(capsys):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import its own package and packages of lower levels; of a package in a package the longer name counts.
 ORDER = (
-    ("config", "sources", "text", "paper.constants"),
+    ("config", "sources", "text", "help_text", "paper.constants"),
     ("files",),
     ("workload", "cost"),
     ("fluid",),
@@ -28,8 +28,7 @@ ORDER = (
     ("real_backend.sim2real",),
     ("real_backend.gpu_check",),
     ("paper",),
-    ("arena_command", "fit_command", "roofline_command", "reproduce", "watch_command"),
-    ("commands", "options_file"),
+    ("reproduce",),
     ("cli",),
     ("__main__",),
 )

@@ -11,8 +11,7 @@ from PIL import Image
 
 import llmsched_gym  # noqa: F401
 from examples import animation
-from llmsched_gym import watch_command
-from llmsched_gym.cli import main
+from llmsched_gym.cli import main, watch
 from llmsched_gym.config import ACTIONS
 from llmsched_gym.env import LLMSchedEnv, LLMSchedVectorEnv
 from llmsched_gym.env.policy import SchedulerPolicy
@@ -192,13 +191,13 @@ def test_watching_prints_a_line_every_few_seconds_where_there_is_no_terminal(cap
 
 
 def test_watching_says_what_happens_in_the_simulator():
-    env, policy = watch_command._make("slai", "paper", 2.4, None, None, None, None, 0)
-    watch_command._run_to(env, policy, 40.0)
+    env, policy = watch._make("slai", "paper", 2.4, None, None, None, None, 0)
+    watch._run_to(env, policy, 40.0)
     requests, clock_s = env.core.engine.state.requests[0], float(env.core.engine.state.sims[0].clock_s)
     came = np.count_nonzero(requests["num_output_tokens"] > 0)
-    assert 40.0 <= clock_s < 41.0 and len(watch_command.recent_ttft_s(env)) == came > 20
-    watch_command._run_to(env, policy, 90.0)
-    ttft_s = watch_command.recent_ttft_s(env)
+    assert 40.0 <= clock_s < 41.0 and len(watch.recent_ttft_s(env)) == came > 20
+    watch._run_to(env, policy, 90.0)
+    ttft_s = watch.recent_ttft_s(env)
     assert 20 < len(ttft_s) < np.count_nonzero(requests["num_output_tokens"] > 0) and (ttft_s > 0.0).all()
 
 

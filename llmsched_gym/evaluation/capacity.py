@@ -20,10 +20,11 @@ from llmsched_gym.config import ConfigError, Scenario, plain
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.criteria import Criterion, criterion, file_name
 from llmsched_gym.evaluation.grid import check, finite, seed_range
+from llmsched_gym.evaluation.kept_runs import KeptRuns
 from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.spread import Places
 from llmsched_gym.evaluation.store import claim_results, grid_config
-from llmsched_gym.files import dumps, make_folder, write_text
+from llmsched_gym.files import dumps, write_text
 from llmsched_gym.report.intervals import MIN_SEEDS, resample_quantiles
 
 STEP = 1.02
@@ -250,7 +251,8 @@ def capacity(
     """The capacity of each policy under the criterion `judged` (see `criteria`), searched between the rates `qps`.
 
     The other arguments are those of `grid.evaluate`, and `progress` is called when runs are planned, too; the folder
-    `out` gets ``capacity-CRITERION.json``. Pass the result to `ratios` to compare policies.
+    `out` gets ``capacity-CRITERION.json``, and a search that was interrupted goes on there. Pass the result to `ratios`
+    to compare policies.
     """
     scenario, policies = finite(scenario), list(dict.fromkeys(policies))
     conditions, numbers = criterion(judged), seed_range(seeds, first_seed)
@@ -259,31 +261,36 @@ def capacity(
     check(scenario, policies, qps, numbers.start)
     if out is not None:
         claim_results(out)
-        make_folder(Path(out))
+    settings = {"criterion": conditions.name, "qps": list(qps), "seeds": len(numbers), "first_seed": numbers.start}
+    config = {} if out is None else grid_config(scenario, policies, **settings)
     done = planned = 0
-    with Runner(scenario, workers, backend=make_backend(scenario, workers)) as runner:
+    with (
+        KeptRuns(None if out is None else Path(out), config) as kept,
+        Runner(scenario, workers, backend=make_backend(scenario, workers)) as runner,
+    ):
 
         def simulate(policy: str, runs: Sequence[tuple[float, int]]) -> list[Row]:
             nonlocal done, planned
+            missing = [Cell(i, policy, *run) for i, run in enumerate(runs) if (policy, *run) not in kept.rows]
             planned += len(runs)
+            done += len(runs) - len(missing)
             if progress is not None:
                 progress(done, planned)
-            rows: list[Row] = [{}] * len(runs)
-            for cell, row in runner.run([Cell(i, policy, rate, seed) for i, (rate, seed) in enumerate(runs)]):
-                rows[cell.index] = row
+            for cell, row in runner.run(missing):
+                kept.add(policy, *runs[cell.index], row)
                 done += 1
                 if progress is not None:
                     progress(done, planned)
-            return rows
+            return [kept.rows[policy, *run] for run in runs]
 
         search = Search(conditions, simulate, numbers, qps)
         found = [search.find(policy) for policy in policies]
-    if out is not None:
-        settings = {"criterion": conditions.name, "qps": list(qps), "seeds": len(numbers), "first_seed": numbers.start}
-        results = {
-            "config": grid_config(scenario, policies, **settings),
-            "results": [item.to_row() | ratio for item, ratio in zip(found, ratios(found), strict=True)],
-            "curves": {item.policy: item.curve for item in found},
-        }
-        write_text(Path(out) / f"capacity-{file_name(conditions.name)}.json", dumps(results))
+        if out is not None:
+            results = {
+                "config": config,
+                "results": [item.to_row() | ratio for item, ratio in zip(found, ratios(found), strict=True)],
+                "curves": {item.policy: item.curve for item in found},
+            }
+            write_text(Path(out) / f"capacity-{file_name(conditions.name)}.json", dumps(results))
+        kept.forget()
     return found

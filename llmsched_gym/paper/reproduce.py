@@ -28,6 +28,7 @@ from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import Places, add_options, choose, count_of, run_cells
 from llmsched_gym.files import claim_folder, digest_of, json_with, write_text
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.help_text import ExamplesKept, examples
 from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES, PUBLISHED_SWEEP
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.scheduler import install
@@ -337,7 +338,11 @@ def reproduce(plan: Plan, pieces: list[str] | None = None) -> dict[str, Data]:
 def main(argv: list[str] | None = None) -> int:
     """The command line of `llmsched reproduce`; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="llmsched reproduce", usage=argparse.SUPPRESS, description=__doc__.split("\n\n")[0]
+        prog="llmsched reproduce",
+        usage="%(prog)s [OPTIONS]",
+        description=__doc__.split("\n\n")[0],
+        epilog=examples("llmsched reproduce --out out/paper", "llmsched reproduce --pieces capacity --seeds 10"),
+        formatter_class=ExamplesKept,
     )
     parser.add_argument("--out", type=Path, default=Path("out/paper"), help="folder of intermediate results")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of results.md and figures/")

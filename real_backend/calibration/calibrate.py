@@ -21,7 +21,7 @@ from llmsched_gym.cost.tiles import CANDIDATES, best_tile
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.calibration.measurements import Sheet, run_sweep
 from llmsched_gym.real_backend.calibration.sweep import Limits, plan
-from llmsched_gym.real_backend.command import Backend
+from llmsched_gym.real_backend.command import Backend, Clock, Device, ModelName, Threads
 from llmsched_gym.real_backend.errors import BackendError
 
 if TYPE_CHECKING:
@@ -186,26 +186,52 @@ def describe(profile: Profile) -> str:
 
 
 def calibrate_command(
-    model: Annotated[str, typer.Option(help="Local folder, hub id, random:mistral-7b or random:tiny.")],
-    out: Annotated[Path, typer.Option(help="Profile to write, a .json file.")],
-    csv: Annotated[Path | None, typer.Option(help="Measured rows (OUT with .csv); rows in it are kept.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens of the largest batch (2048; 512 on a CPU).")] = None,
-    max_context: Annotated[int | None, typer.Option(help="Longest sequence, tokens (8192; 512 on a CPU).")] = None,
-    max_seqs: Annotated[int | None, typer.Option(help="Sequences of the largest batch (128; 32 on a CPU).")] = None,
-    mixtures: Annotated[int | None, typer.Option(help="Random mixed batches (160).")] = None,
+    model: ModelName,
+    out: Annotated[Path, typer.Option(rich_help_panel="Output", help="Profile to write, a .json file.")],
+    csv: Annotated[
+        Path | None, typer.Option(rich_help_panel="Output", help="Measured rows (OUT with .csv); rows in it are kept.")
+    ] = None,
+    device: Device = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(rich_help_panel="What is measured", help="Tokens of the largest batch (2048; 512 on a CPU)."),
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(rich_help_panel="What is measured", help="Longest sequence, tokens (8192; 512 on a CPU)."),
+    ] = None,
+    max_seqs: Annotated[
+        int | None,
+        typer.Option(rich_help_panel="What is measured", help="Sequences of the largest batch (128; 32 on a CPU)."),
+    ] = None,
+    mixtures: Annotated[
+        int | None, typer.Option(rich_help_panel="What is measured", help="Random mixed batches (160).")
+    ] = None,
     num_kv_blocks: Annotated[
-        int | None, typer.Option(help="KV blocks; as many as memory holds (vllm: as the sweep needs) unless given.")
+        int | None,
+        typer.Option(
+            rich_help_panel="The model",
+            help="KV blocks; as many as memory holds (vllm: as the sweep needs) unless given.",
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that the whole sweep is gone through.")] = ROUNDS,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured passes per batch and round.")] = REPEATS,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of torch; its own choice unless given.")
+    rounds: Annotated[
+        int, typer.Option(rich_help_panel="What is measured", min=1, help="Times that the whole sweep is gone through.")
+    ] = ROUNDS,
+    repeats: Annotated[
+        int, typer.Option(rich_help_panel="What is measured", min=1, help="Measured passes per batch and round.")
+    ] = REPEATS,
+    threads: Threads = None,
+    clock: Clock = "wall",
+    name: Annotated[
+        str | None, typer.Option(rich_help_panel="Output", help="Name of the profile; DEVICE-MODEL unless given.")
     ] = None,
-    clock: Annotated[str, typer.Option(help="wall; cpu on a CPU that others use too, with --threads 1.")] = "wall",
-    name: Annotated[str | None, typer.Option(help="Name of the profile; DEVICE-MODEL unless given.")] = None,
     backend: Backend = "transformers",
-    seed: Annotated[int, typer.Option(help="Of the random mixtures, their order, and the held-out rows.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel="What is measured", help="Of the random mixtures, their order, and the held-out rows."
+        ),
+    ] = 0,
 ) -> None:
     """Measure a model's batches and fit a cost profile."""
     if out.suffix != ".json":

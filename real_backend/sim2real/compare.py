@@ -32,7 +32,7 @@ from llmsched_gym.real_backend.calibration.calibrate import (
     on_gpu,
     open_backend,
 )
-from llmsched_gym.real_backend.command import Backend
+from llmsched_gym.real_backend.command import Backend, Clock, Device, ModelName, Threads
 from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.real_backend.sim2real import page
 from llmsched_gym.real_backend.sim2real.agreement import summary
@@ -178,25 +178,31 @@ def prepare(
 
 
 def sim2real_command(
-    model: Annotated[str, typer.Option(help="Local folder, hub id, random:mistral-7b or random:tiny.")],
-    out: Annotated[Path, typer.Option(help="Folder for the page and what it is made from.")],
+    model: ModelName,
+    out: Annotated[Path, typer.Option(rich_help_panel="Output", help="Folder for the page and what it is made from.")],
     profile: Annotated[
-        str | None, typer.Option(help="Profile of this model and device; measured unless given.")
+        str | None,
+        typer.Option(rich_help_panel="The model", help="Profile of this model and device; measured unless given."),
     ] = None,
-    policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = ",".join(POLICIES),
-    loads: Annotated[str, typer.Option(help="Shares of the saturating rate.")] = ",".join(map(str, LOADS)),
-    num_requests: Annotated[int, typer.Option(min=2, help="Requests of a run.")] = 100,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 2,
-    first_seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    policy: Annotated[str, typer.Option(rich_help_panel="What runs", help="Policies, separated by commas.")] = ",".join(
+        POLICIES
+    ),
+    loads: Annotated[str, typer.Option(rich_help_panel="What runs", help="Shares of the saturating rate.")] = ",".join(
+        map(str, LOADS)
+    ),
+    num_requests: Annotated[int, typer.Option(rich_help_panel="What runs", min=2, help="Requests of a run.")] = 100,
+    seeds: Annotated[int, typer.Option(rich_help_panel="What runs", min=1, help="Number of seeds.")] = 2,
+    first_seed: Annotated[int, typer.Option(rich_help_panel="What runs", min=0, help="The first seed.")] = 0,
     jitter: Annotated[
-        float | None, typer.Option(help="Of the simulator; the calibration's spread unless given.")
+        float | None,
+        typer.Option(rich_help_panel="What runs", help="Of the simulator; the calibration's spread unless given."),
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="Of request lengths: 1, and 1/16 on a CPU.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of torch; its own choice unless given.")
+    scale: Annotated[
+        float | None, typer.Option(rich_help_panel="The model", help="Of request lengths: 1, and 1/16 on a CPU.")
     ] = None,
-    clock: Annotated[str, typer.Option(help="wall; cpu on a CPU that others use too, with --threads 1.")] = "wall",
+    device: Device = None,
+    threads: Threads = None,
+    clock: Clock = "wall",
     backend: Backend = "transformers",
 ) -> None:
     """Compare the simulator with the real model."""

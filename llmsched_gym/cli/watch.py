@@ -25,17 +25,39 @@ MOST = 4  # decodes and prompts in a frame: a panel of 22 lines
 
 
 def watch_command(
-    policy: Annotated[str, typer.Option(help="A name, module:Class or folder.")] = "slai",
-    suite: Annotated[str, typer.Option(help="A suite of one engine: its name, or a TOML file.")] = "default",
-    qps: Annotated[float | None, typer.Option(help="Arrival rate, 1/s; else the suite's.")] = None,
-    profile: Annotated[str | None, typer.Option(help="Cost profile: a name or a JSON file.")] = None,
-    workload: Annotated[str | None, typer.Option(help="Fitted workload: a name or a JSON file.")] = None,
-    trace: Annotated[str | None, typer.Option(help="Trace file that replaces the workload.")] = None,
-    num_requests: Annotated[int | None, typer.Option(help="Requests of the run; else the suite's length.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the requests.")] = 0,
-    speed: Annotated[float, typer.Option(metavar="N", help="Simulated seconds a second; inf: as fast as it goes.")] = 5,
-    seconds: Annotated[float, typer.Option(metavar="S", help="Stop after so many simulated seconds.")] = math.inf,
-    every: Annotated[float, typer.Option(metavar="S", help="Without a terminal: simulated seconds a line.")] = 5.0,
+    policy: Annotated[str, typer.Option(rich_help_panel="What runs", help="A name, module:Class or folder.")] = "slai",
+    suite: Annotated[
+        str, typer.Option(rich_help_panel="What runs", help="A suite of one engine: its name, or a TOML file.")
+    ] = "default",
+    qps: Annotated[
+        float | None, typer.Option(rich_help_panel="What runs", help="Arrival rate, 1/s; else the suite's.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(rich_help_panel="What runs", help="Cost profile: a name or a JSON file.")
+    ] = None,
+    workload: Annotated[
+        str | None, typer.Option(rich_help_panel="What runs", help="Fitted workload: a name or a JSON file.")
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(rich_help_panel="What runs", help="Trace file that replaces the workload.")
+    ] = None,
+    num_requests: Annotated[
+        int | None, typer.Option(rich_help_panel="What runs", help="Requests of the run; else the suite's length.")
+    ] = None,
+    seed: Annotated[int, typer.Option(rich_help_panel="What runs", help="Of the requests.")] = 0,
+    speed: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel="The view", metavar="N", help="Simulated seconds a second; inf: as fast as it goes."
+        ),
+    ] = 5,
+    seconds: Annotated[
+        float, typer.Option(rich_help_panel="The view", metavar="S", help="Stop after so many simulated seconds.")
+    ] = math.inf,
+    every: Annotated[
+        float,
+        typer.Option(rich_help_panel="The view", metavar="S", help="Without a terminal: simulated seconds a line."),
+    ] = 5.0,
 ) -> None:
     """Watch one run: queue, batch, KV memory, deadlines, TTFT and attainment of the last minute; Ctrl-C ends it."""
     for name, value in (("speed", speed), ("seconds", seconds), ("every", every)):

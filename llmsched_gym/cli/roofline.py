@@ -28,12 +28,25 @@ BATCHES: dict[str, tuple[list[tuple[int, int]], list[int]]] = {
 def roofline_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"One of {', '.join(MODELS)}.")],
     device: Annotated[str, typer.Argument(metavar="DEVICE", help=f"One of {', '.join(DEVICES)}.")],
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share every layer.")] = 1,
-    tile_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a tile of the linear layers.")] = 128,
-    waves: Annotated[bool, typer.Option(help="Linear layers cost whole tiles, as a staircase.")] = False,
-    overhead_ms: Annotated[float, typer.Option(min=0.0, help="Host time of a batch.")] = OVERHEAD_MS,
-    name: Annotated[str | None, typer.Option(help="Name of the profile (OUT without .json).")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the profile into this file.")] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(rich_help_panel="The machine", min=1, help="Devices that share every layer.")
+    ] = 1,
+    tile_tokens: Annotated[
+        int, typer.Option(rich_help_panel="The machine", min=1, help="Tokens of a tile of the linear layers.")
+    ] = 128,
+    waves: Annotated[
+        bool, typer.Option(rich_help_panel="The machine", help="Linear layers cost whole tiles, as a staircase.")
+    ] = False,
+    overhead_ms: Annotated[
+        float, typer.Option(rich_help_panel="The machine", min=0.0, help="Host time of a batch.")
+    ] = OVERHEAD_MS,
+    name: Annotated[
+        str | None, typer.Option(rich_help_panel="Output", help="Name of the profile (OUT without .json).")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel="Output", metavar="FILE.json", help="Write the profile into this file."),
+    ] = None,
 ) -> None:
     """Make a cost profile from data sheets, for --profile, and say what batches take by it."""
     if out is not None:

@@ -1,4 +1,4 @@
-"""Options of a command from a file: TOML or JSON of option names, or the config.json of an earlier run.
+"""Options of a command from a file: TOML or JSON of names, or what an earlier run wrote, config.json or capacities.
 
 The command line counts before the file, and the file before defaults.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +19,7 @@ from llmsched_gym.text import shown
 
 SET = "set"
 OF_A_RUN = ("policies", "scenario")  # what every config.json has
+OF_A_CAPACITY = ("config", "results")  # and what every capacity-CRITERION.json
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ def read_options(path: Path, parameters: Collection[str]) -> FileOptions:
         ConfigError: one line, if the file cannot be read or names an option that the command does not have.
     """
     data = _read(path)
+    if all(name in data for name in OF_A_CAPACITY) and isinstance(data["config"], dict):
+        if "criterion" not in parameters:
+            raise ConfigError(f"{path}: expected options or the config.json of a run, got what llmsched capacity found")
+        data = data["config"]
     if all(name in data for name in OF_A_RUN):
         return _of_a_run(path, data, parameters)
     fields = data.pop(SET, {})
@@ -52,14 +57,18 @@ def read_options(path: Path, parameters: Collection[str]) -> FileOptions:
     return FileOptions(options, _fields(fields))
 
 
+READ: dict[str, tuple[str, Callable[[str], Any]]] = {".toml": ("TOML", tomllib.loads), ".json": ("JSON", parse)}
+
+
 def _read(path: Path) -> dict[str, Any]:
+    if path.suffix not in READ:
+        raise ConfigError(f"config: expected {' or '.join(READ)}, got {path}")
+    kind, read = READ[path.suffix]
     try:
-        text = path.read_text(encoding="utf-8")
-        data = parse(text) if path.suffix == ".json" else tomllib.loads(text)
+        data = read(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        kind = "JSON" if path.suffix == ".json" else "TOML"
         raise ConfigError(f"{path}: expected {kind}: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected options by name, got {shown(data)}")
@@ -89,9 +98,11 @@ def _of_a_run(path: Path, data: dict[str, Any], parameters: Collection[str]) -> 
             list(dict.fromkeys(part)) for part in zip(*(p.split("+", 1) for p in policies), strict=True)
         )
         options |= {"router": ",".join(routers), "policy": schedulers}
-    if data.get("qps") is not None:
+    if data.get("qps") is not None and ("criterion" in data) == (
+        "criterion" in parameters
+    ):  # rates, or where to search
         options["qps"] = ",".join(map(str, data["qps"]))
-    options |= {name: data[name] for name in ("seeds", "first_seed") if name in data}
+    options |= {name: data[name] for name in ("seeds", "first_seed", "criterion") if name in data}
     differing = {name: value for name, value in wanted.items() if usual.get(name) != value}
     return FileOptions({k: v for k, v in options.items() if k in parameters}, _fields(differing))
 

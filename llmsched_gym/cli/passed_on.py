@@ -32,34 +32,35 @@ def _reproduce(name: str, args: list[str]) -> int:
     return code
 
 
-def _fit(name: str, args: list[str]) -> int:
-    function = importlib.import_module("llmsched_gym.fit_command").fit_command
-    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
-    return code
+TYPED = {
+    "arena": ("cli.arena", "arena_command", "llmsched arena --out out/arena --suites paper,default --seeds 3"),
+    "fit": (
+        "cli.fit",
+        "fit_command",
+        "llmsched fit --dense dense.csv --attention attention.csv --per-sequence heads.csv --out mine.json",
+        "llmsched fit --batches measured.csv --model mistral-7b --device h100 --out mine.json",
+    ),
+    "roofline": ("cli.roofline", "roofline_command", "llmsched roofline mistral-7b h100 --out mine.json"),
+    "watch": ("cli.watch", "watch_command", "llmsched watch --policy slai --qps 1.8 --speed 10"),
+    "calibrate": (
+        "real_backend.calibration.calibrate",
+        "calibrate_command",
+        "llmsched calibrate --model random:tiny --device cpu --out tiny.json",
+    ),
+    "sim2real": (
+        "real_backend.sim2real.compare",
+        "sim2real_command",
+        "llmsched sim2real --model random:tiny --device cpu --out out/tiny --seeds 1",
+    ),
+}
+"""Commands that are one function: its module, its name, and examples."""
 
 
-def _roofline(name: str, args: list[str]) -> int:
-    function = importlib.import_module("llmsched_gym.roofline_command").roofline_command
-    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
-    return code
-
-
-def _arena(name: str, args: list[str]) -> int:
-    function = importlib.import_module("llmsched_gym.arena_command").arena_command
-    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
-    return code
-
-
-def _watch(name: str, args: list[str]) -> int:
-    function = importlib.import_module("llmsched_gym.watch_command").watch_command
-    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
-    return code
-
-
-def _on_real_model(name: str, args: list[str]) -> int:
-    module = {"calibrate": "calibration.calibrate", "sim2real": "sim2real.compare"}[name]
-    function = getattr(importlib.import_module(f"llmsched_gym.real_backend.{module}"), f"{name}_command")
-    code: int = importlib.import_module("llmsched_gym.real_backend.command").call(function, f"llmsched {name}", args)
+def _typed(name: str, args: list[str]) -> int:
+    module, function, *lines = TYPED[name]
+    command = getattr(importlib.import_module(f"llmsched_gym.{module}"), function)
+    call = importlib.import_module("llmsched_gym.real_backend.command").call
+    code: int = call(command, f"llmsched {name}", args, lines)
     return code
 
 
@@ -77,12 +78,12 @@ def _with_agents(name: str, args: list[str]) -> int:
 
 COMMANDS: dict[str, tuple[str, Callable[[str, list[str]], int]]] = {
     "reproduce": ("Run the paper's whole evaluation and write docs/results.md", _reproduce),
-    "arena": ("Rank all schedulers on all suites of one engine", _arena),
-    "fit": ("Fit a cost profile to tables of measured kernels", _fit),
-    "roofline": ("Make a cost profile of MODEL on DEVICE from data sheets", _roofline),
-    "watch": ("Watch one run of a policy live in the terminal", _watch),
-    "calibrate": ("Measure a real model's batches and fit a cost profile", _on_real_model),
-    "sim2real": ("Compare the simulator with a real model", _on_real_model),
+    "arena": ("Rank all schedulers on all suites of one engine", _typed),
+    "fit": ("Fit a cost profile to tables of measured kernels", _typed),
+    "roofline": ("Make a cost profile of MODEL on DEVICE from data sheets", _typed),
+    "watch": ("Watch one run of a policy live in the terminal", _typed),
+    "calibrate": ("Measure a real model's batches and fit a cost profile", _typed),
+    "sim2real": ("Compare the simulator with a real model", _typed),
     "train": ("Train PPO or MaskablePPO", _with_agents),
     "ppo": ("Train our own PPO, twice as fast: features, knobs, presets and requests", _with_agents),
     "tune": ("Tune a constant, a linear rule or a scheduler's parameters", _with_agents),

@@ -22,30 +22,66 @@ if TYPE_CHECKING:
 
 
 def fit_command(
-    out: Annotated[Path, typer.Option(help="Profile to write, a .json file.")],
-    dense: Annotated[Path | None, typer.Option(help="CSV: layer, tokens, time_us.")] = None,
-    attention: Annotated[
-        Path | None, typer.Option(help="CSV: prefill_chunk, kv_prefill, n_decode, kv_decode, time_us, of one layer.")
+    out: Annotated[Path, typer.Option(rich_help_panel="Output", help="Profile to write, a .json file.")],
+    dense: Annotated[
+        Path | None, typer.Option(rich_help_panel="What was measured", help="CSV: layer, tokens, time_us.")
     ] = None,
-    per_sequence: Annotated[Path | None, typer.Option(help="CSV: layer, sequences, time_us.")] = None,
-    skew: Annotated[Path | None, typer.Option(help="CSV of unequal contexts against equal ones.")] = None,
-    num_layers: Annotated[int | None, typer.Option(min=1, help="Layers of the model (--model's).")] = None,
+    attention: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel="What was measured",
+            help="CSV: prefill_chunk, kv_prefill, n_decode, kv_decode, time_us, of one layer.",
+        ),
+    ] = None,
+    per_sequence: Annotated[
+        Path | None, typer.Option(rich_help_panel="What was measured", help="CSV: layer, sequences, time_us.")
+    ] = None,
+    skew: Annotated[
+        Path | None,
+        typer.Option(rich_help_panel="What was measured", help="CSV of unequal contexts against equal ones."),
+    ] = None,
+    num_layers: Annotated[
+        int | None, typer.Option(rich_help_panel="What was measured", min=1, help="Layers of the model (--model's).")
+    ] = None,
     batches: Annotated[
-        Path | None, typer.Option(help="Instead of tables: measured batches, the CSV of llmsched calibrate.")
+        Path | None,
+        typer.Option(
+            rich_help_panel="What was measured",
+            help="Instead of tables: measured batches, the CSV of llmsched calibrate.",
+        ),
     ] = None,
     kv_blocks: Annotated[
-        int | None, typer.Option(min=1, max=MOST_WHOLE, help="KV blocks of 16; as memory holds unless given.")
+        int | None,
+        typer.Option(
+            rich_help_panel="The profile", min=1, max=MOST_WHOLE, help="KV blocks of 16; as memory holds unless given."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the profile (OUT without .json).")] = None,
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}; no time depends on it.")] = "llama-3.1-8b",
+    name: Annotated[
+        str | None, typer.Option(rich_help_panel="The profile", help="Name of the profile (OUT without .json).")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(rich_help_panel="The profile", help=f"One of {', '.join(MODELS)}; no time depends on it.")
+    ] = "llama-3.1-8b",
     device: Annotated[
-        str, typer.Option(help=f"One of {', '.join(DEVICES)}: its memory, for KV blocks; no time.")
+        str,
+        typer.Option(
+            rich_help_panel="The profile", help=f"One of {', '.join(DEVICES)}: its memory, for KV blocks; no time."
+        ),
     ] = "rtxpro6000",
-    engine: Annotated[str, typer.Option(help="Whose times these are: engine and attention backend.")] = "",
+    engine: Annotated[
+        str, typer.Option(rich_help_panel="The profile", help="Whose times these are: engine and attention backend.")
+    ] = "",
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of fit.md and fit.png; else OUT-fit.md and OUT-fit.png.")
+        Path | None,
+        typer.Option(
+            rich_help_panel="Output",
+            metavar="DIR",
+            help="Folder of fit.md and fit.png; else OUT-fit.md and OUT-fit.png.",
+        ),
     ] = None,
-    held_out: Annotated[bool, typer.Option(help="Errors on levels left out of the fit: takes seconds.")] = True,
+    held_out: Annotated[
+        bool, typer.Option(rich_help_panel="The fit", help="Errors on levels left out of the fit: takes seconds.")
+    ] = True,
 ) -> None:
     """Fit a cost profile to measured kernels (CSV files, plain or .gz), and say how far it is from them."""
     check_profile_place(out)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmsched_gym.cli import options as opt
 from llmsched_gym.config import SUITES, ConfigError
 from llmsched_gym.evaluation import arena as arenas
 from llmsched_gym.evaluation.arena_capacity import capacities_of
@@ -25,37 +26,62 @@ ROWS = "arena.parquet"
 
 def arena_command(
     context: typer.Context,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the runs and of the page.")],
+    out: Annotated[
+        Path, typer.Option(rich_help_panel="Output", metavar="FOLDER", help="Folder of the runs and of the page.")
+    ],
+    at: opt.Places,
     policies: Annotated[
-        str | None, typer.Option(metavar="P1,P2,...", help="Schedulers; default: all registered ones but random.")
+        str | None,
+        typer.Option(
+            rich_help_panel="What runs",
+            metavar="P1,P2,...",
+            help="Schedulers; default: all registered ones but random.",
+        ),
     ] = None,
-    suites: Annotated[str, typer.Option(metavar="S1,S2,...", help="Suites of one engine.")] = ",".join(SUITES),
+    suites: Annotated[
+        str, typer.Option(rich_help_panel="What runs", metavar="S1,S2,...", help="Suites of one engine.")
+    ] = ",".join(SUITES),
     profiles: Annotated[
-        str, typer.Option(metavar="C1,C2,...", help="Cost profiles; own: each suite's own.")
+        str,
+        typer.Option(rich_help_panel="What runs", metavar="C1,C2,...", help="Cost profiles; own: each suite's own."),
     ] = ",".join(arenas.Arena.profiles),
     loads: Annotated[
-        str, typer.Option(metavar="X1,X2,...", help="Shares of the fluid capacity.")
+        str, typer.Option(rich_help_panel="What runs", metavar="X1,X2,...", help="Shares of the fluid capacity.")
     ] = "0.6,0.8,0.95,1.05",
     hints: Annotated[
         str | None,
-        typer.Option(metavar="H1,...", help="Length hints (noisy:SIGMA) with which those that know lengths run again."),
+        typer.Option(
+            rich_help_panel="What runs",
+            metavar="H1,...",
+            help="Length hints (noisy:SIGMA) with which those that know lengths run again.",
+        ),
     ] = None,
     tuned: Annotated[
         str,
-        typer.Option(metavar="FILE.toml", help="Tuned constants, which run too; shipped: ours; none: no such runs."),
+        typer.Option(
+            rich_help_panel="What runs",
+            metavar="FILE.toml",
+            help="Tuned constants, which run too; shipped: ours; none: no such runs.",
+        ),
     ] = "shipped",
-    reference: Annotated[str, typer.Option(help="The scheduler that the others are compared with.")] = "vllm-v1",
-    seeds: Annotated[int, typer.Option(help="Number of seeds; there are no intervals below 10.")] = 10,
-    first_seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
-    num_requests: Annotated[int, typer.Option(help="Measured requests of a run.")] = 1000,
-    session_requests: Annotated[int, typer.Option(help="Measured turns of a run of a suite of sessions.")] = 300,
+    reference: Annotated[
+        str, typer.Option(rich_help_panel="What runs", help="The scheduler that the others are compared with.")
+    ] = "vllm-v1",
+    seeds: Annotated[
+        int, typer.Option(rich_help_panel="How much", help="Number of seeds; there are no intervals below 10.")
+    ] = 10,
+    first_seed: Annotated[int, typer.Option(rich_help_panel="How much", help="The first seed.")] = 0,
+    num_requests: Annotated[int, typer.Option(rich_help_panel="How much", help="Measured requests of a run.")] = 1000,
+    session_requests: Annotated[
+        int, typer.Option(rich_help_panel="How much", help="Measured turns of a run of a suite of sessions.")
+    ] = 300,
     capacity: Annotated[
-        str | None, typer.Option(metavar="CRITERION", help="Also search capacities, e.g. serve-all:0.9; takes long.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core unless given.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Run on a Ray started here, of --workers processes.")] = False,
-    ray_address: Annotated[
-        str | None, typer.Option("--ray-address", metavar="A", help="Run on the Ray cluster at this address.")
+        str | None,
+        typer.Option(
+            rich_help_panel="What runs",
+            metavar="CRITERION",
+            help="Also search capacities, e.g. serve-all:0.9; takes long.",
+        ),
     ] = None,
 ) -> None:
     """Rank schedulers on all suites at shares of the fluid capacity; goes on where it was interrupted."""
@@ -81,7 +107,7 @@ def arena_command(
     )
     files = [*arena.policies, *arena.suites, *arena.profiles]
     found: list[dict[str, Any]] = []
-    with choose(workers, ray, ray_address, files) as places:
+    with choose(at.workers, at.ray, at.ray_address, files) as places:
         with console.progress_bar("runs", where(places)) as progress:
             rows = arenas.run(arena, out, places=places, progress=progress)
         replace_file(out / ROWS, lambda path: write_rows(rows, path))

@@ -1,0 +1,132 @@
+"""How commands end: exit codes, interrupts, and one line for what cannot be done."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llmsched_gym.config import ConfigError
+from llmsched_gym.report import console
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+GO_ON_WITH_OUT = ("evaluate", "capacity", "serve-bench")  # after an interrupt, if they have a folder
+GO_ON = ("compare", "arena", "reproduce", "calibrate", "sim2real")  # these always have one
+RESUME = ("train", "ppo", "tune", "search")  # with --resume
+
+
+def interrupted(words: Sequence[str]) -> str:
+    """What to say of an interrupt: commands that keep what is done in their folder can go on from it."""
+    command = next((word for word in words if not word.startswith("-")), "")
+    out = _value_of("--out", words)
+    if command in GO_ON or (command in GO_ON_WITH_OUT and out is not None):
+        return "interrupted: the same command goes on where it stopped"
+    if command in RESUME and Path(out or f"runs/{command}", "config.json").exists():
+        return "interrupted: with --resume the same command goes on from its last checkpoint"
+    return "interrupted"
+
+
+def _value_of(option: str, words: Sequence[str]) -> str | None:
+    """What a command line says for an option; the last counts."""
+    found = None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
+
+
+@contextmanager
+def remarks() -> Iterator[None]:
+    """Print our own warnings as lines of ours, each once."""
+    shown: set[str] = set()
+    usual = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not category.__module__.startswith("llmsched_gym."):
+            usual(message, category, *where, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            console.remark(str(message))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """The interrupts that came; numba turns one that comes while it compiles into whatever error it causes there."""
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    def unraisable(ignored: Any) -> None:
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(ignored)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    hook = sys.unraisablehook
+    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = unraisable
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = hook
+
+
+def explain(error: Exception) -> int:
+    """Say in one line what was wrong; an error that nobody foresaw goes on as it is."""
+    if hasattr(error, "format_message"):  # of the command line itself
+        return fail(error.format_message() or "expected a command; see llmsched --help", USAGE)
+    usage, failure = _known_errors()
+    if not isinstance(error, (*usage, *failure)):
+        raise error
+    return fail(str(error), USAGE if isinstance(error, usage) else FAILURE)
+
+
+def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
+    """Errors of what was asked for, and of a policy or the machine while it runs."""
+    from concurrent.futures import BrokenExecutor
+
+    from llmsched_gym.cost import ProfileError
+    from llmsched_gym.engine import IllegalBatch, StalledScheduler
+    from llmsched_gym.scheduler import PolicyError
+    from llmsched_gym.workload import TraceError
+
+    backend_error = importlib.import_module("llmsched_gym.real_backend").BackendError
+    return (ConfigError, PolicyError, TraceError, ProfileError, backend_error), (
+        IllegalBatch,
+        StalledScheduler,
+        BrokenExecutor,
+        OSError,
+    )
+
+
+def fail(message: str, code: int) -> int:
+    print("llmsched:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; after an interrupt at once, as Python takes seconds to free compiled kernels one by one."""
+    if code == INTERRUPTED:
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
