@@ -144,7 +144,7 @@ def command(argv: Sequence[str] | None = None, program: str | None = None) -> No
 
 
 def main() -> int:
-    return fail_in_one_line(command)
+    return fail_in_one_line(command, "interrupted: the same command goes on where it stopped")
 
 
 if __name__ == "__main__":

@@ -172,8 +172,11 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
 
 
-def fail_in_one_line(main: Callable[[], Any]) -> int:
-    """Run `main`; what a user got wrong becomes one line and exit code 2."""
+RESUMES = "interrupted; --resume goes on from the last checkpoint"
+
+
+def fail_in_one_line(main: Callable[[], Any], interrupted: str = RESUMES) -> int:
+    """Run `main`; what a user got wrong becomes one line and exit code 2, an interrupt the line `interrupted`."""
     backend_error = importlib.import_module("llmsched_gym.real_backend").BackendError
     try:
         main()
@@ -181,6 +184,6 @@ def fail_in_one_line(main: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     return 0

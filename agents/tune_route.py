@@ -127,7 +127,7 @@ def tune(config: Config) -> dict[str, Any]:
 
 
 def main() -> int:
-    return fail_in_one_line(lambda: print(json.dumps(tune(parse(Config, None, __doc__)), indent=1)))
+    return fail_in_one_line(lambda: print(json.dumps(tune(parse(Config, None, __doc__)), indent=1)), "interrupted")
 
 
 if __name__ == "__main__":
