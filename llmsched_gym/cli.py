@@ -38,7 +38,7 @@ from llmsched_gym.report import console, terminal
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
 ENV_PREFIX = "LLMSCHED"
-GO_ON, RESUME = ("evaluate", "serve-bench", "compare"), ("train", "tune", "search")  # commands, after an interrupt
+GO_ON, RESUME = ("evaluate", "capacity", "serve-bench", "compare", "arena"), ("train", "ppo", "tune", "search")
 
 app = typer.Typer(
     help="Schedulers for LLM inference: compare them, and find the load that each can carry. Options can come from the "
@@ -168,10 +168,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _interrupted(words: Sequence[str]) -> str:
     """What to say of an interrupt: commands that keep what is done in their folder can go on from it."""
     command = next((word for word in words if not word.startswith("-")), "")
-    if command in GO_ON and any(word.split("=")[0] == "--out" for word in words):
+    variable = f"{ENV_PREFIX}_{command.upper().replace('-', '_')}_OUT"
+    named = variable in os.environ or any(word.split("=")[0] == "--out" for word in words)
+    if command == "reproduce" or (command in GO_ON and named):
         return "interrupted: the same command goes on where it stopped"
     if command in RESUME:
-        return "interrupted: with --resume the same command goes on from its last checkpoint"
+        return "interrupted: with --resume the same command goes on from its last checkpoint, if there is one"
     return "interrupted"
 
 

@@ -344,10 +344,15 @@ def test_help_has_an_example_that_can_be_copied(command, capsys):
     assert len(example) <= 80
 
 
-def test_an_interrupt_says_how_to_go_on():
+def test_an_interrupt_says_how_to_go_on(monkeypatch):
+    assert cli._interrupted(["reproduce"]).endswith("goes on where it stopped")
+    for command in ("capacity", "arena", "serve-bench", "compare"):
+        assert cli._interrupted([command, "--out=o"]).endswith("goes on where it stopped")
     assert cli._interrupted(["-q", "evaluate", "--policy", "slai", "--out", "o"]).endswith("goes on where it stopped")
     assert cli._interrupted(["evaluate", "--policy", "slai"]) == "interrupted"
-    assert "--resume" in cli._interrupted(["train"])
+    assert "--resume" in cli._interrupted(["train"]) and "--resume" in cli._interrupted(["ppo"])
+    monkeypatch.setenv("LLMSCHED_SERVE_BENCH_OUT", "o")
+    assert cli._interrupted(["serve-bench"]).endswith("goes on where it stopped")
 
 
 def test_profiles_say_what_was_measured(capsys):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -11,16 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.cli import main
+from llmsched_gym.config import SLO_CLASSES, ConfigError, scenario
 from llmsched_gym.engine import Batch
 from llmsched_gym.evaluation import cells, grid
 from llmsched_gym.evaluation import store as stores
 from llmsched_gym.evaluation.bench import PlainSarathi
 from llmsched_gym.evaluation.capacity import LOW_QPS, STEP, Search, capacity, crossing, ratios
+from llmsched_gym.evaluation.capacity_runs import CapacityRuns
 from llmsched_gym.evaluation.criteria import LATENCIES, OF_CLASSES, criterion, file_name
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.evaluation.store import read_rows
+from llmsched_gym.evaluation.store import claim_results, lock_folder, read_rows
 from llmsched_gym.report.bounds import scenario_from_json
 from llmsched_gym.workload import make_table
 
@@ -430,6 +433,60 @@ def test_criteria_that_say_nothing_are_one_clear_line(text, words):
     with pytest.raises(ConfigError) as error:
         criterion(text)
     assert words in str(error.value) and str(error.value).startswith("criterion: expected ")
+
+
+def test_an_interrupted_search_for_capacities_does_no_run_twice(tmp_path, monkeypatch):
+    small = scenario("paper", num_requests=50)
+    settings = {"qps": (1.0, 8.0), "seeds": 2, "out": tmp_path}
+    whole = capacity(small, ["slai", "sarathi"], "ttft-median", **settings | {"out": None})
+    run_cell, runs = cells.run_cell, []
+
+    def until_interrupted(world, cell, *more):
+        if len(runs) == 12:
+            raise KeyboardInterrupt
+        runs.append((cell.policy, cell.qps, cell.seed))
+        return run_cell(world, cell, *more)
+
+    monkeypatch.setattr(cells, "run_cell", until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        capacity(small, ["slai", "sarathi"], "ttft-median", **settings)
+    (left,) = tmp_path.glob("capacity-ttft-median*")
+    with left.open("a") as file:
+        file.write('["slai", 1.0, ')  # what a crash leaves
+
+    def not_twice(world, cell, *more):
+        assert (cell.policy, cell.qps, cell.seed) not in runs
+        return run_cell(world, cell, *more)
+
+    monkeypatch.setattr(cells, "run_cell", not_twice)
+    found = capacity(small, ["slai", "sarathi"], "ttft-median", **settings)
+    assert [item.to_row() for item in found] == [item.to_row() for item in whole]
+    assert [path.name for path in tmp_path.glob("capacity-*")] == ["capacity-ttft-median.json"]
+    monkeypatch.undo()
+    lock = lock_folder(tmp_path)
+    with pytest.raises(ConfigError, match="another process is writing"):
+        capacity(small, ["slai"], "ttft-median", **settings)
+    os.close(lock)
+
+
+def test_a_search_of_other_settings_begins_anew(tmp_path, monkeypatch):
+    with CapacityRuns(tmp_path, "paper", "one") as runs:
+        runs.add("slai", 1.0, 0, {"slo_attainment": 0.5})
+    with CapacityRuns(tmp_path, "paper", "one") as runs:
+        assert runs.rows == {("slai", 1.0, 0): {"slo_attainment": 0.5}}
+    claim_results(tmp_path)  # a folder of ours
+    with CapacityRuns(tmp_path, "paper", "two") as runs:
+        assert runs.rows == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_criterion_is_a_file_name(tmp_path):
+    terms = [f"{metric}.{figure}<=100" for metric, figures in LATENCIES.items() for figure in figures]
+    long = ",".join([*terms, *(f"{m}.{c}.{f}<=90" for m, fs in OF_CLASSES.items() for c in SLO_CLASSES for f in fs)])
+    names = {file_name(long), file_name(long.replace("90", "91"))}
+    assert len(names) == 2 and all(len(name) <= 150 for name in names)
+    capacity(scenario("paper", num_requests=5), ["slai"], long, qps=(0.1, 0.2), seeds=1, out=tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
 
 
 def test_who_is_served_at_capacity(tmp_path):

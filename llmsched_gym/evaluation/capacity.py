@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import ConfigError, Scenario, plain
+from llmsched_gym.evaluation.capacity_runs import CapacityRuns
 from llmsched_gym.evaluation.cells import Cell, Runner
 from llmsched_gym.evaluation.criteria import Criterion, criterion, file_name
 from llmsched_gym.evaluation.grid import check, finite, seed_range
 from llmsched_gym.evaluation.run import make_backend
 from llmsched_gym.evaluation.spread import Places
 from llmsched_gym.evaluation.store import claim_results, grid_config
-from llmsched_gym.files import dumps, make_folder, write_text
+from llmsched_gym.files import digest_of, dumps, make_folder, write_text
 from llmsched_gym.report.intervals import MIN_SEEDS, resample_quantiles
 
 STEP = 1.02
@@ -250,27 +252,38 @@ def capacity(
     """The capacity of each policy under the criterion `judged` (see `criteria`), searched between the rates `qps`.
 
     The other arguments are those of `grid.evaluate`, and `progress` is called when runs are planned, too; the folder
-    `out` gets ``capacity-CRITERION.json``. Pass the result to `ratios` to compare policies.
+    `out` gets ``capacity-CRITERION.json``, and does no run of a search again that was interrupted there. Pass the
+    result to `ratios` to compare policies.
     """
     scenario, policies = finite(scenario), list(dict.fromkeys(policies))
     conditions, numbers = criterion(judged), seed_range(seeds, first_seed)
     low, high = plain(qps)
     qps = (float(low), float(high))
     check(scenario, policies, qps, numbers.start)
-    if out is not None:
-        claim_results(out)
-        make_folder(Path(out))
-    done = planned = 0
-    with Runner(scenario, workers, backend=make_backend(scenario, workers)) as runner:
+    settings = {"criterion": conditions.name, "qps": list(qps), "seeds": len(numbers), "first_seed": numbers.start}
+    config: dict[str, Any] = {}
+    with ExitStack() as stack:
+        kept: CapacityRuns | None = None
+        if out is not None:
+            claim_results(out)
+            make_folder(Path(out))
+            config = grid_config(scenario, policies, **settings)
+            kept = stack.enter_context(CapacityRuns(Path(out), file_name(conditions.name), digest_of(config)))
+        runner = stack.enter_context(Runner(scenario, workers, backend=make_backend(scenario, workers)))
+        done = planned = 0
 
         def simulate(policy: str, runs: Sequence[tuple[float, int]]) -> list[Row]:
             nonlocal done, planned
-            planned += len(runs)
+            held = {} if kept is None else kept.rows
+            rows = [held.get((policy, *run), {}) for run in runs]
+            planned, done = planned + len(runs), done + sum(map(bool, rows))
             if progress is not None:
                 progress(done, planned)
-            rows: list[Row] = [{}] * len(runs)
-            for cell, row in runner.run([Cell(i, policy, rate, seed) for i, (rate, seed) in enumerate(runs)]):
+            left = [Cell(i, policy, *run) for i, run in enumerate(runs) if not rows[i]]
+            for cell, row in runner.run(left):
                 rows[cell.index] = row
+                if kept is not None:
+                    kept.add(policy, *runs[cell.index], row)
                 done += 1
                 if progress is not None:
                     progress(done, planned)
@@ -278,12 +291,12 @@ def capacity(
 
         search = Search(conditions, simulate, numbers, qps)
         found = [search.find(policy) for policy in policies]
-    if out is not None:
-        settings = {"criterion": conditions.name, "qps": list(qps), "seeds": len(numbers), "first_seed": numbers.start}
-        results = {
-            "config": grid_config(scenario, policies, **settings),
-            "results": [item.to_row() | ratio for item, ratio in zip(found, ratios(found), strict=True)],
-            "curves": {item.policy: item.curve for item in found},
-        }
-        write_text(Path(out) / f"capacity-{file_name(conditions.name)}.json", dumps(results))
+        if out is not None and kept is not None:
+            results = {
+                "config": config,
+                "results": [item.to_row() | ratio for item, ratio in zip(found, ratios(found), strict=True)],
+                "curves": {item.policy: item.curve for item in found},
+            }
+            write_text(Path(out) / f"capacity-{file_name(conditions.name)}.json", dumps(results))
+            kept.done()
     return found

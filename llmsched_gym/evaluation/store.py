@@ -35,9 +35,19 @@ from llmsched_gym.workload.mixture import workload_files
 ITL_PROBS = np.concatenate([np.linspace(0.0, 0.98, 295), 1.0 - np.logspace(math.log10(0.02), -5.0, 105)[1:], [1.0]])
 """Where the distribution of gaps is sampled, (400,): evenly, then finer and finer into the tail."""
 
+RUNS_OF = "capacity-*.runs.jsonl"
+"""Runs of a search for capacities that is not over."""
+
+
+def _of_a_search(path: Path) -> bool:
+    with path.open(encoding="utf-8") as file:
+        return file.readline().startswith('{"search": ')
+
+
 RESULTS = {
     "config.json": json_with("scenario", "policies"),
     "capacity-*.json": json_with("config", "results"),
+    RUNS_OF: _of_a_search,
     "servers/*/config.json": json_with("scenario"),
 }
 """Files by which folders of evaluate, capacity and serve-bench, which may be one, are known."""
