@@ -25,7 +25,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.spread import choose
-from llmsched_gym.report import intervals
+from llmsched_gym.report import console, intervals
 from llmsched_gym.text import between
 from llmsched_gym.text import table as markdown_table
 
@@ -120,7 +120,7 @@ def compare(config: Config) -> str:
     out = Path(config.out)
     policies = [*opponents, *beside, *agents]
     chosen = choose(config.workers, config.ray, config.ray_address, policies)
-    with chosen as places, Progress(console=Console(stderr=True)) as bar:
+    with chosen as places, Progress(console=Console(stderr=True), disable=console.quiet) as bar:
         task = bar.add_task("runs", total=None)
         rows = evaluate(
             world,

@@ -21,6 +21,7 @@ from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import LoadedPolicy, write_folder
+from llmsched_gym.report import console
 
 
 def evaluate(policy: Any, config: Any, world: EnvConfig, backend: Any = None) -> dict[str, float]:
@@ -134,4 +135,4 @@ def _bar(is_shown: bool) -> Progress:
         TimeRemainingColumn(),
         TextColumn("best {task.fields[best]}"),
     )
-    return Progress(*columns, console=Console(stderr=True), disable=not is_shown)
+    return Progress(*columns, console=Console(stderr=True), disable=console.quiet or not is_shown)

@@ -45,6 +45,7 @@ from llmsched_gym.policies import read_folder, write_folder
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.policies.knob_rules import KnobScores
 from llmsched_gym.registry import make_scheduler
+from llmsched_gym.report import console
 
 # What a linear rule looks at: load, backlog, urgency, and how the machine does.
 LINEAR_FEATURES = (
@@ -255,7 +256,7 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
         np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
 
     path = cut_progress(out, spent)
-    with chosen as places, opened(places) as pool, Progress(console=Console(stderr=True)) as bar:
+    with chosen as places, opened(places) as pool, Progress(console=Console(stderr=True), disable=console.quiet) as bar:
         task = bar.add_task("tuning", total=config.steps, completed=spent)
         while spent < config.steps:
             seeds = rng.choice(TRAINING_SEEDS, config.episodes, replace=False).tolist()

@@ -138,6 +138,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options_of_all(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and leave.")
     ] = False,
@@ -145,6 +146,9 @@ def options_of_all(
 ) -> None:
     """Say versions, or be quiet, whatever the command."""
     console.quiet = quiet
+    if quiet:
+        os.environ["LLMSCHED_SAY_COMPILING"] = "0"  # to workers, too
+        context.call_on_close(lambda: os.environ.pop("LLMSCHED_SAY_COMPILING", None))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

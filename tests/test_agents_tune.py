@@ -1,6 +1,7 @@
 """Tuned opponents and imitation: what they write is what they found, and interrupted searches go on."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -267,3 +268,11 @@ def test_what_no_search_can_do_with_is_said_in_one_line_and_leaves_no_folder(opt
 def test_so_it_is_with_the_weights_of_a_router(options, message):
     with pytest.raises(ConfigError, match=message):
         tune_route(parse(RouteConfig, options, None))
+
+
+def test_a_quiet_search_says_nothing_on_stderr(tmp_path, capsys):
+    few = ["--steps", "10", "--requests", "5", "--eval-requests", "5", "--eval-seeds", "1", "--episodes", "1"]
+    options = [*few, "--population", "2", "--template", "slai[budget=int:256..2048]", "--out", str(tmp_path / "t")]
+    assert main(["--quiet", "tune", *options]) == 0
+    assert capsys.readouterr().err == ""
+    assert "LLMSCHED_SAY_COMPILING" not in os.environ
