@@ -178,6 +178,7 @@ def test_a_file_of_constants_that_is_none_is_one_line(tmp_path):
         "tuned = 3": "expected tables",
         "[[tuned]]\nname = 3": "a text 'profile'",
         "nothing": "no TOML",
+        2 * '[[tuned]]\nprofile = "own"\nname = "slai"\npolicy = "slai"\n': "constants of slai for own once",
     }.items():
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):

@@ -210,11 +210,13 @@ def read_constants(path: Path) -> tuple[Constants, ...]:
     entries = data.get("tuned")
     if not isinstance(entries, list):
         raise ConfigError(f"tuned: expected tables [[tuned]] in {path}")
-    found = []
+    found: list[Constants] = []
     for number, entry in enumerate(entries, 1):
         for name in ("profile", "name", "policy"):
             if not isinstance(entry, dict) or not isinstance(entry.get(name), str):
                 raise ConfigError(f"tuned: expected a text {name!r} in table {number} of {path}")
+        if any((one.profile, one.name) == (entry["profile"], entry["name"]) for one in found):
+            raise ConfigError(f"tuned: expected constants of {entry['name']} for {entry['profile']} once in {path}")
         how = {key: value for key, value in entry.items() if key not in ("profile", "name", "policy")}
         found.append(Constants(entry["profile"], entry["name"], entry["policy"], how))
     return tuple(found)
