@@ -52,8 +52,10 @@ LEARNERS = {
     "dqn": Learner("DQN", ("stable_baselines3", "DQN"), ("preset",)),
     "qr-dqn": Learner("QR-DQN", ("sb3_contrib", "QRDQN"), ("preset",)),
 }
-OURS = ("out", "seed", "steps", "suite", "set", "resume", "env", "backend", "model")  # options, but no settings
-OURS += ("eval_every", "eval_seeds", "eval_requests", "checkpoint_every")  # the benchmark's own
+OURS = (  # options, but no settings; the last are the benchmark's own
+    *("out", "seed", "steps", "suite", "set", "resume", "env", "backend", "model"),
+    *("eval_every", "eval_seeds", "eval_requests", "checkpoint_every"),
+)
 SB3S = ("policy", "env", "policy_kwargs", "seed", "device", "self", "tensorboard_log", "verbose", "_init_setup_model")
 
 
@@ -134,7 +136,7 @@ def _check_settings(learner: str, settings: dict[str, Any]) -> None:
     """Raise ConfigError where a value is none that the learner's setting can have."""
     module, name = LEARNERS[learner].place
     cls: Any = getattr(importlib.import_module(module), name)
-    if dataclasses.is_dataclass(cls):
+    if module.startswith("llmsched_gym"):
         check_values(cls, settings)
         return
     usual = {name: each.default for name, each in inspect.signature(cls).parameters.items()}

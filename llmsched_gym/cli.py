@@ -241,6 +241,8 @@ def _explain(error: Exception) -> int:
     usage, failure = _known_errors()
     if not isinstance(error, (*usage, *failure)):
         raise error
+    if isinstance(error, MemoryError):
+        error = MemoryError(f"not enough memory: {error}")
     return _fail(str(error), USAGE if isinstance(error, usage) else FAILURE)
 
 
@@ -258,6 +260,7 @@ def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception],
         IllegalBatch,
         StalledScheduler,
         BrokenExecutor,
+        MemoryError,
         OSError,
     )
 

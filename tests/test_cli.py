@@ -344,6 +344,15 @@ def test_help_has_an_example_that_can_be_copied(command, capsys):
     assert len(example) <= 80
 
 
+def test_more_memory_than_there_is_is_one_line(monkeypatch, capsys):
+    def too_large(*_):
+        raise MemoryError("Unable to allocate 7. TiB for an array")
+
+    monkeypatch.setattr(cli, "find_suite", too_large)
+    assert main(["suite", "paper"]) == 1
+    assert capsys.readouterr().err == "llmsched: not enough memory: Unable to allocate 7. TiB for an array\n"
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch):
     assert cli._interrupted(["reproduce"]).endswith("goes on where it stopped")
     for command in ("capacity", "arena", "serve-bench", "compare"):
