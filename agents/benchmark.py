@@ -13,12 +13,11 @@ Decision times are not charged. Needs ``pip install '.[agents]'``.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from llmsched_gym.agents.benchmark_scores import Reference, curves, lines_of, ma
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.evaluation.spread import opened, spread
+from llmsched_gym.evaluation.store import lock_folder
 from llmsched_gym.files import claim_folder, make_folder, write_text
 
 RULES = (
@@ -131,6 +132,15 @@ class Results:
         write_text(self.path, whole)
         return found
 
+    def hold(self, preset: Preset) -> None:
+        """Begin a preset's folder; ConfigError where trainings in it, finished or not, are of other settings."""
+        path = self.out / preset.name / "preset.json"
+        if not path.exists():
+            make_folder(path.parent)
+            write_text(path, json.dumps({"digest": preset.digest}) + "\n")
+        elif path.read_text(encoding="utf-8").strip() != json.dumps({"digest": preset.digest}):
+            raise ConfigError(f"out: {path.parent}: preset {preset.name} has changed; choose another folder")
+
     def add(self, row: dict[str, Any]) -> None:
         """Append a line."""
         with open(self.path, "a") as file:
@@ -139,21 +149,27 @@ class Results:
 
 def _run(jobs: Sequence[tuple[Preset, int]], config: Config) -> Iterator[dict[str, Any]]:
     """Lines of trainings, as they finish."""
-    if config.workers == 1 or len(jobs) < 2:
-        yield from (_job(preset, seed, config) for preset, seed in jobs)
-        return
-    with ProcessPoolExecutor(min(config.workers, len(jobs)), get_context("spawn")) as pool:
-        futures = [pool.submit(_job, preset, seed, config) for preset, seed in jobs]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    cells = [(preset, seed, config) for preset, seed in jobs]
+    with opened(max(1, min(config.workers, len(jobs)))) as pool:
+        yield from (line for _, line in spread(pool, _job, cells))
 
 
 def benchmark(config: Config) -> str:
     """Train what is missing, write tables and curves; returns the Markdown."""
-    presets, store = find_presets(config.presets), Results(config)
+    presets = find_presets(config.presets)
+    store = Results(config)
+    lock = lock_folder(store.out)
+    try:
+        return _benchmark(presets, store, config)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _benchmark(presets: Sequence[Preset], store: Results, config: Config) -> str:
     done = store.read(presets)
+    for preset in presets:
+        store.hold(preset)
     jobs = [(preset, seed) for seed in range(config.seeds) for preset in presets]
     left = [(preset, seed) for preset, seed in jobs if (preset.name, seed) not in done]
     with Progress(console=Console(stderr=True)) as bar:
@@ -200,7 +216,7 @@ def command(argv: Sequence[str] | None = None, program: str | None = None) -> No
 
 
 def main() -> int:
-    return fail_in_one_line(command)
+    return fail_in_one_line(command, "interrupted: the same command goes on where it stopped")
 
 
 if __name__ == "__main__":

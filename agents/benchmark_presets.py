@@ -18,12 +18,14 @@ import dataclasses
 import fnmatch
 import importlib
 import inspect
+import math
 import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmsched_gym.agents.options import KINDS, check_values, is_of_kind
 from llmsched_gym.config import ConfigError, EnvConfig, Scenario, env_config, scenario
 from llmsched_gym.files import digest_of
 
@@ -50,7 +52,10 @@ LEARNERS = {
     "dqn": Learner("DQN", ("stable_baselines3", "DQN"), ("preset",)),
     "qr-dqn": Learner("QR-DQN", ("sb3_contrib", "QRDQN"), ("preset",)),
 }
-OURS = ("out", "seed", "steps", "suite", "set", "resume", "env", "backend", "model")  # options, but no settings
+OURS = (  # options, but no settings; the last are the benchmark's own
+    *("out", "seed", "steps", "suite", "set", "resume", "env", "backend", "model"),
+    *("eval_every", "eval_seeds", "eval_requests", "checkpoint_every"),
+)
 SB3S = ("policy", "env", "policy_kwargs", "seed", "device", "self", "tensorboard_log", "verbose", "_init_setup_model")
 
 
@@ -83,7 +88,7 @@ class Preset:
         """What schedulers, which know no actions, are compared in."""
         names = {field.name for field in dataclasses.fields(Scenario)} - {"suite"}
         fields = {name: value for name, value in self.world.items() if name in names}
-        return scenario(self.suite, **fields, num_requests=num_requests)
+        return scenario(self.suite, **fields | {"num_requests": num_requests})
 
 
 def read_preset(path: Path) -> Preset:
@@ -96,13 +101,17 @@ def read_preset(path: Path) -> Preset:
         raise ConfigError(f"presets: {path}: not a TOML file: {' '.join(str(error).split())}") from None
     _known(path, "", data, ("learner", "suite", "world", "settings"))
     learner, world, settings = data.get("learner"), data.get("world", {}), data.get("settings", {})
-    if learner not in LEARNERS:
+    if not isinstance(learner, str) or learner not in LEARNERS:
         raise ConfigError(f"presets: {path}: learner: expected one of {', '.join(LEARNERS)}, got {learner!r}")
     for name, table in (("world", world), ("settings", settings)):
         if not isinstance(table, dict):
             raise ConfigError(f"presets: {path}: {name}: expected a table, got {table!r}")
     _known(path, "settings.", settings, settings_of(learner))
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    try:
+        _check_settings(learner, settings)
+    except ConfigError as error:
+        raise ConfigError(f"presets: {path}: settings.{str(error).removeprefix('--')}") from None
     preset = Preset(path.stem, learner, data.get("suite", "default"), world, settings)
     try:
         action = preset.config.action
@@ -123,6 +132,26 @@ def settings_of(learner: str) -> tuple[str, ...]:
     return ("num_envs", "hidden", *(name for name in inspect.signature(cls).parameters if name not in SB3S))
 
 
+def _check_settings(learner: str, settings: dict[str, Any]) -> None:
+    """Raise ConfigError where a value is none that the learner's setting can have."""
+    module, name = LEARNERS[learner].place
+    cls: Any = getattr(importlib.import_module(module), name)
+    if module.startswith("llmsched_gym"):
+        check_values(cls, settings)
+        return
+    usual = {name: each.default for name, each in inspect.signature(cls).parameters.items()}
+    usual |= {"num_envs": 16, "hidden": (64, 64)}
+    for name, value in settings.items():
+        kind = tuple[int, ...] if name == "hidden" else type(usual[name])
+        if kind in KINDS and not is_of_kind(value, kind):
+            raise ConfigError(f"{name}: expected {KINDS[kind]}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name}: expected a number, got {value!r}")
+        least = min(value, default=1) if name == "hidden" else value
+        if name in ("num_envs", "n_steps", "batch_size", "buffer_size", "hidden") and least < 1:
+            raise ConfigError(f"{name}: expected at least 1, got {least!r}")
+
+
 def find_presets(wanted: str) -> list[Preset]:
     """The presets of a list of names, of patterns such as ``default-*`` or of TOML files, separated by commas."""
     files: dict[str, Path] = {}
@@ -138,7 +167,17 @@ def find_presets(wanted: str) -> list[Preset]:
                 raise ConfigError(f"--presets: expected files of different names, got {files[stem]} and {path}")
     if not files:
         raise ConfigError("--presets: expected at least one")
-    return [read_preset(path) for path in files.values()]
+    presets = [read_preset(path) for path in files.values()]
+    worlds: dict[str, Preset] = {}
+    for preset in presets:  # a table and a panel of curves measure all of an environment by one rule
+        other = worlds.setdefault(preset.environment, preset)
+        one, two = (each.scenario(1).to_dict() for each in (other, preset))
+        differing = ", ".join(name for name in one if one[name] != two[name])
+        if differing:
+            raise ConfigError(
+                f"--presets: {other.name} and {preset.name} differ in {differing} of the world; give each a folder"
+            )
+    return presets
 
 
 def _matching(known: Collection[str], pattern: str) -> list[str]:

@@ -26,7 +26,7 @@ from llmsched_gym.agents.settings import RUN, WORLD, Spread, World
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.spread import choose
-from llmsched_gym.report import intervals
+from llmsched_gym.report import console, intervals
 from llmsched_gym.text import between
 from llmsched_gym.text import table as markdown_table
 
@@ -122,7 +122,7 @@ def compare(config: Config) -> str:
     out = Path(config.out)
     policies = [*opponents, *beside, *agents]
     chosen = choose(config.workers, config.ray, config.ray_address, policies)
-    with chosen as places, Progress(console=Console(stderr=True)) as bar:
+    with chosen as places, Progress(console=Console(stderr=True), disable=console.quiet) as bar:
         task = bar.add_task("runs", total=None)
         rows = evaluate(
             world,
@@ -146,7 +146,7 @@ def command(argv: Sequence[str] | None = None, program: str | None = None) -> No
 
 
 def main() -> int:
-    return fail_in_one_line(command)
+    return fail_in_one_line(command, "interrupted: the same command goes on where it stopped")
 
 
 if __name__ == "__main__":

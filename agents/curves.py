@@ -61,7 +61,7 @@ def curves(config: Config) -> str:
 
 
 def main() -> int:
-    return fail_in_one_line(lambda: print(curves(parse(Config, None, __doc__))))
+    return fail_in_one_line(lambda: print(curves(parse(Config, None, __doc__))), "interrupted")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def _rows(policy: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def main() -> int:
-    return fail_in_one_line(command)
+    return fail_in_one_line(command, "interrupted")
 
 
 def command() -> None:

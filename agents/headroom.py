@@ -130,8 +130,8 @@ def headroom(config: Config) -> dict[str, Any]:
 def main() -> int:
     argv = sys.argv[1:]
     if PLANNER in argv:
-        return fail_in_one_line(lambda: planner([part for part in argv if part != PLANNER]))
-    return fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, None, __doc__)))))
+        return fail_in_one_line(lambda: planner([part for part in argv if part != PLANNER]), "interrupted")
+    return fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, None, __doc__)))), "interrupted")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.env.actions.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.policies.bridge import knobs_now, sets_knobs
 from llmsched_gym.registry import make_scheduler
+from llmsched_gym.report import console
 
 Teacher = Callable[[TrainingEnv, Any], np.ndarray]
 """From the environments and their observations to the actions it would take, (num_envs, num_knobs)."""
@@ -217,11 +218,11 @@ def _fit(policy: Any, optimizer: Any, data: dict[str, np.ndarray], config: Confi
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:
     """Run the command line; raises what is wrong with it."""
-    print(imitate(parse(Config, argv, __doc__, program), lambda line: print(line, file=sys.stderr)))
+    print(imitate(parse(Config, argv, __doc__, program), console.remark))
 
 
 def main() -> int:
-    return fail_in_one_line(command)
+    return fail_in_one_line(command, "interrupted")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def _fit(
 
 
 def main() -> int:
-    return fail_in_one_line(lambda: print(imitate(parse(Config, None, __doc__))))
+    return fail_in_one_line(lambda: print(imitate(parse(Config, None, __doc__))), "interrupted")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ from llmsched_gym.help_text import ExamplesKept, examples
 from llmsched_gym.scheduler import PolicyError
 from llmsched_gym.workload import TraceError
 
+MOST = 1e12
+"""Of numbers that are not whole: what is infinite, or nearly, no file of a run can tell or no learner bear."""
+MOST_SEED = 2**31 - 1
+"""The generators of torch and CMA-ES take 32 bits, and some seeds are counted on from."""
+
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field with its default and its line of help; whole numbers with a default >= 1 are >= `low`, 1 unless given."""
@@ -101,18 +106,59 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
 
 
 def check_numbers(cls: type, values: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` where a number of `values`, fields of the dataclass, is too low for its option."""
+    """Raise :class:`ConfigError` where a number of `values`, by field of the dataclass, is none of its option."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name not in values:
             continue
-        name, value = field.name.replace("_", "-"), values[field.name]
-        if hints[field.name] is int and isinstance(field.default, int) and field.default >= 1:
-            low = field.metadata.get("low", 0 if field.name.endswith("seed") else 1)
+        name, value, kind = field.name.replace("_", "-"), values[field.name], hints[field.name]
+        if kind is int and isinstance(field.default, int):
+            is_seed = field.name.endswith("seed")
+            low = field.metadata.get("low", 0 if is_seed or field.default == 0 else 1)
             if value < low:
                 raise ConfigError(f"--{name}: expected a whole number >= {low}, got {value}")
-        if hints[field.name] is float and not value >= 0.0:  # nan, too
+            if is_seed and value > MOST_SEED:
+                raise ConfigError(f"--{name}: expected a whole number <= {MOST_SEED:,}, got {value}")
+        if kind is float and not value >= 0.0:  # nan, too
             raise ConfigError(f"--{name}: expected a number >= 0, got {value}")
+        if kind is float and value > MOST:
+            raise ConfigError(f"--{name}: expected a number <= {MOST:g}, got {value}")
+        if kind == tuple[int, ...] and any(number < 1 for number in value):
+            raise ConfigError(f"--{name}: expected whole numbers >= 1, got {','.join(map(str, value))}")
+
+
+def check_values(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` where a value of `values` is none that :func:`parse` could have made of its option."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        name, value, kind = field.name.replace("_", "-"), values[field.name], hints[field.name]
+        if kind in KINDS and not is_of_kind(value, kind):
+            raise ConfigError(f"--{name}: expected {KINDS[kind]}, got {value!r}")
+        choices = field.metadata.get("choices")
+        if choices is not None and value not in choices:
+            raise ConfigError(f"--{name}: expected one of {', '.join(choices)}, got {value!r}")
+    check_numbers(cls, values)
+
+
+KINDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    tuple[int, ...]: "a list of whole numbers",
+}
+"""Types of values, and what each is called."""
+
+
+def is_of_kind(value: Any, kind: Any) -> bool:
+    """Whether a value is of one of KINDS."""
+    if kind == tuple[int, ...]:
+        return isinstance(value, tuple) and all(is_of_kind(number, int) for number in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 
 def command_line(cls: type, config: Any) -> list[str]:
@@ -162,8 +208,11 @@ def integers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
 
 
-def fail_in_one_line(main: Callable[[], Any]) -> int:
-    """Run `main`; what a user got wrong becomes one line and exit code 2."""
+RESUMES = "interrupted; --resume goes on from the last checkpoint"
+
+
+def fail_in_one_line(main: Callable[[], Any], interrupted: str = RESUMES) -> int:
+    """Run `main`; what a user got wrong becomes one line and exit code 2, an interrupt the line `interrupted`."""
     backend_error = importlib.import_module("llmsched_gym.real_backend").BackendError
     try:
         main()
@@ -171,6 +220,6 @@ def fail_in_one_line(main: Callable[[], Any]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     return 0

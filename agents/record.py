@@ -204,4 +204,4 @@ def command(argv: Sequence[str] | None = None, program: str | None = None) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(lambda: command()))
+    sys.exit(fail_in_one_line(lambda: command(), "interrupted"))

@@ -160,7 +160,7 @@ def command() -> None:
 
 
 def main() -> int:
-    return fail_in_one_line(command)
+    return fail_in_one_line(command, "interrupted")
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def headroom(config: Config) -> dict[str, Any]:
 
 
 def main() -> int:
-    return fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, None, __doc__)), indent=1)))
+    return fail_in_one_line(lambda: print(json.dumps(headroom(parse(Config, None, __doc__)), indent=1)), "interrupted")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import Pool, opened, run_cells
 from llmsched_gym.files import dumps, write_text
-from llmsched_gym.report import intervals
+from llmsched_gym.report import console, intervals
 
 GIVEN = "given"  # the settings that the search was given, among the finals
 
@@ -82,7 +82,7 @@ def run_finals(study: optuna.Study, config: Config, pool: Pool) -> list[dict[str
         for name, settings in candidates.items()
         for seed in seeds
     ]
-    values = run_cells(run_final, cells, pool, lambda text: print(f"llmsched: finals: {text}", file=sys.stderr))
+    values = run_cells(run_final, cells, pool, lambda text: console.remark(f"finals: {text}"))
     table = np.reshape(values, (len(candidates), len(seeds))).tolist()
     by_name = dict(zip(candidates, table, strict=True))
     found = [

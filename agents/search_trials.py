@@ -6,7 +6,6 @@ import dataclasses
 import math
 import queue
 import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from llmsched_gym.agents.options import option
 from llmsched_gym.agents.search_space import given_values, read
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation.spread import Pool
+from llmsched_gym.report import console
 
 STUDY, INTERRUPTED, WHY = "search", "interrupted", "error"  # the study's name; attributes of failed trials
 
@@ -162,4 +162,4 @@ def _say(study: optuna.Study, config: Config, trial: FrozenTrial) -> None:
     settings = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.params.items())
     ended = counted(study) - len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
     progress = f"{ended} of {config.trials}, best {best}"
-    print(f"llmsched: trial {trial.number}: {found}; {progress}; {settings}", file=sys.stderr)
+    console.remark(f"trial {trial.number}: {found}; {progress}; {settings}")

@@ -6,10 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_gym.config import ConfigError
 from llmsched_gym.env.vector import LLMSchedVectorEnv
 
 TRAINING_SEEDS = range(1000, 2000)
 SELECTION_SEEDS = range(2000, 3000)
+
+
+def check_seeds(option: str, count: int, seeds: range) -> None:
+    """Raise ConfigError where an option asks for more seeds than there are to choose from."""
+    if count > len(seeds):
+        raise ConfigError(f"--{option}: expected at most {len(seeds):,}, as many as there are seeds, got {count}")
 
 
 class SeededVectorEnv(LLMSchedVectorEnv):

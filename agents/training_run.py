@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -16,10 +17,11 @@ from llmsched_gym.agents.checkpoint import cut_events, save_checkpoint
 from llmsched_gym.agents.export import export
 from llmsched_gym.agents.run_folder import cut_progress, settings_of
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
-from llmsched_gym.config import EnvConfig, env_config
+from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import LoadedPolicy, write_folder
+from llmsched_gym.report import console
 
 
 def evaluate(policy: Any, config: Any, world: EnvConfig, backend: Any = None) -> dict[str, float]:
@@ -91,6 +93,8 @@ class TrainingRun:
             looked: called after an evaluation, before the checkpoint.
         """
         config, ends = self.config, step >= self.config.steps
+        if not all(bool(torch.isfinite(weights).all()) for weights in policy.parameters()):
+            raise ConfigError(f"learning_rate: the weights are no numbers after {step:,} decisions; choose a lower one")
         self.step = step
         if step - self._last_eval >= config.eval_every or ends:
             self._last_eval = step
@@ -131,4 +135,4 @@ def _bar(is_shown: bool) -> Progress:
         TimeRemainingColumn(),
         TextColumn("best {task.fields[best]}"),
     )
-    return Progress(*columns, console=Console(stderr=True), disable=not is_shown)
+    return Progress(*columns, console=Console(stderr=True), disable=console.quiet or not is_shown)

@@ -3,7 +3,7 @@
 `constant` searches one setting of all knobs; `linear` a linear rule from features to knobs (scores of the knobs are
 weights times features plus a bias). Both choose among the values that a learner chooses from, see the features that it
 sees, and are charged for simulated decisions like it. ``--template "my:Scheduler[alpha=0..1,window=int:1..50]"`` tunes
-the bracket parameters of any scheduler instead and writes the best to best.json.
+the bracket parameters of any scheduler instead and writes the best to policy.json.
 
 A candidate's value is its mean utility over finite runs on training seeds, the same for all of a generation. Now and
 then the mean of the search distribution is judged on selection seeds, and the best is kept. A search that has converged
@@ -32,7 +32,7 @@ from llmsched_gym.agents.checkpoint import load_checkpoint, save_checkpoint
 from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
-from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS, check_seeds
 from llmsched_gym.agents.settings import WORLD, Evaluations, Run, Spread, World
 from llmsched_gym.config import ConfigError, EnvConfig, Scenario, env_config
 from llmsched_gym.env.actions.knobs import knobs_for
@@ -45,6 +45,8 @@ from llmsched_gym.evaluation.warm import once, warm
 from llmsched_gym.policies import read_folder, write_folder
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.policies.knob_rules import KnobScores
+from llmsched_gym.registry import make_scheduler
+from llmsched_gym.report import console
 
 # What a linear rule looks at: load, backlog, urgency, and how the machine does.
 LINEAR_FEATURES = (
@@ -159,8 +161,12 @@ class TemplateRules:
         self.ranges = [(bool(m[1]), float(m[2]), float(m[3])) for m in re.finditer(pattern, config.template)]
         if not self.ranges:
             raise ConfigError(f"template: expected a range as in slai[budget=int:256..2048], got {config.template!r}")
+        for _, low, high in self.ranges:
+            if not low < high:
+                raise ConfigError(f"template: expected LOW..HIGH, got {low:g}..{high:g} in {config.template!r}")
         self.parts = re.split(pattern, config.template)[::4]
         self.start = np.full(len(self.ranges), 0.5)
+        make_scheduler(self.name(self.start))
 
     def name(self, x: np.ndarray) -> str:
         out = self.parts[0]
@@ -230,6 +236,7 @@ def new_search(rules: Any, config: Config, restarts: int) -> cma.CMAEvolutionStr
 def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
     """Run or go on with a search; returns the best policy: its folder, or its name."""
     out = Path(config.out)
+    _check(config)
     config = open_run(config)
     rules: Any = TemplateRules(config) if config.template else KnobRules(config)
     files = [config.template, *map(str, config.set.values())]
@@ -247,7 +254,7 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
         np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
 
     path = cut_progress(out, spent)
-    with chosen as places, opened(places) as pool, Progress(console=Console(stderr=True)) as bar:
+    with chosen as places, opened(places) as pool, Progress(console=Console(stderr=True), disable=console.quiet) as bar:
         task = bar.add_task("tuning", total=config.steps, completed=spent)
         while spent < config.steps:
             seeds = rng.choice(TRAINING_SEEDS, config.episodes, replace=False).tolist()
@@ -288,6 +295,16 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
     if config.kind == "linear" and not config.template:
         finish(name, *read_folder(name))  # a rule in numpy takes time, a constant is compiled
     return name
+
+
+def _check(config: Config) -> None:
+    """What CMA-ES and the choice of seeds cannot do with."""
+    if config.population == 1:
+        raise ConfigError("--population: expected at least 2, or 0, got 1")
+    if config.sigma == 0.0:
+        raise ConfigError("--sigma: expected a number above 0, got 0")
+    check_seeds("episodes", config.episodes, TRAINING_SEEDS)
+    check_seeds("eval-seeds", config.eval_seeds, SELECTION_SEEDS)
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import AFFINITY, NAMES, read_weights, utility
-from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS, check_seeds
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, ConfigError, scenario
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 
@@ -96,6 +96,12 @@ def say(line: str) -> None:
 
 def tune(config: Config) -> dict[str, Any]:
     """Search; returns what it writes."""
+    if config.population == 1:
+        raise ConfigError("--population: expected at least 2, got 1")
+    if config.sigma == 0.0:
+        raise ConfigError("--sigma: expected a number above 0, got 0")
+    check_seeds("seeds", config.seeds, TRAINING_SEEDS)
+    check_seeds("selection-seeds", config.selection_seeds, SELECTION_SEEDS)
     world = world_of(config.suite, {"horizon_s": config.horizon_s, **config.set})
     start = read_weights(config.start) if config.start else AFFINITY
     free = [i for i, name in enumerate(NAMES) if config.told or name != "goes_on"]
@@ -121,7 +127,7 @@ def tune(config: Config) -> dict[str, Any]:
 
 
 def main() -> int:
-    return fail_in_one_line(lambda: print(json.dumps(tune(parse(Config, None, __doc__)), indent=1)))
+    return fail_in_one_line(lambda: print(json.dumps(tune(parse(Config, None, __doc__)), indent=1)), "interrupted")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import ProfileError
 from llmsched_gym.help_text import GroupedCommand, epilog, grouped
 from llmsched_gym.real_backend.errors import BackendError
+from llmsched_gym.report import console
 from llmsched_gym.scheduler import PolicyError
 
 USAGE, INTERRUPTED = 2, 130
@@ -74,7 +75,7 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=console.quiet) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

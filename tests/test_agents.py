@@ -26,6 +26,7 @@ from llmsched_gym.agents.checkpoint import load_checkpoint, save_checkpoint
 from llmsched_gym.agents.decision_time import finish, measure_decision_s
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import export
+from llmsched_gym.agents.options import parse
 from llmsched_gym.agents.rollout import Discounts, Rollouts
 from llmsched_gym.agents.run_folder import checkpoints
 from llmsched_gym.agents.seeds import TRAINING_SEEDS
@@ -295,6 +296,27 @@ def test_what_a_user_gets_wrong(tmp_path):
         (tmp_path / "c" / "config.json").write_text(text)
         with pytest.raises(ConfigError, match=match):
             train(Config(out=str(tmp_path / "c"), resume=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed", "-1"], "--seed: expected a whole number >= 0, got -1"),
+        (["--seed", "1e30"], "--seed: expected a whole number <= 2,147,483,647"),
+        (["--hidden", "64,0"], "--hidden: expected whole numbers >= 1, got 64,0"),
+        (["--critic-warmup", "-5"], "--critic-warmup: expected a whole number >= 0, got -5"),
+        (["--learning-rate", "inf"], "--learning-rate: expected a number <= 1e\\+12, got inf"),
+        (["--tau-s", "inf"], "--tau-s: expected a number <= 1e\\+12, got inf"),
+    ],
+)
+def test_numbers_that_no_option_can_mean(options, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(Config, options, None)
+
+
+def test_weights_that_are_no_numbers_any_more_end_a_training_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match="learning_rate: the weights are no numbers after 64 decisions"):
+        train(replace(TINY, out=str(tmp_path / "a"), learning_rate=1e30, num_envs=4, n_steps=16, steps=128))
 
 
 def test_the_same_seed_gives_the_same_curve(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("torch", reason="torch is not installed")
 from llmsched_gym.agents import benchmark
 from llmsched_gym.agents.benchmark_presets import FOLDER, LEARNERS, find_presets, read_preset
 from llmsched_gym.agents.benchmark_scores import Reference, estimate, lines_of, markdown, score
+from llmsched_gym.evaluation.store import lock_folder
 
 TINY = """
 learner = "a2c"
@@ -59,6 +61,14 @@ def test_every_preset_is_an_environment_that_its_learner_can_act_in():
         ("qps", "rate", "rate"),
         ("n_steps", "steps", "settings.steps: expected one of"),
         ("[world]", "[world", "not a TOML file"),
+        ('"a2c"', '["a2c"]', "learner: expected one of own-ppo"),
+        ("num_envs = 2", "num_envs = 0", "settings.num_envs: expected at least 1, got 0"),
+        ("num_envs = 2", "num_envs = '2'", "settings.num_envs: expected a whole number, got '2'"),
+        ("[8]", "8", "settings.hidden: expected a list of whole numbers, got 8"),
+        ("[8]", "[-8]", "settings.hidden: expected at least 1, got -8"),
+        ("n_steps = 4", "learning_rate = 'fast'", "settings.learning_rate: expected a number, got 'fast'"),
+        ("n_steps = 4", "learning_rate = nan", "settings.learning_rate: expected a number, got nan"),
+        ("n_steps = 4", "normalize_advantage = 'no'", "settings.normalize_advantage: expected true or false, got 'no'"),
     ],
 )
 def test_a_wrong_preset_is_one_line_that_names_the_file_and_the_field(file, old, new, told):
@@ -66,6 +76,62 @@ def test_a_wrong_preset_is_one_line_that_names_the_file_and_the_field(file, old,
     with pytest.raises(ConfigError) as error:
         read_preset(file)
     assert str(file) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("activation = 'gelu'", "settings.activation: expected one of tanh, relu, got 'gelu'"),
+        ("anneal = 'no'", "settings.anneal: expected true or false, got 'no'"),
+        ("batch_size = 0", "settings.batch-size: expected a whole number >= 1, got 0"),
+        ("learning_rate = nan", "settings.learning-rate: expected a number >= 0, got nan"),
+        ("hidden = '8'", "settings.hidden: expected a list of whole numbers, got '8'"),
+        ("eval_every = 5", "settings.eval_every: expected one of"),
+    ],
+)
+def test_so_is_a_wrong_setting_of_our_learners(file, setting, told):
+    file.write_text(TINY.replace('"a2c"', '"own-ppo"').replace("hidden = [8]", setting))
+    with pytest.raises(ConfigError) as error:
+        read_preset(file)
+    assert str(file) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_presets_of_two_worlds_under_one_name_are_not_scored_together(file, tmp_path):
+    other = tmp_path / "faster.toml"
+    other.write_text(TINY.replace("qps = 2.0", "qps = 3.0"))
+    with pytest.raises(ConfigError, match="tiny and faster differ in qps of the world"):
+        find_presets(f"{file},{other}")
+    other.write_text(TINY.replace("action_repeat = 1", "action_repeat = 2"))
+    assert len(find_presets(f"{file},{other}")) == 2
+
+
+def test_a_world_may_say_how_long_a_training_s_episodes_are(file):
+    file.write_text(TINY.replace("qps = 2.0", "num_requests = 5"))
+    assert read_preset(file).scenario(8).num_requests == 8
+
+
+def test_an_unfinished_training_is_not_gone_on_with_under_other_settings(file, tmp_path, monkeypatch):
+    config = benchmark.Config(presets=str(file), seeds=1, steps=64, out=str(tmp_path / "out"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "learn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.benchmark(config)
+    file.write_text(TINY.replace("n_steps = 4\n", ""))
+    monkeypatch.setattr(benchmark, "learn", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match="preset tiny has changed; choose another folder"):
+        benchmark.benchmark(config)
+
+
+def test_two_commands_do_not_write_to_one_folder(file, tmp_path):
+    config = benchmark.Config(presets=str(file), out=str(tmp_path / "out"))
+    store = benchmark.Results(config)
+    lock = lock_folder(store.out)
+    with pytest.raises(ConfigError, match="another process is writing to"):
+        benchmark.benchmark(config)
+    os.close(lock)
 
 
 def test_presets_that_are_not_there_are_refused():

@@ -1,6 +1,7 @@
 """Tuned opponents and imitation: what they write is what they found, and interrupted searches go on."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,11 @@ from llmsched_gym.agents.compare import compare, interquartile_mean, winners
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.imitate import Config as ImitateConfig
 from llmsched_gym.agents.imitate import imitate, make_teacher
+from llmsched_gym.agents.options import parse
 from llmsched_gym.agents.tune import Config, KnobRules, TemplateRules, new_search, selection, tune
+from llmsched_gym.agents.tune_route import Config as RouteConfig
+from llmsched_gym.agents.tune_route import tune as tune_route
+from llmsched_gym.cli import main
 from llmsched_gym.config import ConfigError, env_config, scenario
 from llmsched_gym.env.actions.knobs import CAP, KNOBS, MARGIN
 from llmsched_gym.evaluation.metrics import row
@@ -227,3 +232,47 @@ def test_counts_below_one_are_refused_before_anything_is_written(tmp_path):
         with pytest.raises(ConfigError, match=f"--{name}: expected a whole number >= 1, got -5"):
             train.command([f"--{name}=-5", "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--population", "1"], "--population: expected at least 2, or 0, got 1"),
+        (["--population", "-1"], "--population: expected a whole number >= 0, got -1"),
+        (["--sigma", "0"], "--sigma: expected a number above 0, got 0"),
+        (["--sigma", "inf"], "--sigma: expected a number <= 1e+12, got inf"),
+        (["--episodes", "1001"], "--episodes: expected at most 1,000, as many as there are seeds, got 1001"),
+        (["--eval-seeds", "1001"], "--eval-seeds: expected at most 1,000, as many as there are seeds, got 1001"),
+        (["--seed", "-1"], "--seed: expected a whole number >= 0, got -1"),
+        (["--seed", "1e10"], "--seed: expected a whole number <= 2,147,483,647, got 10000000000"),
+        (["--template", "nope[a=0..1]"], "policy 'nope' is unknown"),
+        (["--template", "slai[nope=0..1]"], "policy 'slai[nope=0.5]': unknown parameter 'nope'"),
+        (["--template", "slai[budget=int:5..1]"], "template: expected LOW..HIGH, got 5..1 in 'slai[budget=int:5..1]'"),
+    ],
+)
+def test_what_no_search_can_do_with_is_said_in_one_line_and_leaves_no_folder(options, message, tmp_path, capsys):
+    out = tmp_path / "t"
+    assert main(["tune", "--out", str(out), *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"llmsched: {message}") and said.count("\n") == 1 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--population", "1"], "--population: expected at least 2, got 1"),
+        (["--sigma", "0"], "--sigma: expected a number above 0, got 0"),
+        (["--seeds", "1001"], "--seeds: expected at most 1,000, as many as there are seeds, got 1001"),
+    ],
+)
+def test_so_it_is_with_the_weights_of_a_router(options, message):
+    with pytest.raises(ConfigError, match=message):
+        tune_route(parse(RouteConfig, options, None))
+
+
+def test_a_quiet_search_says_nothing_on_stderr(tmp_path, capsys):
+    few = ["--steps", "10", "--requests", "5", "--eval-requests", "5", "--eval-seeds", "1", "--episodes", "1"]
+    options = [*few, "--population", "2", "--template", "slai[budget=int:256..2048]", "--out", str(tmp_path / "t")]
+    assert main(["--quiet", "tune", *options]) == 0
+    assert capsys.readouterr().err == ""
+    assert "LLMSCHED_SAY_COMPILING" not in os.environ

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from llmsched_gym import cli
-from llmsched_gym.config import ConfigError
+from llmsched_gym.config import ConfigError, find_suite, suite_text
 from llmsched_gym.evaluation import arena as arenas
 from llmsched_gym.evaluation import cells
 from llmsched_gym.evaluation.store import grid_config
@@ -126,7 +126,8 @@ def test_a_page_says_who_leads_and_an_arena_goes_on_where_it_stopped(tmp_path, m
     assert cli.main(command) == 0 and (out / "report.md").read_text() == page
     assert cli.main([*command, "--seeds", "3"]) == 2  # runs of another grid are not mixed in
     error = capsys.readouterr().err
-    assert "holds results of another configuration (it differs in seeds)" in error and error.count("\n") == 1
+    assert "holds an arena of other seeds; choose another folder" in error and error.count("\n") == 1
+    assert json.loads((out / "config.json").read_text()) == held
 
 
 def test_tuned_constants_run_under_the_name_of_what_they_tune(tmp_path):
@@ -158,6 +159,7 @@ def test_the_shipped_constants_can_be_made_and_say_how_they_were_found():
         ("--policies", "nobody"): "policy 'nobody' is unknown",
         ("--reference", "slai"): "reference: expected one of the policies, got 'slai'",
         ("--hints", "loud"): "length_hint: expected one of none, oracle, noisy:NUMBER, got 'loud'",
+        ("--hints", "oracle"): "hints: expected noisy:SIGMA, got 'oracle'",
         ("--tuned", "missing.toml"): "tuned: cannot read missing.toml: No such file or directory",
         ("--capacity", "all"): "criterion: expected METRIC.FIGURE<=SECONDS",
         ("--seeds", "0"): "seeds: expected a whole number >= 1, got 0",
@@ -172,12 +174,22 @@ def test_bad_input_is_one_line_and_writes_nothing(wrong, said, tmp_path, capsys)
     assert said in error and error.count("\n") == 1 and not out.exists()
 
 
+def test_suites_that_would_share_a_folder_are_refused_before_the_first_run(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.toml").write_text(suite_text(find_suite("paper")))
+    suites = tuple(str(tmp_path / name / "mine.toml") for name in ("one", "two"))
+    with pytest.raises(ConfigError, match="would have the same folder, mine/own/untuned; rename a file"):
+        arenas.Arena(**SMALL | {"suites": suites}, **PAIR)
+
+
 def test_a_file_of_constants_that_is_none_is_one_line(tmp_path):
     path = tmp_path / "mine.toml"
     for text, said in {
         "tuned = 3": "expected tables",
         "[[tuned]]\nname = 3": "a text 'profile'",
         "nothing": "no TOML",
+        2 * '[[tuned]]\nprofile = "own"\nname = "slai"\npolicy = "slai"\n': "constants of slai for own once",
     }.items():
         path.write_text(text)
         with pytest.raises(ConfigError, match=said):

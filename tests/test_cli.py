@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llmsched_gym.cli import main
+from llmsched_gym.cli import lists, main
 from llmsched_gym.cli.endings import interrupted
 from llmsched_gym.cli.values import split_policies
 from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError
@@ -345,7 +345,9 @@ def test_help_has_an_example_that_can_be_copied(command, capsys):
     assert len(example) <= 80
 
 
-def test_an_interrupt_says_how_to_go_on():
+def test_an_interrupt_says_how_to_go_on(monkeypatch):
+    monkeypatch.setenv("LLMSCHED_SERVE_BENCH_OUT", "o")
+    assert interrupted(["serve-bench"]).endswith("goes on where it stopped")
     assert interrupted(["-q", "evaluate", "--policy", "slai", "--out", "o"]).endswith("goes on where it stopped")
     assert interrupted(["evaluate", "--policy", "slai"]) == "interrupted"
     assert interrupted(["capacity", "--policy", "slai", "--out=o"]).endswith("goes on where it stopped")
@@ -360,6 +362,15 @@ def test_an_interrupt_of_a_training_names_resume_where_there_is_something_to_res
         out.mkdir(parents=True)
         (out / "config.json").write_text("{}")
         assert "with --resume the same command goes on" in interrupted(words)
+
+
+def test_more_memory_than_there_is_is_one_line(monkeypatch, capsys):
+    def too_large(*_):
+        raise MemoryError("Unable to allocate 7. TiB for an array")
+
+    monkeypatch.setattr(lists, "find_suite", too_large)
+    assert main(["suite", "paper"]) == 1
+    assert capsys.readouterr().err == "llmsched: not enough memory: Unable to allocate 7. TiB for an array\n"
 
 
 def test_profiles_say_what_was_measured(capsys):

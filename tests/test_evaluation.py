@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.cli import main
+from llmsched_gym.config import SLO_CLASSES, ConfigError, scenario
 from llmsched_gym.engine import Batch
 from llmsched_gym.evaluation import cells, grid
 from llmsched_gym.evaluation import store as stores
@@ -430,6 +431,15 @@ def test_criteria_that_say_nothing_are_one_clear_line(text, words):
     with pytest.raises(ConfigError) as error:
         criterion(text)
     assert words in str(error.value) and str(error.value).startswith("criterion: expected ")
+
+
+def test_a_long_criterion_is_a_file_name(tmp_path):
+    terms = [f"{metric}.{figure}<=100" for metric, figures in LATENCIES.items() for figure in figures]
+    long = ",".join([*terms, *(f"{m}.{c}.{f}<=90" for m, fs in OF_CLASSES.items() for c in SLO_CLASSES for f in fs)])
+    names = {file_name(long), file_name(long.replace("90", "91"))}
+    assert len(names) == 2 and all(len(name) <= 150 for name in names)
+    capacity(scenario("paper", num_requests=5), ["slai"], long, qps=(0.1, 0.2), seeds=1, out=tmp_path)
+    assert main(["report", str(tmp_path)]) == 0
 
 
 def test_who_is_served_at_capacity(tmp_path):

@@ -39,11 +39,14 @@ def test_options_by_name(tmp_path):
         ("a.json", '{"scenario": {}, "policies": []}', "expected the config.json of a run of evaluate"),
         ("a.yaml", "seeds: 3", r"config: expected \.toml or \.json, got .*a\.yaml$"),
         ("a", "seeds = 3", r"config: expected \.toml or \.json, got .*/a$"),
+        ("a.json", '{"scenario": {"suite": "paper"}, "policies": []}', "expected the config.json of a run of evaluate"),
+        ("a.toml", "config = 'b.toml'", "'config' is no option of this command"),
+        ("a.toml", "set_ = 'qps=1'", "'set_' is no option of this command"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(tmp_path, name, text, what):
     with pytest.raises(ConfigError, match=what) as error:
-        read_options(written(tmp_path / name, text), PARAMETERS)
+        read_options(written(tmp_path / name, text), [*PARAMETERS, "config", "set_"])
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 

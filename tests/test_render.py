@@ -203,7 +203,12 @@ def test_watching_says_what_happens_in_the_simulator():
 
 @pytest.mark.parametrize(
     ("args", "words"),
-    [(["--speed", "0"], "speed"), (["--suite", "cluster"], "suite"), (["--policy", "slai,sarathi"], "policy")],
+    [
+        (["--speed", "0"], "speed"),
+        (["--speed", "1e-300"], "speed"),
+        (["--suite", "cluster"], "suite"),
+        (["--policy", "slai,sarathi"], "policy"),
+    ],
 )
 def test_what_cannot_be_watched_is_one_line(args, words, capsys):
     assert main(["watch", *args]) == 2

@@ -51,6 +51,20 @@ def test_there_is_no_clear_winner_where_an_interval_contains_zero():
     assert "all seeds have the same requests" in verdict.sentence(kept)
 
 
+def test_a_verdict_is_of_the_loads_that_all_have_run():
+    easy = [row(policy, 1.0, seed, attained=0.95 + 0.001 * (seed % 3)) for policy in "ab" for seed in range(10)]
+    hard = [row(policy, 2.0, seed, attained=0.5) for policy in "ab" for seed in range(10)]
+    newcomer = [row("c", 1.0, seed, attained=0.9 + 0.001 * (seed % 3)) for seed in range(10)]
+    df = statistics.tidy(easy + hard + newcomer)
+    found = verdict.verdict(df)
+    assert found is not None and found.leader == "a" and found.share == pytest.approx(0.9509)
+    assert "95.1 % SLO attainment at what all ran (1 requests/s)" in verdict.sentence(df)
+    alone_above = statistics.tidy(easy + hard[:10] + newcomer)  # at the higher load b has not run
+    assert [cells[0].text for cells in verdict.table(alone_above).rows] == ["1"]
+    nothing_shared = statistics.tidy(hard + newcomer)
+    assert verdict.verdict(nothing_shared) is None and verdict.sentence(nothing_shared) == ""
+
+
 def test_a_verdict_needs_rivals_that_know_no_lengths():
     alone = statistics.tidy(rows_of({"a": lambda s: 0.9, "shortest-total": lambda s: 0.95}))
     assert verdict.sentence(alone) == "" and verdict.table(alone) is None

@@ -18,6 +18,8 @@ from llmsched_gym.report import console
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
 
+ENV_PREFIX = "LLMSCHED"  # of variables that stand for options
+
 GO_ON_WITH_OUT = ("evaluate", "capacity", "serve-bench")  # after an interrupt, if they have a folder
 GO_ON = ("compare", "arena", "reproduce", "calibrate", "sim2real")  # these always have one
 RESUME = ("train", "ppo", "tune", "search")  # with --resume
@@ -26,7 +28,7 @@ RESUME = ("train", "ppo", "tune", "search")  # with --resume
 def interrupted(words: Sequence[str]) -> str:
     """What to say of an interrupt: commands that keep what is done in their folder can go on from it."""
     command = next((word for word in words if not word.startswith("-")), "")
-    out = _value_of("--out", words)
+    out = _value_of("--out", words) or os.environ.get(f"{ENV_PREFIX}_{command.upper().replace('-', '_')}_OUT")
     if command in GO_ON or (command in GO_ON_WITH_OUT and out is not None):
         return "interrupted: the same command goes on where it stopped"
     if command in RESUME and Path(out or f"runs/{command}", "config.json").exists():
@@ -95,7 +97,8 @@ def explain(error: Exception) -> int:
     usage, failure = _known_errors()
     if not isinstance(error, (*usage, *failure)):
         raise error
-    return fail(str(error), USAGE if isinstance(error, usage) else FAILURE)
+    what = f"not enough memory: {error}" if isinstance(error, MemoryError) else str(error)
+    return fail(what, USAGE if isinstance(error, usage) else FAILURE)
 
 
 def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
@@ -112,6 +115,7 @@ def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception],
         IllegalBatch,
         StalledScheduler,
         BrokenExecutor,
+        MemoryError,
         OSError,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NoReturn
@@ -9,12 +10,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from llmsched_gym.cli import capacity, evaluate, lists, replay, reports, serve_bench, traces
-from llmsched_gym.cli.endings import INTERRUPTED, explain, fail, interrupted, interrupts, leave, remarks
+from llmsched_gym.cli.endings import ENV_PREFIX, INTERRUPTED, explain, fail, interrupted, interrupts, leave, remarks
 from llmsched_gym.cli.passed_on import add_commands
 from llmsched_gym.help_text import GroupedCommand, epilog, grouped
 from llmsched_gym.report import console
-
-ENV_PREFIX = "LLMSCHED"
 
 app = typer.Typer(
     help="Schedulers for LLM inference: compare them, and find the load that each can carry. Options can come from the "
@@ -37,6 +36,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options_of_all(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions and leave.")
     ] = False,
@@ -44,6 +44,9 @@ def options_of_all(
 ) -> None:
     """Say versions, or be quiet, whatever the command."""
     console.quiet = quiet
+    if quiet:
+        os.environ["LLMSCHED_SAY_COMPILING"] = "0"  # to workers, too
+        context.call_on_close(lambda: os.environ.pop("LLMSCHED_SAY_COMPILING", None))
 
 
 COMMANDS: tuple[tuple[Callable[..., None], tuple[str, ...]], ...] = (

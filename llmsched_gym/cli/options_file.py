@@ -18,6 +18,7 @@ from llmsched_gym.files import encode, parse
 from llmsched_gym.text import shown
 
 SET = "set"
+NOT_IN_A_FILE = ("config", "set_")  # another file, and what the table `set` is for
 OF_A_RUN = ("policies", "scenario")  # what every config.json has
 OF_A_CAPACITY = ("config", "results")  # and what every capacity-CRITERION.json
 
@@ -41,6 +42,7 @@ def read_options(path: Path, parameters: Collection[str]) -> FileOptions:
         if "criterion" not in parameters:
             raise ConfigError(f"{path}: expected options or the config.json of a run, got what llmsched capacity found")
         data = data["config"]
+    parameters = [name for name in parameters if name not in NOT_IN_A_FILE]
     if all(name in data for name in OF_A_RUN):
         return _of_a_run(path, data, parameters)
     fields = data.pop(SET, {})
@@ -90,6 +92,8 @@ def _of_a_run(path: Path, data: dict[str, Any], parameters: Collection[str]) -> 
         wanted, policies = dict(data["scenario"]), [str(name) for name in data["policies"]]
         suite = wanted.pop("suite")
         usual = encode(scenario(suite).to_dict())
+        if not policies:  # of folders that were compared
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ConfigError(f"{path}: expected the config.json of a run of evaluate") from None
     options: dict[str, Any] = {"suite": suite, "policy": policies}

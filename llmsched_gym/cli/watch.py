@@ -21,6 +21,7 @@ from llmsched_gym.report import console
 from llmsched_gym.text import number
 
 FRAMES_PER_S = 10
+SLOWEST = 1e-3  # simulated seconds a second; a batch takes some hundredths
 MOST = 4  # decodes and prompts in a frame: a panel of 22 lines
 
 
@@ -42,7 +43,8 @@ def watch_command(
         str | None, typer.Option(rich_help_panel="What runs", help="Trace file that replaces the workload.")
     ] = None,
     num_requests: Annotated[
-        int | None, typer.Option(rich_help_panel="What runs", help="Requests of the run; else the suite's length.")
+        int | None,
+        typer.Option(rich_help_panel="What runs", help="Measured requests of the run; else the suite's length."),
     ] = None,
     seed: Annotated[int, typer.Option(rich_help_panel="What runs", help="Of the requests.")] = 0,
     speed: Annotated[
@@ -63,6 +65,8 @@ def watch_command(
     for name, value in (("speed", speed), ("seconds", seconds), ("every", every)):
         if not value > 0.0:
             raise ConfigError(f"{name}: expected a number above 0, got {value:g}")
+    if speed < SLOWEST:
+        raise ConfigError(f"speed: expected a number >= {SLOWEST:g}, got {speed:g}")
     env, chosen = _make(policy, suite, qps, profile, workload, trace, num_requests, seed)
     live = sys.stdout is not None and sys.stdout.isatty()
     panel, caption = LivePanel(), f"{chosen.name}, {suite}, {speed:g} x real time"

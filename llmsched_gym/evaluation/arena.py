@@ -7,6 +7,7 @@ grid of loads and seeds with a folder of its own, so that an arena which was int
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -83,10 +84,18 @@ class Arena:
                 load_profile(name)
         for hint in self.hints:
             scenario("paper", length_hint=hint)
+            if not hint.startswith("noisy:"):  # without an error they would run as they are
+                raise ConfigError(f"hints: expected noisy:SIGMA, got {hint!r}")
         for policy in (*self.policies, *(found.policy for found in self.constants)):
             make_scheduler(policy)
         if self.reference not in self.policies:
             raise ConfigError(f"reference: expected one of the policies, got {self.reference!r}")
+        folders: dict[str, World] = {}
+        for world in self.worlds():
+            other = folders.setdefault(world.folder, world)
+            if other is not world:
+                one, two = (f"{w.suite} on {w.profile}" for w in (other, world))
+                raise ConfigError(f"suites: {one} and {two} would have the same folder, {world.folder}; rename a file")
 
     def world(self, suite: str, profile: str, kind: str = UNTUNED) -> Scenario:
         """The scenario of a suite on a profile; refusing is allowed, which few schedulers make use of."""
@@ -183,6 +192,7 @@ def run(arena: Arena, out: Path, *, places: Places = 1, progress: Progress = lam
     Worlds that are done are read; the first that is not goes on where it was interrupted.
     """
     claim_folder(out, "results of llmsched arena", {CONFIG: json_with("arena", "worlds")})
+    _check_held(out / CONFIG, json.loads(dumps(arena.to_dict())))
     make_folder(out)
     worlds = arena.worlds()
     listed = [{"folder": w.folder, "suite": w.suite, "profile": w.profile, "kind": w.kind} for w in worlds]
@@ -199,6 +209,19 @@ def run(arena: Arena, out: Path, *, places: Places = 1, progress: Progress = lam
     return rows
 
 
+def _check_held(config: Path, wanted: dict[str, Any]) -> None:
+    """Refuse a folder whose arena has other runs of a world; suites, profiles and hints may be other ones."""
+    if not config.exists():
+        return
+    held = json.loads(config.read_text(encoding="utf-8"))["arena"]
+    names = ("policies", "loads", "seeds", "first_seed", "num_requests", "session_requests")
+    differing = [name for name in names if held.get(name) != wanted[name]]
+    if differing:
+        raise ConfigError(
+            f"out: {config.parent} holds an arena of other {', '.join(differing)}; choose another folder or remove it"
+        )
+
+
 def read_constants(path: Path) -> tuple[Constants, ...]:
     """Tuned constants of a TOML file: tables ``[[tuned]]`` of profile, name, policy and how they were found."""
     try:
@@ -212,11 +235,13 @@ def read_constants(path: Path) -> tuple[Constants, ...]:
     entries = data.get("tuned")
     if not isinstance(entries, list):
         raise ConfigError(f"tuned: expected tables [[tuned]] in {path}")
-    found = []
+    found: list[Constants] = []
     for number, entry in enumerate(entries, 1):
         for name in ("profile", "name", "policy"):
             if not isinstance(entry, dict) or not isinstance(entry.get(name), str):
                 raise ConfigError(f"tuned: expected a text {name!r} in table {number} of {path}")
+        if any((one.profile, one.name) == (entry["profile"], entry["name"]) for one in found):
+            raise ConfigError(f"tuned: expected constants of {entry['name']} for {entry['profile']} once in {path}")
         how = {key: value for key, value in entry.items() if key not in ("profile", "name", "policy")}
         found.append(Constants(entry["profile"], entry["name"], entry["policy"], how))
     return tuple(found)

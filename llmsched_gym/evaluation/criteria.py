@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmsched_gym.config import SLO_CLASSES, ConfigError
+from llmsched_gym.files import digest_of
 
 TTFT_LIMIT_S = 0.5  # of the paper's capacity
+LONGEST = 150  # characters of a file's name
 HUGE = 1e4  # stands for an infinite latency in a mean
 
 LATENCIES: dict[str, tuple[str, ...]] = {
@@ -67,8 +69,9 @@ def criterion(text: str) -> Criterion:
 
 
 def file_name(text: str) -> str:
-    """A criterion as a part of a file's name on any system."""
-    return text.replace("<=", "-max-").replace(">=", "-min-").replace(",", "-").replace(":", "-")
+    """A criterion as a part of a file's name on any system, which takes some 250 characters."""
+    name = text.replace("<=", "-max-").replace(">=", "-min-").replace(",", "-").replace(":", "-")
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{digest_of(text)}"
 
 
 def _term(text: str) -> list[Condition]:

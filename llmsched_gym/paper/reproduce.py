@@ -31,6 +31,7 @@ from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.help_text import ExamplesKept, examples
 from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES, PUBLISHED_SWEEP
 from llmsched_gym.registry import make_scheduler
+from llmsched_gym.report import console
 from llmsched_gym.scheduler import install
 from llmsched_gym.sources import digest
 from llmsched_gym.theory import cluster, experiments
@@ -310,7 +311,7 @@ def run_piece(name: str, plan: Plan, key: str) -> Data:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key:
             return kept["data"]
-    interactive = sys.stderr.isatty()
+    interactive = sys.stderr.isatty() and not console.quiet
 
     def note(text: str) -> None:
         if interactive:
@@ -318,7 +319,9 @@ def run_piece(name: str, plan: Plan, key: str) -> Data:
 
     start = time.perf_counter()
     data = PIECES[name](plan, note)
-    print(f"{chr(13) if interactive else ''}{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    if not console.quiet:
+        took = f"{chr(13) if interactive else ''}{name}: {time.perf_counter() - start:.0f} s"
+        print(took, file=sys.stderr, flush=True)
     write_text(path, json.dumps({"key": key, "data": data}, allow_nan=False))
     return json.loads(json.dumps(data))
 

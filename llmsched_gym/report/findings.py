@@ -38,6 +38,8 @@ def overview(results: Results) -> str:
     served_what = "were run in worlds that differ" if compared.get("differences") else "served the same requests"
     who = f"{len(policies)} {kind} {served_what}" if len(policies) > 1 else f"`{policies[0]}` was run"
     each += " request" if counts == [1] else " requests"
+    if rows.groupby("policy")["load"].nunique().nunique() > 1:
+        loads += ", not all at each"
     text = f"{who} at {loads}: {each} {'of one seed' if seeds == 1 else f'in each of {seeds} seeds'}"
     if len(rows) > 1:
         text += f", {len(rows):,} runs and {int(rows['num_requests'].sum()):,} requests in all"

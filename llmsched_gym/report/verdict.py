@@ -33,12 +33,12 @@ class Verdict:
 
 
 def verdict(rows: pd.DataFrame) -> Verdict | None:
-    """The verdict over all loads together, each weighing the same; None where there is nothing to compare.
+    """The verdict over all loads that all policies ran, each weighing the same; None where there is nothing to compare.
 
-    Rows are tidy. Pairs are runs on the same seed's requests at all loads.
+    Rows are tidy. Pairs are runs on the same seed's requests at all these loads.
     """
     judged = ordinary(statistics.policies_of(rows))
-    own = rows[rows["policy"].isin(judged)]
+    own = rows[rows["policy"].isin(judged) & rows["load"].isin(shared_loads(rows))]
     wide = own.pivot_table(index="seed", columns=["policy", "load"], values="slo_attainment").dropna()
     if len(judged) < 2 or wide.empty:
         return None
@@ -58,13 +58,22 @@ def verdict(rows: pd.DataFrame) -> Verdict | None:
     return Verdict(leader, float(order.iloc[0]), second, lead, *ends[second], tuple(tied), known)
 
 
+def shared_loads(rows: pd.DataFrame) -> list[float]:
+    """The loads that all policies ran, but for clairvoyant ones; folders that are compared may differ in them."""
+    own = rows[rows["policy"].isin(ordinary(statistics.policies_of(rows)))]
+    counts = own.groupby("load")["policy"].nunique()
+    return [float(load) for load in counts.index[counts == own["policy"].nunique()]]
+
+
 def sentence(rows: pd.DataFrame) -> str:
     """The verdict in a sentence or two; nothing where there is nothing to compare."""
     found = verdict(rows)
     if found is None:
         return ""
-    loads = rows["load"].nunique()
+    loads, shared = rows["load"].nunique(), shared_loads(rows)
     where = f"over the {loads} loads" if loads > 1 else "at this load"
+    if len(shared) < loads:
+        where = f"at what all ran ({', '.join(f'{load:.3g}' for load in shared)} {statistics.load_unit(rows)})"
     ends = 100 * found.lead, 100 * found.low, 100 * found.high
     lead = estimate(*ends, " points", telling(*ends))
     share = f"{number(100 * found.share, 1)} % SLO attainment {where}"
@@ -82,14 +91,13 @@ def sentence(rows: pd.DataFrame) -> str:
 
 
 def table(rows: pd.DataFrame) -> Table | None:
-    """The verdict at every load; None with a single load or policy."""
+    """The verdict at every load that several policies ran; None with a single load or policy."""
     loads = sorted(rows["load"].unique())
-    found = [(load, verdict(rows[rows["load"] == load])) for load in loads]
-    if len(loads) < 2 or any(item is None for _, item in found):
+    found = {load: item for load in loads if (item := verdict(rows[rows["load"] == load])) is not None}
+    if len(loads) < 2 or not found:
         return None
     lines = []
-    for load, item in found:
-        assert item is not None
+    for load, item in found.items():
         cells = [
             Cell(item.leader, "", BEST if item.is_clear else ""),
             Cell(number(100 * item.share, 1)),

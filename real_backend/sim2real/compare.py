@@ -9,7 +9,6 @@ On a CPU the world is scaled down: requests a sixteenth as long, SLOs as many ba
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from llmsched_gym.real_backend.sim2real import page
 from llmsched_gym.real_backend.sim2real.agreement import summary
 from llmsched_gym.real_backend.sim2real.small_world import SmallWorld, limits, make_world
 from llmsched_gym.registry import make_scheduler
+from llmsched_gym.report import console
 
 if TYPE_CHECKING:
     from llmsched_gym.real_backend.calibration.measurements import MeasuredBackend
@@ -225,7 +225,7 @@ def sim2real_command(
     options["backend"] = command.backend_name(backend)
     with command.progress_bar("calibration") as progress:
         opened, measured, world = prepare(model, out, progress=progress, **options)  # type: ignore[arg-type]
-    print(describe(measured) if measured.fit else measured.name, file=sys.stderr)
+    console.remark(describe(measured) if measured.fit else measured.name)
     with command.progress_bar("runs") as progress:
         names = split_names([policy])
         comparison = compare(
