@@ -172,6 +172,7 @@ def _benchmark(presets: Sequence[Preset], store: Results, config: Config) -> str
         store.hold(preset)
     jobs = [(preset, seed) for seed in range(config.seeds) for preset in presets]
     left = [(preset, seed) for preset, seed in jobs if (preset.name, seed) not in done]
+    measured = _measure(presets, config)  # first, as a world in which no rule is above random has no scores
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("trainings", total=len(jobs), completed=len(jobs) - len(left))
         for line in _run(left, config):
@@ -179,18 +180,24 @@ def _benchmark(presets: Sequence[Preset], store: Results, config: Config) -> str
             done[line["preset"], line["seed"]] = line
             bar.advance(task)
     results = {preset.name: [done[preset.name, seed] for seed in range(config.seeds)] for preset in presets}
-    return _write(presets, results, config)
+    return _write(presets, results, measured, config)
 
 
-def _write(presets: Sequence[Preset], results: dict[str, list[dict[str, Any]]], config: Config) -> str:
+Measured = dict[Scenario, tuple[Reference, Reference]]  # references on test and on selection seeds
+
+
+def _measure(presets: Sequence[Preset], config: Config) -> Measured:
+    scenarios = dict.fromkeys(preset.scenario(config.requests) for preset in presets)
+    return {scenario: references(scenario, config) for scenario in scenarios}
+
+
+def _write(
+    presets: Sequence[Preset], results: dict[str, list[dict[str, Any]]], measured: Measured, config: Config
+) -> str:
     """Tables and curves of finished trainings."""
-    measured: dict[Scenario, tuple[Reference, Reference]] = {}
     test, selection = {}, {}
     for preset in presets:
-        scenario = preset.scenario(config.requests)
-        if scenario not in measured:
-            measured[scenario] = references(scenario, config)
-        test[preset.name], selection[preset.name] = measured[scenario]
+        test[preset.name], selection[preset.name] = measured[preset.scenario(config.requests)]
     found = [(preset, results[preset.name]) for preset in presets]
     lines = lines_of(found, test)
     told = (

@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import importlib
+import math
 import re
 import sys
 import typing
@@ -25,7 +26,10 @@ MOST_SEED = 2**31 - 1
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A field with its default and its line of help; whole numbers with a default >= 1 are >= `low`, 1 unless given."""
+    """A field with its default and its line of help; whole numbers with a default >= 1 are >= `low`, 1 unless given.
+
+    `most` is the largest that a whole number may be; of a seed 2^31 - 1 unless given.
+    """
     metadata["help"] = help
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -117,8 +121,9 @@ def check_numbers(cls: type, values: Mapping[str, Any]) -> None:
             low = field.metadata.get("low", 0 if is_seed or field.default == 0 else 1)
             if value < low:
                 raise ConfigError(f"--{name}: expected a whole number >= {low}, got {value}")
-            if is_seed and value > MOST_SEED:
-                raise ConfigError(f"--{name}: expected a whole number <= {MOST_SEED:,}, got {value}")
+            most = field.metadata.get("most", MOST_SEED if is_seed else math.inf)
+            if value > most:
+                raise ConfigError(f"--{name}: expected a whole number <= {most:,}, got {value}")
         if kind is float and not value >= 0.0:  # nan, too
             raise ConfigError(f"--{name}: expected a number >= 0, got {value}")
         if kind is float and value > MOST:
@@ -219,6 +224,9 @@ def fail_in_one_line(main: Callable[[], Any], interrupted: str = RESUMES) -> int
     except (ConfigError, PolicyError, ProfileError, TraceError, backend_error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"error: not enough memory: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

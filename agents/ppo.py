@@ -38,7 +38,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.priors import close_last, prefer
 from llmsched_gym.agents.rollout import episode_figures
 from llmsched_gym.agents.run_folder import open_run, start_run
-from llmsched_gym.agents.settings import LEARNER, Decisions, Looks, Network, Proximal, Run, World
+from llmsched_gym.agents.settings import LEARNER, MOST_THREADS, Decisions, Looks, Network, Proximal, Run, World
 from llmsched_gym.agents.train import set_actor_learning, typical_features, warm_start
 from llmsched_gym.agents.training_run import TrainingRun
 from llmsched_gym.config import ACTIONS, ConfigError
@@ -67,7 +67,7 @@ class Config(Looks, Network, Proximal, Decisions, World, Run):
     )
     prior_share: float = option(0.5, "its probability at the start, in each entry of an action", group=NOISE)
     work_conserving: bool = option(False, "request actions: a batch ends when nothing more can be added", group=NOISE)
-    threads: int = option(2, "threads of rollouts; two of them share an update")
+    threads: int = option(2, "threads of rollouts; two of them share an update", most=MOST_THREADS)
 
     def world(self) -> dict[str, Any]:
         """Fields of the environment."""

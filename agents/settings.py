@@ -12,6 +12,8 @@ from typing import Any
 from llmsched_gym.agents.options import option
 from llmsched_gym.config import ACTIONS
 
+MOST_THREADS = 1024  # torch does not survive very many
+
 RUN, WORLD, LEARNER, NETWORK = "The run", "The world", "The learner", "The network"  # for options of one command alone
 
 
@@ -57,7 +59,7 @@ class Proximal:
     clip: float = option(0.2, "PPO's clip range")
     entropy: float = option(0.002, "weight of the entropy bonus")
     warm_start: str = option("", "run to start from, weights.pt of agents.imitate, or policy folder (actor only)")
-    threads: int = option(1, "threads of torch; more pay only with large networks on idle cores")
+    threads: int = option(1, "threads of torch; more pay only with large networks on idle cores", most=MOST_THREADS)
 
 
 @dataclass(frozen=True)
