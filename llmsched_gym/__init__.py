@@ -19,6 +19,7 @@ for _name, _suite in SUITES.items():
         _suite.env_id,
         entry_point="llmsched_gym.env:LLMSchedEnv",
         vector_entry_point="llmsched_gym.env:LLMSchedVectorEnv",
+        reward_threshold=_suite.reward_threshold,
         kwargs={"suite": _name},
     )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from benchmarks.thresholds import returns
 from llmsched_gym import SUITES
 from llmsched_gym.config import ACTIONS
 from llmsched_gym.engine.rows import rows_of
@@ -260,3 +261,14 @@ def test_arrays_grow_for_a_table_larger_than_expected():
         rollout(env, [np.zeros(7, np.int64)] * 200, seed=1)[1]
         == rollout(fresh, [np.zeros(7, np.int64)] * 200, seed=1)[1]
     )
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_the_reward_threshold_is_registered(name):
+    suite = SUITES[name]
+    assert gym.spec(suite.env_id).reward_threshold == suite.reward_threshold is not None
+
+
+def test_the_reward_threshold_is_what_slai_earns():
+    earned = returns("LLMSched-v0", "slai", 20)
+    assert np.mean(earned) == pytest.approx(SUITES["default"].reward_threshold, abs=0.1)

@@ -15,6 +15,7 @@ from test_evaluation import timeless
 from test_out_folders import held
 
 from llmsched_gym import cli
+from llmsched_gym.cli.endings import INTERRUPTED
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation import cells
 from llmsched_gym.evaluation.grid import evaluate
@@ -71,7 +72,7 @@ class FolderMachine(RuleBasedStateMachine):
         elif code == 2:
             assert self.begun not in (None, policies) and held(self.folder) == before
         else:
-            assert code == cli.INTERRUPTED and after is not None and after < CELLS[policies]
+            assert code == INTERRUPTED and after is not None and after < CELLS[policies]
             self.begun = policies
 
     @precondition(lambda self: self.begun != self.done)

@@ -121,6 +121,7 @@ def _known_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Exception],
 
 
 def fail(message: str, code: int) -> int:
+    """Say on one line what went wrong; returns the code."""
     print("llmsched:", " ".join(message.split()), file=sys.stderr)
     return code
 

@@ -82,6 +82,7 @@ def places_of(
 
 
 def read_numbers(name: str, text: str) -> list[float]:
+    """Numbers with commas between; ConfigError names the option."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -97,6 +98,7 @@ def _one_or_two(name: str, text: str, second: float | None = None) -> tuple[floa
 
 
 def read_whole_numbers(name: str, text: str) -> list[int]:
+    """Whole numbers with commas between; ConfigError names the option."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

@@ -40,6 +40,7 @@ class Suite:
     what: str
     env_id: str
     report_qps: tuple[float, ...] = field(default=())
+    reward_threshold: float | None = None  # what `slai` earns in an episode, a mean of 20: benchmarks.thresholds
 
 
 def read_suite(path: str, known: Mapping[str, Suite]) -> Suite:

@@ -25,26 +25,31 @@ SUITES: dict[str, Suite] = {
         "the experiment of arXiv 2508.01002: Poisson, finite run drained, no jitter, no patience, no warm-up cut",
         "LLMSched-Paper-v0",
         (1.0, 1.2, 1.4, 1.6, 1.8, 2.0),
+        reward_threshold=1716.5,
     ),
     "default": Suite(
         Scenario(),
         "sharegpt, rate drawn from 1.0-2.2 per episode, jitter 0.05, patience 60 s",
         "LLMSched-v0",
+        reward_threshold=399.4,
     ),
     "drift": Suite(
         Scenario(suite="drift", arrivals="switching", cost_scale=(0.8, 1.25)),
         "rate switches between 1.0 and 2.2 every 60-120 s, hidden cost scale from 0.8-1.25, jitter 0.05",
         "LLMSched-Drift-v0",
+        reward_threshold=407.8,
     ),
     "burst": Suite(
         Scenario(suite="burst", arrivals="gamma", burstiness=0.25),
         "Gamma arrivals of shape 0.25 (bursty), otherwise the default suite",
         "LLMSched-Burst-v0",
+        reward_threshold=370.3,
     ),
     "tenants": Suite(
         Scenario(suite="tenants", strict_share=(0.0, 0.5), ttft_class_scales=(0.5, 1.0, 3.0)),
         "share of strict users drawn from 0-50 %, three TTFT classes (0.5x, 1x, 3x)",
         "LLMSched-Tenants-v0",
+        reward_threshold=328.5,
     ),
     # sessions/s: 0.6 to 1.1 of the fluid capacity with the hit rate of an infinite cache, 0.94 and 0.205
     "chat": Suite(
@@ -53,6 +58,7 @@ SUITES: dict[str, Suite] = {
         ),
         "conversations with prefix caching, sessions drawn at 0.57-1.04/s, jitter 0.05, patience 60 s",
         "LLMSched-Chat-v0",
+        reward_threshold=2260.5,
     ),
     "agents": Suite(
         Scenario(
@@ -68,6 +74,7 @@ SUITES: dict[str, Suite] = {
         ),
         "agents that call tools, contexts to 32,768 tokens on an H100, sessions drawn at 0.12-0.23/s, else as chat",
         "LLMSched-Agents-v0",
+        reward_threshold=2426.8,
     ),
 }
 

@@ -235,7 +235,8 @@ class Engine:
     def submit(self, batch: Batch, env: int = 0) -> None:
         """Take a batch formed outside, instead of one that was not run; an illegal one raises :class:`IllegalBatch`."""
         self._check_env(env)
-        kernels.clear_batch_env(self.handle, env)  # one that was formed and not run has marks, and may hold blocks
+        if self.scenario.prefix_caching or self.state.batches[env].is_marked:
+            kernels.clear_batch_env(self.handle, env)  # one that was formed and not run has marks, and may hold blocks
         with self._foreseen(env):
             submit(self.state, batch, env)
 

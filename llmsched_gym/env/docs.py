@@ -44,8 +44,10 @@ def suites() -> str:
     rows = []
     for name, suite in sorted(SUITES.items(), key=lambda item: item[0] != "default"):
         other = [f"`{k}={v!r}`" for k, v in suite.scenario.to_dict().items() if v != usual[k] and k != "suite"]
-        rows.append([f"`{suite.env_id}`", f"`{name}`", suite.what, ", ".join(other) or "-"])
-    return table(["environment", "suite", "what", f"unlike `{SUITES['default'].env_id}`"], rows)
+        threshold = "-" if suite.reward_threshold is None else f"{suite.reward_threshold:,.1f}"
+        rows.append([f"`{suite.env_id}`", f"`{name}`", suite.what, threshold, ", ".join(other) or "-"])
+    header = ["environment", "suite", "what", "`reward_threshold`", f"unlike `{SUITES['default'].env_id}`"]
+    return table(header, rows)
 
 
 def actions() -> str:
@@ -207,6 +209,9 @@ def page() -> str:
 ## Registered environments
 
 {suites()}
+
+`reward_threshold` is what `slai` earns in an episode, a mean over 20 selection seeds (`python -m benchmarks.thresholds`,
+which has `on-time` beside it: a fifth more on `LLMSched-v0`, twice as much on `LLMSched-Chat-v0` and `-Agents-v0`).
 
 Any field of the [settings](#settings) can be given to `gym.make`, for every id. A wrong one raises a `ConfigError` of
 one line that names it. `suite=` takes a TOML file, too ([formats.md](formats.md#suites)).
