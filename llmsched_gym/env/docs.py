@@ -210,8 +210,9 @@ def page() -> str:
 
 {suites()}
 
-`reward_threshold` is what `slai` earns in an episode, a mean over 20 selection seeds (`python -m
-benchmarks.thresholds`, which has `on-time` beside it: a fifth more on `LLMSched-v0`, twice as much on the two with sessions).
+`reward_threshold` is what `slai` earns in an episode, a mean over 20 selection seeds.
+`python -m benchmarks.thresholds` has `on-time` beside it: a fifth more on `LLMSched-v0`, twice as much on the two with
+sessions.
 
 Any field of the [settings](#settings) can be given to `gym.make`, for every id. A wrong one raises a `ConfigError` of
 one line that names it. `suite=` takes a TOML file, too ([formats.md](formats.md#suites)).
