@@ -172,8 +172,8 @@ def _benchmark(presets: Sequence[Preset], store: Results, config: Config) -> str
         store.hold(preset)
     jobs = [(preset, seed) for seed in range(config.seeds) for preset in presets]
     left = [(preset, seed) for preset, seed in jobs if (preset.name, seed) not in done]
-    measured = _measure(presets, config)  # first, as a world in which no rule is above random has no scores
     with Progress(console=Console(stderr=True)) as bar:
+        measured = _measure(presets, config, bar)  # first, as a world in which no rule is above random has no scores
         task = bar.add_task("trainings", total=len(jobs), completed=len(jobs) - len(left))
         for line in _run(left, config):
             store.add(line)
@@ -186,9 +186,9 @@ def _benchmark(presets: Sequence[Preset], store: Results, config: Config) -> str
 Measured = dict[Scenario, tuple[Reference, Reference]]  # references on test and on selection seeds
 
 
-def _measure(presets: Sequence[Preset], config: Config) -> Measured:
+def _measure(presets: Sequence[Preset], config: Config, bar: Progress) -> Measured:
     scenarios = dict.fromkeys(preset.scenario(config.requests) for preset in presets)
-    return {scenario: references(scenario, config) for scenario in scenarios}
+    return {scenario: references(scenario, config) for scenario in bar.track(scenarios, description="rules to beat")}
 
 
 def _write(

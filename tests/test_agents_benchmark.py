@@ -111,7 +111,8 @@ def test_a_world_may_say_how_long_a_training_s_episodes_are(file):
 
 
 def test_an_unfinished_training_is_not_gone_on_with_under_other_settings(file, tmp_path, monkeypatch):
-    config = benchmark.Config(presets=str(file), seeds=1, steps=64, out=str(tmp_path / "out"))
+    sizes = {"seeds": 1, "steps": 64, "eval_seeds": 1, "requests": 8, "eval_requests": 4}
+    config = benchmark.Config(presets=str(file), out=str(tmp_path / "out"), **sizes)
 
     def interrupted(*_):
         raise KeyboardInterrupt
