@@ -32,6 +32,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.files import make_folder
 from llmsched_gym.policies import LoadedPolicy, read_folder
+from llmsched_gym.policies.sb3_zip import Predictor, as_it_is
 
 SELECTION = 4
 """Selection seeds of an evaluation within a training."""
@@ -101,12 +102,7 @@ def _ours(preset: Preset, training: Training) -> Trained:
 
 def sampled_by(model: Any, world: EnvConfig) -> PolicyScheduler:
     """Actions drawn as an SB3 policy or model draws them; a model of values explores as it did at the end."""
-
-    def act(seen: Any, mask: Any = None) -> Any:
-        masks = {} if mask is None else {"action_masks": mask}
-        return model.predict(seen, deterministic=False, **masks)[0]
-
-    return PolicyScheduler(act, world)
+    return PolicyScheduler(Predictor(model, as_it_is, deterministic=False), world)
 
 
 class _Looks(BaseCallback):
@@ -138,14 +134,17 @@ class _Looks(BaseCallback):
 
 
 def _sb3(preset: Preset, training: Training) -> Trained:
-    cls = getattr(importlib.import_module(LEARNERS[preset.learner].place[0]), LEARNERS[preset.learner].place[1])
+    learner = LEARNERS[preset.learner]
+    cls = getattr(importlib.import_module(learner.place[0]), learner.place[1])
     torch.set_num_threads(1)
     settings = dict(preset.settings)
     num_envs, hidden = settings.pop("num_envs", 16), settings.pop("hidden", (64, 64))
     env = TrainingEnv(num_envs, preset.suite, training.seed, **preset.world)
-    network = {"net_arch": list(hidden), "features_extractor_class": Normaliser}
-    model = cls("MlpPolicy", env, policy_kwargs=network, seed=training.seed, device="cpu", **settings)
-    typical = typical_features(env, training.seed)
+    slots = preset.config.observation == "slots"
+    network = {"net_arch": list(hidden)} | ({} if slots else {"features_extractor_class": Normaliser})
+    network |= {name: settings.pop(name) for name in learner.network if name in settings}
+    model = cls(learner.policy, env, policy_kwargs=network, seed=training.seed, device="cpu", **settings)
+    typical = None if slots else typical_features(env, training.seed)
     for part in model.policy.modules():  # of a network of values and its target, each has its own
         if isinstance(part, Normaliser):
             part.fit(typical)
@@ -153,7 +152,7 @@ def _sb3(preset: Preset, training: Training) -> Trained:
     judged = preset.config.replace(num_requests=training.eval_requests)
 
     def greedy(model: Any) -> PolicyScheduler:
-        return PolicyScheduler(lambda seen: model.predict(seen, deterministic=True)[0], world)
+        return PolicyScheduler(Predictor(model, as_it_is), world)
 
     make_folder(training.out)
     (training.out / "progress.jsonl").unlink(missing_ok=True)  # a killed training begins anew

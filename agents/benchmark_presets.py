@@ -8,7 +8,8 @@
     [world]                       # fields of EnvConfig
     action = "preset"
 
-    [settings]                    # of the learner; num_envs, and hidden, the network's widths, of all of them
+    [settings]                    # of the learner; num_envs, and hidden, the network's widths, of all of them;
+                                  # n_quantiles of qr-dqn, lstm_hidden_size of recurrent
     learning_rate = 1e-3
 """
 
@@ -39,6 +40,8 @@ class Learner(NamedTuple):
     place: tuple[str, str]  # module and class that has the settings: a dataclass of ours, or one of SB3's algorithms
     actions: tuple[str, ...]
     fixed: dict[str, Any] = {}  # noqa: RUF012 - of a tuple
+    policy: str = "MlpPolicy"  # of SB3's algorithms
+    network: dict[str, Any] = {}  # noqa: RUF012 - settings of that policy that a preset may change, with defaults
 
 
 _CHOICES = ("knobs", "preset")
@@ -50,12 +53,21 @@ LEARNERS = {
     ),
     "a2c": Learner("A2C", ("stable_baselines3", "A2C"), _CHOICES),
     "dqn": Learner("DQN", ("stable_baselines3", "DQN"), ("preset",)),
-    "qr-dqn": Learner("QR-DQN", ("sb3_contrib", "QRDQN"), ("preset",)),
+    "qr-dqn": Learner("QR-DQN", ("sb3_contrib", "QRDQN"), ("preset",), network={"n_quantiles": 200}),
+    "recurrent": Learner(
+        "RecurrentPPO",
+        ("sb3_contrib", "RecurrentPPO"),
+        _CHOICES,
+        policy="MlpLstmPolicy",
+        network={"lstm_hidden_size": 256},
+    ),
+    "sac": Learner("SAC", ("stable_baselines3", "SAC"), ("priority",), policy="MultiInputPolicy"),
 }
 OURS = (  # options, but no settings; the last are the benchmark's own
     *("out", "seed", "steps", "suite", "set", "resume", "env", "backend", "model"),
     *("eval_every", "eval_seeds", "eval_requests", "checkpoint_every"),
 )
+SIZES = ("num_envs", "n_steps", "batch_size", "buffer_size", "hidden")
 SB3S = ("policy", "env", "policy_kwargs", "seed", "device", "self", "tensorboard_log", "verbose", "_init_setup_model")
 
 
@@ -129,7 +141,8 @@ def settings_of(learner: str) -> tuple[str, ...]:
     cls = getattr(importlib.import_module(module), name)
     if dataclasses.is_dataclass(cls):
         return tuple(f.name for f in dataclasses.fields(cls) if f.name not in (*OURS, *EnvConfig.__dataclass_fields__))
-    return ("num_envs", "hidden", *(name for name in inspect.signature(cls).parameters if name not in SB3S))
+    names = (name for name in inspect.signature(cls).parameters if name not in SB3S)
+    return ("num_envs", "hidden", *LEARNERS[learner].network, *names)
 
 
 def _check_settings(learner: str, settings: dict[str, Any]) -> None:
@@ -140,7 +153,7 @@ def _check_settings(learner: str, settings: dict[str, Any]) -> None:
         check_values(cls, settings)
         return
     usual = {name: each.default for name, each in inspect.signature(cls).parameters.items()}
-    usual |= {"num_envs": 16, "hidden": (64, 64)}
+    usual |= {"num_envs": 16, "hidden": (64, 64), **LEARNERS[learner].network}
     for name, value in settings.items():
         kind = tuple[int, ...] if name == "hidden" else type(usual[name])
         if kind in KINDS and not is_of_kind(value, kind):
@@ -148,7 +161,7 @@ def _check_settings(learner: str, settings: dict[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}: expected a number, got {value!r}")
         least = min(value, default=1) if name == "hidden" else value
-        if name in ("num_envs", "n_steps", "batch_size", "buffer_size", "hidden") and least < 1:
+        if name in (*SIZES, *LEARNERS[learner].network) and least < 1:
             raise ConfigError(f"{name}: expected at least 1, got {least!r}")
 
 

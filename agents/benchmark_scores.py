@@ -24,7 +24,8 @@ MIN_SEEDS = 3
 """Training seeds below which there is no interval."""
 
 REPS = 5000
-COLOURS = dict(zip(LEARNERS, ("#0072b2", "#56b4e9", "#7a68a6", "#e69f00", "#009e73", "#cc79a7"), strict=True))
+_COLOURS = ("#0072b2", "#56b4e9", "#7a68a6", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#555555")
+COLOURS = dict(zip(LEARNERS, _COLOURS, strict=True))
 
 
 Result = tuple[Preset, Sequence[Mapping[str, Any]]]

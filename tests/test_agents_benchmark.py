@@ -15,6 +15,7 @@ pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 pytest.importorskip("torch", reason="torch is not installed")
 
 from llmsched_gym.agents import benchmark
+from llmsched_gym.agents.benchmark_learners import Training, learn, utilities
 from llmsched_gym.agents.benchmark_presets import FOLDER, LEARNERS, find_presets, read_preset
 from llmsched_gym.agents.benchmark_scores import Reference, estimate, lines_of, markdown, score
 from llmsched_gym.evaluation.store import lock_folder
@@ -64,6 +65,7 @@ def test_every_preset_is_an_environment_that_its_learner_can_act_in():
         ('"a2c"', '["a2c"]', "learner: expected one of own-ppo"),
         ("num_envs = 2", "num_envs = 0", "settings.num_envs: expected at least 1, got 0"),
         ("num_envs = 2", "num_envs = '2'", "settings.num_envs: expected a whole number, got '2'"),
+        ("n_steps = 4", "n_quantiles = 5", "settings.n_quantiles: expected one of"),
         ("[8]", "8", "settings.hidden: expected a list of whole numbers, got 8"),
         ("[8]", "[-8]", "settings.hidden: expected at least 1, got -8"),
         ("n_steps = 4", "learning_rate = 'fast'", "settings.learning_rate: expected a number, got 'fast'"),
@@ -163,6 +165,31 @@ def test_the_interquartile_mean_and_an_interval_of_strata():
     assert estimate(scores[:2]) == (pytest.approx(0.3), None, None)
     far = np.hstack([np.full((4, 1), 0.0), np.full((4, 1), 10.0)])  # two environments: seeds never change places
     assert estimate(far) == pytest.approx((5.0, 5.0, 5.0))
+
+
+OFF_POLICY = "learning_starts = 32\nbatch_size = 8\nbuffer_size = 256"
+
+
+@pytest.mark.parametrize(
+    ("learner", "settings", "world"),
+    [
+        ("recurrent", "n_steps = 16\nbatch_size = 16\nlstm_hidden_size = 8", {}),
+        ("qr-dqn", f"{OFF_POLICY}\nn_quantiles = 5", {}),
+        ("sac", OFF_POLICY, {'"preset"': '"priority"\nobservation = "slots"'}),
+    ],
+)
+def test_other_algorithms_learn_in_the_worlds_that_they_fit(file, tmp_path, learner, settings, world):
+    text = TINY.replace('"a2c"', f'"{learner}"').replace("n_steps = 4", settings)
+    for old, new in world.items():
+        text = text.replace(old, new)
+    file.write_text(text)
+    trained = learn(read_preset(file), Training(64, 0, tmp_path / "run", 32, 4))
+    world = read_preset(file).config.replace(num_requests=6)
+    steps = [step for step, _ in trained.curve]
+    assert steps == sorted(set(steps)) and steps[-1] >= 64
+    first, other = (utilities(world, trained.greedy, [seed]) for seed in (3000, 3001))
+    assert np.isfinite(first + other + utilities(world, trained.sampled, [3000])).all()
+    assert utilities(world, trained.greedy, [3000]) == first  # whatever was run before: no state is left over
 
 
 def test_a_preset_from_training_to_table_and_nothing_is_done_twice(file, tmp_path, monkeypatch):

@@ -56,10 +56,10 @@ def load_zip(path: Path, options: dict[str, str]) -> PolicyScheduler:
 
 
 class Predictor:
-    """A model's most likely action for one observation, with the state of a recurrent one."""
+    """A model's action for one observation, its likeliest or a drawn one, with the state of a recurrent model."""
 
-    def __init__(self, model: Any, normalise: Callable[[Any], Any]) -> None:
-        self.model, self.normalise = model, normalise
+    def __init__(self, model: Any, normalise: Callable[[Any], Any], *, deterministic: bool = True) -> None:
+        self.model, self.normalise, self.deterministic = model, normalise, deterministic
         self._masked = "Maskable" in type(model).__name__
         self._state: Any = None
         self._starts = True
@@ -74,7 +74,7 @@ class Predictor:
             self.normalise(observation),
             state=self._state,
             episode_start=np.array([self._starts]),
-            deterministic=True,
+            deterministic=self.deterministic,
             **extra,
         )
         self._starts = False
