@@ -73,7 +73,7 @@ def trace(path, rows=20, **changes):
         (["evaluate", "--policy", "slai", "--workload", "frob"], "workload"),
         (["evaluate", "--policy", "slai", "--profile", "frob"], "profile"),
         (["evaluate", "--policy", "slai", "--tbt-rule", "frob"], "tbt_rule"),
-        (["evaluate", "--policy", "slai", "--set", "frob=1"], "frob"),
+        (["evaluate", "--policy", "slai", "--set", "frob=1"], "set: the scenario has no field 'frob'"),
         (["evaluate", "--policy", "slai", "--set", "watermark"], "FIELD=VALUE"),
         (["evaluate", "--policy", "slai", "--trace-arrivals", "keep"], "trace"),
         (["evaluate", "--policy", "slai", "--trace", "missing.csv"], "missing.csv"),

@@ -1,11 +1,13 @@
 """The help of every command: it fits 80 columns, and its examples are command lines that parse."""
 
 import argparse
+import itertools
 import shlex
 
 import pytest
 
 from llmsched_gym.cli.entry import main, typer_group
+from llmsched_gym.cost.roofline import DEVICES, MODELS
 from llmsched_gym.help_text import GroupedCommand, examples
 
 NEEDS = {"search": "optuna"} | {name: "sb3_contrib" for name in ("train", "ppo", "tune", "imitate", "compare")}
@@ -63,6 +65,15 @@ def test_help_fits_a_terminal_and_its_examples_parse(name, capsys, monkeypatch):
         words = shlex.split(line.partition(" > ")[0])[1:]
         with pytest.raises(Parsed):
             assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("name", ["roofline", "fit"])
+def test_examples_name_models_and_devices_that_there_are(name, capsys, monkeypatch):
+    words = help_of(name, capsys, monkeypatch).partition("Example")[2].replace(" \\\n", " ").split()
+    named = [word for flag, word in itertools.pairwise(words) if flag in ("--model", "--device")]
+    if name == "roofline":
+        named = words[words.index("roofline") + 1 :][:2]
+    assert len(named) == 2 and named[0] in MODELS and named[1] in DEVICES, named
 
 
 def test_a_wrong_example_would_be_found(capsys, monkeypatch):

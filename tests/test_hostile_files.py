@@ -125,6 +125,8 @@ WITH_SURFACE, SMOOTH, TABLE = "rtx6000ada-mistral-7b-vllm", "rtx6000ada-mistral-
     (WITH_SURFACE, lambda d: d["surface"].update(launch_ms="0"), "surface.launch_ms: expected"),
     (WITH_SURFACE, lambda d: d["surface"]["decode_ms"][0].__setitem__(0, 1e300), "surface.decode_ms: expected"),
     (WITH_SURFACE, lambda d: d["surface"]["chunk_ms"][0].__setitem__(0, -1e6), "surface.chunk_ms: expected less"),
+    (WITH_SURFACE, lambda d: d["surface"].update(launch_ms=1e6), "surface.launch_ms: expected less"),
+    (WITH_SURFACE, lambda d: d["surface"].update(sequence_ms=[1000.0, 1.0]), "surface.sequence_ms: expected times"),
     (SMOOTH, lambda d: d["linear"].update(power=1e300), "linear: expected finite milliseconds > 0"),
     (SMOOTH, lambda d: d.update(pair_ms=1e300), "pair_ms: expected milliseconds <= 1e"),
     (TABLE, lambda d: d["linear"]["ms"].__setitem__(-1, 1e-3), "linear: expected finite milliseconds > 0"),

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.evaluation.capacity import capacity
+from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.long_run import long_run
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.outcomes import Outcomes
@@ -132,3 +134,15 @@ def test_times_that_float64_cannot_tell_apart_are_refused(late_s):
     given = world("poisson")
     with pytest.raises(ConfigError, match=r"^arrival_s: expected times below 4,294,967,296 s"):
         simulate(given, "slai", 0, table=RequestTable.of([late_s], 5, 5))
+
+
+@pytest.mark.parametrize("suite", ["paper", "chat", "cluster"])
+def test_rates_at_which_requests_come_that_late_are_refused_before_anything_is_written(suite, tmp_path):
+    given = scenario(suite, num_requests=20)
+    with pytest.raises(ConfigError, match=r"^arrival_s: expected times below .* at 1e-300 arrivals a second$"):
+        evaluate(given, ["slai"], qps=[1.0, 1e-300], seeds=1, out=tmp_path / "grid")
+    with pytest.raises(ConfigError, match=r"^arrival_s: expected times below"):
+        capacity(given, ["slai"], "ttft-median", qps=(1e-300, 1.0), seeds=1, out=tmp_path / "search")
+    with pytest.raises(ConfigError, match=r"^arrival_s: expected times below"):
+        simulate(given.replace(qps=1e-300), "slai", 0)
+    assert not list(tmp_path.iterdir())

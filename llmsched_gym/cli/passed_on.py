@@ -38,9 +38,9 @@ TYPED = {
         "cli.fit",
         "fit_command",
         "llmsched fit --dense dense.csv --attention attention.csv --per-sequence heads.csv --out mine.json",
-        "llmsched fit --batches measured.csv --model mistral-7b --device h100 --out mine.json",
+        "llmsched fit --batches measured.csv --model mistral-7b --device h100-sxm --out mine.json",
     ),
-    "roofline": ("cli.roofline", "roofline_command", "llmsched roofline mistral-7b h100 --out mine.json"),
+    "roofline": ("cli.roofline", "roofline_command", "llmsched roofline mistral-7b h100-sxm --out mine.json"),
     "watch": ("cli.watch", "watch_command", "llmsched watch --policy slai --qps 1.8 --speed 10"),
     "calibrate": (
         "real_backend.calibration.calibrate",

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from llmsched_gym.cli import options as opt
-from llmsched_gym.config import ConfigError, Scenario, scenario, split_names
+from llmsched_gym.config import ConfigError, Scenario, UnknownField, scenario, split_names
 
 
 def split_policies(texts: Sequence[str], what: str = "policy") -> list[str]:
@@ -48,7 +48,10 @@ def scenario_of(
     for name in ("suite", "set_", "patience", "ttft_slo", "tbt_slo"):
         del given[name]
     fields = _parsed_fields(config or []) | {name: value for name, value in given.items() if value is not None}
-    return scenario(world.suite, **fields | _parsed_fields(world.set_ or []))
+    try:
+        return scenario(world.suite, **fields | _parsed_fields(world.set_ or []))
+    except UnknownField as error:  # which speaks of Python's arguments
+        raise ConfigError(f"set: the scenario has no field {str(error).partition('argument ')[2]}") from None
 
 
 def _parsed_fields(texts: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import re
@@ -131,16 +132,30 @@ class Profile:
             _check_number(name, getattr(self, name), most=MOST_MS)
         _check_linear(self.linear)
         if self.surface is not None:
-            self._check_chunks(self.surface)
+            self._check_surface(self.surface)
 
-    def _check_chunks(self, surface: Surface) -> None:
-        """Tables of chunks may be negative, batches may not."""
-        for chunk, row in zip(surface.chunk, surface.chunk_ms, strict=True):
-            for computed, ms in zip(surface.prefix, row, strict=True):
-                pairs = chunk * (computed + (chunk + 1) / 2)
-                if self.overhead_ms + self.linear.at(chunk) + self.pair_ms * pairs + ms <= 0.0:
-                    what = f"a chunk of {chunk} tokens behind {computed} takes no time"
-                    raise ProfileError(f"surface.chunk_ms: expected less to be taken off, {what}")
+    def _check_surface(self, surface: Surface) -> None:
+        """Batches take time: chunks have launches taken off, and the trend of the output head goes on."""
+        for n in surface.sequences:
+            if self._ms(n, Sums(n, n * surface.context[0], surface.context[0], n, [])) <= 0.0:
+                what = f"{n:,} decodes take no time"
+                raise ProfileError(f"surface.sequence_ms: expected times that do not fall below 0, {what}")
+        for chunk, computed in itertools.product(surface.chunk, surface.prefix):
+            pairs_ms = self.pair_ms * chunk * (computed + (chunk + 1) / 2)
+            each_ms = pairs_ms + surface.chunk_at(chunk, computed) - surface.launch_ms
+            rest_ms = self.overhead_ms + surface.launch_ms + surface.chunk_batch_ms
+            for n in (1 << i for i in range((MOST_TOKENS // chunk).bit_length())):
+                if rest_ms + self.linear.at(n * chunk) + surface.sequence_at(n) + n * each_ms <= 0.0:
+                    what = f"a chunk of {chunk:,} tokens behind {computed:,} takes no time"
+                    if n > 1:
+                        what = f"{n:,} chunks of {chunk:,} tokens behind {computed:,} take no time"
+                    name = "chunk_ms" if n == 1 else "launch_ms"
+                    raise ProfileError(f"surface.{name}: expected less to be taken off, {what}")
+
+    def _ms(self, num_tokens: int, sums: Sums) -> float:
+        """Milliseconds of a batch, on a profile with a surface."""
+        assert self.surface is not None
+        return self.overhead_ms + self.linear.at(num_tokens) + self.surface.ms(sums, self.pair_ms)
 
     @property
     def pair_s(self) -> float:
@@ -230,7 +245,7 @@ class Profile:
             num_sequences = len(chunks) + len(decode_contexts)
             longest = max(decode_contexts, default=0)
             sums = Sums(len(decode_contexts), sum(decode_contexts), longest, num_sequences, chunks)
-            return (self.overhead_ms + self.linear.at(num_tokens) + self.surface.ms(sums, self.pair_ms)) / 1e3
+            return self._ms(num_tokens, sums) / 1e3
         pairs = sum(n * (computed + (n + 1) / 2) for computed, n in chunks)
         kv_tokens = sum(decode_contexts) + sum(computed + n for computed, n in chunks)
         ms = self.overhead_ms + self.linear.at(num_tokens) + self.pair_ms * pairs + self.kv_ms * kv_tokens
