@@ -119,8 +119,13 @@ def make_model(config: Config, env: TrainingEnv) -> PPO | MaskablePPO:
     )
 
 
+TYPICAL_BATCHES = 12_800
+"""In an environment; those of typical features, where actions are held so long that fewer of them do."""
+
+
 def typical_features(env: TrainingEnv, seed: int, steps: int = 200) -> np.ndarray:
     """Features under random constant actions, for the normalisation; (steps * num_envs, num_features)."""
+    steps = min(steps, max(8, TYPICAL_BATCHES // env.env.config.action_repeat))
     rng = np.random.default_rng([seed, 2])
     env.start_over(seed)
     env.reset()
