@@ -107,8 +107,7 @@ def make_folder(folder: Path, rows, *, steps=None, itl=None, capacity=None, num_
 def own_parts(folder):
     """The page without the charting library, and the data of its charts."""
     html = (folder / "report.html").read_text()
-    scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.S)
-    library = max(scripts, key=len)
+    (library,) = re.findall(r'<script type="text/plain" id="plotly">(.*?)</script>', html, flags=re.S)
     found = re.search(r'<script type="application/json" id="report-data">(.*?)</script>', html, flags=re.S)
     return html.replace(library, ""), json.loads(found[1])
 

@@ -267,7 +267,7 @@ def test_the_page_loads_nothing_and_its_links_end_somewhere(full):
     assert len(set(read.ids)) == len(read.ids)
     assert all(link.startswith("#") and link[1:] in read.ids for link in read.links)
     assert "my:Sched&lt;b&gt;" in html and "Sched<b>" not in re.sub(r"<script.*?</script>", "", html, flags=re.S)
-    assert (full / "report.html").stat().st_size < 6_000_000
+    assert (full / "report.html").stat().st_size < 2_500_000
     assert set(data["policies"]) == {"sarathi", "slai", "my:Sched<b>[a=1,b=2]"}
 
 
