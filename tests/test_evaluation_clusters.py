@@ -9,7 +9,8 @@ import pytest
 
 from llmsched_gym.cli import main
 from llmsched_gym.cluster.router import check_replica
-from llmsched_gym.config import ClusterScenario, scenario
+from llmsched_gym.config import ClusterScenario, ConfigError, scenario
+from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.cells import steps_frame
 from llmsched_gym.evaluation.clusters import simulate_cluster, split_policy
 from llmsched_gym.evaluation.grid import evaluate
@@ -116,6 +117,14 @@ def test_the_batches_of_one_replica_are_those_of_the_busiest():
         "a+b": [5],
         "c+d": [7],
     }
+
+
+@pytest.mark.parametrize("given", [{"watch": lambda engine: 1}, {"profile": load_profile(ONE.profile)}])
+def test_what_is_of_one_engine_is_refused_for_replicas(given):
+    (name,) = given
+    with pytest.raises(ConfigError, match=rf"^{name}: expected [^\n]*for a cluster") as error:
+        simulate(TWO, "slai", 0, **given)
+    assert "\n" not in str(error.value)
 
 
 def test_hits_are_counted_at_the_replica_that_had_them():
