@@ -9,7 +9,7 @@ DOCS_VENV ?= .venv-docs
 PYTEST ?= -n 2 --dist loadfile
 export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
 
-.PHONY: demo test check install format paper docs libraries ray vllm clean
+.PHONY: demo test check coverage install format paper docs libraries ray vllm clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m benchmarks.demo --out out/demo
@@ -39,6 +39,33 @@ check: install
 format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Lines of llmsched_gym/engine, env and evaluation that tests run. Coverage does not see compiled code, so kernels count as
+# plain Python, a thousand times as slow, in those tests of COVERED_INTERPRETED that take seconds then; all other lines
+# count in COVERED_COMPILED. Half an hour of one core, and not in CI, whose time is used up. The lines count of a test that
+# fails, too: some have seconds for something, and measured everything takes longer.
+COVERED_COMPILED = $(addprefix tests/test_,arena*.py bench.py cli.py cluster*.py columns.py compiling.py docs.py env_*.py \
+	engine_determinism.py evaluation*.py hostile_files.py interrupts.py long_run.py metrics*.py out_folders.py policies.py \
+	record*.py render.py replay.py robustness.py route_policy.py sessions.py spread.py stateful_env.py suites.py \
+	terminals.py workers.py)
+COVERED_INTERPRETED = $(addprefix tests/test_,cluster.py cluster_reports.py cluster_routers.py cluster_transfers.py \
+	engine_[a-l]*.py engine_prefix.py engine_[q-s]*.py env_[abmop]*.py env_infos.py env_route.py env_states.py env_threads.py \
+	mixing_feature.py route_policy.py schedulers_on_time.py schedulers_slai.py stateful_found.py surface.py)
+# parts of the names of tests that take longer than 15 s as plain Python
+SLOW_INTERPRETED = compiled or interpreted or rules_hold or crowded or drains or random_legal or random_knob \
+	or tree_stays or promises_are or noise_goes or accounted or closed_form or never_come or learns or example_runs \
+	or checker or library_finds or stable_baselines or gymnasium or single_engine or side_by_side or every_block \
+	or without_prefix_caching or than_a_block or outside_an_array or as_it_acts or together_equals \
+	or is_the_scheduler or vector_of_them or held_throughout or whatever_the_number or aging or beats_what \
+	or can_be_promised or plan_as_knobs or after_evictions or surface_says or knows_the_price or additive
+COVERAGE = $(VENV)/bin/python -m coverage
+
+coverage: install
+	$(COVERAGE) erase
+	-$(COVERAGE) run -m pytest -n 0 $(COVERED_COMPILED)
+	-NUMBA_DISABLE_JIT=1 $(COVERAGE) run -m pytest -n 0 $(COVERED_INTERPRETED) -k "not ($(SLOW_INTERPRETED))"
+	$(COVERAGE) combine -q
+	$(COVERAGE) report --fail-under=95
 
 # other libraries on our environments, each in a virtual environment of its own, torch first and alone; then how fast they are
 PEERS ?= .venv-peers

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 from helpers import profile, table
-from test_engine_sessions import sessions
+from test_engine_sessions import root, sessions, turn
 
 from llmsched_gym.cluster import Cluster, CompiledRouter
 from llmsched_gym.cluster.events import MORE, OVER, ROUTE
@@ -14,6 +14,10 @@ from llmsched_gym.config.cluster import ClusterScenario
 from llmsched_gym.engine.records import FINISHED
 from llmsched_gym.engine.rows import phases_of
 from llmsched_gym.workload import RequestTable
+
+DEVICES = [
+    profile((5.0 * f, 5.4 * f), kv_ms=0.001, pair_ms=1e-4, kv_blocks=n) for f, n in ((1, 40), (3, 16), (0.5, 12))
+]
 
 
 class Named:
@@ -25,6 +29,13 @@ class Named:
     def route(self, view):
         self.views.append(view)
         return self.replicas[min(len(self.views), len(self.replicas)) - 1]
+
+
+class Zero:
+    """Always the first replica."""
+
+    def route(self, view):
+        return 0
 
 
 class Anywhere:
@@ -128,3 +139,19 @@ class Replicas:
 
     def all_finished(self):
         return bool((self.phases == FINISHED).all())
+
+
+def random_sessions(rng, count=12):
+    """Sessions that fork, with turns that follow at once."""
+    rows, known = [], []
+    for r in range(count):
+        prompt, output = int(rng.integers(1, 90)), int(rng.integers(1, 25))
+        if r > 0 and rng.random() < 0.7:
+            first = max(i for i, row in enumerate(rows) if not row[0])
+            parent = int(rng.integers(first, r))
+            rows.append(turn(parent, float(rng.choice([0.0, 0.01, 0.2])), known[parent] + prompt, output))
+        else:
+            when = rows and max(row[1] for row in rows if not row[0])
+            rows.append(root(float(when or 0.0) + float(rng.choice([0.0, 0.02, 0.1])), prompt, output))
+        known.append(rows[-1][3] + output)
+    return with_sessions(*rows)

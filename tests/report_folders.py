@@ -1,4 +1,4 @@
-"""Made-up folders of results, and what a written report holds."""
+"""Made-up folders of results, and what reports of them hold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pandas as pd
 
 from llmsched_gym.config import scenario
 from llmsched_gym.files import encode
+from llmsched_gym.report import load_charts
 
 
 def row(policy, qps, seed, *, ttft_s=0.4, attained=0.9, strict=None, num_requests=100, requested=..., **fields):
@@ -107,11 +108,24 @@ def make_folder(folder: Path, rows, *, steps=None, itl=None, capacity=None, num_
 def own_parts(folder):
     """The page without the charting library, and the data of its charts."""
     html = (folder / "report.html").read_text()
-    scripts = re.findall(r"<script>(.*?)</script>", html, flags=re.S)
-    library = max(scripts, key=len)
+    (library,) = re.findall(r'<script type="text/plain" id="plotly">(.*?)</script>', html, flags=re.S)
     found = re.search(r'<script type="application/json" id="report-data">(.*?)</script>', html, flags=re.S)
     return html.replace(library, ""), json.loads(found[1])
 
 
 def charts_of(folder):
     return {chart["name"]: chart for chart in own_parts(folder)[1]["charts"]}
+
+
+def line(table, policy, metric, load=None):
+    """The one line of a table of figures that is of the policy, the metric and the load."""
+    own = table[(table["policy"] == policy) & (table["metric"] == metric)]
+    own = own if load is None else own[own["load"] == load]
+    assert len(own) == 1
+    return own.iloc[0]
+
+
+def attainment(rows, **settings):
+    """The chart of SLO attainment against load."""
+    columns = load_charts.by_class("slo_attainment", rows)
+    return load_charts.against_load("a", rows, columns, "SLO attainment", "%", scale=100, percent=True, **settings)

@@ -9,13 +9,15 @@ import pytest
 
 from llmsched_gym.cli import main
 from llmsched_gym.cluster.router import check_replica
-from llmsched_gym.config import ClusterScenario, scenario
+from llmsched_gym.config import ClusterScenario, ConfigError, scenario
+from llmsched_gym.cost import load_profile
+from llmsched_gym.evaluation.cells import steps_frame
 from llmsched_gym.evaluation.clusters import simulate_cluster, split_policy
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.metrics import requests_frame, row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.store import read_rows
-from llmsched_gym.report import batch_charts
+from llmsched_gym.report import batch_charts, page
 from llmsched_gym.report import clusters as report
 from llmsched_gym.scheduler import PolicyError
 
@@ -72,6 +74,57 @@ def test_the_frame_of_requests_says_where_each_went():
     frame = requests_frame(simulate(TWO, "round-robin+slai", 0))
     assert sorted(frame["replica"].unique()) == [0, 1]
     assert "replica" not in requests_frame(simulate(ONE, "slai", 0))
+
+
+def test_batches_are_logged_of_every_replica():
+    found = simulate(TWO, "round-robin+slai", 0, num_steps=20)
+    assert [len(log) for log in found.steps_by_replica] == [20, 20]
+    assert any(np.array_equal(found.steps, log) for log in found.steps_by_replica)
+    frame = steps_frame(found)
+    assert frame["replica"].tolist() == [0] * 20 + [1] * 20
+    assert frame["start_s"].tolist() == np.concatenate([log["start_s"] for log in found.steps_by_replica]).tolist()
+    assert "replica" not in steps_frame(simulate(ONE, "slai", 0, num_steps=20))
+
+
+def log_of(policy, replica, running, num_batches=40, batch_s=1.0):
+    start_s = batch_s * np.arange(num_batches)
+    fixed = {"num_waiting": replica, "num_running": running, "kv_cache_usage": 0.25 * (1 + replica)}
+    fixed |= {"decode_tokens": running, "prefill_tokens": 0, "duration_s": batch_s}
+    return pd.DataFrame({"policy": policy, "replica": replica, "start_s": start_s, **fixed})
+
+
+def test_all_replicas_are_in_one_chart_with_one_legend():
+    logs = [log_of("a+b", 0, 2), log_of("a+b", 1, 5, num_batches=20), log_of("c+d", 0, 1), log_of("c+d", 1, 1)]
+    chart = batch_charts.replicas_over_time(pd.concat(logs), ["a+b", "c+d"], bin_s=1.0)
+    shown = {(t["meta"]["pick"], t["yaxis"], t["name"]): t for t in chart.traces}
+    assert list(chart.pick) == ["a+b", "c+d"] and len(shown) == len(chart.traces) == 2 * 3 * 2
+    assert shown["a+b", "y2", "replica 0"]["y"] == [2] * 40
+    assert shown["a+b", "y2", "replica 1"]["y"] == [5] * 20 + [0] * 20  # it has nothing to do behind its last batch
+    assert shown["a+b", "y3", "replica 1"]["y"][:20] == [50] * 20  # % of its blocks
+    both = [shown["a+b", "y2", f"replica {j}"] for j in (0, 1)]
+    assert both[0]["stackgroup"] == both[1]["stackgroup"] and both[0]["meta"]["ink"] != both[1]["meta"]["ink"]
+    in_legend = [t["name"] for t in chart.traces if t["meta"]["pick"] == "a+b" and t["showlegend"]]
+    assert in_legend == ["replica 0", "replica 1"]
+    assert set(t["meta"]["ink"] for t in chart.traces) <= set(page.INKS)
+    assert batch_charts.replicas_over_time(pd.concat(logs).drop(columns="replica"), ["a+b"]) is None
+
+
+def test_the_batches_of_one_replica_are_those_of_the_busiest():
+    logs = pd.concat(
+        [log_of("a+b", 0, 2, num_batches=10), log_of("a+b", 1, 5), log_of("c+d", 0, 7), log_of("c+d", 1, 1, 9)]
+    )
+    assert batch_charts.busiest(logs).groupby("policy")["num_running"].unique().map(list).to_dict() == {
+        "a+b": [5],
+        "c+d": [7],
+    }
+
+
+@pytest.mark.parametrize("given", [{"watch": lambda engine: 1}, {"profile": load_profile(ONE.profile)}])
+def test_what_is_of_one_engine_is_refused_for_replicas(given):
+    (name,) = given
+    with pytest.raises(ConfigError, match=rf"^{name}: expected [^\n]*for a cluster") as error:
+        simulate(TWO, "slai", 0, **given)
+    assert "\n" not in str(error.value)
 
 
 def test_hits_are_counted_at_the_replica_that_had_them():
@@ -152,7 +205,7 @@ def test_a_report_has_the_routers(tmp_path, capsys):
     given += " --set warmup_s=5 --set drain_s=5 --set workload=chat --workers 1 --out"
     assert main(["evaluate", *given.split(), str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.html").read_text()
-    assert "Routers" in text and "router-replicas" in text
+    assert "Routers" in text and "router-replicas" in text and "replicas-over-time" in text
 
 
 def test_routers_are_listed(capsys):

@@ -18,7 +18,7 @@ from llmsched_gym.engine import Backend
 from llmsched_gym.evaluation.clusters import check_policy
 from llmsched_gym.evaluation.metrics import gaps_of, requests_frame, row
 from llmsched_gym.evaluation.outcomes import Outcomes
-from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.evaluation.run import Episode, simulate
 from llmsched_gym.evaluation.spread import Places, Pool, spread
 from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.evaluation.workers import Workers
@@ -77,11 +77,21 @@ def run_cell(
         if "requests" in cell.frames:
             write_part(folder, "requests", cell.index, requests_frame(episode, outcomes))
         if "steps" in cell.frames:
-            write_part(folder, "steps", cell.index, pd.DataFrame(episode.steps).assign(**labels))
+            write_part(folder, "steps", cell.index, steps_frame(episode).assign(**labels))
         if "itl" in cell.frames:
             parts = [pd.DataFrame({"slo_class": c, "itl_s": s, "count": n}) for c, s, n in gaps.bins()]
             write_part(folder, "itl", cell.index, pd.concat(parts).assign(**labels))
     return figures
+
+
+def steps_frame(episode: Episode) -> Any:
+    """The logged batches, a line each; on a cluster those of every replica, with its number."""
+    import pandas as pd
+
+    if episode.steps_by_replica is None:
+        return pd.DataFrame(episode.steps)
+    logs = [pd.DataFrame(log).assign(replica=j) for j, log in enumerate(episode.steps_by_replica)]
+    return pd.concat(logs, ignore_index=True)
 
 
 def part_path(folder: Path, kind: str, index: int) -> Path:

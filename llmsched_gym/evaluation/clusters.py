@@ -71,7 +71,7 @@ def simulate_cluster(
     cluster.run(router)
     wall_time_s = time.perf_counter() - start
     state, nodes = cluster.state, cluster.nodes
-    busiest = int(np.argmax(state.sims["busy_s"]))
+    logs = [log[: min(num_steps, int(sim["num_batches"]))] for log, sim in zip(state.steps, state.sims, strict=True)]
     return Episode(
         scenario=world,
         policy=name,
@@ -79,12 +79,13 @@ def simulate_cluster(
         table=table,
         requests=rows_of(state, 0, table),
         gaps=state.gaps[0],
-        steps=state.steps[busiest, : min(num_steps, int(state.sims[busiest].num_batches))],
+        steps=logs[int(np.argmax(state.sims["busy_s"]))],
         sim=_together(state.sims, float(nodes.routes[0].now_s)),
         wall_time_s=wall_time_s,
         recached_tokens=state.prefixes[0, : len(table)]["num_recached_tokens"] if world.prefix_caching else None,
         replicas=_replica_figures(cluster, table, routed_by or scenario.router, formed_by),
         replica_of=nodes.replica_of[0, : len(table)].copy(),
+        steps_by_replica=logs,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,7 @@ class Episode:
     recached_tokens: np.ndarray | None = None
     replicas: dict[str, Any] | None = None  # of a cluster: columns of the row about its replicas
     replica_of: np.ndarray | None = None  # of a cluster (num_requests,) int32: where each was sent last; -1: nowhere
+    steps_by_replica: Sequence[np.ndarray] | None = None  # of a cluster: `steps` of each; `steps` are the busiest's
 
     @property
     def cohort(self) -> slice:

@@ -61,6 +61,73 @@ def timeline(
     return Chart("batches", "Batches over time", caption, traces, layout, wide=True, pick=list(runs))
 
 
+REPLICA_COLOURS = ("#0072b2", "#e69f00", "#117733", "#cc79a7", "#56b4e9", "#d55e00", "#44aa99", "#6b4c2a")
+"""On a light ground; the ninth replica has the first's again."""
+PANELS = (
+    ("num_waiting", "waiting", "y", "requests", 1.0),
+    ("num_running", "running", "y2", "requests", 1.0),
+    ("kv_cache_usage", "KV cache used", "y3", "% of KV blocks", 100.0),
+)
+"""What is shown of replicas: column of the log, words, axis, unit, scale."""
+MOST_BINS = 1920  # of all replicas of a policy together
+
+
+def busiest(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of each policy the batches of the replica that executed longest; all where there is one engine."""
+    if "replica" not in steps:
+        return steps
+    busy_s = steps.groupby(["policy", "replica"], observed=True)["duration_s"].sum()
+    chosen = busy_s.groupby("policy", observed=True).idxmax()
+    pairs = pd.MultiIndex.from_frame(steps[["policy", "replica"]])
+    return steps[pairs.isin(chosen.tolist())]
+
+
+def replicas_over_time(
+    steps: pd.DataFrame, policies: Sequence[str], window_s: float = 120.0, bin_s: float = 0.5
+) -> Chart | None:
+    """All replicas of a policy at once: requests that wait and run, one on the other, and each one's KV use."""
+    if "replica" not in steps:
+        return None
+    runs = {p: dict(iter(steps[steps["policy"] == p].sort_values("start_s").groupby("replica"))) for p in policies}
+    runs = {p: logs for p, logs in runs.items() if len(logs) > 1}
+    if not runs:
+        return None
+    # the log of the replica with most batches ends first
+    longest = [max(logs.values(), key=len).iloc[-1] for logs in runs.values()]
+    window_s = min([window_s, *(float(last["start_s"] + last["duration_s"]) for last in longest)])
+    most = MOST_BINS // max(map(len, runs.values()))
+    num_bins = max(40, min(round(window_s / bin_s), most))
+    edges = np.linspace(0.0, window_s, num_bins + 1)
+    traces = []
+    for policy, logs in runs.items():
+        for column, words, where, unit, scale in PANELS:
+            for j, log in logs.items():
+                is_stacked = where != "y3"
+                trace: dict[str, Any] = {"type": "scatter", "mode": "lines", "name": f"replica {j}", "yaxis": where}
+                trace |= {"x0": float(edges[1]) / 2, "dx": float(edges[1]), "legendgroup": f"replica {j}"}
+                trace["y"] = values(scale * averaged(log, column, edges))
+                said = f"replica {j}, %{{x:.1f}} s<br>{words}: %{{y:,.3~r}} {unit}<extra></extra>"
+                trace["hovertemplate"] = f"{escape(policy)}, {said}"
+                trace["line"] = {"shape": "hvh", "width": 0} if is_stacked else {"width": 1.6}
+                if is_stacked:
+                    trace["stackgroup"] = f"{policy} {where}"
+                meta = {"ink": f"replica-{int(j) % len(REPLICA_COLOURS)}", "pick": policy, "area": is_stacked}
+                traces.append(trace | {"meta": meta, "showlegend": where == "y"})
+    layout = {
+        "xaxis": axis("Time (s)", range=[0, float(window_s)], anchor="y3"),
+        "yaxis": axis("Waiting", domain=[0.7, 1.0], rangemode="tozero"),
+        "yaxis2": axis("Running", domain=[0.35, 0.65], rangemode="tozero"),
+        "yaxis3": axis("KV used (%)", domain=[0.0, 0.3], range=[0, 101.5]),
+        "height": 520,
+        "showlegend": True,
+    }
+    text = (
+        "Requests waiting and running, a replica's on the others', and the share of each one's KV blocks in use: means "
+    )
+    text += f"over the busy time of bins of {edges[1]:.2g} s."
+    return Chart("replicas-over-time", "Replicas over time", text, traces, layout, wide=True, pick=list(runs))
+
+
 def averaged(run: pd.DataFrame, column: str, edges: np.ndarray) -> np.ndarray:
     """Mean of a column over the busy time of each bin, 0 in one without."""
     start, duration = run["start_s"].to_numpy(float), run["duration_s"].to_numpy(float)

@@ -188,9 +188,12 @@ def _batches(results: Results) -> Section:
     families = {re.split(r"[-\[]", p)[0]: p for p in reversed(order)}  # the first of each
     chosen = list(dict.fromkeys([*(p for p in order if p in families.values()), *order]))[:MOST_RUNS]
     seed, qps = int(results.steps["seed"].iloc[0]), float(results.steps["qps"].iloc[0])
-    text = f"The first two minutes of seed {seed} at {qps:.3g} {statistics.load_unit(rows)}." if chosen else ""
+    text = f"At most the first two minutes of seed {seed} at {qps:.3g} {statistics.load_unit(rows)}." if chosen else ""
     caption = "Mean tokens per batch over half-second bins, requests running and waiting, share of KV blocks in use."
-    return Section("batches", "Batches", text, [batch_charts.timeline(results.steps, chosen, caption)])
+    if "replica" in results.steps:
+        caption += " Of the replica that executed longest."
+    found = [batch_charts.timeline(batch_charts.busiest(results.steps), chosen, caption)]
+    return Section("batches", "Batches", text, [batch_charts.replicas_over_time(results.steps, chosen), *found])
 
 
 MOST_RUNS = 6

@@ -46,7 +46,7 @@ def write_page(directory: Path, context: dict[str, Any], files: Mapping[str, str
     context = {**context, "parts": parts}
     context["styles"] = page.chart.style_of(context["policies"])
     context["data"] = page.chart_data(charts, context["policies"])
-    context["plotly"] = page.Markup(library)
+    context["plotly"] = page.packed(library)
     printed = [*context["matrices"], *(table for part in parts for table in part.tables)]
     printed += [*context["comparisons"], *context["times"]]
     files |= {f"tables/{name}": text for name, text in twins.printed_csvs(printed).items()}
