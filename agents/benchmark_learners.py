@@ -144,9 +144,10 @@ def _sb3(preset: Preset, training: Training) -> Trained:
     network = {"net_arch": list(hidden)} | ({} if slots else {"features_extractor_class": Normaliser})
     network |= {name: settings.pop(name) for name in learner.network if name in settings}
     model = cls(learner.policy, env, policy_kwargs=network, seed=training.seed, device="cpu", **settings)
-    typical = None if slots else typical_features(env, training.seed)
-    for part in model.policy.modules():  # of a network of values and its target, each has its own
-        if isinstance(part, Normaliser):
+    own = [part for part in model.policy.modules() if isinstance(part, Normaliser)]  # a target network has its own, too
+    if own:
+        typical = typical_features(env, training.seed)
+        for part in own:
             part.fit(typical)
     world = preset.config
     judged = preset.config.replace(num_requests=training.eval_requests)
