@@ -279,6 +279,10 @@ def test_what_a_user_gets_wrong(tmp_path):
         train(Config(out=str(tmp_path / "none"), resume=True))
     with pytest.raises(ConfigError, match="warm_start: /no/dir: no such file or folder"):
         train(replace(TINY, out=str(tmp_path / "none"), warm_start="/no/dir"))
+    for junk in (b"", b"junk\n", b"PK", b"\x80\x02.", b"(dp0\n."):
+        (tmp_path / "junk").write_bytes(junk)
+        with pytest.raises(ConfigError, match=r"^warm_start: .*junk: expected a run, a policy folder"):
+            train(replace(TINY, out=str(tmp_path / "none"), warm_start=str(tmp_path / "junk")))
     assert not (tmp_path / "none").exists()
     with pytest.raises(ConfigError, match="maskable"):
         train(Config(out=str(tmp_path / "a"), action="request"))

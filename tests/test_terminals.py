@@ -185,3 +185,19 @@ def test_tables_of_sessions_fit_a_terminal():
     assert f"{cached:.1f}" in text.split("at first admissions")[1]
     without = comparison(evaluate(scenario("default", num_requests=20), ["sarathi"], qps=[0.5], seeds=1))
     assert len(without) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+@pytest.mark.parametrize("command", [["profiles"], ["roofline", "qwen2.5-7b", "l40s"]], ids=" ".join)
+def test_sentences_below_a_table_are_wrapped_between_words(command):
+    import pty
+
+    ours, theirs = pty.openpty()
+    line = [sys.executable, "-m", "llmsched_gym.cli", *command]
+    done = subprocess.run(line, stdout=theirs, env={**os.environ, "COLUMNS": "60", "NO_COLOR": "1"}, timeout=100)
+    os.close(theirs)
+    text = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    last = text.rstrip().splitlines()[-4:]
+    assert max(map(len, last)) <= 60 and all(not line.startswith(" ") for line in last)

@@ -76,5 +76,5 @@ def profiles(as_json: opt.AsJson = False) -> None:
     console.print_listing(rows, heads, as_json)
     if not as_json:
         console.print_listing(rows, {"name": "profile", "basis": "times", "engine": "engine"})
-        typer.echo("NAME[mixing=FACTOR]: decodes beside a prompt chunk cost FACTOR times as much attention.")
-        typer.echo("NAME[additive=true]: a batch costs the sum of its parts, fitted to decodes alone.")
+        console.print_table("NAME[mixing=FACTOR]: decodes beside a prompt chunk cost FACTOR times as much attention.")
+        console.print_table("NAME[additive=true]: a batch costs the sum of its parts, fitted to decodes alone.")

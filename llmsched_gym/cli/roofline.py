@@ -70,4 +70,4 @@ def roofline_command(
         table.add_row(what, f"{1e3 * profile.predict_s(*batch):.1f}")
     console.print_table(table)
     for note in profile.notes:
-        console.emit(note + "\n")
+        console.print_table(note)

@@ -113,8 +113,8 @@ def print_rows(rows: Sequence[dict[str, Any]]) -> None:
     emit("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n")
 
 
-def print_table(table: Table, file: Any = None) -> None:
-    """Print a table, in colour on a terminal; `file` is stdout unless given."""
+def print_table(table: Table | str, file: Any = None) -> None:
+    """Print a table, in colour on a terminal, or a line below one, as wide; `file` is stdout unless given."""
     from rich.console import Console
 
     stream = file or sys.stdout

@@ -16,6 +16,8 @@ from llmsched_gym.workload.traces import Trace
 
 MAX_ARRIVALS = 20_000_000
 """More requests than this in one episode is taken for a mistake in the settings, not a wish to fill the memory."""
+MAX_SWITCHES = 20_000_000
+"""Of the rate in one episode: before requests come at rates next to 0, they would fill the memory."""
 
 
 class Arrivals(Protocol):
@@ -98,6 +100,9 @@ class SwitchingClock:
     def __call__(self, unit: np.ndarray) -> np.ndarray:
         seconds, cumulated = self._knots()
         while len(unit) and cumulated[-1] < unit[-1]:
+            if len(self._holds) > MAX_SWITCHES / 2:
+                low = min(self.rates)
+                raise ConfigError(f"qps: at {low:g} requests a second the rate switches too often before they come")
             self._holds = np.concatenate([self._holds, self._draw_holds(max(32, len(self._holds)))])
             seconds, cumulated = self._knots()
         return np.asarray(np.interp(unit, cumulated, seconds))
