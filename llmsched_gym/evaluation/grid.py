@@ -60,9 +60,8 @@ def check(scenario: Scenario, policies: Sequence[str], qps: Sequence[float | Non
     if not qps:
         raise ConfigError("qps: expected at least one rate")
     for rate in qps:
-        make_table(
-            scenario if rate is None else scenario.replace(qps=rate), first_seed
-        )  # a bad workload, trace or rate
+        # a bad workload, trace or rate is refused here
+        make_table(scenario if rate is None else scenario.replace(qps=rate), first_seed)
 
 
 def evaluate(
