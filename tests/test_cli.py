@@ -191,7 +191,8 @@ def test_a_folder_gets_tables_and_a_report(tmp_path, capsys):
     assert main([*RUN, "--out", str(out), "--json"]) == 0
     printed, err = capsys.readouterr()
     assert [row["policy"] for row in json.loads(printed)] == ["slai"] * 2 + ["shortest-total"] * 2
-    assert err.count("\n") == 2 and "report.html" in err.splitlines()[0] and "--no-bound" in err.splitlines()[1]
+    told = [line for line in err.splitlines() if " runs after " not in line]  # which a slow machine says
+    assert len(told) == 2 and "report.html" in told[0] and "--no-bound" in told[1]
     names = {path.name for path in out.iterdir()}
     assert names >= {"runs.parquet", "requests.parquet", "config.json", "report.html", "report.md"}
     assert not [name for name in names if "partial" in name]

@@ -4,19 +4,17 @@ import pickle
 
 import helpers
 import numpy as np
-from clusters import Replicas
+from clusters import DEVICES, Replicas, random_sessions
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 from stateful import lasting, one_line, sized
-from test_cluster import (
-    DEVICES,
+from test_cluster_properties import (
     FAILURES,
     REQUESTS,
     ROLES,
     SMALL_CLUSTERS,
     check_end,
     failures_of,
-    random_sessions,
     rows_from,
 )
 

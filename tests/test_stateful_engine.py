@@ -4,10 +4,10 @@ import pickle
 
 import helpers
 import numpy as np
+from clusters import random_sessions
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, precondition, rule
 from stateful import lasting, one_line, sized
-from test_cluster import random_sessions
 from test_engine_properties import DEVICE, REQUESTS, SMALL_WORLDS, rows_of
 
 from llmsched_gym.config import ConfigError, scenario

@@ -135,16 +135,20 @@ class Profile:
             self._check_surface(self.surface)
 
     def _check_surface(self, surface: Surface) -> None:
-        """Batches take time: chunks have launches taken off, and the trend of the output head goes on."""
+        """Batches take time: chunks have launches taken off, and the trend of the output head goes on.
+
+        Several chunks are tried up to the largest batch of the linear layers' table: beyond it trends may fall.
+        """
         for n in surface.sequences:
             if self._ms(n, Sums(n, n * surface.context[0], surface.context[0], n, [])) <= 0.0:
                 what = f"{n:,} decodes take no time"
                 raise ProfileError(f"surface.sequence_ms: expected times that do not fall below 0, {what}")
+        most = self.linear.tokens[-1] if isinstance(self.linear, TableLinear) else MOST_TOKENS
         for chunk, computed in itertools.product(surface.chunk, surface.prefix):
             pairs_ms = self.pair_ms * chunk * (computed + (chunk + 1) / 2)
             each_ms = pairs_ms + surface.chunk_at(chunk, computed) - surface.launch_ms
             rest_ms = self.overhead_ms + surface.launch_ms + surface.chunk_batch_ms
-            for n in (1 << i for i in range((MOST_TOKENS // chunk).bit_length())):
+            for n in (1 << i for i in range(max(1, most // chunk).bit_length())):
                 if rest_ms + self.linear.at(n * chunk) + surface.sequence_at(n) + n * each_ms <= 0.0:
                     what = f"a chunk of {chunk:,} tokens behind {computed:,} takes no time"
                     if n > 1:

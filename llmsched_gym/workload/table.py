@@ -105,7 +105,7 @@ class RequestTable:
         if self.shares_with is not None or self.shared_tokens is not None:
             check_shares(self.identity(), self.prompt_tokens, self.output_tokens)
         latest_s = float(self.arrival_s[self.is_root].max(initial=0.0))
-        if not latest_s < MOST_S:  # nor nan
+        if latest_s >= MOST_S:
             at = f", at {self.qps:g} arrivals a second" if self.qps < 1.0 else ""
             raise ConfigError(f"arrival_s: expected times below {MOST_S:,.0f} s, got {latest_s:g}{at}")
 
