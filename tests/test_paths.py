@@ -54,8 +54,8 @@ def test_a_first_agent(capsys):
     exec(snippet, {})
     assert 0.5 < float(re.search(r"earns ([\d.]+) a request", capsys.readouterr().out)[1]) <= 1.0
     train, evaluate = commands("agent")
-    assert train[0] == "train" and evaluate[0] == "evaluate"
-    Config = pytest.importorskip("llmsched_gym.agents.train").Config
+    assert train[0] == "ppo" and evaluate[0] == "evaluate"
+    Config = pytest.importorskip("llmsched_gym.agents.ppo").Config
     names = {word[2:].replace("-", "_") for word in train if word.startswith("--")}
     assert names <= {*Config.__dataclass_fields__, "set"}
 

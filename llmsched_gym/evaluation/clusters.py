@@ -15,7 +15,7 @@ from llmsched_gym.cluster import Cluster
 from llmsched_gym.config import ClusterScenario
 from llmsched_gym.engine.records import REPLICA
 from llmsched_gym.engine.rows import rows_of
-from llmsched_gym.evaluation.run import Episode, scenario_for
+from llmsched_gym.evaluation.run import Episode, check_arrivals, scenario_for
 from llmsched_gym.registry import make_router, make_scheduler
 from llmsched_gym.workload import RequestTable, make_table
 
@@ -62,6 +62,7 @@ def simulate_cluster(
         world = world.replace(length_hint="oracle")
     assert isinstance(world, ClusterScenario)
     table = make_table(world, seed) if table is None else table
+    check_arrivals(table)
     num_gaps = int(np.sum(table.output_tokens, dtype=np.int64) - len(table))
     settings: dict[str, Any] = {"num_gaps": num_gaps, "num_steps": num_steps}
     cluster = Cluster(world, max(len(table), 1), scheduler=formed_by, **settings)

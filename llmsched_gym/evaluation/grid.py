@@ -11,7 +11,7 @@ from typing import Any
 from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, plain
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.cells import Cell, Runner, make_policy
-from llmsched_gym.evaluation.run import make_backend
+from llmsched_gym.evaluation.run import check_arrivals, make_backend
 from llmsched_gym.evaluation.spread import Places
 from llmsched_gym.evaluation.store import Store, grid_config
 from llmsched_gym.files import digest_of
@@ -60,8 +60,7 @@ def check(scenario: Scenario, policies: Sequence[str], qps: Sequence[float | Non
     if not qps:
         raise ConfigError("qps: expected at least one rate")
     for rate in qps:
-        # a bad workload, trace or rate is refused here
-        make_table(scenario if rate is None else scenario.replace(qps=rate), first_seed)
+        check_arrivals(make_table(scenario if rate is None else scenario.replace(qps=rate), first_seed))
 
 
 def evaluate(

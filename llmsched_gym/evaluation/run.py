@@ -21,6 +21,7 @@ from llmsched_gym.workload import RequestTable, make_table
 
 HOST_WARM_UP_STEPS = 16
 LATE_S = 1e6  # a clock beyond it loses nanoseconds a batch: runs that begin later count from their first arrival
+MOST_S = 2.0**32  # of arrivals; float64 tells less than a microsecond there
 TIMES = ("arrival_s", "first_scheduled_s", "first_token_s", "last_token_s", "resolved_s", "lst_s")
 
 
@@ -71,9 +72,18 @@ def make_backend(scenario: Scenario, workers: Any = 1) -> Any:
     )
 
 
+def check_arrivals(table: RequestTable) -> None:
+    """ConfigError where requests come so late that a clock beside them tells no time, as at rates next to 0."""
+    latest_s = float(table.arrival_s[table.is_root].max(initial=0.0))
+    if not latest_s < MOST_S:
+        at = f", at {table.qps:g} arrivals a second" if table.qps < 1.0 else ""
+        raise ConfigError(f"arrival_s: expected times below {MOST_S:,.0f} s, got {latest_s:g}{at}")
+
+
 def _origin_s(scenario: Scenario, table: RequestTable) -> float:
     """From where the engine counts the time of a finite run: whole seconds, 0 unless its requests come late."""
     roots = table.arrival_s[table.is_root]
+    check_arrivals(table)
     is_late = scenario.num_requests is not None and table.num_past == 0 and len(roots) and roots[0] > LATE_S
     return float(np.floor(roots[0])) if is_late else 0.0
 

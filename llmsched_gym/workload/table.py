@@ -18,9 +18,6 @@ from llmsched_gym.workload.identity import (
     check_shares,
 )
 
-MOST_S = 2.0**32
-"""Before which requests come; float64 tells less than a microsecond there."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -104,10 +101,6 @@ class RequestTable:
                 check_known(self.shares_with, self.parent)
         if self.shares_with is not None or self.shared_tokens is not None:
             check_shares(self.identity(), self.prompt_tokens, self.output_tokens)
-        latest_s = float(self.arrival_s[self.is_root].max(initial=0.0))
-        if latest_s >= MOST_S:
-            at = f", at {self.qps:g} arrivals a second" if self.qps < 1.0 else ""
-            raise ConfigError(f"arrival_s: expected times below {MOST_S:,.0f} s, got {latest_s:g}{at}")
 
     def identity(self) -> Shares:
         """``shares_with`` and ``shared_tokens``, whether given or not."""
