@@ -23,7 +23,7 @@ from scipy.stats import trim_mean
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.settings import RUN, WORLD, Spread, World
-from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.config import ConfigError, scenario, split_names
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.spread import choose
 from llmsched_gym.report import console, intervals
@@ -114,8 +114,8 @@ def markdown(found: dict[str, Any], config: Config) -> str:
 
 def compare(config: Config) -> str:
     """Run what is missing and write the tables; returns the Markdown one."""
-    agents, opponents = config.agents.split(","), config.opponents.split(",")
-    beside = config.beside.split(",") if config.beside else []
+    agents, opponents = split_names([config.agents], "agents"), split_names([config.opponents], "opponents")
+    beside = split_names([config.beside], "beside") if config.beside else []
     if len({*agents, *opponents, *beside}) < len(agents) + len(opponents) + len(beside):
         raise ConfigError(f"agents: expected policies that are named once, got {config.agents!r}")
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})

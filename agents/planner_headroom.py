@@ -26,7 +26,7 @@ from rich.progress import Progress
 from llmsched_gym.agents.futures import check_drawable, is_drawable
 from llmsched_gym.agents.options import option, parse
 from llmsched_gym.agents.planner import ALTERNATIVES, BASE, Plan, mean_utility, run_planned, schedulers
-from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, scenario
+from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, scenario, split_names
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.files import claim_file, digest_of, make_folder
 from llmsched_gym.fluid import fluid_capacity
@@ -62,10 +62,7 @@ Row = dict[str, Any]
 
 def worlds(config: Config) -> Iterator[tuple[tuple[str, str, str], Scenario]]:
     """(suite, profile, load) and the scenario, each; ConfigError for a bad one."""
-    names = [[name for name in text.split(",") if name] for text in (config.suites, config.profiles, config.loads)]
-    for field, found in zip(("suites", "profiles", "loads"), names, strict=True):
-        if not found:
-            raise ConfigError(f"{field}: expected one at least, got none")
+    names = [split_names([getattr(config, field)], field) for field in ("suites", "profiles", "loads")]
     for suite, profile, load in itertools.product(*names):
         world = scenario(suite, num_requests=config.num_requests, profile=profile, **config.set)
         if isinstance(world, ClusterScenario):

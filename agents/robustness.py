@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
-from llmsched_gym.config import Scenario, scenario
+from llmsched_gym.config import Scenario, scenario, split_names
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, spread
@@ -95,7 +95,7 @@ def robustness(config: Config) -> list[dict[str, Any]]:
     """One entry per cell: its world, rate, and each policy's mean utilities by seed."""
     claim_file(Path(config.out), "table of this command", json_with("config", "cells"))
     make_folder(Path(config.out).parent)
-    policies = [*dict.fromkeys([*config.policy.split(","), config.baseline])]
+    policies = [*dict.fromkeys([*split_names([config.policy]), config.baseline])]
     for policy in policies:
         make_scheduler(policy)
     found, cells = [], []

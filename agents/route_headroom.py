@@ -28,7 +28,7 @@ from rich.progress import Progress
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import read_weights, utility
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
-from llmsched_gym.config import ClusterScenario, ConfigError, scenario
+from llmsched_gym.config import ClusterScenario, ConfigError, scenario, split_names
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, run_cells
@@ -97,7 +97,7 @@ def headroom(config: Config) -> dict[str, Any]:
     """Run everything; returns the table and writes it."""
     claim_file(Path(config.out), "table of this command", json_with("config", "routers"))
     make_folder(Path(config.out).parent)
-    world = world_of(config)
+    world, also = world_of(config), split_names([config.also], "also") if config.also else []
     informed = world.replace(length_hint="oracle")
     for file in (config.weights, config.told):
         if file:
@@ -106,7 +106,7 @@ def headroom(config: Config) -> dict[str, Any]:
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
     settings = [spec for name in routers() for spec in GRIDS.get(name, (name,))]
     hinted = [spec for spec in settings if spec.split("[")[0] in HINTED]
-    files = [config.weights, config.told, config.scheduler, *config.also.split(",")]
+    files = [config.weights, config.told, config.scheduler, *also]
     with choose(config.workers, config.ray, config.ray_address, files) as places, opened(places) as pool:
 
         def run(what: str, specs: list[str], seeds: Any, world: ClusterScenario) -> np.ndarray:
@@ -124,7 +124,7 @@ def headroom(config: Config) -> dict[str, Any]:
             tuned[name] = max(tuned.get(name, (-1.0, "")), (mean, spec))
         judged = sorted(tuned.values(), reverse=True)[: config.judged]
         best = judged[0][1]
-        specs = [spec for _, spec in judged] + [spec for spec in config.also.split(",") if spec]
+        specs = [spec for _, spec in judged] + also
         specs += [WEIGHTS + config.weights] if config.weights else []
         table = run("judging", specs, seeds, world)
         of_best = hinted[int(run("choosing, told the lengths", hinted, chosen_on, informed).mean(1).argmax())]

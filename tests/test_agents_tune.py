@@ -198,7 +198,7 @@ def test_agents_are_compared_with_the_best_opponent_on_the_same_seeds(tmp_path):
     config = CompareConfig(
         agents="sarathi-spf,slai",
         opponents="faster-transformer,sarathi",
-        beside="on-time",
+        beside="on-time[cap=0.8,budget=512]",
         suite="paper",
         set={"qps": 1.8},
         seeds=10,
@@ -211,7 +211,8 @@ def test_agents_are_compared_with_the_best_opponent_on_the_same_seeds(tmp_path):
     found = json.loads((tmp_path / "compare" / "table.json").read_text())
     lines = {line["policy"]: line for line in found["lines"]}
     assert found["best_opponent"] == "sarathi" and lines["sarathi"]["difference"] == 0.0
-    assert lines["on-time"]["difference"] > 0.0 and not lines["on-time"]["agent"]  # shown, but no opponent
+    beside = lines["on-time[cap=0.8,budget=512]"]
+    assert beside["difference"] > 0.0 and not beside["agent"]  # shown, but no opponent
     world = scenario("paper", qps=1.8, num_requests=100)
     ours = [row(simulate(world, "slai", seed))["mean_utility"] for seed in range(3000, 3010)]
     base = [row(simulate(world, "sarathi", seed))["mean_utility"] for seed in range(3000, 3010)]

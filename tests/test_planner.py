@@ -192,7 +192,7 @@ def test_a_gain_has_an_interval_and_a_suite_without_one_is_solved():
     ("fields", "line"),
     [
         ({"suites": "cluster"}, "suites: expected suites of one engine, got 'cluster'"),
-        ({"suites": ","}, "suites: expected one at least"),
+        ({"suites": ","}, "suites: expected names separated by commas"),
         ({"loads": "much"}, "loads: expected own or shares of the fluid capacity, 0 to 10, got 'much'"),
         ({"alternatives": "on-time;shortest-total"}, "alternatives: expected compiled schedulers that are told no"),
         ({"horizon_s": 1.0}, "horizon_s: expected interval_s"),

@@ -26,12 +26,13 @@ def test_every_pair_of_profiles_is_run_both_ways():
 def test_a_table_of_worlds_that_predictions_get_wrong(monkeypatch, tmp_path):
     chosen = [w for w in robustness.worlds() if w[1].profile.endswith("[mixing=4]")]
     monkeypatch.setattr(robustness, "worlds", lambda: chosen)
-    settings = {"policy": "srpt-capped", "seeds": 2, "requests": 150, "workers": 1}
+    policy = "srpt-capped[cap=0.9,budget=4096]"
+    settings = {"policy": policy, "seeds": 2, "requests": 150, "workers": 1}
     cells = robustness.robustness(robustness.Config(**settings, out=str(tmp_path / "found.json")))
     known, hidden = cells
     assert (known["predicted"], hidden["predicted"]) == (None, robustness.BASE)
     assert known["qps"] == hidden["qps"]
-    assert sum(known["mean_utility"]["srpt-capped"]) > sum(hidden["mean_utility"]["srpt-capped"])
+    assert sum(known["mean_utility"][policy]) > sum(hidden["mean_utility"][policy])
     assert known["mean_utility"]["sarathi"] == hidden["mean_utility"]["sarathi"]  # it predicts nothing
     assert json.loads((tmp_path / "found.json").read_text())["cells"] == cells
     text = robustness.markdown(cells, "sarathi")
