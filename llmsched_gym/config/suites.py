@@ -51,6 +51,13 @@ SUITES: dict[str, Suite] = {
         "LLMSched-Tenants-v0",
         reward_threshold=328.5,
     ),
+    # 0.57 to 1.05 of the fluid capacity, 1.235
+    "tight": Suite(
+        Scenario(suite="tight", profile="rtx4090-llama-3.1-8b-vllm", qps_range=(0.7, 1.3)),
+        "vLLM on an RTX 4090, whose 2,587 KV blocks are full before its cores are, rate drawn from 0.7-1.3",
+        "LLMSched-Tight-v0",
+        reward_threshold=205.2,
+    ),
     # sessions/s: 0.6 to 1.1 of the fluid capacity with the hit rate of an infinite cache, 0.94 and 0.205
     "chat": Suite(
         Scenario(

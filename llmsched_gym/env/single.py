@@ -56,7 +56,7 @@ class LLMSchedEnv(SimulatedEnv):
     A step beyond the end raises ``gymnasium.error.ResetNeeded``.
 
     Args:
-        suite: scenario to start from: default, paper, drift, burst, tenants, chat, agents, or a TOML file.
+        suite: scenario to start from: default, paper, drift, burst, tenants, tight, chat, agents, or a TOML file.
         render_mode: None, "ansi", "rgb_array" or "human".
         fields: any field of :class:`~llmsched_gym.config.EnvConfig`; a bad one raises a one-line ``ConfigError``.
     """
