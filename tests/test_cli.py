@@ -462,6 +462,7 @@ def test_a_reader_that_leaves_is_no_error():
     assert process.communicate(timeout=60)[1] == ""
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_an_interrupt_is_one_line(tmp_path, workers):
     args = [
