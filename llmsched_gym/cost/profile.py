@@ -78,7 +78,7 @@ class Profile:
         Several chunks are tried up to the largest batch of the linear layers' table: beyond it trends may fall.
         """
         for n in surface.sequences:
-            if self._ms(n, Sums(n, n * surface.context[0], surface.context[0], n, [])) <= 0.0:
+            if self.ms(n, Sums(n, n * surface.context[0], surface.context[0], n, [])) <= 0.0:
                 what = f"{n:,} decodes take no time"
                 raise ProfileError(f"surface.sequence_ms: expected times that do not fall below 0, {what}")
         most = self.linear.tokens[-1] if isinstance(self.linear, TableLinear) else MOST_TOKENS
@@ -94,7 +94,7 @@ class Profile:
                     name = "chunk_ms" if n == 1 else "launch_ms"
                     raise ProfileError(f"surface.{name}: expected less to be taken off, {what}")
 
-    def _ms(self, num_tokens: int, sums: Sums) -> float:
+    def ms(self, num_tokens: int, sums: Sums) -> float:
         """Milliseconds of a batch, on a profile with a surface."""
         assert self.surface is not None
         return self.overhead_ms + self.linear.at(num_tokens) + self.surface.ms(sums, self.pair_ms)
@@ -187,7 +187,7 @@ class Profile:
             num_sequences = len(chunks) + len(decode_contexts)
             longest = max(decode_contexts, default=0)
             sums = Sums(len(decode_contexts), sum(decode_contexts), longest, num_sequences, chunks)
-            return self._ms(num_tokens, sums) / 1e3
+            return self.ms(num_tokens, sums) / 1e3
         pairs = sum(n * (computed + (n + 1) / 2) for computed, n in chunks)
         kv_tokens = sum(decode_contexts) + sum(computed + n for computed, n in chunks)
         ms = self.overhead_ms + self.linear.at(num_tokens) + self.pair_ms * pairs + self.kv_ms * kv_tokens
