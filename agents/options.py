@@ -20,6 +20,8 @@ from llmsched_gym.workload import TraceError
 
 MOST = 1e12
 """Of numbers: what is infinite, or nearly, no file of a run can tell, no memory hold and no learner bear."""
+OF_AGENTS = ("action", "observation", "action_repeat", "reward_scale", "tau_s", "backend", "model")
+"""Fields of the environment that commands which have them as options look at there."""
 MOST_WIDTH = 1 << 14
 """Of a layer of a network; torch says in many lines that it cannot have much wider ones."""
 MOST_SEED = 2**31 - 1
@@ -106,6 +108,9 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
     for name, kind in hints.items():
         if kind == dict[str, Any]:
             values[name] = dict(values[name] or ())
+            for own in OF_AGENTS:
+                if name == "set" and own in values["set"] and own in hints:
+                    raise ConfigError(f"--set: {own} has an option of its own, --{own.replace('_', '-')}")
     check_numbers(cls, values)
     return cls(**values)
 

@@ -98,6 +98,10 @@ class KnobRules:
             config.suite,
             **{"num_requests": config.requests, "action_repeat": config.action_repeat, **config.set},
         )
+        for name, expected in (("action", "knobs"), ("observation", "features"), ("mask_in_observation", None)):
+            if getattr(self.world, name) != expected:
+                got = getattr(self.world, name)
+                raise ConfigError(f"{name}: expected {expected!r} where knobs are tuned, got {got!r}")
         self.scores = KnobScores(knobs_for(self.world))
         names = [f.name for f in FEATURES]
         used = LINEAR_FEATURES if config.kind == "linear" else ()

@@ -153,6 +153,11 @@ def test_what_no_training_can_have(command, options, words, here, capsys):
     [
         (["ppo", "--set", "mask_in_observation=rllib"], "mask_in_observation: expected None for compiled rollouts"),
         (["ppo", "--gae-lambda", "1.5"], "--gae-lambda: expected a number <= 1, got 1.5"),
+        (["train", "--set", "observation=slots"], "--set: observation has an option of its own, --observation"),
+        (["tune", "--set", "action=priority"], "action: expected 'knobs' where knobs are tuned, got 'priority'"),
+        (["tune", "--set", "observation=slots"], "observation: expected 'features' where knobs are tuned, got 'slots'"),
+        (["tune", "--set", "profile=nope"], "profile: expected one of"),
+        (["tune", "--set", "scheduler_profile=nope"], "profile: expected one of"),
         (["train", "--gamma", "2"], "--gamma: expected a number <= 1, got 2"),
         (["train", "--width", "1e9"], "--width: expected a whole number <= 16,384, got"),
     ],
