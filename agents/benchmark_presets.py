@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmsched_gym.agents.options import KINDS, check_values, is_of_kind
-from llmsched_gym.config import ConfigError, EnvConfig, Scenario, env_config, scenario
+from llmsched_gym.config import ConfigError, EnvConfig, Scenario, UnknownField, env_config, scenario
 from llmsched_gym.files import digest_of
 
 FOLDER = Path(__file__).with_name("presets")
@@ -127,6 +127,8 @@ def read_preset(path: Path) -> Preset:
     preset = Preset(path.stem, learner, data.get("suite", "default"), world, settings)
     try:
         action = preset.config.action
+    except UnknownField as error:
+        raise ConfigError(f"presets: {path}: world: {error.told}") from None
     except ConfigError as error:
         raise ConfigError(f"presets: {path}: {error}") from None
     if action not in LEARNERS[learner].actions:

@@ -186,6 +186,7 @@ def _check(config: Any) -> None:
     for name, ok, expected in (
         ("action", config.action in KINDS, " or ".join(KINDS)),
         ("observation", config.observation == "features", "features"),
+        ("mask_in_observation", config.mask_in_observation is None, "None"),
         ("backend", config.backend == "simulated", "simulated"),
         ("reward", not callable(config.reward), "the built-in one"),
     ):

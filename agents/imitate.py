@@ -27,12 +27,14 @@ from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import export
 from llmsched_gym.agents.networks import normaliser_of
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_WIDTH, fail_in_one_line, option, parse
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
+from llmsched_gym.agents.seeds import check_evaluations, evaluation_of
+from llmsched_gym.agents.settings import MOST_LAYERS
 from llmsched_gym.agents.train import Config as TrainConfig
 from llmsched_gym.agents.train import make_model
 from llmsched_gym.agents.training_run import evaluate
-from llmsched_gym.config import ConfigError, env_config
+from llmsched_gym.config import ConfigError
 from llmsched_gym.env.actions.knobs import CAP, KNOBS, knobs_action
 from llmsched_gym.policies.bridge import knobs_now, sets_knobs
 from llmsched_gym.registry import make_scheduler
@@ -60,8 +62,8 @@ class Config:
     batch_size: int = option(1024, "of a minibatch")
     learning_rate: float = option(1e-3, "of Adam")
     hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
-    width: int = option(32, "slots: width of a row's embedding")
-    layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0)
+    width: int = option(32, "slots: width of a row's embedding", most=MOST_WIDTH)
+    layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0, most=MOST_LAYERS)
     eval_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
     eval_requests: int = option(500, "measured requests of an evaluation run")
 
@@ -141,7 +143,7 @@ def imitate(config: Config, say: Callable[[str], None] = lambda line: None) -> P
     torch.set_num_threads(1)
     trainings = config.trainings()
     for training in trainings:
-        env_config(training.suite, **training.world())
+        check_evaluations(evaluation_of(training), config.eval_seeds)
     envs = [TrainingEnv(config.num_envs, t.suite, config.seed, **t.world()) for t in trainings]
     teachers = [make_teacher(config.teacher, env, told=config.told) for env in envs]
     widest = max(range(len(envs)), key=lambda i: len(envs[i].env.feature_names))

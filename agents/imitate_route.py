@@ -23,8 +23,9 @@ from llmsched_gym.agents.route_networks import export_router, fit_normalisation,
 from llmsched_gym.agents.route_scores import WeightedRouter, make_weighted, read_weights, told
 from llmsched_gym.agents.routing import RouteTrainingEnv
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
+from llmsched_gym.agents.seeds import check_evaluations
 from llmsched_gym.agents.train_route import Config as TrainConfig
-from llmsched_gym.agents.train_route import evaluate, make_model
+from llmsched_gym.agents.train_route import evaluate, evaluation_of, make_model
 from llmsched_gym.cluster.kernels import look_again
 from llmsched_gym.config import ConfigError
 from llmsched_gym.env.route.policy import choosing
@@ -96,6 +97,7 @@ def imitate(config: Config) -> Path:
     torch.set_num_threads(1)
     shared = {name: getattr(config, name) for name in ("suite", "set", "seed", "hidden", "eval_seeds", "eval_requests")}
     training = TrainConfig(num_envs=config.num_envs, **shared)
+    check_evaluations(evaluation_of(training), config.eval_seeds)
     env = RouteTrainingEnv(config.num_envs, config.suite, config.seed, **training.world())
     teacher = Teacher(make_weighted(weights), env, is_told=config.told)
     model = make_model(training, env)

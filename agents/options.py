@@ -6,21 +6,24 @@ import argparse
 import ast
 import dataclasses
 import importlib
-import math
 import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from llmsched_gym.config import ConfigError
+from llmsched_gym.config import ConfigError, UnknownField
 from llmsched_gym.cost import ProfileError
-from llmsched_gym.help_text import ExamplesKept, examples
+from llmsched_gym.help_text import NO_TEXT, ExamplesKept, examples
 from llmsched_gym.scheduler import PolicyError
 from llmsched_gym.workload import TraceError
 
 MOST = 1e12
-"""Of numbers that are not whole: what is infinite, or nearly, no file of a run can tell or no learner bear."""
+"""Of numbers: what is infinite, or nearly, no file of a run can tell, no memory hold and no learner bear."""
+OF_AGENTS = ("action", "observation", "action_repeat", "reward_scale", "tau_s", "backend", "model")
+"""Fields of the environment that commands which have them as options look at there."""
+MOST_WIDTH = 1 << 14
+"""Of a layer of a network; torch says in many lines that it cannot have much wider ones."""
 MOST_SEED = 2**31 - 1
 """The generators of torch and CMA-ES take 32 bits, and some seeds are counted on from."""
 
@@ -28,7 +31,7 @@ MOST_SEED = 2**31 - 1
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field with its default and its line of help; whole numbers with a default >= 1 are >= `low`, 1 unless given.
 
-    `most` is the largest that a whole number may be; of a seed 2^31 - 1 unless given.
+    `most` is the largest that a number may be: 1e12 unless given, of a seed 2^31 - 1.
     """
     metadata["help"] = help
     if isinstance(default, dict | list):
@@ -105,6 +108,9 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
     for name, kind in hints.items():
         if kind == dict[str, Any]:
             values[name] = dict(values[name] or ())
+            for own in OF_AGENTS:
+                if name == "set" and own in values["set"] and own in hints:
+                    raise ConfigError(f"--set: {own} has an option of its own, --{own.replace('_', '-')}")
     check_numbers(cls, values)
     return cls(**values)
 
@@ -121,15 +127,18 @@ def check_numbers(cls: type, values: Mapping[str, Any]) -> None:
             low = field.metadata.get("low", 0 if is_seed or field.default == 0 else 1)
             if value < low:
                 raise ConfigError(f"--{name}: expected a whole number >= {low}, got {value}")
-            most = field.metadata.get("most", MOST_SEED if is_seed else math.inf)
+            most = field.metadata.get("most", MOST_SEED if is_seed else int(MOST))
             if value > most:
                 raise ConfigError(f"--{name}: expected a whole number <= {most:,}, got {value}")
         if kind is float and not value >= 0.0:  # nan, too
             raise ConfigError(f"--{name}: expected a number >= 0, got {value}")
-        if kind is float and value > MOST:
-            raise ConfigError(f"--{name}: expected a number <= {MOST:g}, got {value}")
-        if kind == tuple[int, ...] and any(number < 1 for number in value):
-            raise ConfigError(f"--{name}: expected whole numbers >= 1, got {','.join(map(str, value))}")
+        if kind is float and value > (most := field.metadata.get("most", MOST)):
+            raise ConfigError(f"--{name}: expected a number <= {most:g}, got {value}")
+        if kind is str and value == "" and field.default != "":
+            raise ConfigError(f"--{name}: {NO_TEXT}")
+        if kind == tuple[int, ...] and any(not 1 <= number <= MOST_WIDTH for number in value):
+            given = ",".join(map(str, value))
+            raise ConfigError(f"--{name}: expected whole numbers from 1 to {MOST_WIDTH:,}, got {given}")
 
 
 def check_values(cls: type, values: Mapping[str, Any]) -> None:
@@ -188,9 +197,11 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {text!r}")
+    if name == "suite":
+        raise argparse.ArgumentTypeError("suite is no field of the scenario; use the option of that name")
     try:
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return name, value
 
 
@@ -208,7 +219,7 @@ def whole(text: str) -> int:
 def integers(text: str) -> tuple[int, ...]:
     """The whole numbers that a text such as 64,64 lists."""
     try:
-        return tuple(int(part) for part in text.split(",") if part)
+        return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers separated by commas, got {text!r}") from None
 
@@ -222,7 +233,7 @@ def fail_in_one_line(main: Callable[[], Any], interrupted: str = RESUMES) -> int
     try:
         main()
     except (ConfigError, PolicyError, ProfileError, TraceError, backend_error) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: set: {error.told}" if isinstance(error, UnknownField) else f"error: {error}", file=sys.stderr)
         return 2
     except MemoryError as error:
         print(f"error: not enough memory: {error}", file=sys.stderr)

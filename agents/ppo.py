@@ -38,6 +38,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.priors import close_last, prefer
 from llmsched_gym.agents.rollout import episode_figures
 from llmsched_gym.agents.run_folder import open_run, start_run
+from llmsched_gym.agents.seeds import check_evaluations, evaluation_of
 from llmsched_gym.agents.settings import LEARNER, MOST_THREADS, Decisions, Looks, Network, Proximal, Run, World
 from llmsched_gym.agents.train import set_actor_learning, typical_features, warm_start
 from llmsched_gym.agents.training_run import TrainingRun
@@ -103,6 +104,12 @@ def make_policy(config: Config, collector: Collector) -> Any:
     if config.work_conserving:
         close_last(policy, collector.config)
     return policy
+
+
+def fit_normaliser(policy: Any, config: Config) -> None:
+    """Let a fresh policy see features by their means and spreads in the training's world."""
+    env = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
+    normaliser_of(policy).fit(typical_features(env, config.seed))
 
 
 class Data(NamedTuple):
@@ -218,6 +225,7 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
     """
     out = Path(config.out)
     config = open_run(config)
+    check_evaluations(evaluation_of(config), config.eval_seeds)
     torch.set_num_threads(1)  # several wait for each other without sleeping; whole shards are shared out instead
     collector = make_collector(config)
     policy, world = make_policy(config, collector), collector.config
@@ -233,8 +241,7 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
             if config.work_conserving:
                 close_last(policy, world)
         else:
-            typical = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
-            normaliser_of(policy).fit(typical_features(typical, config.seed))
+            fit_normaliser(policy, config)
         start_run(config)
         collector.start()
     else:

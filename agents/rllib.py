@@ -28,7 +28,7 @@ from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.rllib_env import ENV_ID, is_masked, typical
 from llmsched_gym.agents.run_folder import checkpoints, cut_progress, open_run, settings_of, start_run
-from llmsched_gym.agents.seeds import SELECTION_SEEDS
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_evaluations, evaluation_of
 from llmsched_gym.agents.settings import LEARNER, RUN, Decisions, Looks, Network, Run, World
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.evaluation.metrics import row
@@ -56,8 +56,8 @@ class Config(Looks, Network, Decisions, World, Run):
     minibatch_size: int = option(1024, "of PPO", group=LEARNER)
     epochs: int = option(4, "passes of PPO over an iteration's data", group=LEARNER)
     learning_rate: float = option(5e-4, "of the optimiser", group=LEARNER)
-    gamma: float = option(0.998, "discount of a decision", group=LEARNER)
-    gae_lambda: float = option(0.97, "lambda of PPO's advantage", group=LEARNER)
+    gamma: float = option(0.998, "discount of a decision", group=LEARNER, most=1.0)
+    gae_lambda: float = option(0.97, "lambda of PPO's advantage", group=LEARNER, most=1.0)
     clip: float = option(0.2, "PPO's and APPO's clip range", group=LEARNER)
     entropy: float = option(0.002, "weight of the entropy bonus of PPO and APPO", group=LEARNER)
     max_s: float = option(0.0, "seconds of training after which to stop before --steps; 0: never", group=LEARNER)
@@ -151,7 +151,7 @@ class Best:
 
         config = self.config
         spec, tensors = export(algorithm.get_module(), self.world, *self.normaliser, config.activation)
-        scenario = env_config(config.suite, **{"num_requests": config.eval_requests, **config.world()})
+        scenario = evaluation_of(config)
         seeds = SELECTION_SEEDS[: config.eval_seeds]
         rows = [row(simulate(scenario, LoadedPolicy(spec, tensors), seed)) for seed in seeds]
         found = {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
@@ -250,6 +250,7 @@ def _check(config: Config) -> None:
         )
     if config.algorithm == "appo" and config.env_runners < 1:
         raise ConfigError("--env-runners: expected a whole number >= 1 with appo")
+    check_evaluations(evaluation_of(config), config.eval_seeds)
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

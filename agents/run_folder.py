@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError, find_suite
-from llmsched_gym.files import claim_folder, digest_of, make_folder, write_text
+from llmsched_gym.files import check_place, claim_folder, digest_of, make_folder, write_text
 
 Settings = TypeVar("Settings")
 """A frozen dataclass with `out`, the folder, and, if such runs can go on, `resume`."""
@@ -39,6 +39,7 @@ def open_run(config: Settings) -> Settings:
             what = "say --resume, or choose another folder" if resumable else "choose another folder"
             raise ConfigError(f"out: {given.out} holds a run already; {what}")
         claim_folder(Path(given.out), "run of llmsched", {})
+        check_place(Path(given.out))
         return config
     if not path.exists():
         raise ConfigError(f"out: nothing to resume, there is no {path}")

@@ -14,6 +14,8 @@ from llmsched_gym.config import ACTIONS
 
 MOST_THREADS = 1024  # torch does not survive very many
 
+MOST_LAYERS = 64
+
 RUN, WORLD, LEARNER, NETWORK = "The run", "The world", "The learner", "The network"  # for options of one command alone
 
 
@@ -55,7 +57,7 @@ class Proximal:
     learning_rate: float = option(5e-4, "at the start")
     anneal: bool = option(True, "let the learning rate fall to 0 linearly")
     tau_s: float = option(120.0, "time constant of the per-second discount")
-    gae_lambda: float = option(0.97, "lambda of the advantage")
+    gae_lambda: float = option(0.97, "lambda of the advantage", most=1.0)
     clip: float = option(0.2, "PPO's clip range")
     entropy: float = option(0.002, "weight of the entropy bonus")
     warm_start: str = option("", "run to start from, weights.pt of agents.imitate, or policy folder (actor only)")

@@ -37,10 +37,23 @@ from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_WIDTH, fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
 from llmsched_gym.agents.run_folder import open_run, start_run
-from llmsched_gym.agents.settings import LEARNER, NETWORK, RUN, WORLD, Decisions, Looks, Network, Proximal, Run, World
+from llmsched_gym.agents.seeds import check_evaluations, evaluation_of
+from llmsched_gym.agents.settings import (
+    LEARNER,
+    MOST_LAYERS,
+    NETWORK,
+    RUN,
+    WORLD,
+    Decisions,
+    Looks,
+    Network,
+    Proximal,
+    Run,
+    World,
+)
 from llmsched_gym.agents.training_run import TrainingRun
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of
@@ -63,10 +76,10 @@ class Config(Looks, Network, Proximal, Decisions, World, Run):
     discount: str = option(
         "second", "per second, exp(-duration / tau), or per step", choices=("second", "step"), group=LEARNER
     )
-    gamma: float = option(0.998, "discount of a step, with --discount step", group=LEARNER)
+    gamma: float = option(0.998, "discount of a step, with --discount step", group=LEARNER, most=1.0)
     hidden: tuple[int, ...] = option((64, 64), "features: widths of the layers")
-    width: int = option(32, "slots: width of a row's embedding", group=NETWORK)
-    layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0, group=NETWORK)
+    width: int = option(32, "slots: width of a row's embedding", group=NETWORK, most=MOST_WIDTH)
+    layers: int = option(1, "slots: attention layers; 0 is deep sets", low=0, most=MOST_LAYERS, group=NETWORK)
     heads: int = option(2, "slots: attention heads", group=NETWORK)
 
     def world(self) -> dict[str, Any]:
@@ -240,6 +253,7 @@ def _check(config: Config) -> None:
     action = action_of(env_config(config.suite, **config.world()))
     if action.mask is not None and config.algorithm != "maskable":
         raise ConfigError(f"algorithm: expected maskable for {action.name} actions, got {config.algorithm}")
+    check_evaluations(evaluation_of(config), config.eval_seeds)
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

@@ -39,9 +39,9 @@ from llmsched_gym.agents.route_networks import (
 )
 from llmsched_gym.agents.routing import DiscountedReplay, RouteTrainingEnv, typical_observations
 from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
-from llmsched_gym.agents.seeds import SELECTION_SEEDS
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_evaluations
 from llmsched_gym.agents.settings import LEARNER, RUN, WORLD, Looks, Network, Proximal, Run, World
-from llmsched_gym.config import ClusterScenario, ConfigError, scenario
+from llmsched_gym.config import ClusterScenario, ConfigError, route_config
 from llmsched_gym.evaluation.clusters import simulate_cluster
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.policies.routers import LoadedRouter, read_router, write_router
@@ -65,12 +65,14 @@ class Config(Looks, Network, Proximal, World, Run):
     n_steps: int = option(512, "ppo: decisions per environment and iteration")
     batch_size: int = option(1024, "of a minibatch")
     epochs: int = option(4, "ppo: passes over an iteration's data")
-    gae_lambda: float = option(0.97, "ppo: lambda of the advantage")
+    gae_lambda: float = option(0.97, "ppo: lambda of the advantage", most=1.0)
     clip: float = option(0.2, "ppo: clip range")
     entropy: float = option(0.002, "ppo: weight of the entropy bonus")
     memory: int = option(100_000, "dqn: decisions in the replay memory", group=LEARNER)
     learning_starts: int = option(5_000, "dqn: decisions before it learns", group=LEARNER)
-    exploration: float = option(0.2, "dqn: share of the training over which random actions become rare", group=LEARNER)
+    exploration: float = option(
+        0.2, "dqn: share of the training over which random actions become rare", group=LEARNER, most=1.0
+    )
     target_every: int = option(5_000, "dqn: decisions between two updates of the target network", group=LEARNER)
     warm_start: str = option("", "folder of a router whose scores the actor begins with")
     eval_every: int = option(100_000, "decisions between evaluations on selection seeds")
@@ -120,10 +122,14 @@ def make_model(config: Config, env: RouteTrainingEnv) -> Any:
     )
 
 
+def evaluation_of(config: Config) -> ClusterScenario:
+    """What runs on selection seeds have as their world."""
+    return route_config(config.suite, **{"num_requests": config.eval_requests, **config.set})
+
+
 def evaluate(policy: Any, config: Config) -> dict[str, float]:
     """Means over selection seeds of whole runs of the exported router."""
-    world = scenario(config.suite, **{"num_requests": config.eval_requests, **config.set})
-    assert isinstance(world, ClusterScenario)
+    world = evaluation_of(config)
     router, scheduler = LoadedRouter(*export_router(policy)), world.replica_scheduler
     seeds = SELECTION_SEEDS[: config.eval_seeds]
     rows = [row(simulate_cluster(world, scheduler, seed, router=router)) for seed in seeds]
@@ -211,6 +217,7 @@ def train(config: Config) -> Path:
     """Run or go on with a training; returns the folder of the router."""
     out = Path(config.out)
     config = open_run(config)
+    check_evaluations(evaluation_of(config), config.eval_seeds)
     torch.set_num_threads(config.threads)
     torch.distributions.Distribution.set_default_validate_args(False)
     env = RouteTrainingEnv(config.num_envs, config.suite, config.seed, **config.world())

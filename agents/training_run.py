@@ -16,8 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from llmsched_gym.agents.checkpoint import cut_events, save_checkpoint
 from llmsched_gym.agents.export import export
 from llmsched_gym.agents.run_folder import cut_progress, settings_of
-from llmsched_gym.agents.seeds import SELECTION_SEEDS
-from llmsched_gym.config import ConfigError, EnvConfig, env_config
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, evaluation_of
+from llmsched_gym.config import ConfigError, EnvConfig
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import LoadedPolicy, write_folder
@@ -27,7 +27,7 @@ from llmsched_gym.report import console
 def evaluate(policy: Any, config: Any, world: EnvConfig, backend: Any = None) -> dict[str, float]:
     """Means over selection seeds of the runs that `llmsched evaluate` would make of the exported policy."""
     spec, tensors = export(policy, world)
-    scenario = env_config(config.suite, **{"num_requests": config.eval_requests, **config.world()})
+    scenario = evaluation_of(config)
     seeds = SELECTION_SEEDS[: config.eval_seeds]
     rows = [row(simulate(scenario, LoadedPolicy(spec, tensors), seed, backend=backend)) for seed in seeds]
     return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}

@@ -32,7 +32,7 @@ from llmsched_gym.agents.checkpoint import load_checkpoint, save_checkpoint
 from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
-from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS, check_seeds
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS, check_evaluations, check_seeds
 from llmsched_gym.agents.settings import WORLD, Evaluations, Run, Spread, World
 from llmsched_gym.config import ConfigError, EnvConfig, Scenario, env_config
 from llmsched_gym.env.actions.knobs import knobs_for
@@ -98,6 +98,10 @@ class KnobRules:
             config.suite,
             **{"num_requests": config.requests, "action_repeat": config.action_repeat, **config.set},
         )
+        for name, expected in (("action", "knobs"), ("observation", "features"), ("mask_in_observation", None)):
+            if getattr(self.world, name) != expected:
+                got = getattr(self.world, name)
+                raise ConfigError(f"{name}: expected {expected!r} where knobs are tuned, got {got!r}")
         self.scores = KnobScores(knobs_for(self.world))
         names = [f.name for f in FEATURES]
         used = LINEAR_FEATURES if config.kind == "linear" else ()
@@ -214,9 +218,14 @@ def _index(knob: Any, wanted: dict[str, float]) -> int:
     return knob.values.index(wanted[knob.name]) if knob.name in wanted else 0
 
 
+def evaluation_of(config: Config) -> EnvConfig:
+    """What runs on selection seeds have as their world."""
+    return env_config(config.suite, **{"num_requests": config.eval_requests, **config.set})
+
+
 def selection(policy: str, config: Config, pool: Pool | None = None) -> dict[str, float]:
     """Means over selection seeds; in this process, for only this machine has the candidate's folder."""
-    scenario = env_config(config.suite, **{"num_requests": config.eval_requests, **config.set})
+    scenario = evaluation_of(config)
     runs = [(scenario, policy, seed) for seed in SELECTION_SEEDS[: config.eval_seeds]]
     rows = run_cells(run, runs, pool if pool is not None and pool.is_here else 1)
     return {name: float(np.mean([r[name] for r in rows])) for name in ("mean_utility", "slo_attainment")}
@@ -239,6 +248,7 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
     _check(config)
     config = open_run(config)
     rules: Any = TemplateRules(config) if config.template else KnobRules(config)
+    check_evaluations(evaluation_of(config), config.eval_seeds)
     files = [config.template, *map(str, config.set.values())]
     chosen = choose(config.workers, config.ray, config.ray_address, files)
     start_run(config)
@@ -304,7 +314,6 @@ def _check(config: Config) -> None:
     if config.sigma == 0.0:
         raise ConfigError("--sigma: expected a number above 0, got 0")
     check_seeds("episodes", config.episodes, TRAINING_SEEDS)
-    check_seeds("eval-seeds", config.eval_seeds, SELECTION_SEEDS)
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

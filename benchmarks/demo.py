@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 from llmsched_gym.cli import main as llmsched
+from llmsched_gym.help_text import place
 
 POLICIES = "sarathi,sarathi-spf,slai-fcfs-fixed,slai-spf-fixed,slai,vllm-v0,rad-512,srpt-capped,on-time,learned"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder of the reports")
+    parser.add_argument("--out", type=place, default=Path("out/demo"), help="folder of the reports")
     parser.add_argument("--seeds", type=int, default=10, help="seeds per policy and load")
     args = parser.parse_args()
     runs = {

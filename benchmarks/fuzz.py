@@ -36,6 +36,7 @@ import llmsched_gym
 from llmsched_gym.cli.options_file import read_options
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.cost import ProfileError, load_profile
+from llmsched_gym.help_text import place
 from llmsched_gym.scheduler import PolicyError, make_scheduler
 from llmsched_gym.workload import TraceError, load_trace
 from llmsched_gym.workload.mixture import load_sessions
@@ -285,7 +286,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--atheris", action="store_true", help="let that library choose what to change")
-    parser.add_argument("--out", type=Path, default=Path("out/fuzz"), help="where files of findings are kept")
+    parser.add_argument("--out", type=place, default=Path("out/fuzz"), help="where files of findings are kept")
     args = parser.parse_args()
     if args.atheris:
         from benchmarks.fuzz_guided import fuzz_guided

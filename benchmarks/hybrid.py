@@ -32,6 +32,7 @@ from llmsched_gym.evaluation.grid import evaluate, seed_range
 from llmsched_gym.evaluation.spread import add_options, choose, run_cells
 from llmsched_gym.files import make_folder, replace_file, write_text
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.help_text import place
 from llmsched_gym.paper.page.text import between, number, table
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import draw, intervals
@@ -309,7 +310,7 @@ def whole(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hybrid", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/hybrid"), help="folder of runs, tables and the figure")
+    parser.add_argument("--out", type=place, default=Path("out/hybrid"), help="folder of runs, tables and the figure")
     parser.add_argument("--section", type=section_names, default=list(SECTIONS), help=",".join(SECTIONS))
     parser.add_argument("--seeds", type=whole, default=20, help="how many")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them")

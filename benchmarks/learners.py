@@ -47,8 +47,7 @@ def own(config: ppo.Config) -> Iteration:
     """Iterations of agents.ppo."""
     collector = ppo.make_collector(config)
     policy = ppo.make_policy(config, collector)
-    typical = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
-    normaliser_of(policy).fit(train.typical_features(typical, config.seed))
+    ppo.fit_normaliser(policy, config)
     learner = ppo.Learner(config, policy, collector.rollout.widths)
     collector.start()
     step = 0

@@ -34,6 +34,7 @@ from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.ray_pool import LOOPBACK, NO_CLUSTER, RayPool
 from llmsched_gym.evaluation.spread import choose, spread
 from llmsched_gym.evaluation.workers import Workers
+from llmsched_gym.help_text import place
 from llmsched_gym.text import number, table
 
 POLICIES = ("slai", "own_policy:Own")
@@ -246,7 +247,7 @@ def main() -> int:
     parser.add_argument("--workers", type=whole, default=2, help="of Ray, and processes beside it")
     parser.add_argument("--idle", action="store_true", help="cells of cost that wait, for a machine that others use")
     parser.add_argument("--runs", type=whole, default=200, help="of the grid")
-    parser.add_argument("--out", type=Path, default=Path("out/ray"), help="folder, emptied first")
+    parser.add_argument("--out", type=place, default=Path("out/ray"), help="folder, emptied first")
     args = parser.parse_args()
     sections = args.section.split(",")
     for name in sections:

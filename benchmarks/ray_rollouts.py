@@ -20,10 +20,7 @@ import torch
 from llmsched_gym.agents import ppo
 from llmsched_gym.agents.advantages import Variant
 from llmsched_gym.agents.collect import Collector, networks_of
-from llmsched_gym.agents.envs import TrainingEnv
-from llmsched_gym.agents.networks import normaliser_of
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
-from llmsched_gym.agents.train import typical_features
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation.ray_pool import NO_CLUSTER
 from llmsched_gym.evaluation.spread import choose
@@ -68,8 +65,7 @@ def main() -> None:
     torch.set_num_threads(1)
     alone = ppo.make_collector(config)
     policy = ppo.make_policy(config, alone)
-    typical = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
-    normaliser_of(policy).fit(typical_features(typical, config.seed))
+    ppo.fit_normaliser(policy, config)
     learner = ppo.Learner(config, policy, alone.rollout.widths)
     alone.start()
     warm = Part(dataclasses.replace(config, n_steps=1), 0, 1)  # compiled once here, not by every actor

@@ -35,6 +35,7 @@ from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.ray_pool import NO_CLUSTER, RayPool
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.help_text import place
 from llmsched_gym.report import intervals
 
 FIRST_SEED, SEEDS = 3000, 10  # neither trained nor selected on
@@ -186,7 +187,7 @@ def main() -> int:
     parser.add_argument("--section", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--algorithm", default="ppo", choices=("ppo", "appo", "dqn"))
     parser.add_argument("--seconds", type=float, default=300.0, help="of the training of presets")
-    parser.add_argument("--out", type=Path, default=Path("out/rllib"), help="folder, emptied first")
+    parser.add_argument("--out", type=place, default=Path("out/rllib"), help="folder, emptied first")
     args = parser.parse_args()
     os.environ.setdefault(NO_CLUSTER, "0")  # where RLlib starts Ray itself, on loopback alone
     sections = args.section.split(",")

@@ -33,6 +33,7 @@ from llmsched_gym.evaluation.grid import evaluate, seed_range
 from llmsched_gym.evaluation.spread import add_options, choose, run_cells
 from llmsched_gym.files import make_folder, replace_file, write_text
 from llmsched_gym.fluid import cluster_fluid
+from llmsched_gym.help_text import place
 from llmsched_gym.registry import make_router, make_scheduler, routers
 from llmsched_gym.report import draw, intervals
 from llmsched_gym.scheduler import PolicyError
@@ -350,7 +351,7 @@ def section_names(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("out/routers"), help="folder of runs, tables and figures")
+    parser.add_argument("--out", type=place, default=Path("out/routers"), help="folder of runs, tables and figures")
     parser.add_argument("--section", type=section_names, default=list(SECTIONS), help=",".join(SECTIONS))
     parser.add_argument("--suite", action="append", choices=list(CLUSTER_SUITES), help="by default all of replicas")
     parser.add_argument("--share", type=float, action="append", help=f"of the fluid capacity, by default {SHARES}")

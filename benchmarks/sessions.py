@@ -35,6 +35,7 @@ from llmsched_gym.evaluation.outcomes import Outcomes
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import add_options, choose
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.help_text import place
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import intervals
 from llmsched_gym.scheduler import install
@@ -269,7 +270,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, action="append", help="of the fluid capacity, for eviction; 0.8")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     add_options(parser)
-    parser.add_argument("--out", default="out/sessions")
+    parser.add_argument("--out", type=place, default=Path("out/sessions"))
     args = parser.parse_args()
     args.policy = args.policy or list(POLICIES)
     sections = args.section.split(",")

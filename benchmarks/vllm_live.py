@@ -40,6 +40,7 @@ from benchmarks import whole
 from llmsched_gym.config import Scenario, scenario, split_names
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.help_text import place
 from llmsched_gym.report import intervals
 from llmsched_gym.serving.bench import Server, serve_bench
 from llmsched_gym.text import between, number, table
@@ -214,7 +215,7 @@ def tell(rows: pd.DataFrame, policies: Sequence[str], what: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/live"))
+    parser.add_argument("--out", type=place, default=Path("out/live"))
     parser.add_argument("--policies", type=lambda text: split_names([text]), default=[STOCK, "slai", "on-time"])
     parser.add_argument("--seeds", type=whole, default=5)
     parser.add_argument("--num-requests", type=whole, default=200)

@@ -19,11 +19,8 @@ from examples.learning_curve import TEST_SEEDS
 from llmsched_gym import env_config
 from llmsched_gym.agents import ppo
 from llmsched_gym.agents.collect import networks_of
-from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import export
-from llmsched_gym.agents.networks import normaliser_of
 from llmsched_gym.agents.options import option, parse
-from llmsched_gym.agents.train import typical_features
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -55,8 +52,7 @@ def learn(config: ppo.Config) -> tuple[np.ndarray, float]:
     """Rows (decisions, greedy, sampled, entropy in nats) of one training, and the seconds that it took."""
     collector = ppo.make_collector(config)
     policy = ppo.make_policy(config, collector)
-    typical = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
-    normaliser_of(policy).fit(typical_features(typical, config.seed))
+    ppo.fit_normaliser(policy, config)
     learner = ppo.Learner(config, policy, collector.rollout.widths)
     collector.start()
     rows, step, spent_s = [(0, *both(policy, config, collector.config), np.nan)], 0, 0.0

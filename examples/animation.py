@@ -16,6 +16,7 @@ import llmsched_gym  # noqa: F401  registers the environments
 from llmsched_gym.env.picture import FAINT, HISTORY_S, INK, PALETTE
 from llmsched_gym.env.policy import SchedulerPolicy
 from llmsched_gym.env.render import Viewer
+from llmsched_gym.help_text import place
 
 SHADES = 16
 DRAWN_S = 0.04  # shortest time between two frames: browsers slow down what is faster
@@ -66,7 +67,7 @@ def save(frames: list[Image.Image], shown_ms: list[int], out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/animation.gif"))
+    parser.add_argument("--out", type=place, default=Path("docs/animation.gif"))
     parser.add_argument("--scheduler", default="slai", help="any scheduler by name")
     parser.add_argument("--qps", type=float, default=1.8, help="requests per second")
     parser.add_argument("--seed", type=int, default=8)

@@ -24,6 +24,7 @@ from llmsched_gym.env.actions.preset import PRESETS
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
+from llmsched_gym.help_text import place
 from llmsched_gym.text import table
 
 EVERY = 32_768  # decisions between two evaluations
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400_000, help="decisions per training run")
     parser.add_argument("--seeds", type=int, default=5, help="training seeds")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("docs/figures/ppo_learning_curve.png"), help="the plot")
+    parser.add_argument("--out", type=place, default=Path("docs/figures/ppo_learning_curve.png"), help="the plot")
     args = parser.parse_args()
     held = {name: utility(name, CHOOSING_SEEDS) for name in PRESETS}
     best = max(held, key=held.__getitem__)

@@ -48,6 +48,17 @@ def make_folder(out: Path) -> None:
         raise ConfigError(f"out: cannot write to {out}: {error.strerror or error}") from None
 
 
+def check_place(out: Path, field: str = "out") -> None:
+    """Refuse a folder that :func:`make_folder` could not make or write to: ConfigError of one line; makes nothing."""
+    try:
+        there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(f"{field}: cannot write to {out}: {error.strerror}") from None
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "may not be written to" if there.is_dir() else "is no folder"
+        raise ConfigError(f"{field}: cannot write to {out}: {there} {what}")
+
+
 def claim_folder(out: Path, kind: str, marks: Mapping[str, Callable[[Path], bool]], field: str = "out") -> None:
     """Refuse a folder that holds something and no run of `kind`; an empty one, or none yet, is anybody's.
 

@@ -8,16 +8,28 @@ import inspect
 import re
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
 OPTIONS, ARGUMENTS = "Options", "Arguments"
+NO_TEXT = "expected some text, got ''"
 WIDTH = 76  # of an example's line: 80 columns less what help indents it by
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose help lists its options by group, in the order in which groups are first named."""
+    """A command whose help lists its options by group, in the order in which groups are first named.
+
+    Text that is empty, which as a path would be the folder one is in, is no value of an option or argument.
+    """
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        parameters: list[Any] = self.params
+        for parameter in parameters:
+            parameter.process_value = _with_text(parameter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write a section a group; the options of none come last."""
@@ -32,11 +44,30 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl(groups[title])
 
 
+def _with_text(parameter: Any) -> Callable[[Any, Any], Any]:
+    """How an option or argument takes its value, but BadParameter where that is empty text."""
+    usual = parameter.process_value
+
+    def process(context: Any, value: Any) -> Any:
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            raise typer.BadParameter(NO_TEXT, context, param=parameter)
+        return usual(context, value)
+
+    return process
+
+
 class ExamplesKept(argparse.HelpFormatter):
     """Help of argparse that wraps what is said and leaves examples as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith(("Example:", "Examples:")) else super()._fill_text(text, width, indent)
+
+
+def place(text: str) -> Path:
+    """The file or folder that an option of argparse names."""
+    if not text:
+        raise argparse.ArgumentTypeError(NO_TEXT)
+    return Path(text)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,6 +1,7 @@
 """Fixed hypothesis seeds, the data folder, and one line at the end that says how many conformance tests ran."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def golden():
     if not folder.is_dir():
         pytest.skip(f"needs the decision logs: LLMSCHED_DATA_DIR has no folder golden ({folder})")
     return folder
+
+
+@pytest.fixture
+def interruptible():
+    """Processes that the test starts hear SIGINT, which a script ignores for what it starts in the background."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
 
 
 def pytest_configure(config):

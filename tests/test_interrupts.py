@@ -14,6 +14,8 @@ from llmsched_gym.evaluation import cells
 from llmsched_gym.evaluation.capacity import capacity
 from llmsched_gym.evaluation.cluster_capacity import searched_rates
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 WORLD = "--set qps=2.0 --set warmup_s=0.0 --set drain_s=30.0"
 LEARNER = f"--num-envs 8 --n-steps 32 --batch-size 64 --epochs 2 --action-repeat 2 --threads 1 {WORLD}"
 LEARNER += " --set horizon_s=4.0 --hidden 16,16 --eval-seeds 1 --eval-requests 10 --eval-every 2048"

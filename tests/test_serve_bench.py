@@ -129,6 +129,7 @@ def test_a_folder_takes_no_other_requests(compared, trace, capsys, change, words
     assert words in error and "\n" not in error
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_label_goes_on_where_it_stopped(trace, tmp_path):
     out = tmp_path / "out"
     with FakeServer(Plan(1.0, 0.002)) as fake:

@@ -93,7 +93,7 @@ def test_files_beside_the_suite_are_meant(tmp_path, monkeypatch):
         ("[scenario]\nburstines = 0.5\n", "scenario.burstines: unknown field; did you mean 'burstiness'?"),
         ('base = "default"\n[scenario]\nnum_replicas = 2\n', "scenario.num_replicas: unknown field"),
         ("qps = 3\n", "qps: unknown field, expected base, what, scenario"),
-        ('[scenario]\nqps = "fast"\n', "scenario: qps: expected a number > 0 and <= 1e+06, got 'fast'"),
+        ('[scenario]\nqps = "fast"\n', "scenario: qps: expected a number >= 1e-06 and <= 1e+06, got 'fast'"),
         ("[scenario]\nqps_range = 3\n", "scenario: qps_range: expected"),
         ('[scenario]\nsuite = "default"\n', "scenario.suite: unknown field"),
         ("[scenario]\nprefix_caching = 1\n", "scenario: prefix_caching: expected True or False, got 1"),

@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("interruptible")
+
 SCRIPT = '''
 import os, re, sys, time
 from llmsched_gym.evaluation.spread import run_cells

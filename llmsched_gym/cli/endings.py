@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llmsched_gym.config import ConfigError
+from llmsched_gym.config import ConfigError, UnknownField
 from llmsched_gym.report import console
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130
@@ -97,7 +97,8 @@ def explain(error: Exception) -> int:
     usage, failure = _known_errors()
     if not isinstance(error, (*usage, *failure)):
         raise error
-    what = f"not enough memory: {error}" if isinstance(error, MemoryError) else str(error)
+    what = f"set: {error.told}" if isinstance(error, UnknownField) else str(error)
+    what = f"not enough memory: {error}" if isinstance(error, MemoryError) else what
     return fail(what, USAGE if isinstance(error, usage) else FAILURE)
 
 

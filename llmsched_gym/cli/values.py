@@ -51,7 +51,7 @@ def scenario_of(
     try:
         return scenario(world.suite, **fields | _parsed_fields(world.set_ or []))
     except UnknownField as error:  # which speaks of Python's arguments
-        raise ConfigError(f"set: the scenario has no field {str(error).partition('argument ')[2]}") from None
+        raise ConfigError(f"set: {error.told}") from None
 
 
 def _parsed_fields(texts: Sequence[str]) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class ConfigError(ValueError):
 class UnknownField(ConfigError, TypeError):
     """A field that does not exist: to Python an unexpected keyword argument, for which some libraries wait."""
 
+    @property
+    def told(self) -> str:
+        """The same for an option or a file that names the field."""
+        return f"the scenario has no field {str(self).partition('argument ')[2]}"
+
 
 def plain(value: Any) -> Any:
     """`value` in Python's own types: NumPy's scalars and arrays become numbers and tuples, lists tuples."""
@@ -299,8 +304,8 @@ class Scenario:
         self._check_choice("admission", ADMISSIONS)
         self._check_choice("tbt_rule", TBT_RULES, "fraction", 1.0)
         self._check_choice("length_hint", ("none", "oracle"), "noisy", 10.0)
-        self._check_number("burstiness", 0.0, 1e6, open_low=True)
-        self._check_number("qps", 0.0, 1e6, open_low=True, none=True)
+        self._check_number("burstiness", 1e-3, 1e6)
+        self._check_number("qps", 1e-6, 1e6, none=True)
         self._check_interval("qps_range", 1e-6, 1e6)
         self._check_interval("switch_every_s", 1e-3)
         self._check_interval("strict_share", 0.0, 1.0, scalar=True)

@@ -10,6 +10,7 @@ from llmsched_gym.cost.profile import (
     list_profiles,
     load_profile,
 )
+from llmsched_gym.cost.reach import check_reach
 from llmsched_gym.cost.roofline import DEVICES, MODELS, roofline
 from llmsched_gym.cost.variants import split_name
 
@@ -21,6 +22,7 @@ __all__ = [
     "ProfileError",
     "SmoothLinear",
     "TableLinear",
+    "check_reach",
     "fit_profile",
     "list_profiles",
     "load_profile",

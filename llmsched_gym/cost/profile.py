@@ -7,7 +7,7 @@ A batch of N tokens takes
 where a prefill chunk computes n tokens behind c computed ones, and a decode reads a context of len tokens. (In the
 published runs that the default profile is fitted to, len counts the KV tokens present before the decode.) That suits
 engines whose attention kernels are separate by phase; where one kernel serves both, a :class:`Surface` takes the place
-of the last two terms. Long, for the formula, its file and the checks of both are changed together.
+of the last two terms.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +25,8 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.config import BLOCK_SIZE, ConfigError, DeviceSpec, ModelSpec, plain_fields
+from llmsched_gym.cost.fields import check_number, is_whole, names, section
+from llmsched_gym.cost.linear import MOST_TOKENS, SmoothLinear, TableLinear, check_linear, linear_of, linear_table_s
 from llmsched_gym.cost.surface import MOST_MS, ProfileError, Sums, Surface
 from llmsched_gym.cost.variants import Variant, split_name
 from llmsched_gym.files import claim_file, json_with, parse, version_of, write_text
@@ -37,70 +37,8 @@ FORMATS = (1, 2)
 """Of the JSON files: 2 has a surface; a file that says nothing is of format 1."""
 
 
-@dataclass(frozen=True)
-class TableLinear:
-    """Time of the linear layers against batch tokens, as knots joined by straight lines.
-
-    Constant below the first knot; past the last one the last segment goes on.
-    """
-
-    tokens: tuple[int, ...]  # (num_knots,) increasing, >= 1
-    ms: tuple[float, ...]  # (num_knots,)
-
-    def __post_init__(self) -> None:
-        plain_fields(self)
-        if len(self.tokens) < 2 or len(self.tokens) != len(self.ms):
-            raise ProfileError("linear.tokens: expected at least two knots, as many as linear.ms")
-        if not all(_is_whole(n) and n >= 1 for n in self.tokens):
-            raise ProfileError("linear.tokens: expected whole numbers >= 1")
-        if any(b <= a for a, b in zip(self.tokens, self.tokens[1:], strict=False)):
-            raise ProfileError("linear.tokens: expected increasing numbers")
-        for ms in self.ms:
-            _check_number("linear.ms", ms, open_low=True, most=MOST_MS)
-
-    def at(self, n: int) -> float:
-        """Milliseconds for n >= 1 tokens."""
-        if n <= self.tokens[0]:
-            return self.ms[0]
-        i = min(bisect_right(self.tokens, n), len(self.tokens) - 1)
-        share = (n - self.tokens[i - 1]) / (self.tokens[i] - self.tokens[i - 1])
-        return self.ms[i - 1] + share * (self.ms[i] - self.ms[i - 1])
-
-    def table(self, max_tokens: int) -> np.ndarray:
-        """Milliseconds for 1..max_tokens tokens, shape (max_tokens,)."""
-        n = np.arange(1, max_tokens + 1)
-        ms = np.interp(n, self.tokens, self.ms)
-        slope = (self.ms[-1] - self.ms[-2]) / (self.tokens[-1] - self.tokens[-2])
-        return np.where(n > self.tokens[-1], self.ms[-1] + slope * (n - self.tokens[-1]), ms)
-
-
-@dataclass(frozen=True)
-class SmoothLinear:
-    """Reading the weights against computing: (weight_ms^power + (token_ms * n)^power)^(1 / power)."""
-
-    weight_ms: float  # reading all weights once
-    token_ms: float  # computing one token
-    power: float  # sharpness of the change from the one to the other
-
-    def __post_init__(self) -> None:
-        plain_fields(self)
-        for name in ("weight_ms", "token_ms", "power"):
-            _check_number(f"linear.{name}", getattr(self, name), open_low=True)
-
-    def at(self, n: int) -> float:
-        """Milliseconds for n >= 1 tokens."""
-        return float((self.weight_ms**self.power + (self.token_ms * n) ** self.power) ** (1.0 / self.power))
-
-    def table(self, max_tokens: int) -> np.ndarray:
-        """Milliseconds for 1..max_tokens tokens, shape (max_tokens,)."""
-        n = np.arange(1, max_tokens + 1, dtype=np.float64)
-        return np.asarray((self.weight_ms**self.power + (self.token_ms * n) ** self.power) ** (1.0 / self.power))
-
-
 MOST_WHOLE = 2**31 - 1
 """What the engine's records hold."""
-MOST_TOKENS = 1 << 16
-"""Of the batches whose times are looked at when a profile is made."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +62,13 @@ class Profile:
     def __post_init__(self) -> None:
         plain_fields(self)
         for name in ("tile_tokens", "num_kv_blocks"):
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
+            if not is_whole(getattr(self, name)) or getattr(self, name) < 1:
                 raise ProfileError(f"{name}: expected a whole number >= 1, got {getattr(self, name)!r}")
             if getattr(self, name) > MOST_WHOLE:
                 raise ProfileError(f"{name}: expected a whole number <= {MOST_WHOLE:,}, got {getattr(self, name)!r}")
         for name in ("overhead_ms", "pair_ms", "kv_ms"):
-            _check_number(name, getattr(self, name), most=MOST_MS)
-        _check_linear(self.linear)
+            check_number(name, getattr(self, name), most=MOST_MS)
+        check_linear(self.linear)
         if self.surface is not None:
             self._check_surface(self.surface)
 
@@ -140,7 +78,7 @@ class Profile:
         Several chunks are tried up to the largest batch of the linear layers' table: beyond it trends may fall.
         """
         for n in surface.sequences:
-            if self._ms(n, Sums(n, n * surface.context[0], surface.context[0], n, [])) <= 0.0:
+            if self.ms(n, Sums(n, n * surface.context[0], surface.context[0], n, [])) <= 0.0:
                 what = f"{n:,} decodes take no time"
                 raise ProfileError(f"surface.sequence_ms: expected times that do not fall below 0, {what}")
         most = self.linear.tokens[-1] if isinstance(self.linear, TableLinear) else MOST_TOKENS
@@ -156,7 +94,7 @@ class Profile:
                     name = "chunk_ms" if n == 1 else "launch_ms"
                     raise ProfileError(f"surface.{name}: expected less to be taken off, {what}")
 
-    def _ms(self, num_tokens: int, sums: Sums) -> float:
+    def ms(self, num_tokens: int, sums: Sums) -> float:
         """Milliseconds of a batch, on a profile with a surface."""
         assert self.surface is not None
         return self.overhead_ms + self.linear.at(num_tokens) + self.surface.ms(sums, self.pair_ms)
@@ -199,7 +137,7 @@ class Profile:
 
     def linear_table_s(self, max_tokens: int) -> np.ndarray:
         """Overhead plus linear layers of 0..max_tokens tokens, seconds; read-only, (max_tokens + 1,), and [0] is 0."""
-        return _linear_table_s(self.linear, self.overhead_ms, max_tokens)
+        return linear_table_s(self.linear, self.overhead_ms, max_tokens)
 
     def scaled(self, factor: float) -> Profile:
         """The profile of a device on which everything takes `factor` times as long."""
@@ -249,7 +187,7 @@ class Profile:
             num_sequences = len(chunks) + len(decode_contexts)
             longest = max(decode_contexts, default=0)
             sums = Sums(len(decode_contexts), sum(decode_contexts), longest, num_sequences, chunks)
-            return self._ms(num_tokens, sums) / 1e3
+            return self.ms(num_tokens, sums) / 1e3
         pairs = sum(n * (computed + (n + 1) / 2) for computed, n in chunks)
         kv_tokens = sum(decode_contexts) + sum(computed + n for computed, n in chunks)
         ms = self.overhead_ms + self.linear.at(num_tokens) + self.pair_ms * pairs + self.kv_ms * kv_tokens
@@ -289,7 +227,7 @@ class Profile:
     @classmethod
     def from_dict(cls, data: Any) -> Profile:
         """A profile from its JSON form; raises :class:`ProfileError` naming the field."""
-        data = _section(data, "profile", required=_names(cls, required=True), known=[*_names(cls), "format"])
+        data = section(data, "profile", required=names(cls, required=True), known=[*names(cls), "format"])
         number = data.pop("format", 1)
         if number not in FORMATS:
             raise ProfileError(f"format: expected one of {', '.join(map(str, FORMATS))}, got {number!r}")
@@ -306,9 +244,9 @@ class Profile:
         if fit is not None and not isinstance(fit, dict):
             raise ProfileError("fit: expected an object or null")
         model, device = _spec(ModelSpec, data["model"], "model"), _spec(DeviceSpec, data["device"], "device")
-        parsed = {"model": model, "device": device, "linear": _linear(data["linear"]), "notes": tuple(notes)}
+        parsed = {"model": model, "device": device, "linear": linear_of(data["linear"]), "notes": tuple(notes)}
         if number == 2:
-            fields = _section(data["surface"], "surface", _names(Surface, required=True), _names(Surface))
+            fields = section(data["surface"], "surface", names(Surface, required=True), names(Surface))
             parsed["surface"] = Surface.from_dict(fields)
         return cls(**{**data, **parsed})
 
@@ -368,78 +306,16 @@ def _load(path: Path, variant: Variant, absolute: Path, version: tuple[int, ...]
     return replace(profile, name=name, notes=(f"Supposed: {name}, a variant of what was measured.", *profile.notes))
 
 
-@functools.lru_cache(maxsize=32)
-def _linear_table_s(linear: TableLinear | SmoothLinear, overhead_ms: float, max_tokens: int) -> np.ndarray:
-    table = np.zeros(max_tokens + 1)
-    table[1:] = (overhead_ms + linear.table(max_tokens)) / 1e3
-    table.setflags(write=False)
-    return table
-
-
 def _dumps(data: dict[str, Any]) -> str:
     """Indented JSON, with every list of numbers on one line."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     return re.sub(r'\[([^][{}"]*)\]', lambda match: "[" + " ".join(match[1].split()) + "]", text)
 
 
-def _linear(data: Any) -> TableLinear | SmoothLinear:
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if kind == "smooth":
-        return SmoothLinear(**_section(data, "linear", _names(SmoothLinear), [*_names(SmoothLinear), "kind"]))
-    if kind == "table":
-        knots = _section(data, "linear", _names(TableLinear), [*_names(TableLinear), "kind"])
-        for name, values in knots.items():
-            if not isinstance(values, list):
-                raise ProfileError(f"linear.{name}: expected a list of numbers")
-        return TableLinear(tuple(knots["tokens"]), tuple(knots["ms"]))
-    raise ProfileError("linear.kind: expected table or smooth")
-
-
 def _spec(cls: type[Any], data: Any, where: str) -> Any:
     """A ModelSpec or DeviceSpec: a name, and positive numbers."""
-    values = _section(data, where, _names(cls, required=True), _names(cls))
+    values = section(data, where, names(cls, required=True), names(cls))
     for name, value in values.items():
         if name != "name":
-            _check_number(f"{where}.{name}", value, open_low=True)
+            check_number(f"{where}.{name}", value, open_low=True)
     return cls(**values)
-
-
-def _section(data: Any, where: str, required: list[str], known: list[str]) -> dict[str, Any]:
-    """The object `data` without its kind, checked for missing and unknown fields."""
-    if not isinstance(data, dict):
-        raise ProfileError(f"{where}: expected a JSON object, got {type(data).__name__}")
-    prefix = "" if where == "profile" else where + "."
-    for name in required:
-        if name not in data:
-            raise ProfileError(f"{prefix}{name}: missing")
-    for name in data:
-        if name not in known:
-            raise ProfileError(f"{prefix}{name}: unknown field")
-    return {name: value for name, value in data.items() if name != "kind"}
-
-
-def _names(cls: type[Any], required: bool = False) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls) if not required or f.default is dataclasses.MISSING]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_number(name: str, value: Any, open_low: bool = False, most: float = math.inf) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or value < 0 or (open_low and value == 0):
-        raise ProfileError(f"{name}: expected a finite number {'>' if open_low else '>='} 0, got {value!r}")
-    if value > most:
-        raise ProfileError(f"{name}: expected milliseconds <= {most:g}, got {value!r}")
-
-
-def _check_linear(linear: TableLinear | SmoothLinear) -> None:
-    """Of one token and of the longest batches, where the last trend goes on."""
-    for n in (1, MOST_TOKENS):
-        try:
-            ms = linear.at(n)
-        except OverflowError:
-            ms = math.inf
-        if not 0.0 < ms < math.inf:
-            raise ProfileError(f"linear: expected finite milliseconds > 0 for 1 to {MOST_TOKENS:,} tokens, got {ms!r}")

@@ -17,8 +17,8 @@ import numpy as np
 from numba import types
 from numba.np.numpy_support import from_dtype
 
-from llmsched_gym.config import Scenario, blocks_needed
-from llmsched_gym.cost import Profile
+from llmsched_gym.config import MOST, Scenario, blocks_needed
+from llmsched_gym.cost import Profile, check_reach
 from llmsched_gym.engine.blocks import NUM_COLUMNS, num_records
 from llmsched_gym.engine.handles import as_handle, handle_type
 from llmsched_gym.engine.jit import kernel
@@ -291,6 +291,10 @@ def allocate(
     room = capacity if room is None else room
     limit = scenario.max_num_batched_tokens
     records = max(_records(scenario, replica) for replica in replicas) if scenario.prefix_caching else 1
+    for replica in replicas:
+        shared = MOST if scenario.prefix_caching else replica.num_kv_blocks * scenario.block_size
+        for profile in (profiles[replica.profile], own_profiles[replica.profile]):
+            check_reach(profile, replica.max_num_seqs, scenario.max_model_len, shared)
     sims = np.zeros(lanes, REPLICA)
     empty_line(sims)
     return State(

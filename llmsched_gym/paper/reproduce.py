@@ -28,7 +28,7 @@ from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import Places, add_options, choose, count_of, run_cells
 from llmsched_gym.files import claim_folder, digest_of, json_with, write_text
 from llmsched_gym.fluid import fluid_capacity
-from llmsched_gym.help_text import ExamplesKept, examples
+from llmsched_gym.help_text import ExamplesKept, examples, place
 from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES, PUBLISHED_SWEEP
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import console
@@ -347,8 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         epilog=examples("llmsched reproduce --out out/paper", "llmsched reproduce --pieces capacity --seeds 10"),
         formatter_class=ExamplesKept,
     )
-    parser.add_argument("--out", type=Path, default=Path("out/paper"), help="folder of intermediate results")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of results.md and figures/")
+    parser.add_argument("--out", type=place, default=Path("out/paper"), help="folder of intermediate results")
+    parser.add_argument("--docs", type=place, default=Path("docs"), help="folder of results.md and figures/")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     add_options(parser)
     parser.add_argument("--seeds", type=int, default=10, help="seeds of everything with an interval")

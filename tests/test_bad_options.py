@@ -1,0 +1,200 @@
+"""Options that no run can have: one line that names the option, exit code 2, and nothing written."""
+
+import dataclasses
+import importlib
+import os
+import sys
+
+import gymnasium as gym
+import pytest
+
+import llmsched_gym  # noqa: F401  registers the environments
+from llmsched_gym.cli import main
+from llmsched_gym.cli.entry import typer_group
+from llmsched_gym.config import ConfigError, scenario
+from llmsched_gym.cost import ProfileError, check_reach, load_profile
+from llmsched_gym.engine import Engine
+
+for module in ("stable_baselines3", "sb3_contrib", "tensorboard", "cma"):
+    pytest.importorskip(module, reason=f"{module} is not installed")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder that one is in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(argv, capsys, folder):
+    """The line by which a command refuses its options."""
+    before = sorted(folder.rglob("*"))
+    if argv[0] == "llmsched":
+        code = main(argv[1:])
+    else:
+        module = importlib.import_module(f"llmsched_gym.agents.{argv[0]}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", argv)
+            code = module.main()
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and err.count("\n") == 1 and "Traceback" not in err, err
+    assert sorted(folder.rglob("*")) == before
+    return err.partition(": ")[2].rstrip("\n")
+
+
+# Rates next to 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["evaluate", "--policy", "slai", "--qps", "1e-300", "--out", "o"],
+        ["capacity", "--policy", "slai", "--criterion", "paper", "--qps", "1e-300,1", "--out", "o"],
+        ["ppo", "--set", "qps=1e-300"],
+        ["train", "--set", "qps=1e-300"],
+        ["tune", "--set", "qps=1e-300"],
+        ["imitate", "--set", "qps=1e-300"],
+    ],
+)
+def test_rates_next_to_0_are_refused_by_every_command(argv, here, capsys):
+    assert "qps: expected a number >= 1e-06 and <= 1e+06, got 1e-300" in refused(["llmsched", *argv], capsys, here)
+
+
+def test_rates_next_to_0_are_refused_by_every_environment():
+    message = "^qps: expected a number >= 1e-06 and <= 1e"
+    for make in (gym.make, lambda id, **more: gym.make_vec(id, num_envs=2, **more)):
+        for id in ("LLMSched-v0", "LLMSched-Drift-v0", "LLMRoute-v0"):
+            with pytest.raises(ConfigError, match=message):
+                make(id, qps=1e-300)
+
+
+# Empty text, which as a path is the folder that one is in
+
+
+def with_out():
+    """Commands of `llmsched` whose --out typer reads, and what else they need."""
+    for name, command in typer_group().commands.items():
+        if any("--out" in parameter.opts for parameter in command.params):
+            yield name
+
+
+NEEDED = {
+    "evaluate": ["--policy", "slai"],
+    "capacity": ["--policy", "slai", "--criterion", "paper"],
+    "replay": ["run.csv", "--profile", "rtx6000ada-mistral-7b"],
+    "serve-bench": ["--url", "http://127.0.0.1:9", "--label", "x"],
+    "report": ["folder"],
+    "arena": [],
+    "fit": ["--batches", "measured.csv", "--model", "mistral-7b", "--device", "h100-sxm"],
+    "roofline": ["mistral-7b", "h100-sxm"],
+    "calibrate": ["--model", "random:tiny"],
+    "sim2real": ["--model", "random:tiny"],
+}
+
+
+def test_every_command_with_an_out_is_tried():
+    assert {*with_out()} <= {*NEEDED}
+
+
+@pytest.mark.parametrize("command", NEEDED)
+def test_an_out_of_no_text_is_not_the_folder_one_is_in(command, here, capsys):
+    line = refused(["llmsched", command, *NEEDED[command], "--out", ""], capsys, here)
+    assert "'--out': expected some text, got ''" in line
+
+
+def test_an_options_file_is_no_way_around_it(here, capsys):
+    (here / "o.toml").write_text('policy = "slai"\nout = ""\n')
+    assert "expected some text, got ''" in refused(["llmsched", "evaluate", "--config", "o.toml"], capsys, here)
+
+
+AGENTS = ("train", "ppo", "tune", "imitate", "compare")
+
+
+@pytest.mark.parametrize("command", AGENTS)
+@pytest.mark.parametrize("name", ["out", "suite"])
+def test_nor_is_one_of_a_training(command, name, here, capsys):
+    assert refused(["llmsched", command, f"--{name}", ""], capsys, here) == f"--{name}: expected some text, got ''"
+
+
+@pytest.mark.parametrize("module", ["robustness", "headroom", "benchmark", "tune_route", "imitate_route"])
+def test_nor_is_one_of_a_module(module, here, capsys):
+    assert refused([module, "--out="], capsys, here) == "--out: expected some text, got ''"
+
+
+# What trainings cannot have
+
+
+@pytest.mark.parametrize("command", ["train", "ppo", "imitate"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--hidden", ","], "--hidden: expected whole numbers separated by commas, got ','"),
+        (["--hidden", "64,,64"], "--hidden: expected whole numbers separated by commas, got '64,,64'"),
+        (["--hidden", "999999999"], "--hidden: expected whole numbers from 1 to 16,384, got 999999999"),
+        (["--num-envs", "1e18"], "--num-envs: expected a whole number <= 1,000,000,000,000, got"),
+        (["--set", "nope=1"], "set: the scenario has no field 'nope'"),
+        (["--set", "qpss=1"], "set: the scenario has no field 'qpss'; did you mean 'qps'?"),
+        (["--set", "suite=paper"], "--set: suite is no field of the scenario; use the option of that name"),
+        (["--set", "burstiness=1e-300"], "burstiness: expected a number >= 0.001"),
+        (["--eval-requests", "1e9"], "qps: about 1e+09 requests in one episode"),
+        (["--eval-requests", "1e4", "--set", "qps=1e-6"], "arrival_s: expected times below"),
+        (["--eval-seeds", "1001"], "--eval-seeds: expected at most 1,000, as many as there are seeds, got 1001"),
+        (["--out", "file"], "out: cannot write to file: file is no folder"),
+        (["--out", "file/x"], "out: cannot write to file/x: "),
+    ],
+)
+def test_what_no_training_can_have(command, options, words, here, capsys):
+    (here / "file").write_text("mine")
+    assert words in refused(["llmsched", command, *options], capsys, here)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["ppo", "--set", "mask_in_observation=rllib"], "mask_in_observation: expected None for compiled rollouts"),
+        (["ppo", "--gae-lambda", "1.5"], "--gae-lambda: expected a number <= 1, got 1.5"),
+        (["train", "--set", "observation=slots"], "--set: observation has an option of its own, --observation"),
+        (["tune", "--set", "action=priority"], "action: expected 'knobs' where knobs are tuned, got 'priority'"),
+        (["tune", "--set", "observation=slots"], "observation: expected 'features' where knobs are tuned, got 'slots'"),
+        (["tune", "--set", "profile=nope"], "profile: expected one of"),
+        (["tune", "--set", "scheduler_profile=nope"], "profile: expected one of"),
+        (["train", "--gamma", "2"], "--gamma: expected a number <= 1, got 2"),
+        (["train", "--width", "1e9"], "--width: expected a whole number <= 16,384, got"),
+    ],
+)
+def test_what_one_training_cannot_have(argv, words, here, capsys):
+    assert words in refused(["llmsched", *argv], capsys, here)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to(here, capsys):
+    (here / "closed").mkdir(mode=0o500)
+    assert "closed may not be written to" in refused(["llmsched", "ppo", "--out", "closed/x"], capsys, here)
+
+
+# Surfaces whose last trend falls
+
+
+def falling(**tables):
+    """The measured surface with its times at the last knots of context lower than before them."""
+    profile = load_profile("rtx4090-llama-3.1-8b-vllm")
+    return dataclasses.replace(profile, surface=dataclasses.replace(profile.surface, **tables), fit=None)
+
+
+def test_decodes_that_take_no_time_past_the_last_knots_are_refused_by_the_engine():
+    surface = load_profile("rtx4090-llama-3.1-8b-vllm").surface
+    rows = tuple((*row[:-1], 0.5 * row[-2]) for row in surface.decode_ms)
+    bent = falling(decode_ms=rows)
+    Engine(scenario(max_model_len=surface.context[-1]), 4, profile=bent)
+    world = scenario(max_model_len=1 << 20, num_kv_blocks=1 << 18)
+    with pytest.raises(ProfileError, match=r"surface\.decode_ms: expected times that do not fall below 0, ") as error:
+        Engine(world, 4, profile=bent)
+    assert "\n" not in str(error.value)
+    steep = tuple(tuple((*row[:-1], 0.0) for row in plane) for plane in surface.hybrid_ms)
+    with pytest.raises(ProfileError, match=r"surface\.hybrid_ms: expected times that do not fall below 0, "):
+        Engine(world, 4, profile=falling(hybrid_ms=steep))
+
+
+@pytest.mark.parametrize("name", ["rtx4090-llama-3.1-8b-vllm", "rtx6000ada-mistral-7b-vllm"])
+def test_what_was_measured_takes_time_at_any_length_and_number(name):
+    check_reach(load_profile(name), 1024, 1 << 17, 1 << 31)
