@@ -53,6 +53,18 @@ def test_the_command_names_all_that_differs_from_the_suite(tmp_path):
     assert "--no-bound" not in settings.command(config, tmp_path)
 
 
+def test_the_command_of_replicas_names_routers_and_schedulers(tmp_path):
+    world = scenario("cluster", workload="chat", num_requests=150, num_replicas=2)
+    config = {"scenario": encode(world.to_dict()), "seeds": 3, "qps": [3.0]}
+    policies = ["jsq+slai[hold=true]", "session[slack=4]+slai[hold=true]"]
+    assert settings.command(config | {"policies": policies}, tmp_path / "out") == (
+        "llmsched evaluate --suite cluster --router 'jsq,session[slack=4]' --policy 'slai[hold=true]' --workload chat "
+        "--set num_replicas=2 --qps 3 --num-requests 150 --seeds 3 --out out"
+    )
+    for others in (["jsq+slai", "session+sarathi"], ["slai"], []):  # what no options of routers and schedulers name
+        assert settings.command(config | {"policies": others}, tmp_path) is None
+
+
 class Page(HTMLParser):
     """Collects what a page would load, its ids and its text."""
 

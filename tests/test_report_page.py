@@ -62,6 +62,15 @@ USE = """
   scatter.emit("plotly_click", { points: [{ data: points, x: points.x[0], customdata: points.customdata[0] }] });
   found.detail = [points.meta.policy, document.querySelector(".detail").textContent];
   found.wide = document.documentElement.scrollWidth > innerWidth;
+  const sizes = () => canvases.map((canvas) => [canvas._fullLayout.width, canvas._fullLayout.height]);
+  const resized = async (width) => {
+    document.body.style.width = width;
+    dispatchEvent(new Event("resize"));
+    await new Promise((done) => setTimeout(done, 500));
+    await drawn();
+    return sizes();
+  };
+  found.sizes = [sizes(), await resized("420px"), await resized("")];
   dispatchEvent(new Event("beforeprint"));
   found.printed = [attainment.data[0].line.color, getComputedStyle(document.body).backgroundColor];
   document.body.insertAdjacentHTML("beforeend", "<pre id=found></pre>");
@@ -142,6 +151,12 @@ def test_a_class_of_users_can_be_picked(found):
 def test_light_dark_and_paper(found):
     assert found["themes"] == [True, True]
     assert found["printed"][0] == "#0072b2"  # of a light page
+
+
+def test_a_window_of_another_width_changes_the_width_of_charts_and_not_their_height(found):
+    before, narrow, again = found["sizes"]
+    assert again == before and max(width for width, _ in narrow) < 420
+    assert [height for _, height in narrow] == [height for _, height in before]
 
 
 def test_a_click_on_a_request_shows_what_is_known_of_it(found):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,22 @@ def command(config: Mapping[str, Any], directory: Path) -> str | None:
         suite = find_suite(scenario.get("suite", "")).scenario
     except ConfigError:  # of another version, or a file that has gone
         return None
-    if isinstance(suite, ClusterScenario):
+    on_replicas = isinstance(suite, ClusterScenario)
+    who = _routed(config["policies"]) if on_replicas else ["--policy", ",".join(config["policies"])]
+    if who is None:
         return None
     usual = json.loads(json.dumps(encode(suite.to_dict())))
     judged = config.get("criterion")
     words = ["llmsched", "capacity" if judged else "evaluate", "--suite", scenario["suite"]]
-    words += ["--policy", ",".join(config["policies"]), *(["--criterion", judged] if judged else [])]
-    if not judged and bound_of(config["policies"]) is None and scenario.get("backend", "simulated") == "simulated":
+    words += [*who, *(["--criterion", judged] if judged else [])]
+    if (
+        not (judged or on_replicas)
+        and bound_of(config["policies"]) is None
+        and scenario.get("backend", "simulated") == "simulated"
+    ):
         words += ["--no-bound"]
     for name, value in scenario.items():
-        if value == usual.get(name) or name in ("suite", "num_requests"):
+        if value == usual.get(name) or name in ("suite", "num_requests", "router"):
             continue
         if name in FLAGS and isinstance(value, str | int | float):
             words += [f"--{name.replace('_', '-')}", f"{value}"]
@@ -76,6 +83,17 @@ def command(config: Mapping[str, Any], directory: Path) -> str | None:
     if config.get("first_seed"):
         words += ["--first-seed", str(config["first_seed"])]
     return shlex.join([*words, "--out", directory.resolve().name])
+
+
+def _routed(policies: Sequence[str]) -> list[str] | None:
+    """Options that name ``ROUTER+SCHEDULER`` policies; None unless each router comes with each scheduler."""
+    pairs = [re.split(r"\+(?![^\[\]]*\])", policy, maxsplit=1) for policy in policies]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        return None
+    routers, schedulers = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    if [[router, scheduler] for router in routers for scheduler in schedulers] != pairs:
+        return None
+    return ["--router", ",".join(routers), "--policy", ",".join(schedulers)]
 
 
 def settings(results: Results) -> list[tuple[str, str]]:

@@ -107,7 +107,7 @@
   function draw(canvas) {
     const chart = charts.get(canvas.dataset.chart);
     const narrow = state.printing || canvas.clientWidth < 430;
-    const config = { displaylogo: false, responsive: true, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
+    const config = { displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
     if (narrow) config.displayModeBar = false;
     config.toImageButtonOptions = { filename: chart.name, scale: 2 };
     const shown = chart.traces.filter((trace) => isShown(trace, chart)).map(painted);
@@ -143,6 +143,17 @@
     for (const canvas of which) dirty.add(canvas);
     if (idle) setTimeout(next);
   }
+
+  // A window of another width: Plotly's own answer to it would forget how high a chart is.
+
+  let settling;
+  addEventListener("resize", () => {
+    clearTimeout(settling);
+    settling = setTimeout(() => {
+      const changed = canvases.filter((canvas) => canvas._fullLayout && canvas.clientWidth !== canvas._fullLayout.width);
+      if (changed.length && !state.printing) redraw(changed);
+    }, 150);
+  });
 
   // Controls
 
