@@ -45,11 +45,12 @@ class GroupedCommand(TyperCommand):
 
 
 def _with_text(parameter: Any) -> Callable[[Any, Any], Any]:
-    """How an option or argument takes its value, but BadParameter where that is empty text."""
+    """How an option or argument takes its value, but BadParameter where that is empty text that somebody gave."""
     usual = parameter.process_value
 
     def process(context: Any, value: Any) -> Any:
-        if value == "" or (isinstance(value, list | tuple) and "" in value):
+        empty = value == "" or (isinstance(value, list | tuple) and "" in value)
+        if empty and value != parameter.default:  # of some options no text is what nobody has to say
             raise typer.BadParameter(NO_TEXT, context, param=parameter)
         return usual(context, value)
 

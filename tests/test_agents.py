@@ -308,7 +308,7 @@ def test_what_a_user_gets_wrong(tmp_path):
         (["--seed", "-1"], "--seed: expected a whole number >= 0, got -1"),
         (["--seed", "1e30"], "--seed: expected a whole number <= 2,147,483,647"),
         (["--threads", "100000"], "--threads: expected a whole number <= 1,024, got 100000"),
-        (["--hidden", "64,0"], "--hidden: expected whole numbers >= 1, got 64,0"),
+        (["--hidden", "64,0"], "--hidden: expected whole numbers from 1 to 16,384, got 64,0"),
         (["--critic-warmup", "-5"], "--critic-warmup: expected a whole number >= 0, got -5"),
         (["--learning-rate", "inf"], "--learning-rate: expected a number <= 1e\\+12, got inf"),
         (["--tau-s", "inf"], "--tau-s: expected a number <= 1e\\+12, got inf"),

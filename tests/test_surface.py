@@ -29,15 +29,20 @@ def rough_surface(rng, **fields):
     def table(*shape):
         return tuple(table(*shape[1:]) for _ in range(shape[0])) if shape else float(rng.uniform(0.1, 9.0))
 
+    def level(*shape):
+        """One whose two last rows and columns are alike: a trend that falls goes below 0 past the last knots."""
+        rows = [(*row[:-1], row[-2]) for row in table(*shape)]
+        return (*rows[:-1], rows[-2])
+
     settings = {
         "sequences": n,
         "context": k,
         "chunk": c,
         "prefix": p,
-        "decode_ms": table(len(n), len(k)),
+        "decode_ms": level(len(n), len(k)),
         "chunk_ms": table(len(c), len(p)),
-        "hybrid_ms": table(len(c), len(n), len(k)),
-        "floor_ms": table(len(k)),
+        "hybrid_ms": tuple(level(len(n), len(k)) for _ in c),
+        "floor_ms": (*(floor := table(len(k)))[:-1], floor[-2]),
         "launch_ms": 0.3,
         "tail_alone": 1.5,
         "tail_hybrid": 2.5,
