@@ -59,9 +59,15 @@ class Config:
 
 Row = dict[str, Any]
 
+OPTIONS = {"profile": "--profiles", "num_requests": "--num-requests", "warmup_s": "--warmup-s"}
+"""Of fields of the scenario, which --set does not take."""
+
 
 def worlds(config: Config) -> Iterator[tuple[tuple[str, str, str], Scenario]]:
     """(suite, profile, load) and the scenario, each; ConfigError for a bad one."""
+    for name, flag in OPTIONS.items():
+        if name in config.set:
+            raise ConfigError(f"set: {name} has an option of its own, {flag}")
     names = [split_names([getattr(config, field)], field) for field in ("suites", "profiles", "loads")]
     for suite, profile, load in itertools.product(*names):
         world = scenario(suite, num_requests=config.num_requests, profile=profile, **config.set)

@@ -34,8 +34,8 @@ class Trial(ppo.Config):
     n_steps: int = option(32, "decisions per environment and iteration")
     batch_size: int = option(512, "of a minibatch")
     action: str = option("preset", "what the agent decides", choices=("knobs", "preset", "request"))
-    actors: int = option(4, "actors on Ray, an equal share of the environments each", least=1)
-    cores: int = option(2, "cores of the Ray that is started here", least=1)
+    actors: int = option(4, "actors on Ray, an equal share of the environments each")
+    cores: int = option(2, "cores of the Ray that is started here")
 
 
 class Part:

@@ -192,6 +192,8 @@ def test_a_gain_has_an_interval_and_a_suite_without_one_is_solved():
     ("fields", "line"),
     [
         ({"suites": "cluster"}, "suites: expected suites of one engine, got 'cluster'"),
+        ({"set": {"profile": "a100-mistral-7b"}}, "set: profile has an option of its own, --profiles"),
+        ({"set": {"num_requests": 5}}, "set: num_requests has an option of its own, --num-requests"),
         ({"suites": ","}, "suites: expected names separated by commas"),
         ({"loads": "much"}, "loads: expected own or shares of the fluid capacity, 0 to 10, got 'much'"),
         ({"alternatives": "on-time;shortest-total"}, "alternatives: expected compiled schedulers that are told no"),
