@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from scipy.stats import trim_mean
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
@@ -122,8 +120,7 @@ def compare(config: Config) -> str:
     out = Path(config.out)
     policies = [*opponents, *beside, *agents]
     chosen = choose(config.workers, config.ray, config.ray_address, policies)
-    with chosen as places, Progress(console=Console(stderr=True), disable=console.quiet) as bar:
-        task = bar.add_task("runs", total=None)
+    with chosen as places, console.progress_bar("runs") as progress:
         rows = evaluate(
             world,
             policies,
@@ -131,7 +128,7 @@ def compare(config: Config) -> str:
             first_seed=config.first_seed,
             workers=places,
             out=out,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     found = table(rows, agents, opponents, beside)
     text = markdown(found, config)

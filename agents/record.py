@@ -27,6 +27,7 @@ from llmsched_gym.agents.seeds import TRAINING_SEEDS
 from llmsched_gym.config import SUITES, ConfigError, env_config, split_names
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.evaluation.spread import choose, opened, spread
+from llmsched_gym.files import check_place
 from llmsched_gym.policies.bridge import SchedulerPolicy
 from llmsched_gym.report import console
 from llmsched_gym.text import counted
@@ -184,10 +185,13 @@ def run(config: Config) -> list[str]:
     if not 0.0 <= config.random_share <= 1.0:
         raise ConfigError(f"--random-share: expected a number from 0 to 1, got {config.random_share:g}")
     policies = split_names([config.policy])
-    minari = import_minari(config.out)
-    there = set(minari.list_local_datasets())
     for policy in policies:
         makers(config, policy)
+    if config.out:
+        check_place(Path(config.out))
+    minari = import_minari(config.out)
+    there = set(minari.list_local_datasets())  # makes the folder
+    for policy in policies:
         if dataset_id(config, policy) in there:
             raise ConfigError(f"{dataset_id(config, policy)} is there already; name another --out, or delete it")
     names = []

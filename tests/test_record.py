@@ -60,7 +60,14 @@ def test_the_mixture_is_what_the_actions_can_express():
 def test_what_cannot_be_recorded_is_one_line(tmp_path, capsys, options, what):
     assert main(["record", "--out", str(tmp_path / "d"), "--episodes", "1", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert what in line and not (tmp_path / "d" / "llmsched").exists()
+    assert what in line and not (tmp_path / "d").exists()
+
+
+def test_a_file_is_no_folder_to_record_into(tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    assert main(["record", "--out", str(tmp_path / "mine"), "--episodes", "1", "--policy", "slai"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out: cannot write to " in line and (tmp_path / "mine").read_text() == "mine"
 
 
 def test_without_minari_it_says_what_to_install(monkeypatch, tmp_path, capsys):
