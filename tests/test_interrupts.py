@@ -24,7 +24,7 @@ COMMANDS = {
     "capacity": "--policy sarathi --suite paper --criterion ttft-median --seeds 3 --num-requests 500 --workers 1",
     "train": f"{LEARNER} --steps 4096 --checkpoint-every 512",
     "ppo": f"{LEARNER} --steps 8192 --checkpoint-every 512",
-    "tune": f"{TUNER} {WORLD} --steps 20000 --eval-every 10000",
+    "tune": f"{TUNER} {WORLD} --steps 60000 --eval-every 10000",
 }
 
 
@@ -40,7 +40,7 @@ def interrupt(command, out, pattern):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if any(path.stat().st_size for path in out.glob(pattern)):
             break
