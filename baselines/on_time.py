@@ -9,6 +9,10 @@ corrected by how much longer than predicted batches have taken lately.
 With prefix caching they also wait while running requests fill much of the KV cache: what a late prompt takes are the
 contexts of sessions that are on time, whose next turns are late then, too, and so on until nothing is cached.
 
+Where the KV cache is short (it holds fewer than `short` requests of the longest length, the concurrency that vLLM prints
+when it starts), they wait likewise: a late prompt takes what those on time need. And while every promise has slack,
+batches are small: decodes come by faster, end sooner, and give their blocks back.
+
 Where the profile knows that decodes cost more beside a prompt (`mix=auto`), time decides: if the decodes and the
 prompts at hand take longer in one batch than in one each, decodes are put off while anything is promised, and prompts
 get a batch of their own, as long as the cap allows.
@@ -48,14 +52,25 @@ OWN = (
     Own("stretch", STRETCH, positive, "factor on predicted prefill times, > 0"),
     Own("age", math.inf, not_negative, "seconds since arrival >= 0, inf for no aging"),  # from then on, a share
     Own("mix", AUTO, MIXES.index, f"one of {', '.join(MIXES)}"),
-    Own("usage", 0.45, not_negative, "share of the KV cache, >= 0"),  # with prefix caching: with more in use they wait
+    # where the cache is short, or with prefix caching: with more in use they wait
+    Own("usage", 0.45, not_negative, "share of the KV cache, >= 0"),
+    Own("short", 20, not_negative, "requests of the longest length that a short KV cache does not hold, >= 0"),
 )
-QUIET, STRETCHED, AGE, MIX, USAGE = range(len(OWN))
+QUIET, STRETCHED, AGE, MIX, USAGE, SHORT = range(len(OWN))
 RESERVE_S = 0.3  # a promise with less slack is at risk; chosen on selection seeds of the drift suite, as `quiet` is
+# Of a short KV cache, chosen on the tight suite, seeds 2000-2007, 1 request/s.
+SMALL_BATCH = 256  # tokens
+SPARE_S = 0.6  # the slack of every promise from which on batches are small
 # Of aging, chosen on the paper suite, seeds 2000-2019, 1.8 requests/s.
 AGED_SHARE = 0.4  # of the room behind urgent decodes, for prompts that have waited longer than `age`
 AGED_STRETCH = 5.0  # while there are any, as much less is promised: the longest are dropped before they take room
 AGED_USAGE = 0.95  # with the KV cache so full decodes are not put off: late prompts are long, and blocks run out
+
+
+@kernel()
+def holds_few(sim, requests):
+    """Whether the KV cache holds fewer than so many requests of the longest length."""
+    return float(sim.total_blocks) * sim.block_size < requests * sim.max_model_len
 
 
 @kernel()
@@ -79,7 +94,10 @@ def plan(lane):
     batch.margin = knobs.margin if apart or slack_s < RESERVE_S else math.nan
     if ages and lane.sim.kv_cache_usage > AGED_USAGE:
         batch.margin = math.nan
-    is_full = lane.sim.prefix_caching and lane.sim.kv_cache_usage > knobs.own[USAGE]
+    is_short = not lane.sim.prefix_caching and holds_few(lane.sim, knobs.own[SHORT])
+    is_full = (lane.sim.prefix_caching or is_short) and lane.sim.kv_cache_usage > knobs.own[USAGE]
+    if is_short and is_full and slack_s > SPARE_S and not apart:
+        batch.token_room = min(batch.token_room, SMALL_BATCH)
     if knobs.hold and (ages or is_full or lane.sim.num_running > knobs.own[QUIET]):
         batch.hold = HOLD_ALWAYS
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import aging
-from llmsched_gym.baselines.on_time import AGED_SHARE
+from llmsched_gym.baselines.on_time import AGED_SHARE, SMALL_BATCH
 from llmsched_gym.config import scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.engine.batch import waiting_prefill
@@ -153,15 +153,45 @@ def test_a_quiet_engine_serves_the_hopeless():
             assert (running in run.step()) is expected
 
 
-@pytest.mark.parametrize(("caching", "blocks", "served"), [(True, 10, True), (True, 8, False), (False, 8, True)])
-def test_late_prompts_wait_for_a_full_cache_that_sessions_share(caching, blocks, served):
+@pytest.mark.parametrize(
+    ("policy", "caching", "blocks", "served"),
+    [
+        ("on-time", True, 10, True),
+        ("on-time", True, 8, False),
+        # without prefix caching only of a short cache: 8 blocks are 128 tokens, of 8,192 in the longest request
+        ("on-time", False, 10, True),
+        ("on-time", False, 8, False),
+        ("on-time[short=0.015]", False, 8, True),
+        ("on-time[short=0.016]", False, 8, False),
+        ("on-time[usage=0.55]", False, 8, True),
+    ],
+)
+def test_late_prompts_wait_for_a_full_cache_that_is_shared_or_short(policy, caching, blocks, served):
     # one running request with four blocks: 0.4 or 0.5 of the cache, and 0.45 is what makes late prompts wait
     rows = [request(prompt=60, output=9), request(0.001, prompt=16, output=1, ttft=0.001)]
-    run = Run("on-time", rows, device=LINEAR, prefix_caching=caching, num_kv_blocks=blocks)
+    run = Run(policy, rows, device=LINEAR, prefix_caching=caching, num_kv_blocks=blocks)
     run.step()
     assert (1 in run.step()) is served
     run.drain()
     assert run.sim.num_finished == 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "ttft", "blocks", "tokens"),
+    [
+        ("on-time", 0.75, 80, SMALL_BATCH),
+        ("on-time", 0.65, 80, 601),  # 600 tokens take 60 ms, 78 when stretched: less than 0.6 s is left
+        ("on-time", 0.75, 90, 601),  # less than 0.45 of it is in use
+        ("on-time[short=0]", 0.75, 80, 601),
+        ("on-time[budget=100]", 0.75, 80, 100),
+    ],
+)
+def test_batches_are_small_while_a_short_cache_fills_and_promises_have_slack(policy, ttft, blocks, tokens):
+    rows = [request(prompt=580, output=9), request(0.001, prompt=600, output=1, ttft=ttft)]  # 37 blocks and 38
+    run = Run(policy, rows, device=profile((0.1, 0.2)), num_kv_blocks=blocks)
+    while run.requests[0]["num_output_tokens"] == 0:
+        run.step()
+    assert run.step() == {0: 1, 1: tokens - 1}
 
 
 def test_late_prompts_go_by_age():
