@@ -62,8 +62,8 @@ COVERAGE = $(VENV)/bin/python -m coverage
 
 coverage: install
 	$(COVERAGE) erase
-	-$(COVERAGE) run -m pytest -n 0 $(COVERED_COMPILED)
-	-NUMBA_DISABLE_JIT=1 $(COVERAGE) run -m pytest -n 0 $(COVERED_INTERPRETED) -k "not ($(SLOW_INTERPRETED))"
+	-$(COVERAGE) run -m pytest $(PYTEST) $(COVERED_COMPILED)
+	-NUMBA_DISABLE_JIT=1 $(COVERAGE) run -m pytest -n 2 --durations 60 $(COVERED_INTERPRETED) -k "not ($(SLOW_INTERPRETED))"
 	$(COVERAGE) combine -q
 	$(COVERAGE) report --fail-under=95
 
