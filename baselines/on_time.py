@@ -9,9 +9,9 @@ corrected by how much longer than predicted batches have taken lately.
 With prefix caching they also wait while running requests fill much of the KV cache: what a late prompt takes are the
 contexts of sessions that are on time, whose next turns are late then, too, and so on until nothing is cached.
 
-Where the KV cache is short (it holds fewer than `short` requests of the longest length, the concurrency that vLLM prints
-when it starts), they wait likewise: a late prompt takes what those on time need. And while every promise has slack,
-batches are small: decodes come by faster, end sooner, and give their blocks back.
+Where the KV cache is short (it holds fewer than `short` requests of the longest length, the concurrency that vLLM
+prints when it starts), they wait likewise: a late prompt takes what those on time need. And while every promise has
+slack, batches are small: decodes come by faster, end sooner, and give their blocks back.
 
 Where the profile knows that decodes cost more beside a prompt (`mix=auto`), time decides: if the decodes and the
 prompts at hand take longer in one batch than in one each, decodes are put off while anything is promised, and prompts
