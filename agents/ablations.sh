@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the tables of ablations and the learning curves of docs/agents.md, about half an hour on two cores.
+# Makes the tables of ablations and the learning curves of docs/agents_results.md, about half an hour on two cores.
 #     agents/ablations.sh runs/ablations runs/shipped
 set -euo pipefail
 out=${1:?folder for the runs}

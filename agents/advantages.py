@@ -18,7 +18,8 @@ once, whatever the threads were; where no option is on nobody does so.
   differences mean something. Exact where an episode never ends; our episodes are cut off after `horizon_s` and begin
   with a random backlog, so the mean is that of such episodes.
 
-Cuts at regeneration (Dai and Gluzman, 2022) are not among them: our engine hardly ever runs empty, see docs/agents.md.
+Cuts at regeneration (Dai and Gluzman, 2022) are not among them: our engine hardly ever runs empty, see
+docs/agents_scratch.md.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ from llmsched_gym.policies import read_folder
 MINIBATCHES = 5  # what these random numbers are for; see agents.collect for others
 SHARDS = 2  # of a minibatch
 
-NOISE = "Noise that need not be, see docs/agents.md"  # a group of help
+NOISE = "Noise that need not be, see docs/agents_scratch.md"  # a group of help
 
 
 @dataclass(frozen=True)

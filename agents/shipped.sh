@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the policies of llmsched_gym/data/policies and the tables of docs/agents.md, about an hour on two cores.
+# Makes the policies of llmsched_gym/data/policies and the tables of docs/agents_results.md, about an hour on two cores.
 #     agents/shipped.sh runs/shipped
 set -euo pipefail
 out=${1:?folder for the runs}

@@ -43,9 +43,14 @@ def utility(scheduler: Any, config: ppo.Config) -> float:
 
 def both(policy: Any, config: ppo.Config, world: Any) -> tuple[float, float]:
     """What greedy and what sampled actions earn."""
+
+    def draw(seen: Any, *masks: np.ndarray) -> Any:
+        """An action for an observation and, where actions can be illegal, what is legal."""
+        legal = {"action_masks": masks[0]} if masks else {}
+        return policy.predict(seen, deterministic=False, **legal)[0]
+
     torch.manual_seed(0)
-    sampled = PolicyScheduler(lambda seen: policy.predict(seen, deterministic=False)[0], world)
-    return utility(LoadedPolicy(*export(policy, world)), config), utility(sampled, config)
+    return utility(LoadedPolicy(*export(policy, world)), config), utility(PolicyScheduler(draw, world), config)
 
 
 def learn(config: ppo.Config) -> tuple[np.ndarray, float]:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from examples.ppo import WORLD, make_model
+from examples.ppo import TEST_SEEDS, WORLD, make_model
 from llmsched_gym import env_config
 from llmsched_gym.env.actions.preset import PRESETS
 from llmsched_gym.env.policy import PolicyScheduler
@@ -28,7 +28,6 @@ from llmsched_gym.help_text import place
 from llmsched_gym.text import table
 
 EVERY = 32_768  # decisions between two evaluations
-TEST_SEEDS = range(2000, 2004)
 CHOOSING_SEEDS = range(4000, 4004)  # the best preset is chosen on others than it is shown on
 EVALUATED = env_config("default", **WORLD, num_requests=500)
 

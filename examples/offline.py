@@ -89,13 +89,16 @@ def policy_loss(network: Network, x: torch.Tensor, a: torch.Tensor, g: torch.Ten
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--datasets", default="out/datasets", help="folder of llmsched record")
-    parser.add_argument("--name", default="llmsched/default-knobs/mixed-v0")
-    parser.add_argument("--steps", type=int, default=2000, help="of each network")
+    parser.add_argument("--name", default="llmsched/default-knobs/mixed-v0", help="of the data set in it")
+    parser.add_argument("--steps", type=int, default=2000, help="gradient steps of each network")
     args = parser.parse_args()
     os.environ["MINARI_DATASETS_PATH"] = os.path.abspath(args.datasets)
     import minari
 
-    dataset = minari.load_dataset(args.name)
+    try:
+        dataset = minari.load_dataset(args.name)
+    except FileNotFoundError:
+        parser.error(f"--datasets {args.datasets}: has no {args.name}; `llmsched record --policy mixed` makes one")
     episodes = list(dataset.iterate_episodes())
     env = dataset.recover_environment()
     features = np.concatenate([e.observations[:-1] for e in episodes]).astype(np.float32)

@@ -163,7 +163,8 @@ def docs() -> str:
     names = list(PRESETS)
     rows = [[str(i), f"`{names[i]}`", str(i + half), f"`{names[i + half]}`"] for i in range(half)]
     return f"""Each is a scheduler, by its name as `llmsched evaluate --policy` takes it, which forms the batches.
-[agents.md](agents.md#presets) has what each is worth when it is held throughout. Without prefix caching 6 is 0.
+[agents_scratch.md](agents_scratch.md#presets) has what each is worth when it is held throughout. Without prefix
+caching 6 is 0.
 
 {table(["#", "preset", "#", "preset"], rows, 0)}"""
 

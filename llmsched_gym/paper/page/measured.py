@@ -39,7 +39,7 @@ def section_main(long: pd.DataFrame, plan: Any) -> str:
     return f"""## Main table
 
 One run of {plan.num_requests:,} requests per scheduler and load (seed 0; the plots go down to {plan.loads[0]:g} requests/s).
-`learned` is the policy that comes with this package, trained on other worlds than this one ([agents.md](agents.md)).
+`learned` is the policy that comes with this package, trained on other worlds than this one ([agents_results.md](agents_results.md#where-mixing-costs)).
 
 {ttft}
 
