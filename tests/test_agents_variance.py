@@ -13,15 +13,18 @@ pytest.importorskip("torch", reason="torch is not installed")
 
 import torch
 
+from benchmarks import without_teacher
 from llmsched_gym.agents.advantages import Advantages, Variant, others_mean
 from llmsched_gym.agents.collect import networks_of
 from llmsched_gym.agents.options import parse
 from llmsched_gym.agents.ppo import Config, Learner, make_collector, make_policy, train
 from llmsched_gym.agents.priors import NEVER, rule_action
-from llmsched_gym.config import ConfigError
+from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.env.actions.preset import PRESETS
 from llmsched_gym.env.actions.request import CLOSE
 from llmsched_gym.env.features import AT
+from llmsched_gym.evaluation.metrics import row
+from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import read_folder
 
 WORLD = {"horizon_s": 4.0, "qps": 2.0, "max_backlog": 8, "warmup_s": 0.0, "drain_s": 4.0}
@@ -208,6 +211,14 @@ def test_a_work_conserving_agent_closes_last():
         assert policy.predict(b.features[0, 0], action_masks=mask, deterministic=deterministic)[0] == 3
     plain, _ = collected(replace(config, work_conserving=False), 2)
     assert (plain.rollout.actions[plain.rollout.masks[..., :CLOSE].any(-1)] == CLOSE).any()
+
+
+def test_agents_with_masks_are_judged_by_both_measures(monkeypatch):
+    config = replace(TINY, action="request")
+    collector, policy = collected(config, 1)
+    world = scenario("default", qps=1.0, num_requests=3, warmup_s=0.0)
+    monkeypatch.setattr(without_teacher, "utility", lambda who, _: row(simulate(world, who, seed=0))["mean_utility"])
+    assert all(np.isfinite(without_teacher.both(policy, config, collector.config)))
 
 
 def curve(out):
