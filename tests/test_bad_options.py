@@ -168,6 +168,18 @@ def test_what_one_training_cannot_have(argv, words, here, capsys):
     assert words in refused(["llmsched", *argv], capsys, here)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+@pytest.mark.parametrize("argv", [["llmsched", "tune"], ["headroom"], ["tune_route"]])
+def test_a_place_in_which_nobody_can_make_a_folder(argv, here, capsys):
+    line = refused([*argv, "--out", "/proc/nope/x"], capsys, here)
+    assert line.startswith("out: cannot write to /proc/nope") and ": /proc " in line
+
+
+@pytest.mark.parametrize("argv", [["llmsched", "ppo"], ["robustness"], ["benchmark"]])
+def test_a_name_that_is_too_long(argv, here, capsys):
+    assert "out: cannot write to xxx" in refused([*argv, "--out", "x" * 300], capsys, here)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_to(here, capsys):
     (here / "closed").mkdir(mode=0o500)
