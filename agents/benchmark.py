@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from llmsched_gym.agents.benchmark_learners import SELECTION, Training, figures_of, learn, utilities
 from llmsched_gym.agents.benchmark_presets import Preset, find_presets
@@ -34,6 +32,7 @@ from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.evaluation.spread import opened, spread
 from llmsched_gym.evaluation.store import lock_folder
 from llmsched_gym.files import claim_folder, make_folder, write_text
+from llmsched_gym.report import console
 
 RULES = (
     "sarathi",
@@ -172,13 +171,13 @@ def _benchmark(presets: Sequence[Preset], store: Results, config: Config) -> str
         store.hold(preset)
     jobs = [(preset, seed) for seed in range(config.seeds) for preset in presets]
     left = [(preset, seed) for preset, seed in jobs if (preset.name, seed) not in done]
-    with Progress(console=Console(stderr=True)) as bar:
-        measured = _measure(presets, config, bar)  # first, as a world in which no rule is above random has no scores
-        task = bar.add_task("trainings", total=len(jobs), completed=len(jobs) - len(left))
-        for line in _run(left, config):
+    measured = _measure(presets, config)  # first, as a world in which no rule is above random has no scores
+    with console.progress_bar("trainings") as progress:
+        progress(len(jobs) - len(left), len(jobs))
+        for number, line in enumerate(_run(left, config), len(jobs) - len(left) + 1):
             store.add(line)
             done[line["preset"], line["seed"]] = line
-            bar.advance(task)
+            progress(number, len(jobs))
     results = {preset.name: [done[preset.name, seed] for seed in range(config.seeds)] for preset in presets}
     return _write(presets, results, measured, config)
 
@@ -186,9 +185,13 @@ def _benchmark(presets: Sequence[Preset], store: Results, config: Config) -> str
 Measured = dict[Scenario, tuple[Reference, Reference]]  # references on test and on selection seeds
 
 
-def _measure(presets: Sequence[Preset], config: Config, bar: Progress) -> Measured:
-    scenarios = dict.fromkeys(preset.scenario(config.requests) for preset in presets)
-    return {scenario: references(scenario, config) for scenario in bar.track(scenarios, description="rules to beat")}
+def _measure(presets: Sequence[Preset], config: Config) -> Measured:
+    scenarios, found = dict.fromkeys(preset.scenario(config.requests) for preset in presets), {}
+    with console.progress_bar("worlds whose rules have run") as progress:
+        for number, scenario in enumerate(scenarios):
+            progress(number, len(scenarios))
+            found[scenario] = references(scenario, config)
+    return found
 
 
 def _write(

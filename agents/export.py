@@ -5,7 +5,6 @@ And back: :func:`load_actor` lets a training go on from a folder.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from llmsched_gym.agents.networks import ACTIVATIONS, Normaliser, RowsExtractor
 from llmsched_gym.agents.options import fail_in_one_line
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.env.features import MIXING
+from llmsched_gym.help_text import OneLineParser
 from llmsched_gym.policies import PolicySpec
 from llmsched_gym.policies.folder import read_folder, spec_for
 from llmsched_gym.policies.sb3_zip import as_it_is, num_features, read_zip, zip_config, zip_normaliser
@@ -149,7 +149,7 @@ def main() -> int:
 
 
 def command() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("model", help="SB3 zip of PPO or MaskablePPO; only one you trust: it holds pickles")
     parser.add_argument("folder", help="policy folder to write")
     for name in ("repeat", "token-budget"):

@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.planner_headroom import planner
@@ -36,7 +34,7 @@ from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, run_cells
 from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
-from llmsched_gym.report import intervals
+from llmsched_gym.report import console, intervals
 from llmsched_gym.workload import make_table
 
 PLANNER = "--planner"
@@ -97,9 +95,8 @@ def headroom(config: Config) -> dict[str, Any]:
         def run(what: str, told: bool, policies: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
             """Utilities, (len(policies), len(seeds))."""
             cells = [(world, told, *run) for run in itertools.product(policies, seeds)]
-            with Progress(console=Console(stderr=True)) as bar:
-                task = bar.add_task(what, total=len(cells))
-                values = run_cells(utility, cells, pool, lambda text: bar.advance(task))
+            with console.progress_bar(f"runs, {what}") as progress:
+                values = run_cells(utility, cells, pool, progress=progress)
             return np.array(values).reshape(len(policies), len(seeds))
 
         base = run("constant", False, [config.constant], seeds)[0]

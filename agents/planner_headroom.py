@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from llmsched_gym.agents.futures import check_drawable, is_drawable
 from llmsched_gym.agents.options import option, parse
@@ -30,7 +28,7 @@ from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, scenario
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.files import claim_file, digest_of, make_folder
 from llmsched_gym.fluid import fluid_capacity
-from llmsched_gym.report import intervals
+from llmsched_gym.report import console, intervals
 from llmsched_gym.text import table
 
 OWN = "own"
@@ -154,17 +152,17 @@ def headroom(config: Config) -> list[Row]:
             about = asdict(plan) if isinstance(plan, Plan) else plan
             runs.append((digest_of([world.to_dict(), about, seed]), place, world, name, plan, seed))
     rows = []
-    with Progress(console=Console(stderr=True)) as bar, out.open("a", encoding="utf-8") as lines:
-        task = bar.add_task("runs", total=len(runs))
-        for run, (suite, profile, load), world, name, plan, seed in runs:
-            bar.update(task, description=f"{suite} {profile} {load} {name} {seed}")
+    doing = ""
+    with console.progress_bar("runs", lambda: doing) as progress, out.open("a", encoding="utf-8") as lines:
+        for number, (run, (suite, profile, load), world, name, plan, seed) in enumerate(runs):
+            doing = f"{suite} {profile} {load} {name} {seed}"
+            progress(number, len(runs))
             if run not in done:
                 where = {"run": run, "suite": suite, "profile": profile, "load": load, "qps": world.qps}
                 done[run] = where | {"policy": name, "seed": seed} | run_one(world, plan, seed)
                 lines.write(json.dumps(done[run]) + "\n")
                 lines.flush()
             rows.append(done[run])
-            bar.advance(task)
     return summary(rows)
 
 

@@ -27,7 +27,7 @@ from llmsched_gym.agents.seeds import TRAINING_SEEDS
 from llmsched_gym.config import SUITES, ConfigError, env_config, split_names
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.evaluation.spread import choose, opened, spread
-from llmsched_gym.files import check_place
+from llmsched_gym.files import check_place, claim_folder, json_with
 from llmsched_gym.policies.bridge import SchedulerPolicy
 from llmsched_gym.report import console
 from llmsched_gym.text import counted
@@ -57,6 +57,9 @@ class Config:
         actions = {"action": self.action, "observation": self.observation, "action_repeat": self.action_repeat}
         return {**self.set, **actions}
 
+
+SETS = tuple(f"{'*/' * depth}data/metadata.json" for depth in (1, 2, 3))
+"""By which a folder of data sets is known; a set's name has up to three parts."""
 
 Episode = dict[str, Any]
 """Arrays over steps: observations and infos (one more than steps), actions, rewards, terminations, truncations."""
@@ -182,13 +185,14 @@ def record(config: Config, policy: str, minari: Any, progress: Any) -> str:
 def run(config: Config) -> list[str]:
     """Record all data sets; their names."""
     env_config(config.suite, **config.world())
+    if config.out:
+        claim_folder(Path(config.out), "data set of Minari", dict.fromkeys(SETS, json_with("dataset_id")))
+        check_place(Path(config.out))
     if not 0.0 <= config.random_share <= 1.0:
         raise ConfigError(f"--random-share: expected a number from 0 to 1, got {config.random_share:g}")
     policies = split_names([config.policy])
     for policy in policies:
         makers(config, policy)
-    if config.out:
-        check_place(Path(config.out))
     minari = import_minari(config.out)
     there = set(minari.list_local_datasets())  # makes the folder
     for policy in policies:

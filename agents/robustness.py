@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario, split_names
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.evaluation.spread import choose, opened, spread
+from llmsched_gym.evaluation.spread import choose, run_cells
 from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 from llmsched_gym.fluid import fluid_capacity
 from llmsched_gym.registry import make_scheduler
-from llmsched_gym.report import intervals
+from llmsched_gym.report import console, intervals
 from llmsched_gym.text import table
 
 COST_SCALES, JITTERS, STRAGGLERS = (0.8, 1.0, 1.25), (0.0, 0.05, 0.1), (0.0, 0.01)
@@ -106,11 +104,11 @@ def robustness(config: Config) -> list[dict[str, Any]]:
         cells += [(world.replace(qps=qps), *run) for run in itertools.product(policies, range(config.seeds))]
     runs = [(world, policy, config.first_seed + i) for world, policy, i in cells]
     each = len(policies) * config.seeds
-    with choose(config.workers, config.ray, config.ray_address, policies) as places, opened(places) as pool:
-        done = spread(pool, utility, runs)
-        for place, value in track(done, "runs", len(runs), console=Console(stderr=True)):
-            _, policy, i = cells[place]
-            found[place // each]["mean_utility"][policy][i] = value
+    chosen = choose(config.workers, config.ray, config.ray_address, policies)
+    with chosen as places, console.progress_bar("runs") as progress:
+        values = run_cells(utility, runs, places, progress=progress)
+    for place, ((_, policy, i), value) in enumerate(zip(cells, values, strict=True)):
+        found[place // each]["mean_utility"][policy][i] = value
     write_text(Path(config.out), json.dumps({"config": asdict(config), "cells": found}) + "\n")
     return found
 

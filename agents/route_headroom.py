@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import read_weights, utility
@@ -35,7 +33,7 @@ from llmsched_gym.evaluation.spread import choose, opened, run_cells
 from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 from llmsched_gym.registry import routers
-from llmsched_gym.report import intervals
+from llmsched_gym.report import console, intervals
 
 GRIDS: dict[str, tuple[str, ...]] = {
     "prefix-affinity": tuple(f"prefix-affinity[weight={weight}]" for weight in (0.3, 1, 3)),
@@ -112,9 +110,8 @@ def headroom(config: Config) -> dict[str, Any]:
         def run(what: str, specs: list[str], seeds: Any, world: ClusterScenario) -> np.ndarray:
             """Utilities, (len(specs), len(seeds))."""
             runs = [(world, config.scheduler, spec, seed) for spec, seed in itertools.product(specs, seeds)]
-            with Progress(console=Console(stderr=True)) as bar:
-                task = bar.add_task(what, total=len(runs))
-                found = run_cells(value, runs, pool, lambda text: bar.advance(task))
+            with console.progress_bar(f"runs, {what}") as progress:
+                found = run_cells(value, runs, pool, progress=progress)
             return np.array(found).reshape(len(specs), len(seeds))
 
         selection = run("choosing settings", settings, chosen_on, world).mean(1)

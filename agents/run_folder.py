@@ -32,6 +32,7 @@ def open_run(config: Settings) -> Settings:
     Raises :class:`ConfigError` where there is no such run to go on with, or one already.
     """
     given: Any = config
+    check_place(Path(given.out))
     path = Path(given.out) / "config.json"
     resumable = hasattr(given, "resume")
     if not (resumable and given.resume):
@@ -39,7 +40,6 @@ def open_run(config: Settings) -> Settings:
             what = "say --resume, or choose another folder" if resumable else "choose another folder"
             raise ConfigError(f"out: {given.out} holds a run already; {what}")
         claim_folder(Path(given.out), "run of llmsched", {})
-        check_place(Path(given.out))
         return config
     if not path.exists():
         raise ConfigError(f"out: nothing to resume, there is no {path}")

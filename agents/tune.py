@@ -25,8 +25,6 @@ from typing import Any
 
 import cma
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from llmsched_gym.agents.checkpoint import load_checkpoint, save_checkpoint
 from llmsched_gym.agents.decision_time import finish
@@ -264,8 +262,8 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
         np.random.set_state(tuple(saved["numpy"]))  # noqa: NPY002
 
     path = cut_progress(out, spent)
-    with chosen as places, opened(places) as pool, Progress(console=Console(stderr=True), disable=console.quiet) as bar:
-        task = bar.add_task("tuning", total=config.steps, completed=spent)
+    with chosen as places, opened(places) as pool, console.progress_bar("decisions") as progress:
+        progress(spent, config.steps)
         while spent < config.steps:
             seeds = rng.choice(TRAINING_SEEDS, config.episodes, replace=False).tolist()
             candidates = search.ask()
@@ -287,10 +285,10 @@ def tune(config: Config, say: Callable[[str], None] = lambda line: None) -> str:
                 restarts += 1
                 search = new_search(rules, config, restarts)
                 line["restarts"] = restarts
-            with open(path, "a") as progress:
-                progress.write(json.dumps(line) + "\n")
+            with open(path, "a") as lines:
+                lines.write(json.dumps(line) + "\n")
             say(json.dumps(line))
-            bar.update(task, completed=min(spent, config.steps))
+            progress(min(spent, config.steps), config.steps)
             state = {
                 "search": np.frombuffer(search.pickle_dumps(), np.uint8),
                 "rng": json.dumps(rng.bit_generator.state),

@@ -29,12 +29,13 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import whole
-from llmsched_gym.config import Scenario, scenario
+from llmsched_gym.config import ConfigError, Scenario, scenario
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.ray_pool import LOOPBACK, NO_CLUSTER, RayPool
 from llmsched_gym.evaluation.spread import choose, spread
 from llmsched_gym.evaluation.workers import Workers
-from llmsched_gym.help_text import place
+from llmsched_gym.files import check_place, claim_folder, make_folder
+from llmsched_gym.help_text import OneLineParser, place
 from llmsched_gym.text import number, table
 
 POLICIES = ("slai", "own_policy:Own")
@@ -240,21 +241,35 @@ def cost(args: argparse.Namespace) -> bool:
 SECTIONS = {"rows": rows, "worker": worker, "nodes": nodes, "driver": driver, "listens": listens, "cost": cost}
 
 
+def new_folder(out: Path) -> None:
+    """Make the folder, empty; ConfigError of one line where it holds what no run of this module has left."""
+    marks = {"own_policy.py": lambda path: path.read_text() == OWN}
+    claim_folder(out, "checks of this module", marks)
+    check_place(out)
+    if any((out / name).exists() for name in marks):
+        shutil.rmtree(out)
+    make_folder(out)
+
+
 def main() -> int:
     os.environ.setdefault(NO_CLUSTER, "0")  # before Ray is imported: all of it on the loopback
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ray_map", description=(__doc__ or "").split("\n")[0])
+    parser = OneLineParser(prog="python -m benchmarks.ray_map", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--section", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--workers", type=whole, default=2, help="of Ray, and processes beside it")
     parser.add_argument("--idle", action="store_true", help="cells of cost that wait, for a machine that others use")
     parser.add_argument("--runs", type=whole, default=200, help="of the grid")
-    parser.add_argument("--out", type=place, default=Path("out/ray"), help="folder, emptied first")
+    parser.add_argument(
+        "--out", type=place, default=Path("out/ray"), help="folder, new or of this module, which is emptied"
+    )
     args = parser.parse_args()
     sections = args.section.split(",")
     for name in sections:
         if name not in SECTIONS:
             parser.error(f"--section: expected some of {', '.join(SECTIONS)}, got {name!r}")
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    try:
+        new_folder(args.out)
+    except ConfigError as error:
+        parser.error(str(error))
     args.out = args.out.resolve()
     (args.out / "own_policy.py").write_text(OWN)
     root = Path.cwd()

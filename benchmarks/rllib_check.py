@@ -29,15 +29,17 @@ import numpy as np
 
 from llmsched_gym.agents import rllib
 from llmsched_gym.agents.rllib_env import RLlibVectorEnv
-from llmsched_gym.config import env_config
+from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.ray_pool import NO_CLUSTER, RayPool
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.help_text import place
+from llmsched_gym.files import check_place, claim_folder, json_with, make_folder, write_text
+from llmsched_gym.help_text import OneLineParser, place
 from llmsched_gym.report import intervals
 
+MARK = "checks.json"  # by which a folder is known as one of this module
 FIRST_SEED, SEEDS = 3000, 10  # neither trained nor selected on
 MASKED = 12_000  # request actions of a short training
 SHORT = {"horizon_s": 20.0}
@@ -180,22 +182,35 @@ def masks(args: argparse.Namespace) -> bool:
 SECTIONS = {"episodes": episodes, "masks": masks, "resume": resume, "train": train, "folder": folder}
 
 
+def new_folder(out: Path) -> None:
+    """Make the folder, empty; ConfigError of one line where it holds what no run of this module has left."""
+    marks = {MARK: json_with("sections", "algorithm")}
+    claim_folder(out, "checks of this module", marks)
+    check_place(out)
+    if any((out / name).exists() for name in marks):
+        shutil.rmtree(out)
+    make_folder(out)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rllib_check", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = OneLineParser(prog="python -m benchmarks.rllib_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--section", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--algorithm", default="ppo", choices=("ppo", "appo", "dqn"))
     parser.add_argument("--seconds", type=float, default=300.0, help="of the training of presets")
-    parser.add_argument("--out", type=place, default=Path("out/rllib"), help="folder, emptied first")
+    parser.add_argument(
+        "--out", type=place, default=Path("out/rllib"), help="folder, new or of this module, which is emptied"
+    )
     args = parser.parse_args()
     os.environ.setdefault(NO_CLUSTER, "0")  # where RLlib starts Ray itself, on loopback alone
     sections = args.section.split(",")
     for name in sections:
         if name not in SECTIONS:
             parser.error(f"--section: expected some of {', '.join(SECTIONS)}, got {name!r}")
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    try:
+        new_folder(args.out)
+    except ConfigError as error:
+        parser.error(str(error))
+    write_text(args.out / MARK, json.dumps({"sections": sections, "algorithm": args.algorithm}) + "\n")
     failed = [name for name in sections if not SECTIONS[name](args)]
     print(f"failed: {', '.join(failed)}" if failed else "all as it should be")
     return 1 if failed else 0

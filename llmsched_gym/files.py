@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def check_place(out: Path, field: str = "out") -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "may not be written to" if there.is_dir() else "is no folder"
         raise ConfigError(f"{field}: cannot write to {out}: {there} {what}")
+    try:
+        os.rmdir(
+            tempfile.mkdtemp(prefix=".trial-", dir=there)
+        )  # the superuser may write everywhere, /proc holds nothing
+    except OSError as error:
+        raise ConfigError(f"{field}: cannot write to {out}: {there} takes no folder: {error.strerror}") from None
 
 
 def claim_folder(out: Path, kind: str, marks: Mapping[str, Callable[[Path], bool]], field: str = "out") -> None:
@@ -65,7 +72,7 @@ def claim_folder(out: Path, kind: str, marks: Mapping[str, Callable[[Path], bool
     `marks` are patterns of the files by which such a run is known, each with what tells it from a file that is merely
     called so. Hidden files are nobody's. ConfigError of one line; makes nothing.
     """
-    if not out.is_dir():
+    if not _is_folder(out, field):
         return  # make_folder says what is wrong with a file there
     held = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     if held and not any(_holds(is_own, path) for mark, is_own in marks.items() for path in out.glob(mark)):
@@ -76,11 +83,19 @@ def claim_folder(out: Path, kind: str, marks: Mapping[str, Callable[[Path], bool
 
 
 def claim_file(out: Path, kind: str, is_own: Callable[[Path], bool], field: str = "out") -> None:
-    """Refuse a folder, and a file that is no `kind`: ConfigError of one line; makes nothing."""
-    if out.is_dir():
+    """Refuse a folder, a file that is no `kind`, a place for none: ConfigError of one line; makes nothing."""
+    if _is_folder(out, field):
         raise ConfigError(f"{field}: expected a file to write, got the folder {out}")
     if out.exists() and not _holds(is_own, out):
         raise ConfigError(f"{field}: {out} is a file of something else, and no {kind}; choose another place")
+    check_place(out.parent, field)
+
+
+def _is_folder(out: Path, field: str) -> bool:
+    try:
+        return out.is_dir()
+    except OSError as error:  # a name that is too long, say
+        raise ConfigError(f"{field}: cannot write to {out}: {error.strerror}") from None
 
 
 def _holds(is_own: Callable[[Path], bool], path: Path) -> bool:

@@ -9,7 +9,7 @@ import re
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand
@@ -62,6 +62,14 @@ class ExamplesKept(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith(("Example:", "Examples:")) else super()._fill_text(text, width, indent)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of argparse that says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2."""
+        self.exit(2, f"error: {message}\n")
 
 
 def place(text: str) -> Path:

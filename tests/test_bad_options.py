@@ -9,11 +9,13 @@ import gymnasium as gym
 import pytest
 
 import llmsched_gym  # noqa: F401  registers the environments
+from llmsched_gym.agents import headroom, robustness, route_headroom
 from llmsched_gym.cli import main
 from llmsched_gym.cli.entry import typer_group
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.cost import ProfileError, check_reach, load_profile
 from llmsched_gym.engine import Engine
+from llmsched_gym.report import console
 
 for module in ("stable_baselines3", "sb3_contrib", "tensorboard", "cma"):
     pytest.importorskip(module, reason=f"{module} is not installed")
@@ -166,10 +168,45 @@ def test_what_one_training_cannot_have(argv, words, here, capsys):
     assert words in refused(["llmsched", *argv], capsys, here)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs /proc")
+@pytest.mark.parametrize("argv", [["llmsched", "tune"], ["headroom"], ["tune_route"]])
+def test_a_place_in_which_nobody_can_make_a_folder(argv, here, capsys):
+    line = refused([*argv, "--out", "/proc/nope/x"], capsys, here)
+    assert line.startswith("out: cannot write to /proc/nope") and ": /proc " in line
+
+
+@pytest.mark.parametrize("argv", [["llmsched", "ppo"], ["robustness"], ["benchmark"]])
+def test_a_name_that_is_too_long(argv, here, capsys):
+    assert "out: cannot write to xxx" in refused([*argv, "--out", "x" * 300], capsys, here)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written_to(here, capsys):
     (here / "closed").mkdir(mode=0o500)
     assert "closed may not be written to" in refused(["llmsched", "ppo", "--out", "closed/x"], capsys, here)
+
+
+# What goes wrong, or is to be quiet, among runs
+
+
+@pytest.mark.parametrize("module", [headroom, robustness, route_headroom])
+def test_an_error_among_runs_leaves_no_bar(module, here, capsys, monkeypatch):
+    def run_cells(*cells, **more):
+        raise ConfigError("qps: too much")
+
+    monkeypatch.setattr(module, "run_cells", run_cells)
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--workers", "1"])
+    assert module.main() == 2
+    assert capsys.readouterr() == ("", "error: qps: too much\n")
+
+
+def test_who_wants_quiet_gets_no_bar(here, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # stderr counts as a terminal
+    monkeypatch.setattr(headroom, "run_cells", lambda function, cells, *more, **kept: [0.0] * len(cells))
+    for quiet in (False, True):
+        monkeypatch.setattr(console, "quiet", quiet)
+        headroom.headroom(headroom.Config(seeds=2, settings=3, workers=1))
+        assert ("runs" in capsys.readouterr().err) != quiet
 
 
 # Surfaces whose last trend falls

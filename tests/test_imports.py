@@ -28,8 +28,8 @@ ORDER = (
     ("real_backend.sim2real",),
     ("real_backend.gpu_check",),
     ("paper",),
-    ("reproduce",),
     ("cli",),
+    ("reproduce",),
     ("__main__",),
 )
 LEVELS = {f"llmsched_gym.{name}": level for level, names in enumerate(ORDER) for name in names}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ray_map
 from llmsched_gym import cli
 from llmsched_gym.agents.run_folder import open_run
 from llmsched_gym.config import ConfigError
@@ -87,3 +88,15 @@ def test_a_policy_folder_with_something_of_ones_own_in_it_is_not_replaced(tmp_pa
     with pytest.raises(PolicyError, match="expected a folder, got the file"):
         write_folder(tmp_path / "file", *read_folder(SHIPPED))
     assert (policy / "notes.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_checks_of_ray_empty_no_folder_but_their_own(own, tmp_path):
+    (tmp_path / "own_policy.py").write_text(ray_map.OWN if own else "mine")
+    if own:
+        ray_map.new_folder(tmp_path)
+        assert not held(tmp_path)
+        return
+    with pytest.raises(ConfigError, match="holds files of something else .own_policy.py., and no checks of this"):
+        ray_map.new_folder(tmp_path)
+    assert (tmp_path / "own_policy.py").read_text() == "mine"

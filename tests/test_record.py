@@ -1,5 +1,6 @@
 """Data sets for offline learning: what is stored is what was stepped."""
 
+import os
 import sys
 
 import numpy as np
@@ -68,6 +69,14 @@ def test_a_file_is_no_folder_to_record_into(tmp_path, capsys):
     assert main(["record", "--out", str(tmp_path / "mine"), "--episodes", "1", "--policy", "slai"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "out: cannot write to " in line and (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_folder_of_something_else_is_not_recorded_into(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["record", "--out", str(tmp_path), "--episodes", "1", "--policy", "slai"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"out: {tmp_path} holds files of something else (config.json), and no data set of Minari" in line
+    assert os.listdir(tmp_path) == ["config.json"]
 
 
 def test_without_minari_it_says_what_to_install(monkeypatch, tmp_path, capsys):

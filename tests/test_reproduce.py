@@ -156,8 +156,8 @@ def test_the_page_at_hand_says_the_same_of_the_engine_at_the_top_and_in_the_sect
         assert full[world] == [slai, sarathi, capped], world
 
 
-@pytest.mark.parametrize("argv", [["--pieces", "nothing"], ["--seeds", "0"], ["--workers", "x"]])
+@pytest.mark.parametrize("argv", [["--pieces", "nothing"], ["--seeds", "0"], ["--workers", "x"], ["--out", ""]])
 def test_usage_errors_exit_with_2(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         rep.main(argv)
-    assert stop.value.code == 2
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -108,13 +108,15 @@ def run_cells(
     cells: Sequence[tuple],
     places: Places,
     note: Callable[[str], None] = lambda text: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Any]:
-    """``function(*cell)`` of every cell in its order; a note on each that is done."""
+    """``function(*cell)`` of every cell in its order; a note on each that is done, and how many are, of how many."""
     found: list[Any] = [None] * len(cells)
     with opened(places) as pool:
         for i, (place, result) in enumerate(spread(pool, function, cells)):
             found[place] = result
             note(f"{i + 1}/{len(cells)} {pool.where()}".rstrip())
+            progress(i + 1, len(cells))
     return found
 
 

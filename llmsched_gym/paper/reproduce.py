@@ -7,7 +7,6 @@ The file is a list of pieces, each a short function, which is why it is long.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -28,7 +27,7 @@ from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import Places, add_options, choose, count_of, run_cells
 from llmsched_gym.files import claim_folder, digest_of, json_with, write_text
 from llmsched_gym.fluid import fluid_capacity
-from llmsched_gym.help_text import ExamplesKept, examples, place
+from llmsched_gym.help_text import ExamplesKept, OneLineParser, examples, place
 from llmsched_gym.paper.constants import LOADS, NUM_REQUESTS, PAPER_POLICIES, PUBLISHED_SWEEP
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import console
@@ -340,7 +339,7 @@ def reproduce(plan: Plan, pieces: list[str] | None = None) -> dict[str, Data]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line of `llmsched reproduce`; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="llmsched reproduce",
         usage="%(prog)s [OPTIONS]",
         description=__doc__.split("\n\n")[0],
