@@ -93,7 +93,8 @@ def robustness(config: Config) -> list[dict[str, Any]]:
     """One entry per cell: its world, rate, and each policy's mean utilities by seed."""
     claim_file(Path(config.out), "table of this command", json_with("config", "cells"))
     policies = [*dict.fromkeys([*split_names([config.policy]), config.baseline])]
-    found, cells = [], []
+    found: list[dict[str, Any]] = []
+    cells: list[tuple[Scenario, str, int]] = []
     for cell, plain in worlds():
         world = plain.replace(num_requests=config.requests)
         qps = config.share * fluid_capacity(world).qps
