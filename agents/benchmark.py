@@ -26,8 +26,8 @@ import numpy as np
 from llmsched_gym.agents.benchmark_learners import SELECTION, Training, figures_of, learn, utilities
 from llmsched_gym.agents.benchmark_presets import Preset, find_presets
 from llmsched_gym.agents.benchmark_scores import Reference, curves, lines_of, markdown, over_environments
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
-from llmsched_gym.agents.seeds import SELECTION_SEEDS
+from llmsched_gym.agents.options import MOST_SEEDS, fail_in_one_line, option, parse
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_seeds
 from llmsched_gym.config import ConfigError, Scenario
 from llmsched_gym.evaluation.spread import opened, spread
 from llmsched_gym.evaluation.store import lock_folder
@@ -53,7 +53,7 @@ KEPT = ("steps", "eval_seeds", "requests", "eval_requests")  # settings that all
 @dataclass(frozen=True)
 class Config:
     presets: str = option("*", "names, patterns such as 'default-*', or TOML files, separated by commas")
-    seeds: int = option(5, "training seeds (0, 1, ...) of a preset")
+    seeds: int = option(5, "training seeds (0, 1, ...) of a preset", most=MOST_SEEDS)
     steps: int = option(1_000_000, "decisions of a training")
     eval_seeds: int = option(10, "test seeds (3000, 3001, ...)")
     requests: int = option(500, "measured requests of a test run")
@@ -156,6 +156,7 @@ def _run(jobs: Sequence[tuple[Preset, int]], config: Config) -> Iterator[dict[st
 def benchmark(config: Config) -> str:
     """Train what is missing, write tables and curves; returns the Markdown."""
     presets = find_presets(config.presets)
+    check_seeds("eval-seeds", config.eval_seeds, SELECTION_SEEDS)
     store = Results(config)
     lock = lock_folder(store.out)
     try:

@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_SEEDS, fail_in_one_line, option, parse
 from llmsched_gym.agents.planner_headroom import planner
-from llmsched_gym.agents.seeds import SELECTION_SEEDS
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_seeds
 from llmsched_gym.config import Scenario, scenario
 from llmsched_gym.cost import load_profile
+from llmsched_gym.evaluation.grid import check
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, run_cells
@@ -38,6 +39,7 @@ from llmsched_gym.report import console, intervals
 from llmsched_gym.workload import make_table
 
 PLANNER = "--planner"
+MOST_SETTINGS = 10_000
 CAPS, BUDGETS = (0.75, 0.8, 0.85), (512, 768, 1024)
 ON_TIME = "on-time[cap={cap},budget={budget}]"
 LENGTHS = "shortest-total[cap={cap},budget={budget}]"
@@ -48,11 +50,11 @@ class Config:
     constant: str = option("tuned-constant", "the policy to compare with")
     suite: str = option("drift", "suite")
     set: dict[str, Any] = option({}, "any other field of Scenario, as --set qps=1.8; may be repeated")  # noqa: RUF009
-    seeds: int = option(20, "seeds of a policy")
+    seeds: int = option(20, "seeds of a policy", most=MOST_SEEDS)
     first_seed: int = option(3000, "the first")
     selection_seeds: int = option(8, "selection seeds (2000, 2001, ...)")
     requests: int = option(2000, "measured requests of a run")
-    settings: int = option(200, "random constants that hindsight chooses from")
+    settings: int = option(200, "random constants that hindsight chooses from", most=MOST_SETTINGS)
     workers: int = option(2, "processes")
     ray: bool = option(False, "run on a Ray started here, of so many processes")
     ray_address: str = option("", "run on the Ray cluster at this address")
@@ -86,9 +88,11 @@ def random_constants(count: int, seed: int = 0) -> list[str]:
 def headroom(config: Config) -> dict[str, Any]:
     """Run everything; returns the table and writes it."""
     claim_file(Path(config.out), "table of this command", json_with("config", "policies"))
-    make_folder(Path(config.out).parent)
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
     seeds = range(config.first_seed, config.first_seed + config.seeds)
+    check_seeds("selection-seeds", config.selection_seeds, SELECTION_SEEDS)
+    check(world, [config.constant], [world.qps], config.first_seed)
+    make_folder(Path(config.out).parent)
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
     with choose(config.workers, config.ray, config.ray_address, [config.constant]) as places, opened(places) as pool:
 

@@ -24,6 +24,8 @@ OF_AGENTS = ("action", "observation", "action_repeat", "reward_scale", "tau_s", 
 """Fields of the environment that commands which have them as options look at there."""
 MOST_WIDTH = 1 << 14
 """Of a layer of a network; torch says in many lines that it cannot have much wider ones."""
+MOST_SEEDS = 1000
+"""Of runs that are all listed before the first."""
 MOST_SEED = 2**31 - 1
 """The generators of torch and CMA-ES take 32 bits, and some seeds are counted on from."""
 
@@ -31,7 +33,7 @@ MOST_SEED = 2**31 - 1
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A field with its default and its line of help; whole numbers with a default >= 1 are >= `low`, 1 unless given.
 
-    `most` is the largest that a number may be: 1e12 unless given, of a seed 2^31 - 1.
+    `most` is the largest that a number may be: 1e12 unless given, of a seed 2^31 - 1. `positive` numbers are no 0.
     """
     metadata["help"] = help
     if isinstance(default, dict | list):
@@ -132,6 +134,8 @@ def check_numbers(cls: type, values: Mapping[str, Any]) -> None:
                 raise ConfigError(f"--{name}: expected a whole number <= {most:,}, got {value}")
         if kind is float and not value >= 0.0:  # nan, too
             raise ConfigError(f"--{name}: expected a number >= 0, got {value}")
+        if kind is float and field.metadata.get("positive") and value == 0.0:
+            raise ConfigError(f"--{name}: expected a number above 0, got {value:g}")
         if kind is float and value > (most := field.metadata.get("most", MOST)):
             raise ConfigError(f"--{name}: expected a number <= {most:g}, got {value}")
         if kind is str and value == "" and field.default != "":

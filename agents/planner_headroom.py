@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.agents.futures import check_drawable, is_drawable
-from llmsched_gym.agents.options import option, parse
+from llmsched_gym.agents.options import MOST_SEEDS, option, parse
 from llmsched_gym.agents.planner import ALTERNATIVES, BASE, Plan, mean_utility, run_planned, schedulers
 from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, scenario, split_names
 from llmsched_gym.evaluation.run import simulate
@@ -42,12 +42,12 @@ class Config:
     suites: str = option("default,paper,drift,burst,tenants", "suites of one engine, with commas between")
     profiles: str = option("rtx6000ada-mistral-7b,rtx6000ada-mistral-7b-vllm", "cost profiles")
     loads: str = option("own,0.95", "shares of the fluid capacity; own: the suite's own rates")
-    seeds: int = option(10, "seeds of a policy")
+    seeds: int = option(10, "seeds of a policy", most=MOST_SEEDS)
     first_seed: int = option(3000, "the first")
     num_requests: int = option(300, "measured requests of a run")
     warmup_s: float = option(30.0, "seconds of arrivals before them (suites without a warm-up keep theirs)")
-    interval_s: float = option(1.0, "simulated seconds between decisions")
-    horizon_s: float = option(60.0, "simulated seconds of a rollout")
+    interval_s: float = option(1.0, "simulated seconds between decisions", positive=True)
+    horizon_s: float = option(60.0, "simulated seconds of a rollout", positive=True)
     futures: int = option(4, "drawn futures of a decision; 0: no uninformed planner", low=0)
     margin: float = option(0.0, "standard errors by which futures must favour leaving on-time; 0: their mean decides")
     alternatives: str = option("", "schedulers to try, the first follows all others; with ; between, none: sixteen")

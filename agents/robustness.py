@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_SEEDS, fail_in_one_line, option, parse
 from llmsched_gym.config import Scenario, scenario, split_names
+from llmsched_gym.evaluation.grid import check
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, run_cells
 from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 from llmsched_gym.fluid import fluid_capacity
-from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import console, intervals
 from llmsched_gym.text import table
 
@@ -41,8 +41,8 @@ TRACES = {"sharegpt": "openchat_sharegpt4.csv", "azure-conv": "azure_llm_2023_co
 class Config:
     policy: str = option("learned,tuned-constant,slai", "policies, separated by commas")
     baseline: str = option("sarathi", "what no policy should fall below")
-    share: float = option(0.8, "arrival rate, as a share of each world's fluid capacity")
-    seeds: int = option(10, "seeds of a cell")
+    share: float = option(0.8, "arrival rate, as a share of each world's fluid capacity", positive=True)
+    seeds: int = option(10, "seeds of a cell", most=MOST_SEEDS)
     first_seed: int = option(3000, "the first")
     requests: int = option(1000, "measured requests of a run")
     workers: int = option(2, "processes")
@@ -92,18 +92,20 @@ def utility(world: Scenario, policy: str, seed: int) -> float:
 def robustness(config: Config) -> list[dict[str, Any]]:
     """One entry per cell: its world, rate, and each policy's mean utilities by seed."""
     claim_file(Path(config.out), "table of this command", json_with("config", "cells"))
-    make_folder(Path(config.out).parent)
     policies = [*dict.fromkeys([*split_names([config.policy]), config.baseline])]
-    for policy in policies:
-        make_scheduler(policy)
-    found, cells = [], []
+    found: list[dict[str, Any]] = []
+    cells: list[tuple[Scenario, str, int]] = []
     for cell, plain in worlds():
         world = plain.replace(num_requests=config.requests)
         qps = config.share * fluid_capacity(world).qps
+        world = world.replace(qps=qps)
+        if not found:  # what one world can have, others can
+            check(world, policies, [qps], config.first_seed)
         found.append(cell | {"qps": qps, "mean_utility": {policy: [0.0] * config.seeds for policy in policies}})
-        cells += [(world.replace(qps=qps), *run) for run in itertools.product(policies, range(config.seeds))]
+        cells += [(world, *run) for run in itertools.product(policies, range(config.seeds))]
     runs = [(world, policy, config.first_seed + i) for world, policy, i in cells]
     each = len(policies) * config.seeds
+    make_folder(Path(config.out).parent)
     chosen = choose(config.workers, config.ray, config.ray_address, policies)
     with chosen as places, console.progress_bar("runs") as progress:
         values = run_cells(utility, runs, places, progress=progress)

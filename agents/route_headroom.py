@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_SEEDS, fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import read_weights, utility
-from llmsched_gym.agents.seeds import SELECTION_SEEDS
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_seeds
 from llmsched_gym.config import ClusterScenario, ConfigError, scenario, split_names
+from llmsched_gym.evaluation.grid import check
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, run_cells
@@ -49,13 +50,13 @@ HINTED = ("least-tokens", "slo-aware", "rad-route", "session")
 class Config:
     suite: str = option("cluster", "suite of replicas")
     set: dict[str, Any] = option({}, "any other field of the scenario, as --set qps=6; may be repeated")  # noqa: RUF009
-    load: float = option(1.0, "factor on the suite's rates")
+    load: float = option(1.0, "factor on the suite's rates", positive=True)
     also: str = option("", "other routers to compare, such as trained ones' folders, with commas between")
     weights: str = option("", "file of weights, of agents.tune_route")
     told: str = option("", "file of weights for a router that is told the future, of agents.tune_route --told")
     scheduler: str = option("slai", "who forms the batches of replicas")
     judged: int = option(10, "how many of the tuned routers are judged, the best on selection seeds")
-    seeds: int = option(20, "seeds of a router")
+    seeds: int = option(20, "seeds of a router", most=MOST_SEEDS)
     first_seed: int = option(3000, "the first")
     selection_seeds: int = option(4, "selection seeds (2000, 2001, ...)")
     requests: int = option(1000, "measured requests of a finite run")
@@ -94,16 +95,18 @@ def world_of(config: Config) -> ClusterScenario:
 def headroom(config: Config) -> dict[str, Any]:
     """Run everything; returns the table and writes it."""
     claim_file(Path(config.out), "table of this command", json_with("config", "routers"))
-    make_folder(Path(config.out).parent)
     world, also = world_of(config), split_names([config.also], "also") if config.also else []
     informed = world.replace(length_hint="oracle")
     for file in (config.weights, config.told):
         if file:
             read_weights(file)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
+    check_seeds("selection-seeds", config.selection_seeds, SELECTION_SEEDS)
     chosen_on = SELECTION_SEEDS[: config.selection_seeds]
     settings = [spec for name in routers() for spec in GRIDS.get(name, (name,))]
     hinted = [spec for spec in settings if spec.split("[")[0] in HINTED]
+    check(world, [f"{name}+{config.scheduler}" for name in (*settings, *also)], [world.qps], config.first_seed)
+    make_folder(Path(config.out).parent)
     files = [config.weights, config.told, config.scheduler, *also]
     with choose(config.workers, config.ray, config.ray_address, files) as places, opened(places) as pool:
 

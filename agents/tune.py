@@ -79,7 +79,7 @@ class Config(Spread, Evaluations, World, Run):
     template: str = option("", "a scheduler with ranges for parameters, tuned instead", group=SEARCH)
     steps: int = option(2_000_000, "simulated decisions to spend (one is action_repeat batches)", group=SEARCH)
     population: int = option(0, "candidates of a generation; 0: CMA-ES's own choice", group=SEARCH)
-    sigma: float = option(0.3, "first step size; scores of knobs go from 0 to 1", group=SEARCH)
+    sigma: float = option(0.3, "first step size; scores of knobs go from 0 to 1", positive=True, group=SEARCH)
     episodes: int = option(6, "runs of a candidate in a generation", group=SEARCH)
     requests: int = option(600, "measured requests of a run", group=SEARCH)
     eval_seeds: int = option(8, "selection seeds (2000, 2001, ...)")
@@ -309,8 +309,6 @@ def _check(config: Config) -> None:
     """What CMA-ES and the choice of seeds cannot do with."""
     if config.population == 1:
         raise ConfigError("--population: expected at least 2, or 0, got 1")
-    if config.sigma == 0.0:
-        raise ConfigError("--sigma: expected a number above 0, got 0")
     check_seeds("episodes", config.episodes, TRAINING_SEEDS)
 
 

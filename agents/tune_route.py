@@ -23,7 +23,10 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.agents.route_scores import AFFINITY, NAMES, read_weights, utility
 from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS, check_seeds
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, ConfigError, scenario
+from llmsched_gym.evaluation.grid import check
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
+
+ROUTER = "prefix-affinity"  # whose weights are the start
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,13 @@ class Config:
     scheduler: str = option("on-time", "who forms the batches of replicas")
     told: bool = option(False, "tell the router output lengths and later turns")
     start: str = option("", "file of weights to start from; by default those of prefix-affinity")
-    horizon_s: float = option(200.0, "seconds of a run")
+    horizon_s: float = option(200.0, "seconds of a run", positive=True)
     search: str = option("steps", "how to search", choices=("steps", "cma"))
     seeds: int = option(8, "training seeds of a candidate")
     selection_seeds: int = option(16, "selection seeds (2000, 2001, ...)")
     generations: int = option(20, "cma: of the search")
     population: int = option(10, "cma: candidates of a generation")
-    sigma: float = option(0.5, "length of a step; cma: how far the search looks at first")
+    sigma: float = option(0.5, "length of a step; cma: how far the search looks at first", positive=True)
     seed: int = option(0, "of the search")
     out: str = option("runs/weights.json", "file to write")
 
@@ -98,11 +101,10 @@ def tune(config: Config) -> dict[str, Any]:
     """Search; returns what it writes."""
     if config.population == 1:
         raise ConfigError("--population: expected at least 2, got 1")
-    if config.sigma == 0.0:
-        raise ConfigError("--sigma: expected a number above 0, got 0")
     check_seeds("seeds", config.seeds, TRAINING_SEEDS)
     check_seeds("selection-seeds", config.selection_seeds, SELECTION_SEEDS)
     world = world_of(config.suite, {"horizon_s": config.horizon_s, **config.set})
+    check(world, [f"{ROUTER}+{config.scheduler}"], [world.qps], TRAINING_SEEDS.start)
     start = read_weights(config.start) if config.start else AFFINITY
     free = [i for i, name in enumerate(NAMES) if config.told or name != "goes_on"]
 

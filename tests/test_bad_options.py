@@ -9,7 +9,7 @@ import gymnasium as gym
 import pytest
 
 import llmsched_gym  # noqa: F401  registers the environments
-from llmsched_gym.agents import headroom, robustness, route_headroom
+from llmsched_gym.agents import headroom, route_headroom
 from llmsched_gym.cli import main
 from llmsched_gym.cli.entry import typer_group
 from llmsched_gym.config import ConfigError, scenario
@@ -186,10 +186,46 @@ def test_a_folder_that_may_not_be_written_to(here, capsys):
     assert "closed may not be written to" in refused(["llmsched", "ppo", "--out", "closed/x"], capsys, here)
 
 
+# What modules of agents cannot have
+
+
+@pytest.mark.parametrize("module", ["headroom", "route_headroom", "robustness", "tune_route"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seeds", "1e9"], "--seeds: expected "),
+        (["--out", "/dev/null/x"], "out: cannot write to /dev/null"),
+    ],
+)
+def test_what_no_module_can_have(module, options, words, here, capsys):
+    assert refused([module, *options], capsys, here).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["headroom", "--constant", "nope"], "policy 'nope' is unknown"),
+        (["headroom", "--selection-seeds", "1001"], "--selection-seeds: expected at most 1,000"),
+        (["headroom", "--set", "profile=nope"], "profile: expected one of"),
+        (["route_headroom", "--scheduler", "nope"], "policy 'nope' is unknown"),
+        (["route_headroom", "--also", "nope"], "'nope'"),
+        (["route_headroom", "--load", "0"], "--load: expected a number above 0, got 0"),
+        (["robustness", "--baseline", "nope"], "policy 'nope' is unknown"),
+        (["robustness", "--share", "0"], "--share: expected a number above 0, got 0"),
+        (["tune_route", "--scheduler", "slai[budget=0]"], "budget"),
+        (["tune_route", "--set", "workload=nope"], "workload"),
+        (["headroom", "--planner", "--interval-s", "0"], "--interval-s: expected a number above 0, got 0"),
+        (["benchmark", "--eval-seeds", "1001"], "--eval-seeds: expected at most 1,000"),
+    ],
+)
+def test_what_one_module_cannot_have(argv, words, here, capsys):
+    assert words in refused(argv, capsys, here)
+
+
 # What goes wrong, or is to be quiet, among runs
 
 
-@pytest.mark.parametrize("module", [headroom, robustness, route_headroom])
+@pytest.mark.parametrize("module", [headroom, route_headroom])
 def test_an_error_among_runs_leaves_no_bar(module, here, capsys, monkeypatch):
     def run_cells(*cells, **more):
         raise ConfigError("qps: too much")
