@@ -97,6 +97,6 @@ def test_checks_of_ray_empty_no_folder_but_their_own(own, tmp_path):
         ray_map.new_folder(tmp_path)
         assert not held(tmp_path)
         return
-    with pytest.raises(ConfigError, match="holds files of something else"):
+    with pytest.raises(ConfigError, match=r"holds files of something else"):
         ray_map.new_folder(tmp_path)
     assert (tmp_path / "own_policy.py").read_text() == "mine"
