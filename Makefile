@@ -42,8 +42,9 @@ format: install
 
 # Lines of llmsched_gym/engine, env and evaluation that tests run. Coverage does not see compiled code, so kernels count as
 # plain Python, a thousand times as slow, in those tests of COVERED_INTERPRETED that take seconds then; all other lines
-# count in COVERED_COMPILED. More than an hour of one core, and not in CI, whose time is used up. The lines count of a test that
-# fails, too: some have seconds for something, and measured everything takes longer.
+# count in COVERED_COMPILED. An hour of two cores with Python 3.12 or later (PYTHON=python3.13), whose sys.monitoring costs next to
+# nothing, and not in CI, whose time is used up. The lines count of a test that fails, too: some have seconds for something,
+# and measured everything takes longer.
 COVERED_COMPILED = $(addprefix tests/test_,arena*.py bench.py cli*.py cluster*.py columns.py capacities.py compiling.py docs.py env_*.py \
 	engine_determinism.py evaluation*.py hostile_files.py interrupts.py long_run.py metrics*.py out_folders.py policies.py \
 	record*.py render.py replay.py robustness.py route_policy.py sessions.py spread.py stateful_env.py suites.py \
@@ -57,7 +58,8 @@ SLOW_INTERPRETED = compiled or interpreted or rules_hold or crowded or drains or
 	or checker or library_finds or stable_baselines or gymnasium or single_engine or side_by_side or every_block \
 	or without_prefix_caching or than_a_block or outside_an_array or as_it_acts or together_equals \
 	or is_the_scheduler or vector_of_them or held_throughout or whatever_the_number or aging or beats_what \
-	or can_be_promised or plan_as_knobs or after_evictions or surface_says or knows_the_price or additive
+	or can_be_promised or plan_as_knobs or run_of_the_cluster or after_evictions or surface_says \
+	or knows_the_price or additive
 COVERAGE = $(VENV)/bin/python -m coverage
 
 coverage: install
