@@ -29,10 +29,13 @@ from llmsched_gym.agents.benchmark_scores import Reference, curves, lines_of, ma
 from llmsched_gym.agents.options import MOST_SEEDS, fail_in_one_line, option, parse
 from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_seeds
 from llmsched_gym.config import ConfigError, Scenario
+from llmsched_gym.cost import ProfileError
+from llmsched_gym.evaluation.grid import check
 from llmsched_gym.evaluation.spread import opened, spread
 from llmsched_gym.evaluation.store import lock_folder
 from llmsched_gym.files import claim_folder, make_folder, write_text
 from llmsched_gym.report import console
+from llmsched_gym.workload import TraceError
 
 RULES = (
     "sarathi",
@@ -157,6 +160,12 @@ def benchmark(config: Config) -> str:
     """Train what is missing, write tables and curves; returns the Markdown."""
     presets = find_presets(config.presets)
     check_seeds("eval-seeds", config.eval_seeds, SELECTION_SEEDS)
+    for preset in presets:
+        world = preset.scenario(config.requests)
+        try:
+            check(world, RULES, [world.qps], TEST_SEED)
+        except (ConfigError, ProfileError, TraceError) as error:
+            raise ConfigError(f"presets: {preset.name}: world: {error}") from None
     store = Results(config)
     lock = lock_folder(store.out)
     try:

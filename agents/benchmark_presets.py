@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmsched_gym.agents.options import KINDS, check_values, is_of_kind
+from llmsched_gym.agents.options import KINDS, MOST, MOST_WIDTH, check_values, is_of_kind
 from llmsched_gym.config import ConfigError, EnvConfig, Scenario, UnknownField, env_config, scenario
 from llmsched_gym.files import digest_of
 
@@ -67,8 +67,22 @@ OURS = (  # options, but no settings; the last are the benchmark's own
     *("out", "seed", "steps", "suite", "set", "resume", "env", "backend", "model"),
     *("eval_every", "eval_seeds", "eval_requests", "checkpoint_every"),
 )
-SIZES = ("num_envs", "n_steps", "batch_size", "buffer_size", "hidden")
-SB3S = ("policy", "env", "policy_kwargs", "seed", "device", "self", "tensorboard_log", "verbose", "_init_setup_model")
+SIZES = (
+    "num_envs",
+    "n_steps",
+    "batch_size",
+    "buffer_size",
+    "hidden",
+    "n_epochs",
+    "train_freq",
+    "target_update_interval",
+)
+SB3S = (  # parameters of SB3's algorithms, but no settings: the benchmark's own, and what no text can name
+    *("policy", "env", "policy_kwargs", "seed", "device", "self", "tensorboard_log", "verbose", "_init_setup_model"),
+    *("replay_buffer_class", "replay_buffer_kwargs", "rollout_buffer_class", "rollout_buffer_kwargs", "action_noise"),
+)
+SHARES = ("gamma", "gae_lambda", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
+"""Settings of SB3's algorithms that are at most 1."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,8 @@ def read_preset(path: Path) -> Preset:
     for name, table in (("world", world), ("settings", settings)):
         if not isinstance(table, dict):
             raise ConfigError(f"presets: {path}: {name}: expected a table, got {table!r}")
+    if "suite" in world:
+        raise ConfigError(f"presets: {path}: world.suite: stands above the tables, as suite = {world['suite']!r}")
     _known(path, "settings.", settings, settings_of(learner))
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     try:
@@ -162,9 +178,14 @@ def _check_settings(learner: str, settings: dict[str, Any]) -> None:
             raise ConfigError(f"{name}: expected {KINDS[kind]}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}: expected a number, got {value!r}")
+        most = 1.0 if name in SHARES else MOST
+        if kind is float and not 0.0 <= value <= most:
+            raise ConfigError(f"{name}: expected a number from 0 to {most:g}, got {value!r}")
         least = min(value, default=1) if name == "hidden" else value
         if name in (*SIZES, *LEARNERS[learner].network) and least < 1:
             raise ConfigError(f"{name}: expected at least 1, got {least!r}")
+        if name == "hidden" and max(value, default=1) > MOST_WIDTH:
+            raise ConfigError(f"{name}: expected widths up to {MOST_WIDTH:,}, got {max(value)}")
 
 
 def find_presets(wanted: str) -> list[Preset]:

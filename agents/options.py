@@ -166,12 +166,15 @@ KINDS: dict[Any, str] = {
     float: "a number",
     str: "text",
     tuple[int, ...]: "a list of whole numbers",
+    dict[str, Any]: "a table",
 }
 """Types of values, and what each is called."""
 
 
 def is_of_kind(value: Any, kind: Any) -> bool:
     """Whether a value is of one of KINDS."""
+    if kind == dict[str, Any]:
+        return isinstance(value, dict)
     if kind == tuple[int, ...]:
         return isinstance(value, tuple) and all(is_of_kind(number, int) for number in value)
     if isinstance(value, bool) or kind is bool:

@@ -25,6 +25,7 @@ from llmsched_gym.agents.futures import check_drawable, is_drawable
 from llmsched_gym.agents.options import MOST_SEEDS, option, parse
 from llmsched_gym.agents.planner import ALTERNATIVES, BASE, Plan, mean_utility, run_planned, schedulers
 from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, scenario, split_names
+from llmsched_gym.evaluation.grid import check
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.files import claim_file, digest_of, make_folder
 from llmsched_gym.fluid import fluid_capacity
@@ -139,6 +140,8 @@ def headroom(config: Config) -> list[Row]:
     claim_file(out, "file of planners' runs", _is_own)
     schedulers(_alternatives(config))
     found = list(worlds(config))
+    for _, world in found:
+        check(world, [BASE], [world.qps], config.first_seed)
     by_world = [plans(config, world) for _, world in found]
     make_folder(out.parent)
     done = {row["run"]: row for row in _read(out)}

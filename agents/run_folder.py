@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llmsched_gym.agents.options import check_values
 from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError, find_suite
 from llmsched_gym.files import check_place, claim_folder, digest_of, make_folder, write_text
 
@@ -51,7 +52,15 @@ def open_run(config: Settings) -> Settings:
     content = settings.pop(_CONTENT, None) if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not settings.keys() <= fields.keys() - {*_NOT_KEPT}:
         raise ConfigError(f"out: {path}: expected the settings of such a run, got something else's")
-    tuples = {name: tuple(value) for name, value in settings.items() if isinstance(fields[name], tuple)}
+    tuples = {
+        name: tuple(value)
+        for name, value in settings.items()
+        if isinstance(fields[name], tuple) and isinstance(value, list)
+    }
+    try:
+        check_values(type(given), {**settings, **tuples})
+    except ConfigError as error:
+        raise ConfigError(f"out: {path}: {error}") from None
     own = {name: value for name, value in dataclasses.asdict(given).items() if name in _NOT_KEPT}
     kept = type(given)(**{**own, **settings, **tuples, "resume": True})
     for field in dataclasses.fields(given):

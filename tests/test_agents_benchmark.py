@@ -45,6 +45,14 @@ def file(tmp_path):
     return path
 
 
+@pytest.mark.parametrize("field", ["profile", "workload", "trace"])
+def test_a_world_that_cannot_run_is_refused_before_there_is_a_folder(field, file, tmp_path):
+    file.write_text(TINY.replace("[settings]", f"{field} = '/nope'\n[settings]"))
+    with pytest.raises(ConfigError, match=r"^presets: tiny: world: .*nope") as error:
+        benchmark.benchmark(benchmark.Config(presets=str(file), out=str(tmp_path / "out")))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
 def test_every_preset_is_an_environment_that_its_learner_can_act_in():
     presets = find_presets("*")
     assert [preset.name for preset in presets] == sorted(path.stem for path in FOLDER.glob("*.toml"))
@@ -69,6 +77,11 @@ def test_every_preset_is_an_environment_that_its_learner_can_act_in():
         ("[8]", "8", "settings.hidden: expected a list of whole numbers, got 8"),
         ("[8]", "[-8]", "settings.hidden: expected at least 1, got -8"),
         ("n_steps = 4", "learning_rate = 'fast'", "settings.learning_rate: expected a number, got 'fast'"),
+        ("n_steps = 4", "learning_rate = -1.0", "settings.learning_rate: expected a number from 0 to 1e+12, got -1.0"),
+        ("n_steps = 4", "gamma = 7.0", "settings.gamma: expected a number from 0 to 1, got 7.0"),
+        ("n_steps = 4", "rollout_buffer_class = 'x'", "settings.rollout_buffer_class: expected one of"),
+        ("[8]", "[1000000]", "settings.hidden: expected widths up to 16,384, got 1000000"),
+        ("qps = 2.0", "suite = 'paper'", "world.suite: stands above the tables"),
         ("n_steps = 4", "learning_rate = nan", "settings.learning_rate: expected a number, got nan"),
         ("n_steps = 4", "normalize_advantage = 'no'", "settings.normalize_advantage: expected true or false, got 'no'"),
     ],

@@ -186,6 +186,26 @@ def test_a_folder_that_may_not_be_written_to(here, capsys):
     assert "closed may not be written to" in refused(["llmsched", "ppo", "--out", "closed/x"], capsys, here)
 
 
+# Settings of a run that goes on
+
+
+@pytest.mark.parametrize("command", ["train", "ppo", "tune"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ('{"steps": "x"}', "--steps: expected a whole number, got 'x'"),
+        ('{"seed": null}', "--seed: expected a whole number, got None"),
+        ('{"set": [1]}', "--set: expected a table, got [1]"),
+        ('{"steps": -5}', "--steps: expected a whole number >= 1, got -5"),
+    ],
+)
+def test_settings_that_no_run_has_are_not_gone_on_with(command, settings, words, here, capsys):
+    (here / "run").mkdir()
+    (here / "run" / "config.json").write_text(settings)
+    line = refused(["llmsched", command, "--resume", "--out", "run"], capsys, here)
+    assert line == f"out: run/config.json: {words}"
+
+
 # What modules of agents cannot have
 
 
@@ -215,6 +235,7 @@ def test_what_no_module_can_have(module, options, words, here, capsys):
         (["tune_route", "--scheduler", "slai[budget=0]"], "budget"),
         (["tune_route", "--set", "workload=nope"], "workload"),
         (["headroom", "--planner", "--interval-s", "0"], "--interval-s: expected a number above 0, got 0"),
+        (["headroom", "--planner", "--profiles", "nope", "--loads", "own"], "profile: expected one of"),
         (["benchmark", "--eval-seeds", "1001"], "--eval-seeds: expected at most 1,000"),
     ],
 )
