@@ -26,7 +26,7 @@ from llmsched_gym.agents.export import load_actor
 from llmsched_gym.agents.networks import Normaliser, policy_class, policy_kwargs
 from llmsched_gym.agents.seeds import SELECTION_SEEDS
 from llmsched_gym.agents.train import typical_features
-from llmsched_gym.config import EnvConfig, Scenario
+from llmsched_gym.config import ConfigError, EnvConfig, Scenario
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
@@ -143,7 +143,10 @@ def _sb3(preset: Preset, training: Training) -> Trained:
     slots = preset.config.observation == "slots"
     network = {"net_arch": list(hidden)} | ({} if slots else {"features_extractor_class": Normaliser})
     network |= {name: settings.pop(name) for name in learner.network if name in settings}
-    model = cls(learner.policy, env, policy_kwargs=network, seed=training.seed, device="cpu", **settings)
+    try:
+        model = cls(learner.policy, env, policy_kwargs=network, seed=training.seed, device="cpu", **settings)
+    except (AssertionError, TypeError, ValueError) as error:  # of settings that do not go together
+        raise ConfigError(f"presets: {preset.name}: settings: {' '.join(str(error).split())}") from None
     own = [part for part in model.policy.modules() if isinstance(part, Normaliser)]  # a target network has its own, too
     if own:
         typical = typical_features(env, training.seed)

@@ -76,6 +76,7 @@ SIZES = (
     "n_epochs",
     "train_freq",
     "target_update_interval",
+    "stats_window_size",
 )
 SB3S = (  # parameters of SB3's algorithms, but no settings: the benchmark's own, and what no text can name
     *("policy", "env", "policy_kwargs", "seed", "device", "self", "tensorboard_log", "verbose", "_init_setup_model"),
@@ -143,6 +144,7 @@ def read_preset(path: Path) -> Preset:
     preset = Preset(path.stem, learner, data.get("suite", "default"), world, settings)
     try:
         action = preset.config.action
+        _check_world(preset)
     except UnknownField as error:
         raise ConfigError(f"presets: {path}: world: {error.told}") from None
     except ConfigError as error:
@@ -163,6 +165,16 @@ def settings_of(learner: str) -> tuple[str, ...]:
     return ("num_envs", "hidden", *LEARNERS[learner].network, *names)
 
 
+def _check_world(preset: Preset) -> None:
+    """Raise ConfigError for a world that the learner does not know."""
+    expected = {"backend": "simulated", "mask_in_observation": None}
+    if preset.learner == "own-ppo":
+        expected["observation"] = "features"
+    for name, value in expected.items():
+        if (got := getattr(preset.config, name)) != value:
+            raise ConfigError(f"world.{name}: expected {value!r} for {preset.learner}, got {got!r}")
+
+
 def _check_settings(learner: str, settings: dict[str, Any]) -> None:
     """Raise ConfigError where a value is none that the learner's setting can have."""
     module, name = LEARNERS[learner].place
@@ -181,6 +193,8 @@ def _check_settings(learner: str, settings: dict[str, Any]) -> None:
         most = 1.0 if name in SHARES else MOST
         if kind is float and not 0.0 <= value <= most:
             raise ConfigError(f"{name}: expected a number from 0 to {most:g}, got {value!r}")
+        if kind is int and not -1 <= value <= MOST:  # -1 of some means as many as can be
+            raise ConfigError(f"{name}: expected a whole number from -1 to {MOST:g}, got {value!r}")
         least = min(value, default=1) if name == "hidden" else value
         if name in (*SIZES, *LEARNERS[learner].network) and least < 1:
             raise ConfigError(f"{name}: expected at least 1, got {least!r}")

@@ -27,7 +27,7 @@ import numpy as np
 from llmsched_gym.agents.options import MOST_SEEDS, fail_in_one_line, option, parse
 from llmsched_gym.agents.planner_headroom import planner
 from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_seeds
-from llmsched_gym.config import Scenario, scenario
+from llmsched_gym.config import ClusterScenario, ConfigError, Scenario, scenario
 from llmsched_gym.cost import load_profile
 from llmsched_gym.evaluation.grid import check
 from llmsched_gym.evaluation.metrics import row
@@ -89,6 +89,8 @@ def headroom(config: Config) -> dict[str, Any]:
     """Run everything; returns the table and writes it."""
     claim_file(Path(config.out), "table of this command", json_with("config", "policies"))
     world = scenario(config.suite, **{"num_requests": config.requests, **config.set})
+    if isinstance(world, ClusterScenario):
+        raise ConfigError(f"suite: expected one of one engine, got {config.suite!r}")
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     check_seeds("selection-seeds", config.selection_seeds, SELECTION_SEEDS)
     check(world, [config.constant], [world.qps], config.first_seed)

@@ -26,6 +26,8 @@ MOST_WIDTH = 1 << 14
 """Of a layer of a network; torch says in many lines that it cannot have much wider ones."""
 MOST_SEEDS = 1000
 """Of runs that are all listed before the first."""
+MOST_WORKERS = 1024
+"""Processes that one machine is asked for; there are as many as runs, where those are fewer."""
 MOST_SEED = 2**31 - 1
 """The generators of torch and CMA-ES take 32 bits, and some seeds are counted on from."""
 
@@ -110,6 +112,8 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
     for name, kind in hints.items():
         if kind == dict[str, Any]:
             values[name] = dict(values[name] or ())
+            if name == "set" and "suite" in values["set"]:
+                raise ConfigError("--set: suite is no field of the scenario; use the option of that name")
             for own in OF_AGENTS:
                 if name == "set" and own in values["set"] and own in hints:
                     raise ConfigError(f"--set: {own} has an option of its own, --{own.replace('_', '-')}")
@@ -129,7 +133,8 @@ def check_numbers(cls: type, values: Mapping[str, Any]) -> None:
             low = field.metadata.get("low", 0 if is_seed or field.default == 0 else 1)
             if value < low:
                 raise ConfigError(f"--{name}: expected a whole number >= {low}, got {value}")
-            most = field.metadata.get("most", MOST_SEED if is_seed else int(MOST))
+            usual = MOST_SEED if is_seed else MOST_WORKERS if field.name == "workers" else int(MOST)
+            most = field.metadata.get("most", usual)
             if value > most:
                 raise ConfigError(f"--{name}: expected a whole number <= {most:,}, got {value}")
         if kind is float and not value >= 0.0:  # nan, too
@@ -204,8 +209,6 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {text!r}")
-    if name == "suite":
-        raise argparse.ArgumentTypeError("suite is no field of the scenario; use the option of that name")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -244,6 +247,9 @@ def fail_in_one_line(main: Callable[[], Any], interrupted: str = RESUMES) -> int
         return 2
     except MemoryError as error:
         print(f"error: not enough memory: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, say
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)

@@ -84,7 +84,7 @@ def value(world: ClusterScenario, scheduler: str, router: str, seed: int) -> flo
 def world_of(config: Config) -> ClusterScenario:
     """The suite at its load; ConfigError if it has one engine."""
     lasts = {"horizon_s": config.horizon_s} if config.horizon_s else {"num_requests": config.requests}
-    world = scenario(config.suite, **lasts, **config.set)
+    world = scenario(config.suite, **{**lasts, **config.set})
     if not isinstance(world, ClusterScenario):
         raise ConfigError(f"suite: expected one of replicas, got {config.suite!r}")
     low, high = world.qps_range

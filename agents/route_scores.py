@@ -140,8 +140,8 @@ def read_weights(file: str) -> np.ndarray:
         found = json.loads(Path(file).read_text())["weights"]
         weights = np.array([float(found[name]) for name in NAMES])
     except OSError as error:
-        raise ConfigError(f"weights: expected a file of agents.tune_route, {file!r}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"weights: expected a file of agents.tune_route, got {file!r}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ConfigError(f"weights: {file}: expected weights of {', '.join(NAMES)}, got {error!r}") from None
     if not np.isfinite(weights).all():
         wrong = NAMES[int(np.argmin(np.isfinite(weights)))]

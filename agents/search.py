@@ -42,7 +42,7 @@ from llmsched_gym.config import ConfigError, env_config
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import Pool, opened, run_cells
-from llmsched_gym.files import dumps, write_text
+from llmsched_gym.files import dumps, json_with, write_text
 from llmsched_gym.report import console, intervals
 
 GIVEN = "given"  # the settings that the search was given, among the finals
@@ -113,6 +113,8 @@ def judges(config: Config) -> list[int]:
 def search(config: Config) -> dict[str, Any]:
     """Run or go on with a search; returns what best.json holds."""
     config = open_run(config)
+    if config.resume and not json_with("trials")(Path(config.out) / "config.json"):  # a training has but part of these
+        raise ConfigError(f"out: {config.out} holds a training, and no search; choose another folder")
     space = space_of(config, config.space)
     _check(config)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -160,9 +162,10 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"eval-seeds: there are {len(SELECTION_SEEDS)} selection seeds, for trials and finals together"
         )
-    if config.warm_start and not Path(config.warm_start).exists():
-        raise ConfigError(f"warm_start: {config.warm_start}: no such file or folder")
     training._check(config)
+    env, model = training.prepared(config)  # what no environment or network can have, no trial could
+    if config.warm_start:
+        training.warm_start(model.policy, env.env.config, Path(config.warm_start))
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

@@ -131,6 +131,12 @@ def make_model(config: Config, env: TrainingEnv) -> PPO | MaskablePPO:
     )
 
 
+def prepared(config: Config) -> tuple[TrainingEnv, PPO | MaskablePPO]:
+    """The environments of a training and its model; ConfigError for what they cannot have."""
+    env = TrainingEnv(1 if config.is_real else config.num_envs, config.suite, config.seed, **config.world())
+    return env, make_model(config, env)
+
+
 TYPICAL_BATCHES = 12_800
 """In an environment; those of typical features, where actions are held so long that fewer of them do."""
 
@@ -190,9 +196,8 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
     torch.set_num_threads(config.threads)
     torch.distributions.Distribution.set_default_validate_args(False)  # a tenth of the time
 
-    env = TrainingEnv(1 if config.is_real else config.num_envs, config.suite, config.seed, **config.world())
+    env, model = prepared(config)
     world = env.env.config
-    model = make_model(config, env)
     model.set_logger(Logger(folder=None, output_formats=[]))
     callback: Any = Discounts(per_second=config.discount == "second")
 

@@ -154,7 +154,7 @@ def test_tuning_keeps_the_better_one_and_is_compared(search, tmp_path):
     world = route_headroom.world_of(config)
     assert world.qps == 4.5 and world.qps_range == (1.5 * 4.1, 1.5 * 7.6)
     with pytest.raises(
-        ConfigError, match=r"weights: expected a file of agents.tune_route, 'nowhere.json': No such file"
+        ConfigError, match=r"weights: expected a file of agents.tune_route, got 'nowhere.json': No such file"
     ):
         route_headroom.headroom(route_headroom.Config(weights="nowhere.json"))
     with pytest.raises(ConfigError, match="suite: expected one of cluster, hetero, disagg, got 'default'"):
@@ -172,7 +172,7 @@ def test_wrong_weights_and_folders_are_one_line_before_any_run(tmp_path, monkeyp
     file.write_text(json.dumps({"weights": {**dict.fromkeys(NAMES, 0.0), "is_last": float("nan")}}))
     with pytest.raises(ConfigError, match=r"w\.json: is_last: expected a finite number, got nan"):
         read_weights(str(file))
-    with pytest.raises(ConfigError, match=r"weights: expected a file of agents\.tune_route, '': Is a directory"):
+    with pytest.raises(ConfigError, match=r"weights: expected a file of agents\.tune_route, got '': Is a directory"):
         read_weights("")
 
 

@@ -237,10 +237,61 @@ def test_what_no_module_can_have(module, options, words, here, capsys):
         (["headroom", "--planner", "--interval-s", "0"], "--interval-s: expected a number above 0, got 0"),
         (["headroom", "--planner", "--profiles", "nope", "--loads", "own"], "profile: expected one of"),
         (["benchmark", "--eval-seeds", "1001"], "--eval-seeds: expected at most 1,000"),
+        (["headroom", "--suite", "cluster"], "suite: expected one of one engine, got 'cluster'"),
+        (["headroom", "--workers", "1e6"], "--workers: expected a whole number <= 1,024, got 1000000"),
+        (["route_headroom", "--set", "num_requests=0"], "num_requests: expected a whole number >= 1, got 0"),
+        (["imitate_route"], "weights: expected a file of agents.tune_route, got ''"),
     ],
 )
 def test_what_one_module_cannot_have(argv, words, here, capsys):
     assert words in refused(argv, capsys, here)
+
+
+PRESET = 'learner = "{}"\n[world]\naction = "preset"\n{}\n[settings]\n{}\n'
+
+
+@pytest.mark.parametrize(
+    ("learner", "world", "settings", "words"),
+    [
+        ("dqn", 'mask_in_observation = "rllib"', "", "world.mask_in_observation: expected None for dqn, got 'rllib'"),
+        ("own-ppo", 'observation = "slots"', "", "world.observation: expected 'features' for own-ppo, got 'slots'"),
+        ("dqn", "", "gradient_steps = -5", "settings.gradient_steps: expected a whole number from -1 to"),
+    ],
+)
+def test_presets_that_no_training_can_have(learner, world, settings, words, here, capsys):
+    (here / "mine.toml").write_text(PRESET.format(learner, world, settings))
+    assert refused(["benchmark", "--presets", "mine.toml"], capsys, here).startswith(f"presets: mine.toml: {words}")
+
+
+def test_settings_of_a_preset_that_do_not_go_together_are_one_line(here):
+    from llmsched_gym.agents.benchmark_learners import Training, learn
+    from llmsched_gym.agents.benchmark_presets import read_preset
+
+    (here / "mine.toml").write_text(PRESET.format("a2c", "", "use_sde = true"))
+    with pytest.raises(ConfigError, match=r"^presets: mine: settings: .*[^\n]$"):
+        learn(read_preset(here / "mine.toml"), Training(16, 0, here / "out" / "seed-0", 16, 4))
+
+
+def test_a_search_refuses_what_no_trial_could_have_and_folders_of_trainings(here, capsys):
+    pytest.importorskip("optuna", reason="needs optuna")
+    from llmsched_gym.agents.run_folder import start_run
+    from llmsched_gym.agents.train import Config
+
+    (here / "file").write_text("mine")
+    assert "warm_start: file: expected a run" in refused(["llmsched", "search", "--warm-start", "file"], capsys, here)
+    start_run(Config(out="run"))
+    line = refused(["llmsched", "search", "--resume", "--out", "run"], capsys, here)
+    assert line == "out: run holds a training, and no search; choose another folder"
+
+
+def test_an_error_of_the_system_is_one_line(here, capsys, monkeypatch):
+    def fail(*args, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(headroom, "run_cells", fail)
+    monkeypatch.setattr(sys, "argv", ["headroom", "--workers", "1"])
+    assert headroom.main() == 1
+    assert capsys.readouterr() == ("", "error: [Errno 28] No space left on device\n")
 
 
 # What goes wrong, or is to be quiet, among runs
