@@ -74,6 +74,8 @@ def _groups(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in cls.__mro__[:0:-1]:
         title = (base.__doc__ or "").rstrip(".")
+        if title.startswith(f"{base.__name__}("):  # what dataclasses call those that have no docstring
+            continue
         found |= {name: title for name in vars(base).get("__annotations__", {})}
     return {field.name: field.metadata.get("group", found.get(field.name, "")) for field in dataclasses.fields(cls)}
 
