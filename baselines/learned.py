@@ -23,7 +23,7 @@ def shipped(name: str, what: str) -> Callable[..., Any]:
 
 SCHEDULERS = {
     "learned": shipped(
-        "learned", "a network that sets the knobs at every batch, a student of on-time (docs/agents.md)"
+        "learned", "a network that sets the knobs at every batch, a student of on-time (docs/agents_results.md)"
     ),
     "tuned-constant": shipped("tuned-constant", "the best constant knobs that CMA-ES found on drift"),
     "tuned-linear": shipped("tuned-linear", "the best linear rule from features to knobs that CMA-ES found on drift"),

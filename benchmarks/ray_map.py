@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,13 +27,12 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks import whole
+from benchmarks import new_folder, whole
 from llmsched_gym.config import ConfigError, Scenario, scenario
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.ray_pool import LOOPBACK, NO_CLUSTER, RayPool
 from llmsched_gym.evaluation.spread import choose, spread
 from llmsched_gym.evaluation.workers import Workers
-from llmsched_gym.files import check_place, claim_folder, make_folder
 from llmsched_gym.help_text import OneLineParser, place
 from llmsched_gym.text import number, table
 
@@ -238,17 +236,9 @@ def cost(args: argparse.Namespace) -> bool:
     return good
 
 
+MARKS = {"own_policy.py": lambda path: path.read_text() == OWN}
+"""By which a folder is known as one of this module."""
 SECTIONS = {"rows": rows, "worker": worker, "nodes": nodes, "driver": driver, "listens": listens, "cost": cost}
-
-
-def new_folder(out: Path) -> None:
-    """Make the folder, empty; ConfigError of one line where it holds what no run of this module has left."""
-    marks = {"own_policy.py": lambda path: path.read_text() == OWN}
-    claim_folder(out, "checks of this module", marks)
-    check_place(out)
-    if any((out / name).exists() for name in marks):
-        shutil.rmtree(out)
-    make_folder(out)
 
 
 def main() -> int:
@@ -267,7 +257,7 @@ def main() -> int:
         if name not in SECTIONS:
             parser.error(f"--section: expected some of {', '.join(SECTIONS)}, got {name!r}")
     try:
-        new_folder(args.out)
+        new_folder(args.out, MARKS)
     except ConfigError as error:
         parser.error(str(error))
     args.out = args.out.resolve()

@@ -17,7 +17,6 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import new_folder
 from llmsched_gym.agents import rllib
 from llmsched_gym.agents.rllib_env import RLlibVectorEnv
 from llmsched_gym.config import ConfigError, env_config
@@ -35,7 +35,7 @@ from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.ray_pool import NO_CLUSTER, RayPool
 from llmsched_gym.evaluation.run import simulate
-from llmsched_gym.files import check_place, claim_folder, json_with, make_folder, write_text
+from llmsched_gym.files import json_with, write_text
 from llmsched_gym.help_text import OneLineParser, place
 from llmsched_gym.report import intervals
 
@@ -182,16 +182,6 @@ def masks(args: argparse.Namespace) -> bool:
 SECTIONS = {"episodes": episodes, "masks": masks, "resume": resume, "train": train, "folder": folder}
 
 
-def new_folder(out: Path) -> None:
-    """Make the folder, empty; ConfigError of one line where it holds what no run of this module has left."""
-    marks = {MARK: json_with("sections", "algorithm")}
-    claim_folder(out, "checks of this module", marks)
-    check_place(out)
-    if any((out / name).exists() for name in marks):
-        shutil.rmtree(out)
-    make_folder(out)
-
-
 def main() -> int:
     parser = OneLineParser(prog="python -m benchmarks.rllib_check", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--section", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
@@ -207,7 +197,7 @@ def main() -> int:
         if name not in SECTIONS:
             parser.error(f"--section: expected some of {', '.join(SECTIONS)}, got {name!r}")
     try:
-        new_folder(args.out)
+        new_folder(args.out, {MARK: json_with("sections", "algorithm")})
     except ConfigError as error:
         parser.error(str(error))
     write_text(args.out / MARK, json.dumps({"sections": sections, "algorithm": args.algorithm}) + "\n")

@@ -50,7 +50,7 @@ def make_folder(out: Path) -> None:
 
 
 def check_place(out: Path, field: str = "out") -> None:
-    """Refuse a folder that :func:`make_folder` could not make or write to: ConfigError of one line; makes nothing."""
+    """Refuse a folder that :func:`make_folder` could not make or write to: ConfigError of one line; leaves nothing."""
     try:
         there = next(path for path in (out, *out.absolute().parents) if path.exists())
     except OSError as error:
@@ -58,10 +58,8 @@ def check_place(out: Path, field: str = "out") -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "may not be written to" if there.is_dir() else "is no folder"
         raise ConfigError(f"{field}: cannot write to {out}: {there} {what}")
-    try:
-        os.rmdir(
-            tempfile.mkdtemp(prefix=".trial-", dir=there)
-        )  # the superuser may write everywhere, /proc holds nothing
+    try:  # asked of the system, too: the superuser may write everywhere, and /proc takes nothing
+        os.rmdir(tempfile.mkdtemp(prefix=".trial-", dir=there))
     except OSError as error:
         raise ConfigError(f"{field}: cannot write to {out}: {there} takes no folder: {error.strerror}") from None
 
@@ -83,7 +81,7 @@ def claim_folder(out: Path, kind: str, marks: Mapping[str, Callable[[Path], bool
 
 
 def claim_file(out: Path, kind: str, is_own: Callable[[Path], bool], field: str = "out") -> None:
-    """Refuse a folder, a file that is no `kind`, a place for none: ConfigError of one line; makes nothing."""
+    """Refuse a folder, a file that is no `kind`, a place for none: ConfigError of one line; leaves nothing."""
     if _is_folder(out, field):
         raise ConfigError(f"{field}: expected a file to write, got the folder {out}")
     if out.exists() and not _holds(is_own, out):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ray_map
+from benchmarks import new_folder, ray_map
 from llmsched_gym import cli
 from llmsched_gym.agents.run_folder import open_run
 from llmsched_gym.config import ConfigError
@@ -94,9 +94,9 @@ def test_a_policy_folder_with_something_of_ones_own_in_it_is_not_replaced(tmp_pa
 def test_checks_of_ray_empty_no_folder_but_their_own(own, tmp_path):
     (tmp_path / "own_policy.py").write_text(ray_map.OWN if own else "mine")
     if own:
-        ray_map.new_folder(tmp_path)
+        new_folder(tmp_path, ray_map.MARKS)
         assert not held(tmp_path)
         return
     with pytest.raises(ConfigError, match=r"holds files of something else"):
-        ray_map.new_folder(tmp_path)
+        new_folder(tmp_path, ray_map.MARKS)
     assert (tmp_path / "own_policy.py").read_text() == "mine"
