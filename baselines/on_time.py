@@ -10,8 +10,8 @@ With prefix caching they also wait while running requests fill much of the KV ca
 contexts of sessions that are on time, whose next turns are late then, too, and so on until nothing is cached.
 
 Where the KV cache is short (it holds fewer than `short` requests of the longest length, the concurrency that vLLM
-prints when it starts), they wait likewise: a late prompt takes what those on time need. And while every promise has
-slack, batches are small: decodes come by faster, end sooner, and give their blocks back.
+prints when it starts), they wait likewise: a late prompt takes what those on time need. And while as much is in use and
+every promise has slack, batches are small: decodes come by faster, end sooner, and give their blocks back.
 
 Where the profile knows that decodes cost more beside a prompt (`mix=auto`), time decides: if the decodes and the
 prompts at hand take longer in one batch than in one each, decodes are put off while anything is promised, and prompts
@@ -54,7 +54,7 @@ OWN = (
     Own("mix", AUTO, MIXES.index, f"one of {', '.join(MIXES)}"),
     # where the cache is short, or with prefix caching: with more in use they wait
     Own("usage", 0.45, not_negative, "share of the KV cache, >= 0"),
-    Own("short", 20, not_negative, "requests of the longest length that a short KV cache does not hold, >= 0"),
+    Own("short", 20, not_negative, "number of requests of the longest length, >= 0"),  # a short cache holds fewer
 )
 QUIET, STRETCHED, AGE, MIX, USAGE, SHORT = range(len(OWN))
 RESERVE_S = 0.3  # a promise with less slack is at risk; chosen on selection seeds of the drift suite, as `quiet` is
