@@ -6,7 +6,7 @@ What has happened stays: requests that have come keep their prompts and what the
   rates standing for the time before the start), with prompts and outputs of the workload's distribution and the suite's
   shares of classes;
 - the outputs of requests that wait or run, from the workload's outputs for prompts like theirs, given that they are
-  longer than what has been emitted;
+  longer than what has been emitted, and given their hints, where the suite has any: an oracle's are the outputs;
 - noise on batch times; and the device's speed, where the suite hides it, is what batches have taken lately against the
   scheduler's own profile, which executes.
 """
@@ -24,11 +24,13 @@ from llmsched_gym.engine.load import NOTHING_SHARED, ROOT, TO_COME, TURN_COLUMNS
 from llmsched_gym.engine.records import ARRIVAL, NONE, RUNNING, WAITING
 from llmsched_gym.engine.saved import Saved
 from llmsched_gym.engine.state import State
-from llmsched_gym.workload.generate import has_turns
+from llmsched_gym.workload.generate import has_turns, length_hints
 from llmsched_gym.workload.lengths import LengthTable, load_lengths
 
 REMEMBERED_S = 60.0
 """Of the average that arrivals are drawn by, ``arrivals_60s``."""
+CANDIDATES = 64
+"""Outputs drawn for each that a noisy hint chooses."""
 
 
 def is_drawable(scenario: Scenario) -> bool:
@@ -37,11 +39,9 @@ def is_drawable(scenario: Scenario) -> bool:
 
 
 def check_drawable(scenario: Scenario) -> None:
-    """Raise :class:`ConfigError` for a scenario whose futures cannot be drawn, or whose hints would tell of them."""
+    """Raise :class:`ConfigError` for a scenario whose futures cannot be drawn."""
     if not is_drawable(scenario):
         raise ConfigError("futures: expected a suite without sessions or trace, whose futures can be drawn")
-    if scenario.length_hint != "none":
-        raise ConfigError(f"length_hint: expected none where futures are drawn, got {scenario.length_hint!r}")
 
 
 def remaining(
@@ -62,6 +62,30 @@ def remaining(
         below = np.interp(emitted[i] + 0.5, knots[b], probs[b] - b, left=0.0) if emitted[i] > 0 else 0.0
         drawn[i] = np.rint(np.interp(b + below + (1.0 - below) * uniforms[i], probs[b], knots[b]))
     return np.maximum(np.minimum(drawn, most), emitted + 1).astype(np.int32)
+
+
+def hinted(
+    lengths: LengthTable,
+    prompt_tokens: np.ndarray,
+    emitted: np.ndarray,
+    most: np.ndarray,
+    hints: np.ndarray,
+    sigma: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """As :func:`remaining`, of requests whose outputs times a log-normal error of `sigma` are `hints`, int32 (n,).
+
+    One of `CANDIDATES` draws without the hint each, by the likelihood of the hint given the draw (importance
+    resampling: Rubin, 1987). With `sigma` 0 the hint is the output.
+    """
+    if sigma == 0.0:
+        return np.maximum(np.minimum(np.rint(hints), most), emitted + 1).astype(np.int32)
+    n = len(prompt_tokens)
+    prompts, emits, mosts = (np.repeat(values, CANDIDATES) for values in (prompt_tokens, emitted, most))
+    drawn = remaining(lengths, prompts, emits, mosts, rng.random(n * CANDIDATES)).reshape(n, CANDIDATES)
+    off = (np.log(np.maximum(hints, 1e-9))[:, None] - np.log(drawn)) / sigma
+    # the largest of log-likelihoods with Gumbel noise is a draw by likelihood, however small they are
+    return drawn[np.arange(n), np.argmax(-0.5 * off * off + rng.gumbel(size=drawn.shape), axis=1)]
 
 
 class Futures:
@@ -125,7 +149,8 @@ class Futures:
         scales = np.asarray(scenario.ttft_class_scales, float)
         rows["ttft_slo_s"] = scenario.ttft_slo_s + scenario.ttft_slo_per_token_s * prompt
         rows["ttft_slo_s"] *= scales[rng.integers(len(scales), size=n)]
-        rows["length_hint"], rows["session_id"], rows["shares_with"] = np.nan, NONE, NONE
+        rows["length_hint"] = length_hints(scenario, rng, output)
+        rows["session_id"], rows["shares_with"] = NONE, NONE
         rows["max_output_tokens"] = MOST
         for name, value in zip(TURN_COLUMNS, ROOT, strict=True):
             rows[name] = value
@@ -145,8 +170,17 @@ class Futures:
         prompt, emitted = requests["prompt_tokens"][live], requests["num_output_tokens"][live]
         most = min(int(state.episodes[env].largest_request), self._lengths.max_total_tokens) - prompt
         most = np.minimum(most, requests["max_output_tokens"][live])
-        state.output_tokens[env, live] = remaining(self._lengths, prompt, emitted, most, rng.random(len(live)))
+        state.output_tokens[env, live] = self._outputs(requests["length_hint"][live], prompt, emitted, most, rng)
         world.num_requests = world.table_size = stop
         world.next_arrival_s = float(rows["arrival_s"][0]) if len(rows) else math.inf
         scale = self._scenario.cost_scale
         world.cost_scale = state.sims[env].cost_ratio if isinstance(scale, tuple) else scale
+
+    def _outputs(
+        self, hints: np.ndarray, prompt: np.ndarray, emitted: np.ndarray, most: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Output tokens in all of requests under way, int32 (n,)."""
+        sigma = self._scenario.hint_sigma
+        if sigma is None:
+            return remaining(self._lengths, prompt, emitted, most, rng.random(len(prompt)))
+        return hinted(self._lengths, prompt, emitted, most, hints, sigma, rng)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmsched_gym.agents import planner_headroom
-from llmsched_gym.agents.futures import Futures, remaining
+from llmsched_gym.agents.futures import Futures, hinted, remaining
 from llmsched_gym.agents.planner import Plan, Planner, mean_utility, run_planned, run_until, schedulers, standing
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.engine import Engine
@@ -148,6 +148,42 @@ def test_what_is_left_of_an_answer_is_drawn_given_what_has_been_emitted():
     assert remaining(lengths, prompt[:1], np.array([100_000]), np.array([200_000]), np.array([0.5])) == 100_001
 
 
+def test_a_hint_narrows_what_is_drawn_to_what_would_have_such_hints():
+    lengths = load_lengths(BUSY.workload)
+    rng = np.random.default_rng(0)
+    prompt, output = lengths.draw(rng.random((60_000, 2)))
+    sigma, emitted = 0.5, 50
+    hints = output * np.exp(sigma * rng.standard_normal(len(output)))
+    most = np.full(1000, 10_000)
+    for told in (100.0, 400.0):
+        is_like = (
+            (output > emitted) & (hints > 0.97 * told) & (hints < 1.03 * told)
+        )  # who has such a hint, by rejection
+        like = output[is_like]
+        prompts = rng.choice(prompt[is_like], 1000)
+        drawn = hinted(lengths, prompts, np.full(1000, emitted), most, np.full(1000, told), sigma, rng)
+        assert drawn.min() > emitted
+        assert np.quantile(drawn, (0.25, 0.5, 0.75)) == pytest.approx(np.quantile(like, (0.25, 0.5, 0.75)), rel=0.12)
+    oracle = hinted(lengths, prompt[:9], np.zeros(9, int), most[:9], output[:9].astype(float), 0.0, rng)
+    assert (oracle == output[:9]).all()
+
+
+def test_futures_of_a_told_run_keep_the_outputs_that_were_told():
+    told = BUSY.replace(length_hint="oracle")
+    table = make_table(told, 7)
+    engine = Engine(told, len(table))
+    engine.reset(table)
+    on_time = make_scheduler("on-time")
+    install(on_time, engine.state)
+    engine.run(on_time, max_steps=400)
+    futures = Futures(told, 7, 1, 10.0)
+    futures.engine.restore(futures.draw(engine, engine.save(), 1)[0])
+    state, come = futures.engine.state, int(engine.state.worlds[0].next_arrival)
+    assert (state.output_tokens[0, :come] == engine.state.output_tokens[0, :come]).all()
+    ahead = slice(come, int(state.worlds[0].num_requests))
+    assert (state.arrivals[0, ahead]["length_hint"] == state.output_tokens[0, ahead]).all()
+
+
 def config(tmp_path, **fields):
     small = {"suites": "default", "profiles": "rtx6000ada-mistral-7b", "loads": "own", "seeds": 2, "num_requests": 6}
     small |= {"warmup_s": 0.0, "interval_s": 4.0, "horizon_s": 4.0, "futures": 1, "set": {"drain_s": 4.0}}
@@ -200,7 +236,6 @@ def test_a_gain_has_an_interval_and_a_suite_without_one_is_solved():
         ({"horizon_s": 1.0}, "horizon_s: expected interval_s"),
         ({"futures": 1, "margin": 1.0}, "futures: expected two or more with a margin, got 1"),
         ({"interval_s": 0.0}, "interval_s: expected seconds > 0"),
-        ({"set": {"length_hint": "oracle"}}, "length_hint: expected none where futures are drawn"),
     ],
 )
 def test_a_bad_setting_is_one_line_and_nothing_is_written(tmp_path, fields, line):
