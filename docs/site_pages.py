@@ -18,7 +18,7 @@ REFERENCE = {
     ),
     "Scenarios": (
         "llmsched_gym.config.scenario.Scenario",
-        "llmsched_gym.config.scenario.EnvConfig",
+        "llmsched_gym.config.env.EnvConfig",
         "llmsched_gym.config.cluster.ClusterScenario",
     ),
     "Schedulers": ("llmsched_gym.scheduler", "llmsched_gym.registry", "llmsched_gym.engine.view.View"),

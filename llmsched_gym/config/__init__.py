@@ -1,29 +1,19 @@
 """Frozen, validated descriptions of scenarios, environments and clusters; the named suites."""
 
 from llmsched_gym.config.cluster import MOST_REPLICAS, ROLES, ClusterScenario, RouteConfig
+from llmsched_gym.config.env import ACTIONS, MASK_NAMES, OBSERVATIONS, EnvConfig
+from llmsched_gym.config.fields import MOST, OF_THE_VECTOR, ConfigError, UnknownField, check_names, plain, plain_fields
+from llmsched_gym.config.machine import DeviceSpec, ModelSpec
 from llmsched_gym.config.names import split_names
 from llmsched_gym.config.scenario import (
-    ACTIONS,
     ADMISSIONS,
     BACKENDS,
     BLOCK_SIZE,
-    MASK_NAMES,
     MEASURED,
-    MOST,
-    OBSERVATIONS,
-    OF_THE_VECTOR,
     SLO_CLASSES,
     TBT_RULES,
-    ConfigError,
-    DeviceSpec,
-    EnvConfig,
-    ModelSpec,
     Scenario,
-    UnknownField,
     blocks_needed,
-    check_names,
-    plain,
-    plain_fields,
 )
 from llmsched_gym.config.suite import Suite, suite_text
 from llmsched_gym.config.suites import CLUSTER_SUITES, SUITES, env_config, find_suite, route_config, scenario

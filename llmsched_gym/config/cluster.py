@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from llmsched_gym.config.scenario import ConfigError, Scenario, check_reward
+from llmsched_gym.config.env import check_reward
+from llmsched_gym.config.fields import ConfigError
+from llmsched_gym.config.scenario import Scenario
 
 MOST_REPLICAS = 1024
 ROLES = ("both", "prefill", "decode")

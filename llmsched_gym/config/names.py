@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from llmsched_gym.config.scenario import ConfigError
+from llmsched_gym.config.fields import ConfigError
 
 
 def split_names(texts: Sequence[str], what: str = "policy") -> list[str]:

@@ -1,20 +1,17 @@
-"""Frozen, validated descriptions of a scenario: model, device, engine limits, SLOs, workload.
+"""Frozen, validated description of a scenario: device, engine limits, SLOs, workload.
 
 A :class:`Scenario` is everything that fixes the world a scheduler lives in; with a seed it fixes the requests.
 Times are seconds, lengths are tokens, rates are requests per second.
-Long, as every field has its line, its meaning and its check, and is looked for here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import os
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-import numpy as np
+from llmsched_gym.config.fields import Checked, ConfigError, check_names, plain_fields
 
 BLOCK_SIZE = 16
 """Tokens in one KV block unless a scenario says otherwise (vLLM's default)."""
@@ -25,8 +22,6 @@ def blocks_needed(num_tokens: Any, block_size: int = BLOCK_SIZE) -> Any:
     return -(-num_tokens // block_size)
 
 
-MOST = 2**31 - 1
-"""Of whole numbers: records hold them in 32 bits."""
 MOST_SEQS = 2**20
 
 SLO_CLASSES = ("strict", "relaxed")
@@ -37,135 +32,12 @@ ADMISSIONS = ("prompt", "chunk", "prompt-check")
 BACKENDS = ("simulated", "transformers", "vllm")
 MEASURING = BACKENDS[1:]
 TBT_RULES = ("every-gap", "deadline", "mean")  # and "fraction:X"
-
-
 MEASURED = {"jitter": 0.0, "straggler_share": 0.0, "cost_scale": 1.0}
 """What only the simulated device knows, and its values where times are measured."""
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message is one line that names the field and what was expected."""
-
-
-class UnknownField(ConfigError, TypeError):
-    """A field that does not exist: to Python an unexpected keyword argument, for which some libraries wait."""
-
-    @property
-    def told(self) -> str:
-        """The same for an option or a file that names the field."""
-        return f"the scenario has no field {str(self).partition('argument ')[2]}"
-
-
-def plain(value: Any) -> Any:
-    """`value` in Python's own types: NumPy's scalars and arrays become numbers and tuples, lists tuples."""
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, np.floating):
-        return float(value)
-    if isinstance(value, np.ndarray):
-        return plain(value[()]) if value.ndim == 0 else tuple(plain(v) for v in value)
-    if isinstance(value, list | tuple):
-        return tuple(plain(v) for v in value)
-    if isinstance(value, str | os.PathLike):
-        return str(os.fspath(value))
-    return value
-
-
-def plain_fields(instance: Any) -> None:
-    """Turn the fields of a frozen dataclass that is being made into Python's own types."""
-    for f in dataclasses.fields(instance):
-        object.__setattr__(instance, f.name, plain(getattr(instance, f.name)))
-
-
 @dataclass(frozen=True)
-class ModelSpec:
-    """Shapes of a decoder-only transformer with grouped-query attention."""
-
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    bytes_per_value: int = 2  # bf16
-
-    def __post_init__(self) -> None:
-        plain_fields(self)
-
-    @property
-    def layer_params(self) -> int:
-        """Weights of the linear layers of all transformer blocks."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
-
-    @property
-    def head_params(self) -> int:
-        """Parameters of the output head."""
-        return self.hidden_size * self.vocab_size
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights, input embedding and output head included."""
-        return (self.layer_params + 2 * self.head_params) * self.bytes_per_value
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that a token takes in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.bytes_per_value
-
-
-@dataclass(frozen=True)
-class DeviceSpec:
-    """One accelerator, or several that share every layer: what a roofline needs to know. Figures are those of all."""
-
-    name: str
-    memory_bytes: float
-    bandwidth_bytes_s: float
-    flops_s: float  # dense bf16
-    bandwidth_efficiency: float = 0.8
-    flops_efficiency: float = 0.7
-    num_devices: int = 1
-
-    def __post_init__(self) -> None:
-        plain_fields(self)
-
-    @property
-    def each_bytes(self) -> float:
-        """Memory of one of the devices, which is what engines go by."""
-        return self.memory_bytes / self.num_devices
-
-    @property
-    def is_large(self) -> bool:
-        """Whether vLLM serves it with large batches: 70 GiB or more and no A100 (0.32, `vllm/engine/arg_utils.py`)."""
-        return self.each_bytes >= 70 * 2**30 and "a100" not in self.name.lower()
-
-    @property
-    def max_num_seqs(self) -> int:
-        """Running requests that an engine allows on it unless told otherwise: vLLM's 1,024 on large devices."""
-        return 1024 if self.is_large else 128
-
-    @property
-    def vllm_token_budget(self) -> int:
-        """Tokens in a batch of vLLM's server on it unless told otherwise (0.32)."""
-        if self.each_bytes >= 160 * 2**30:
-            return 16_384
-        return 8192 if self.is_large else 2048
-
-    @property
-    def sglang_chunk_tokens(self) -> int:
-        """Prompt tokens in a batch of SGLang's server on it unless told otherwise (0.5.23, `memory_hook.py`)."""
-        for gib, tokens in ((20, 2048), (60, 4096), (160, 8192)):
-            if self.each_bytes < gib * 2**30:
-                return tokens
-        return 16_384
-
-
-@dataclass(frozen=True)
-class Scenario:
+class Scenario(Checked):
     """The world of one episode. Every field explains itself on its line; all are validated when made."""
 
     suite: str = "default"  # the suite this scenario was derived from
@@ -245,49 +117,6 @@ class Scenario:
         """All fields by name, as they are."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
-    def _check_number(
-        self, name: str, low: float, high: float = math.inf, *, open_low: bool = False, none: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        if none and value is None:
-            return
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not ok or (open_low and value == low):
-            bound = f"a number {'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
-            raise ConfigError(f"{name}: expected {bound}, got {value!r}")
-
-    def _check_integer(self, name: str, low: int, *, most: int = MOST, none: bool = False) -> None:
-        value = getattr(self, name)
-        if none and value is None:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < low:
-            raise ConfigError(f"{name}: expected a whole number >= {low}, got {value!r}")
-        if value > most:
-            raise ConfigError(f"{name}: expected a whole number <= {most:,}, got {value!r}")
-
-    def _check_interval(self, name: str, low: float, high: float = math.inf, *, scalar: bool = False) -> None:
-        value = getattr(self, name)
-        if scalar and isinstance(value, int | float) and not isinstance(value, bool):
-            value = (value, value)
-        ok = isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
-        if not ok or not low <= value[0] <= value[1] <= high or math.isinf(value[1]):
-            what = "a number or a pair" if scalar else "a pair"
-            bounds = f"[{low:g}, {high:g}]"
-            raise ConfigError(f"{name}: expected {what} (low, high) within {bounds}, got {getattr(self, name)!r}")
-
-    def _check_choice(self, name: str, options: tuple[str, ...], prefix: str = "", high: float = 0.0) -> None:
-        """One of `options`, or ``prefix:NUMBER`` with a number from 0 to `high`."""
-        value = getattr(self, name)
-        if isinstance(value, str) and value in options:
-            return
-        try:
-            if prefix and value.startswith(prefix + ":") and 0.0 <= float(value.split(":")[1]) <= high:
-                return
-        except (ValueError, AttributeError):
-            pass
-        known = ", ".join((*options, f"{prefix}:NUMBER") if prefix else options)
-        raise ConfigError(f"{name}: expected one of {known}, got {value!r}")
-
     def _validate(self) -> None:
         for name in ("suite", "profile", "workload"):
             if not isinstance(getattr(self, name), str):
@@ -359,82 +188,3 @@ class Scenario:
             if getattr(self, name) != neutral:
                 what = f"expected {neutral:g} with backend={self.backend!r}, whose times are measured"
                 raise ConfigError(f"{name}: {what}, got {getattr(self, name)!r}")
-
-
-OF_THE_VECTOR = ("num_envs", "num_threads", "autoreset_mode")
-"""Arguments of the native vector environment that no configuration has."""
-
-
-def check_names(cls: type, fields: dict[str, Any]) -> None:
-    """Raise one clear error for a field that `cls` does not have."""
-    names = [f.name for f in dataclasses.fields(cls)]
-    for name in fields:
-        if name in OF_THE_VECTOR:
-            whose = (
-                "only LLMSchedVectorEnv has it (gym.make_vec with vectorization_mode='vector_entry_point', its default)"
-            )
-            raise UnknownField(f"{cls.__name__} got an unexpected keyword argument {name!r}; {whose}")
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UnknownField(f"{cls.__name__} got an unexpected keyword argument {name!r}{hint}")
-
-
-ACTIONS = {"knobs": math.inf, "preset": math.inf, "priority": math.inf, "request": 1}
-"""Kinds of actions, each with the most batches that one action may decide; `llmsched_gym.env.actions` has the rest."""
-OBSERVATIONS = ("features", "slots")
-CREDITS = ("early", "finish")
-MASK_NAMES = {
-    "rllib": ("observations", "action_mask"),  # rllib/examples/rl_modules/classes/action_masking_rlm.py, ray 2.60
-    "torchrl": ("observation", "action_mask"),  # torchrl.envs.transforms.ActionMask, 0.14
-    "tianshou": ("obs", "mask"),  # tianshou/algorithm/modelfree/dqn.py, 2.0
-}
-"""Under which names libraries look for an observation and, beside it, the mask of legal actions."""
-
-
-def check_reward(config: Any) -> None:
-    """Check the fields of an environment's configuration that say what is paid and told."""
-    config._check_number("reward_scale", 0.0, 1e12, open_low=True)
-    config._check_number("tau_s", 0.0, open_low=True)
-    if not isinstance(config.episode_metrics, bool):
-        raise ConfigError(f"episode_metrics: expected True or False, got {config.episode_metrics!r}")
-    config._check_choice("credit", CREDITS)
-    if not callable(config.reward):
-        config._check_choice("reward", ("slo",))
-    names = config.mask_in_observation
-    if names is None or (isinstance(names, str) and names in MASK_NAMES):
-        return
-    is_pair = isinstance(names, tuple) and len(names) == 2 and all(isinstance(name, str) and name for name in names)
-    if not is_pair or names[0] == names[1]:
-        what = f"{', '.join(MASK_NAMES)}, or two names, of the observation and of the mask"
-        raise ConfigError(f"mask_in_observation: expected None, {what}, got {names!r}")
-
-
-@dataclass(frozen=True)
-class EnvConfig(Scenario):
-    """A scenario and how an agent meets it: the keyword arguments of ``gym.make("LLMSched-v0", ...)``."""
-
-    action: str = "knobs"  # knobs, preset, priority, request
-    action_repeat: int = 1  # batches that one knobs or priority action decides
-    observation: Any = "features"  # features, slots, or an object with `space` and `observe(view)`
-    mask_in_observation: str | tuple[str, str] | None = None  # rllib, torchrl, tianshou, or two names: of both parts
-    reward: Any = "slo"  # slo, or a callable on a Transition
-    reward_scale: float = 1.0  # constant factor on the reward
-    credit: str = "early"  # pay utility as it is earned and lost, or at each request's finish
-    tau_s: float = 120.0  # time constant of info["discount"]; inf: nothing is discounted
-    token_budget: int = 512  # of a batch formed by priority or request actions
-    episode_metrics: bool = False  # whether info holds the episode's figures at its end; records gaps between tokens
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_reward(self)
-        self._check_integer("action_repeat", 1)
-        self._check_integer("token_budget", 1)
-        self._check_choice("action", tuple(ACTIONS))
-        if self.async_lag and self.action == "request":
-            raise ConfigError("async_lag: expected False with action='request', got True")
-        if not hasattr(self.observation, "observe"):
-            self._check_choice("observation", OBSERVATIONS)
-        if self.action_repeat > ACTIONS[self.action]:
-            most = f"{ACTIONS[self.action]} with action={self.action!r}"
-            raise ConfigError(f"action_repeat: expected {most}, got {self.action_repeat}")

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config.cluster import ClusterScenario
-from llmsched_gym.config.scenario import ConfigError, Scenario
+from llmsched_gym.config.fields import ConfigError
+from llmsched_gym.config.scenario import Scenario
 
 SUFFIX = ".toml"
 TOP = ("base", "what", "scenario")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_gym.config.cluster import ClusterScenario, RouteConfig
-from llmsched_gym.config.scenario import MEASURED, MEASURING, ConfigError, EnvConfig, Scenario, check_names, plain
+from llmsched_gym.config.env import EnvConfig
+from llmsched_gym.config.fields import ConfigError, check_names, plain
+from llmsched_gym.config.scenario import MEASURED, MEASURING, Scenario
 from llmsched_gym.config.suite import SUFFIX, Suite, read_suite
 
 SUITES: dict[str, Suite] = {
