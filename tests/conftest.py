@@ -11,6 +11,10 @@ if not Path("/dev/nvidia0").exists():
     # Read when triton is first imported, which transformers may do: tests of its kernels run without a GPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Read when numpy and torch are first imported. A process per core runs tests, and what these start are more: threads of
+# linear algebra besides only wait for each other, which takes a fit of a cost model six times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests count lines on stderr, and whether kernels are compiled by then depends on what ran before.
 os.environ.setdefault("LLMSCHED_SAY_COMPILING", "0")
 
@@ -42,6 +46,8 @@ def interruptible():
 
 
 def pytest_configure(config):
+    # here and not in pyproject.toml, for whose sake pytest would import numba, and so numpy, before this file
+    config.addinivalue_line("filterwarnings", "ignore::numba.NumbaExperimentalFeatureWarning")
     config.addinivalue_line("markers", "conformance: replays a published scheduler's decision log")
     config.addinivalue_line("markers", "slow: takes many seconds, builds a virtual environment or trains")
 
