@@ -52,7 +52,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes many seconds, builds a virtual environment or trains")
 
 
+FIRST = ("trajectories", "packaging", "names", "fit_tables", "imports", "compiling", "terminals", "serving")
+"""Files of tests that two processes begin with. In the first most kernels are compiled, and while one process sees to
+it, the other runs what needs few of them: where both need a kernel at the same time, both compile it."""
+
+
+def place(item):
+    name = item.path.stem.removeprefix("test_")
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=place)
     for item in items:
         if item.get_closest_marker("conformance"):
             item.user_properties.append(("conformance", True))
