@@ -5,8 +5,8 @@ DEMO_VENV ?= .venv-demo
 VLLM_VENV ?= .venv-vllm
 RAY_VENV ?= .venv-ray
 DOCS_VENV ?= .venv-docs
-# one process per core, a file's tests in one of them: they share compiled code
-PYTEST ?= -n 2 --dist loadfile
+# one process per core, a file's tests in one of them: they share compiled code; in the order of tests/conftest.py
+PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
 
 .PHONY: demo test check coverage install format paper docs libraries ray vllm clean

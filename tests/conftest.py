@@ -11,6 +11,10 @@ if not Path("/dev/nvidia0").exists():
     # Read when triton is first imported, which transformers may do: tests of its kernels run without a GPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Read when numpy and torch are first imported. A process per core runs tests, and what these start are more: threads of
+# linear algebra besides only wait for each other, which takes a fit of a cost model six times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests count lines on stderr, and whether kernels are compiled by then depends on what ran before.
 os.environ.setdefault("LLMSCHED_SAY_COMPILING", "0")
 
@@ -42,11 +46,24 @@ def interruptible():
 
 
 def pytest_configure(config):
+    # here and not in pyproject.toml, for whose sake pytest would import numba, and so numpy, before this file
+    config.addinivalue_line("filterwarnings", "ignore::numba.NumbaExperimentalFeatureWarning")
     config.addinivalue_line("markers", "conformance: replays a published scheduler's decision log")
     config.addinivalue_line("markers", "slow: takes many seconds, builds a virtual environment or trains")
 
 
+FIRST = ("trajectories", "packaging", "names", "fit_tables", "imports", "compiling", "terminals", "serving")
+"""Files of tests that two processes begin with. In the first most kernels are compiled, and while one process sees to
+it, the other runs what needs few of them: where both need a kernel at the same time, both compile it."""
+
+
+def place(item):
+    name = item.path.stem.removeprefix("test_")
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=place)
     for item in items:
         if item.get_closest_marker("conformance"):
             item.user_properties.append(("conformance", True))

@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import torch
 from gymnasium import spaces
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from llmsched_gym.agents import decision_time
 from llmsched_gym.agents.checkpoint import load_checkpoint, save_checkpoint
 from llmsched_gym.agents.decision_time import finish, measure_decision_s
 from llmsched_gym.agents.envs import TrainingEnv
@@ -148,7 +150,9 @@ WORLDS = [
 
 
 @pytest.mark.parametrize(("observation", "action"), WORLDS)
-def test_numpy_decides_like_torch(observation, action, tmp_path):
+def test_numpy_decides_like_torch(observation, action, tmp_path, monkeypatch):
+    quick = partial(measure_decision_s, decisions=50)  # one by requests asks the network 65 times
+    monkeypatch.setattr(decision_time, "measure_decision_s", quick)
     algorithm = "maskable" if action == "request" else "ppo"
     config = replace(TINY, observation=observation, action=action, algorithm=algorithm, layers=2)
     env = TrainingEnv(8, "default", 0, **{**config.world(), "qps": 2.0})
@@ -185,7 +189,7 @@ def test_numpy_decides_like_torch(observation, action, tmp_path):
             step = np.stack([env.action_space.sample() for _ in range(8)])
         observations = env.step(step)[0]
     assert compared == 480
-    measured = measure_decision_s(load_policy(folder), decisions=50)
+    measured = quick(load_policy(folder))
     assert 0 < measured["p50_s"] <= measured["p99_s"] < 0.5
     assert load_policy(folder).decision_s > 0
 

@@ -148,7 +148,8 @@ def test_return_is_the_sum_of_utilities(suite, action, credit, refusal, beta, sc
 
 @pytest.mark.parametrize("suite", sorted(SUITES))
 def test_ten_schedulers_are_ordered_alike_by_return_and_utility(suite):
-    fields = {"qps": 2.1, "num_requests": 120, "drain_s": math.inf, "warmup_s": 20.0}
+    qps, n = (0.5, 30) if suite == "agents" else (2.1, 120)  # agents, with prompts as long, are overloaded by that, too
+    fields = {"qps": qps, "num_requests": n, "drain_s": math.inf, "warmup_s": 20.0}
     returns, utilities = [], []
     for name in TEN:
         env = LLMSchedEnv(suite, **fields)
@@ -165,7 +166,7 @@ def test_ten_schedulers_are_ordered_alike_by_return_and_utility(suite):
         expected = expected_utility(state.requests[0], cohort, 0.5, env.config.patience_s)
         assert total == pytest.approx(expected, abs=1e-9)
         returns.append(round(total, 9))
-        utilities.append(round(expected / 120, 11))
+        utilities.append(round(expected / n, 11))
     assert len(set(returns)) > 5
     assert list(np.argsort(returns, kind="stable")) == list(np.argsort(utilities, kind="stable"))
 

@@ -14,6 +14,10 @@ from llmsched_gym.paper.page import claims, page, text, trust
 from llmsched_gym.report import statistics
 
 
+def few(world):
+    return world.replace(num_requests=min(world.num_requests, 100))
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """(plan, data) of a run with three schedulers and some hundreds of requests."""
@@ -26,6 +30,8 @@ def toy(tmp_path_factory):
         patch.setattr(rep.experiments, "ablation", waves)
         pairs = partial(rep.cluster.cluster_stability, pairs=("rad-route+rad", "round-robin+rad"))
         patch.setattr(rep.cluster, "cluster_stability", pairs)
+        timed = rep.simulate  # 1,200 requests by a scheduler in Python
+        patch.setattr(rep, "simulate", lambda world, *given, **more: timed(few(world), *given, **more))
         patch.setattr(claims.constants, "REFERENCE_CAPACITY_QPS", {"sarathi": 1.36, "slai": 1.68})
         plan = rep.Plan(
             scenario("paper"),

@@ -17,6 +17,7 @@ from sb3_contrib import ARS, QRDQN, TQC, TRPO, CrossQ, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
+from llmsched_gym.agents import export
 from llmsched_gym.config import scenario
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.env.core import space_settings
@@ -25,7 +26,7 @@ from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import read_folder
 from llmsched_gym.scheduler import PolicyError, make_scheduler
 
-WORLD = {"num_requests": 12, "qps": 2.0, "warmup_s": 0.0}
+WORLD = {"num_requests": 12, "qps": 2.0, "warmup_s": 0.0, "drain_s": 5.0}  # the untrained may close batches for ever
 ON_POLICY = {"n_steps": 16, "batch_size": 16}
 
 
@@ -242,14 +243,22 @@ def test_what_a_zip_cannot_do_here_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def export(*arguments):
-    command = [sys.executable, "-m", "llmsched_gym.agents.export", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def exported(monkeypatch, capsys):
+    """The export command in this process: (its exit code, what it said on stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+        capsys.readouterr()
+        return export.main(), capsys.readouterr().err
+
+    return run
 
 
-def test_export_keeps_what_it_can_and_refuses_the_rest(normalised, tmp_path):
+def test_export_keeps_what_it_can_and_refuses_the_rest(normalised, tmp_path, exported):
     train(tmp_path / "m.zip", PPO, action_repeat=4)
-    done = export(tmp_path / "m.zip", tmp_path / "folder")
+    command = [sys.executable, "-m", "llmsched_gym.agents.export", tmp_path / "m.zip", tmp_path / "folder"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert make_scheduler(str(tmp_path / "folder")).config.action_repeat == 4
     train(tmp_path / "lstm.zip", RecurrentPPO, "MlpLstmPolicy")
@@ -259,12 +268,12 @@ def test_export_keeps_what_it_can_and_refuses_the_rest(normalised, tmp_path):
         (tmp_path / "dqn.zip", "expected a policy of PPO or MaskablePPO, got DQNPolicy"),
         (normalised[0] / "m.zip", "a folder holds no VecNormalize statistics"),
     ):
-        done = export(path, tmp_path / "none")
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        code, said = exported(path, tmp_path / "none")
+        assert code == 2 and words in said and said.count("\n") == 1, said
         assert not (tmp_path / "none").exists()
 
 
-def test_a_model_sees_the_price_of_mixing_if_it_was_trained_on_it(tmp_path):
+def test_a_model_sees_the_price_of_mixing_if_it_was_trained_on_it(tmp_path, exported):
     """Where the profile has none it is 0; a model that was trained without it does without."""
     surface = "rtx4090-llama-3.1-8b-vllm"
     models = {profile: tmp_path / f"{profile}.zip" for profile in ("rtx6000ada-mistral-7b", surface)}
@@ -278,7 +287,7 @@ def test_a_model_sees_the_price_of_mixing_if_it_was_trained_on_it(tmp_path):
             assert {x.shape for x in seen} == {model.observation_space.shape}
             if profile == surface:
                 assert any(x[-1] > 0.0 for x in seen) == (executing == surface)
-        assert export(path, tmp_path / profile).returncode == 0
+        assert exported(path, tmp_path / profile)[0] == 0
         spec, tensors = read_folder(tmp_path / profile)
         assert len(spec.observation["features"]) == tensors["hidden.0.weight"].shape[1] == len(seen[0])
 

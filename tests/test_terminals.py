@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 from rich.console import Console
@@ -30,6 +31,11 @@ def shell(*arguments, redirect="", **environment):
     return subprocess.run(command, capture_output=True, env=env, timeout=300)
 
 
+@cache
+def wide(*command):
+    return shell(*command, PYTHONIOENCODING="utf-8").stdout.decode().splitlines()
+
+
 @pytest.mark.parametrize("environment", [ASCII, C_LOCALE], ids=["ascii", "C"])
 @pytest.mark.parametrize("command", [["suites"], ["policies"], ["workloads"], ["profiles"], ["evaluate", "--help"]])
 def test_lists_fall_back_to_ascii(command, environment):
@@ -37,8 +43,7 @@ def test_lists_fall_back_to_ascii(command, environment):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.decode("ascii").splitlines()
     if "--help" not in command:
-        wide = shell(*command, PYTHONIOENCODING="utf-8").stdout.decode().splitlines()
-        assert [len(line) for line in lines] == [len(line) for line in wide]  # columns stay in line
+        assert [len(line) for line in lines] == [len(line) for line in wide(*command)]  # columns stay in line
         assert any(set(line.strip()) == {"-"} for line in lines)
 
 
