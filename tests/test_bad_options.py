@@ -6,11 +6,12 @@ import os
 import sys
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
 import llmsched_gym  # noqa: F401  registers the environments
 from llmsched_gym.agents import headroom, route_headroom, training_run
-from llmsched_gym.agents.options import parse
+from llmsched_gym.agents.options import fail_in_one_line, parse
 from llmsched_gym.agents.tune import Config
 from llmsched_gym.cli import main
 from llmsched_gym.cli.entry import typer_group
@@ -319,6 +320,11 @@ def test_an_error_of_the_system_is_one_line(here, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["headroom", "--workers", "1"])
     assert headroom.main() == 1
     assert capsys.readouterr() == ("", "error: [Errno 28] No space left on device\n")
+
+
+def test_what_there_is_no_memory_for_is_said_in_few_words(capsys):
+    assert fail_in_one_line(lambda: np.zeros(1 << 50, [(f"field{i}", "f8") for i in range(99)])) == 1
+    assert len(capsys.readouterr().err) < 120
 
 
 # What goes wrong, or is to be quiet, among runs
