@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_gym.agents.benchmark_learners import SELECTION, Training, figures_of, learn, utilities
+from llmsched_gym.agents.benchmark_learners import SELECTION, Training, figures_of, learn, try_out, utilities
 from llmsched_gym.agents.benchmark_presets import Preset, find_presets
 from llmsched_gym.agents.benchmark_scores import Reference, curves, lines_of, markdown, over_environments
 from llmsched_gym.agents.options import MOST_SEEDS, fail_in_one_line, option, parse
@@ -166,6 +166,7 @@ def benchmark(config: Config) -> str:
             check(world, RULES, [world.qps], TEST_SEED)
         except (ConfigError, ProfileError, TraceError) as error:
             raise ConfigError(f"presets: {preset.name}: world: {error}") from None
+        try_out(preset)
     store = Results(config)
     lock = lock_folder(store.out)
     try:

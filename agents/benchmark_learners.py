@@ -33,6 +33,8 @@ from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.files import make_folder
 from llmsched_gym.policies import LoadedPolicy, read_folder
 from llmsched_gym.policies.sb3_zip import Predictor, as_it_is
+from llmsched_gym.scheduler import PolicyError
+from llmsched_gym.text import no_memory
 
 SELECTION = 4
 """Selection seeds of an evaluation within a training."""
@@ -73,23 +75,41 @@ def _curve(out: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["eval/mean_utility"]) for line in lines if "eval/mean_utility" in line]
 
 
-def _ours(preset: Preset, training: Training) -> Trained:
+def try_out(preset: Preset) -> None:
+    """Make a preset's environments and learner; ConfigError of one line for what no training of it can have."""
+    place, training = importlib.import_module(LEARNERS[preset.learner].place[0]), Training(1, 0, Path(), 1, 1)
+    is_ours = place.__name__.startswith("llmsched_gym")
+    try:
+        made, _ = place.prepared(_config(preset, training)) if is_ours else _model(preset, training)
+    except MemoryError as error:
+        raise ConfigError(f"presets: {preset.name}: settings: {no_memory(error)}") from None
+    except (ConfigError, PolicyError) as error:
+        told = str(error).removeprefix("--")
+        raise ConfigError(told if told.startswith("presets: ") else f"presets: {preset.name}: {told}") from None
+    made.close()
+
+
+def _config(preset: Preset, training: Training) -> Any:
+    """The settings of a training by a learner of ours."""
     place, learner = importlib.import_module(LEARNERS[preset.learner].place[0]), LEARNERS[preset.learner]
     names = {field.name for field in dataclasses.fields(place.Config)}
     own = {name: value for name, value in preset.world.items() if name in names}
     others = {name: value for name, value in preset.world.items() if name not in names}
     settings = {"threads": 1, **learner.fixed, **preset.settings, **own, "set": others, "suite": preset.suite}
     looks = {"eval_seeds": SELECTION, "eval_requests": training.eval_requests, "eval_every": training.eval_every}
-    config = place.Config(
+    return place.Config(
         **settings,
         **looks,
         steps=training.steps,
         seed=training.seed,
         out=str(training.out),
         checkpoint_every=training.eval_every,
-        resume=(training.out / "config.json").exists(),
     )
-    place.train(config, lambda step, utility: None)
+
+
+def _ours(preset: Preset, training: Training) -> Trained:
+    config = dataclasses.replace(_config(preset, training), resume=(training.out / "config.json").exists())
+    importlib.import_module(LEARNERS[preset.learner].place[0]).train(config, lambda step, utility: None)
     world, best = preset.config, training.out / "best"
     env = TrainingEnv(1, preset.suite, training.seed, **preset.world)
     masks = preset.learner == "maskable" or world.action == "request"
@@ -133,10 +153,10 @@ class _Looks(BaseCallback):
         self._next = self.num_timesteps + self.training.eval_every
 
 
-def _sb3(preset: Preset, training: Training) -> Trained:
+def _model(preset: Preset, training: Training) -> tuple[TrainingEnv, Any]:
+    """The environments of a training by an algorithm of SB3, and its model."""
     learner = LEARNERS[preset.learner]
     cls = getattr(importlib.import_module(learner.place[0]), learner.place[1])
-    torch.set_num_threads(1)
     settings = dict(preset.settings)
     num_envs, hidden = settings.pop("num_envs", 16), settings.pop("hidden", (64, 64))
     env = TrainingEnv(num_envs, preset.suite, training.seed, **preset.world)
@@ -144,9 +164,15 @@ def _sb3(preset: Preset, training: Training) -> Trained:
     network = {"net_arch": list(hidden)} | ({} if slots else {"features_extractor_class": Normaliser})
     network |= {name: settings.pop(name) for name in learner.network if name in settings}
     try:
-        model = cls(learner.policy, env, policy_kwargs=network, seed=training.seed, device="cpu", **settings)
+        given = {"policy_kwargs": network, "seed": training.seed, "device": "cpu", **settings}
+        return env, cls(learner.policy, env, **given)
     except (AssertionError, TypeError, ValueError) as error:  # of settings that do not go together
         raise ConfigError(f"presets: {preset.name}: settings: {' '.join(str(error).split())}") from None
+
+
+def _sb3(preset: Preset, training: Training) -> Trained:
+    torch.set_num_threads(1)
+    env, model = _model(preset, training)
     own = [part for part in model.policy.modules() if isinstance(part, Normaliser)]  # a target network has its own, too
     if own:
         typical = typical_features(env, training.seed)
@@ -162,7 +188,7 @@ def _sb3(preset: Preset, training: Training) -> Trained:
     (training.out / "progress.jsonl").unlink(missing_ok=True)  # a killed training begins anew
     seeds = SELECTION_SEEDS[:SELECTION]
     model.learn(training.steps, _Looks(training, lambda m: float(np.mean(utilities(judged, greedy(m), seeds)))))
-    best = cls.load(training.out / "best.zip", device="cpu")
+    best = type(model).load(training.out / "best.zip", device="cpu")
     return Trained(greedy(best), sampled_by(best, world), _curve(training.out))
 
 

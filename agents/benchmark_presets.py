@@ -20,13 +20,25 @@ import fnmatch
 import importlib
 import inspect
 import math
+import re
 import tomllib
+import types
+import typing
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llmsched_gym.agents.options import KINDS, MOST, MOST_WIDTH, check_values, is_of_kind
+from llmsched_gym.agents.options import (
+    KINDS,
+    MOST,
+    MOST_ENVS,
+    MOST_N_STEPS,
+    MOST_WIDTH,
+    check_values,
+    is_of_kind,
+)
+from llmsched_gym.agents.run_folder import check_source
 from llmsched_gym.config import ConfigError, EnvConfig, Scenario, UnknownField, env_config, scenario
 from llmsched_gym.files import digest_of
 
@@ -84,6 +96,8 @@ SB3S = (  # parameters of SB3's algorithms, but no settings: the benchmark's own
 )
 SHARES = ("gamma", "gae_lambda", "tau", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
 """Settings of SB3's algorithms that are at most 1."""
+MOST_OF = {"num_envs": MOST_ENVS, "n_steps": MOST_N_STEPS}
+OF_ANY_SIGN = ("target_entropy",)
 
 
 @dataclass(frozen=True)
@@ -181,25 +195,39 @@ def _check_settings(learner: str, settings: dict[str, Any]) -> None:
     cls: Any = getattr(importlib.import_module(module), name)
     if module.startswith("llmsched_gym"):
         check_values(cls, settings)
+        check_source(settings.get("warm_start", ""))
         return
-    usual = {name: each.default for name, each in inspect.signature(cls).parameters.items()}
-    usual |= {"num_envs": 16, "hidden": (64, 64), **LEARNERS[learner].network}
+    of_cls = {name: each.annotation for name, each in inspect.signature(cls).parameters.items()}
+    of_ours = {"num_envs": int, "hidden": tuple[int, ...], **dict.fromkeys(LEARNERS[learner].network, int)}
     for name, value in settings.items():
-        kind = tuple[int, ...] if name == "hidden" else type(usual[name])
-        if kind in KINDS and not is_of_kind(value, kind):
-            raise ConfigError(f"{name}: expected {KINDS[kind]}, got {value!r}")
+        kinds = _kinds((of_cls | of_ours)[name])
+        if kinds and not any(is_of_kind(value, kind) for kind in kinds):
+            raise ConfigError(f"{name}: expected {' or '.join(KINDS[kind] for kind in kinds)}, got {value!r}")
+        if isinstance(value, str) and not re.fullmatch(r"auto(_[0-9.e+-]+)?", value):  # of numbers that SB3 tunes
+            raise ConfigError(f"{name}: expected a number, auto or auto_NUMBER, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name}: expected a number, got {value!r}")
-        most = 1.0 if name in SHARES else MOST
-        if kind is float and not 0.0 <= value <= most:
+        most = 1.0 if name in SHARES else MOST_OF.get(name, MOST)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and name not in OF_ANY_SIGN
+        if is_number and float in kinds and not 0.0 <= value <= most:
             raise ConfigError(f"{name}: expected a number from 0 to {most:g}, got {value!r}")
-        if kind is int and not -1 <= value <= MOST:  # -1 of some means as many as can be
-            raise ConfigError(f"{name}: expected a whole number from -1 to {MOST:g}, got {value!r}")
-        least = min(value, default=1) if name == "hidden" else value
+        if is_number and int in kinds and not -1 <= value <= most:  # -1 of some means as many as can be
+            raise ConfigError(f"{name}: expected a whole number from -1 to {most:,.0f}, got {value!r}")
+        entries = value if isinstance(value, tuple) else (value,)
+        least = min((entry for entry in entries if isinstance(entry, int)), default=1)
         if name in (*SIZES, *LEARNERS[learner].network) and least < 1:
             raise ConfigError(f"{name}: expected at least 1, got {least!r}")
         if name == "hidden" and max(value, default=1) > MOST_WIDTH:
             raise ConfigError(f"{name}: expected widths up to {MOST_WIDTH:,}, got {max(value)}")
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """Those of KINDS that a parameter of SB3's can have; none where a list is one of its values, which SB3 checks."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    parts = typing.get_args(annotation) if is_union else (annotation,)
+    if any(typing.get_origin(part) is tuple and part not in KINDS for part in parts):
+        return ()
+    return tuple(part for part in parts if part in KINDS)
 
 
 def find_presets(wanted: str) -> list[Preset]:

@@ -27,7 +27,7 @@ from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import export
 from llmsched_gym.agents.networks import normaliser_of
-from llmsched_gym.agents.options import MOST_WIDTH, fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_ENVS, MOST_WIDTH, fail_in_one_line, option, parse
 from llmsched_gym.agents.run_folder import open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import check_evaluations, evaluation_of
 from llmsched_gym.agents.settings import MOST_LAYERS
@@ -57,7 +57,7 @@ class Config:
     action_repeat: int = option(8, "batches that one action decides")
     rounds: int = option(5, "rounds of DAgger after behaviour cloning")
     steps: int = option(300, "decisions per environment and round")
-    num_envs: int = option(64, "environments side by side, of each world")
+    num_envs: int = option(64, "environments side by side, of each world", most=MOST_ENVS)
     epochs: int = option(4, "passes over the data after each round")
     batch_size: int = option(1024, "of a minibatch")
     learning_rate: float = option(1e-3, "of Adam")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_ENVS, fail_in_one_line, option, parse
 from llmsched_gym.agents.route_networks import export_router, fit_normalisation, scores_of
 from llmsched_gym.agents.route_scores import WeightedRouter, make_weighted, read_weights, told
 from llmsched_gym.agents.routing import RouteTrainingEnv
@@ -42,7 +42,7 @@ class Config:
     set: dict[str, Any] = option({}, "any other field of RouteConfig, as --set qps=6; may be repeated")  # noqa: RUF009
     rounds: int = option(5, "rounds of DAgger after behaviour cloning", low=0)
     steps: int = option(1000, "decisions per environment and round")
-    num_envs: int = option(16, "environments side by side")
+    num_envs: int = option(16, "environments side by side", most=MOST_ENVS)
     epochs: int = option(4, "passes over the data after each round")
     batch_size: int = option(1024, "of a minibatch")
     learning_rate: float = option(1e-3, "of Adam")

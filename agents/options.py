@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import importlib
 import re
@@ -15,13 +14,19 @@ from typing import Any, NoReturn
 from llmsched_gym.config import ConfigError, UnknownField
 from llmsched_gym.cost import ProfileError
 from llmsched_gym.help_text import NO_TEXT, ExamplesKept, examples
+from llmsched_gym.interrupts import code_of, interrupts
 from llmsched_gym.scheduler import PolicyError
+from llmsched_gym.text import no_memory, read_value
 from llmsched_gym.workload import TraceError
 
 MOST = 1e12
 """Of numbers: what is infinite, or nearly, no file of a run can tell, no memory hold and no learner bear."""
 OF_AGENTS = ("action", "observation", "action_repeat", "reward_scale", "tau_s", "backend", "model")
 """Fields of the environment that commands which have them as options look at there."""
+MOST_ENVS = 1 << 16
+"""Side by side; each takes some 200 kB."""
+MOST_N_STEPS = 1 << 20
+"""Decisions of an environment in an iteration, all of which are kept."""
 MOST_WIDTH = 1 << 14
 """Of a layer of a network; torch says in many lines that it cannot have much wider ones."""
 MOST_SEEDS = 1000
@@ -211,10 +216,7 @@ def _pair(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected FIELD=VALUE, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return name, value
+    return name, read_value(value)
 
 
 def whole(text: str) -> int:
@@ -241,6 +243,18 @@ RESUMES = "interrupted; --resume goes on from the last checkpoint"
 
 def fail_in_one_line(main: Callable[[], Any], interrupted: str = RESUMES) -> int:
     """Run `main`; what a user got wrong becomes one line and exit code 2, an interrupt the line `interrupted`."""
+    with interrupts() as seen:
+        try:
+            code = _run_in_one_line(main)
+        except BaseException as error:
+            if not seen and not isinstance(error, KeyboardInterrupt):
+                raise
+            print(interrupted, file=sys.stderr)
+            code = code_of(seen)
+    return code
+
+
+def _run_in_one_line(main: Callable[[], Any]) -> int:
     backend_error = importlib.import_module("llmsched_gym.real_backend").BackendError
     try:
         main()
@@ -248,12 +262,9 @@ def fail_in_one_line(main: Callable[[], Any], interrupted: str = RESUMES) -> int
         print(f"error: set: {error.told}" if isinstance(error, UnknownField) else f"error: {error}", file=sys.stderr)
         return 2
     except MemoryError as error:
-        print(f"error: not enough memory: {error}", file=sys.stderr)
+        print(f"error: {no_memory(error)}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, say
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
     return 0

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.agents.decision_time import finish
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_ENVS, MOST_WORKERS, fail_in_one_line, option, parse
 from llmsched_gym.agents.rllib_env import ENV_ID, is_masked, typical
 from llmsched_gym.agents.run_folder import checkpoints, cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_evaluations, evaluation_of
@@ -48,8 +48,8 @@ class Config(Looks, Network, Decisions, World, Run):
     action: str = option("preset", "what the agent decides", choices=tuple(ACTIONS))
     algorithm: str = option("ppo", "of RLlib", choices=("ppo", "appo", "dqn"), group=LEARNER)
     steps: int = option(1_000_000, "decisions to train on, over all environments", group=LEARNER)
-    env_runners: int = option(2, "processes that sample", group=LEARNER)
-    num_envs: int = option(32, "environments of each", group=LEARNER)
+    env_runners: int = option(2, "processes that sample", group=LEARNER, most=MOST_WORKERS)
+    num_envs: int = option(32, "environments of each", group=LEARNER, most=MOST_ENVS)
     batch_size: int = option(
         8192, "decisions of an iteration of PPO, and of a batch of APPO or DQN where smaller", group=LEARNER
     )

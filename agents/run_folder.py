@@ -34,6 +34,8 @@ def open_run(config: Settings) -> Settings:
     """
     given: Any = config
     check_place(Path(given.out))
+    if not getattr(given, "resume", False):
+        check_source(getattr(given, "warm_start", ""))
     path = Path(given.out) / "config.json"
     resumable = hasattr(given, "resume")
     if not (resumable and given.resume):
@@ -74,6 +76,12 @@ def open_run(config: Settings) -> Settings:
             f"suite: {kept.suite} is not what the run in {given.out} began with; a run goes on as it began"
         )
     return kept
+
+
+def check_source(warm_start: str) -> None:
+    """Raise :class:`ConfigError` where there is nothing by the name of what a training is to start from."""
+    if warm_start and not Path(warm_start).exists():
+        raise ConfigError(f"warm_start: {warm_start}: no such file or folder")
 
 
 def start_run(config: Any) -> None:

@@ -162,10 +162,7 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"eval-seeds: there are {len(SELECTION_SEEDS)} selection seeds, for trials and finals together"
         )
-    training._check(config)
-    env, model = training.prepared(config)  # what no environment or network can have, no trial could
-    if config.warm_start:
-        training.warm_start(model.policy, env.env.config, Path(config.warm_start))
+    training.prepared(config)  # what no environment or network can have, no trial could
 
 
 def command(argv: Sequence[str] | None = None, program: str | None = None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from llmsched_gym.config import ClusterScenario, ConfigError, EnvConfig, Scenario, env_config
 from llmsched_gym.cost import load_profile
 from llmsched_gym.env.vector import LLMSchedVectorEnv
+from llmsched_gym.evaluation.clusters import check_inside
 from llmsched_gym.evaluation.run import check_arrivals
 from llmsched_gym.workload import make_table
 
@@ -30,6 +31,8 @@ def evaluation_of(config: Any) -> EnvConfig:
 def check_evaluations(world: Scenario, num_seeds: int) -> None:
     """Raise ConfigError where a training's evaluations on selection seeds could not be run; before it begins."""
     check_seeds("eval-seeds", num_seeds, SELECTION_SEEDS)
+    if isinstance(world, ClusterScenario):
+        check_inside(world)
     profiles = world.profiles if isinstance(world, ClusterScenario) else (world.profile,)
     for profile in (*profiles, world.scheduler_profile):
         if profile is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llmsched_gym.agents.options import option
+from llmsched_gym.agents.options import MOST_ENVS, MOST_N_STEPS, option
 from llmsched_gym.config import ACTIONS
 
 MOST_THREADS = 1024  # torch does not survive very many
@@ -50,8 +50,8 @@ class Proximal:
     """The learner."""
 
     steps: int = option(2_000_000, "decisions to train on, over all environments")
-    num_envs: int = option(128, "environments side by side")
-    n_steps: int = option(64, "decisions per environment and iteration")
+    num_envs: int = option(128, "environments side by side", most=MOST_ENVS)
+    n_steps: int = option(64, "decisions per environment and iteration", most=MOST_N_STEPS)
     batch_size: int = option(2048, "of a minibatch")
     epochs: int = option(4, "passes over an iteration's data")
     learning_rate: float = option(5e-4, "at the start")

@@ -37,9 +37,9 @@ from llmsched_gym.agents.decision_time import finish
 from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import load_actor
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs
-from llmsched_gym.agents.options import MOST_WIDTH, fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_ENVS, MOST_WIDTH, fail_in_one_line, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
-from llmsched_gym.agents.run_folder import open_run, start_run
+from llmsched_gym.agents.run_folder import check_source, open_run, start_run
 from llmsched_gym.agents.seeds import check_evaluations, evaluation_of
 from llmsched_gym.agents.settings import (
     LEARNER,
@@ -71,7 +71,7 @@ class Config(Looks, Network, Proximal, Decisions, World, Run):
         "features", "what it sees: MLP on features, or rows", choices=("features", "slots"), group=WORLD
     )
     algorithm: str = option("ppo", "maskable is for request actions", choices=("ppo", "maskable"), group=LEARNER)
-    num_envs: int = option(128, "environments side by side; always 1 on a real model")
+    num_envs: int = option(128, "environments side by side; always 1 on a real model", most=MOST_ENVS)
     critic_warmup: int = option(0, "decisions before the actor starts to learn; for a warm start", group=LEARNER)
     discount: str = option(
         "second", "per second, exp(-duration / tau), or per step", choices=("second", "step"), group=LEARNER
@@ -132,9 +132,13 @@ def make_model(config: Config, env: TrainingEnv) -> PPO | MaskablePPO:
 
 
 def prepared(config: Config) -> tuple[TrainingEnv, PPO | MaskablePPO]:
-    """The environments of a training and its model; ConfigError for what they cannot have."""
+    """The environments of a training and its model, as it starts; ConfigError for what they cannot have."""
+    _check(config)
     env = TrainingEnv(1 if config.is_real else config.num_envs, config.suite, config.seed, **config.world())
-    return env, make_model(config, env)
+    model = make_model(config, env)
+    if config.warm_start and not config.resume:
+        warm_start(model.policy, env.env.config, Path(config.warm_start))
+    return env, model
 
 
 TYPICAL_BATCHES = 12_800
@@ -161,8 +165,7 @@ def typical_features(env: TrainingEnv, seed: int, steps: int = 200) -> np.ndarra
 
 def warm_start(policy: Any, world: EnvConfig, source: Path) -> None:
     """Start from a run (its last checkpoint, critic and all), a file of weights, or a policy folder's actor."""
-    if not source.exists():
-        raise ConfigError(f"warm_start: {source}: no such file or folder")
+    check_source(str(source))
     saved = load_checkpoint(source) if source.is_dir() else None
     if source.is_dir() and saved is None:
         load_actor(policy, world, source)
@@ -192,7 +195,6 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
     """
     out = Path(config.out)
     config = open_run(config)
-    _check(config)
     torch.set_num_threads(config.threads)
     torch.distributions.Distribution.set_default_validate_args(False)  # a tenth of the time
 
@@ -203,9 +205,7 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
 
     saved = load_checkpoint(out) if config.resume else None
     if saved is None:
-        if config.warm_start:
-            warm_start(model.policy, world, Path(config.warm_start))
-        else:
+        if not config.warm_start:
             normaliser_of(model.policy).fit(typical_features(env, config.seed))
         start_run(config)
         _, callback = model._setup_learn(config.steps, callback)

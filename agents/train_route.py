@@ -27,7 +27,7 @@ from llmsched_gym.agents.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from llmsched_gym.agents.options import option, parse
+from llmsched_gym.agents.options import MOST_ENVS, MOST_N_STEPS, option, parse
 from llmsched_gym.agents.rollout import Discounts, buffer_class, episode_figures
 from llmsched_gym.agents.route_networks import (
     MaskableRoutePolicy,
@@ -61,8 +61,8 @@ class Config(Looks, Network, Proximal, World, Run):
         "ppo", "who learns; what is illegal none of them chooses", choices=("ppo", "maskable", "dqn"), group=LEARNER
     )
     steps: int = option(1_000_000, "decisions to train on, over all environments")
-    num_envs: int = option(8, "environments side by side")
-    n_steps: int = option(512, "ppo: decisions per environment and iteration")
+    num_envs: int = option(8, "environments side by side", most=MOST_ENVS)
+    n_steps: int = option(512, "ppo: decisions per environment and iteration", most=MOST_N_STEPS)
     batch_size: int = option(1024, "of a minibatch")
     epochs: int = option(4, "ppo: passes over an iteration's data")
     gae_lambda: float = option(0.97, "ppo: lambda of the advantage", most=1.0)

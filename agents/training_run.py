@@ -135,4 +135,5 @@ def _bar(is_shown: bool) -> Progress:
         TimeRemainingColumn(),
         TextColumn("best {task.fields[best]}"),
     )
-    return Progress(*columns, console=Console(stderr=True), disable=console.quiet or not is_shown)
+    stderr = Console(stderr=True)  # where it is no terminal, the bar would stand before whatever is said in the end
+    return Progress(*columns, console=stderr, disable=console.quiet or not is_shown or not stderr.is_terminal)

@@ -25,7 +25,7 @@ from scipy import stats
 
 from benchmarks.without_teacher import learn, utility
 from llmsched_gym.agents import ppo
-from llmsched_gym.agents.options import fail_in_one_line, option, parse
+from llmsched_gym.agents.options import MOST_ENVS, fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation.workers import Workers
 from llmsched_gym.files import digest_of, make_folder, write_text
@@ -63,7 +63,7 @@ class Trial(ppo.Config):
     action_repeat: int = option(32, "batches that one action decides (1 for request actions)")
     reward_scale: float = option(0.05, "factor on the reward")
     steps: int = option(300_000, "decisions of a training")
-    num_envs: int = option(64, "environments side by side")
+    num_envs: int = option(64, "environments side by side", most=MOST_ENVS)
     n_steps: int = option(32, "decisions per environment and iteration")
     batch_size: int = option(512, "of a minibatch")
     learning_rate: float = option(1e-3, "at the start")

@@ -1,8 +1,9 @@
 """What our own PPO learns from scratch: ``python -m benchmarks.without_teacher --steps 400000 --seeds 5``.
 
 For each training seed, from the uniform policy on: since when greedy and sampled actions both stay above SLAI, and what
-they earn at the end, on requests that nobody trained on. Presets or knobs at 1.8 requests/s, as in
-``examples/learning_curve.py``, whose runs these are: 500 requests of four seeds.
+they earn at the end, on four selection seeds (2000 to 2003): requests that nobody trained on, but on which settings
+were chosen, so that this shows how learning goes and tests no agent. Presets or knobs at 1.8 requests/s, as in
+``examples/learning_curve.py``, whose runs these are: 500 requests each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How examples/ppo.py learns: mean utility of greedy and of sampled actions on seeds that nobody trained on.
+"""How examples/ppo.py learns: mean utility of greedy and sampled actions on selection seeds, 2000 to 2003.
 
     python -m examples.learning_curve [--steps 400000] [--seeds 5] [--out docs/figures/ppo_learning_curve.png]
 
+Nobody trained on these seeds, but settings were chosen on them: this shows how learning goes and tests no agent.
 Beside it what SLAI, `on-time` and the best preset held throughout earn on the same requests; what each preset is worth
 when it is held throughout comes first, on other seeds.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -26,6 +28,26 @@ def between(low: float | None, high: float | None, form: int | str = 2) -> str:
 def counted(count: int, thing: str) -> str:
     """ "1 request", "2,000 requests": `thing` is one of them, with a regular plural."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def read_value(text: str) -> Any:
+    """The value that a text is as JSON has it, or TOML, or Python; what none of them knows stays text.
+
+    ``true``, ``True``, ``null``, ``None``, ``inf``, numbers, lists and tuples of such.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return float(text) if text in ("inf", "-inf") else ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def no_memory(error: MemoryError) -> str:
+    """What to say of it; the types of records, a thousand letters in NumPy's words, are left out."""
+    return f"not enough memory: {str(error).partition(' and data type')[0]}"
 
 
 def shown(value: object) -> str:

@@ -12,11 +12,12 @@ import typer
 from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import ProfileError
 from llmsched_gym.help_text import GroupedCommand, epilog, grouped
+from llmsched_gym.interrupts import code_of, interrupts
 from llmsched_gym.real_backend.errors import BackendError
 from llmsched_gym.report import console
 from llmsched_gym.scheduler import PolicyError
 
-USAGE, INTERRUPTED = 2, 130
+USAGE = 2
 ModelName = Annotated[
     str, typer.Option(rich_help_panel="The model", help="Local folder, hub id, random:mistral-7b or random:tiny.")
 ]
@@ -46,11 +47,16 @@ def call(
 
 def run(function: Callable[..., None], program: str, argv: Sequence[str] | None = None) -> int:
     """Run one typer command and say in one line what is wrong; returns its exit code."""
+    with interrupts() as seen:
+        return _run(function, program, argv, seen)
+
+
+def _run(function: Callable[..., None], program: str, argv: Sequence[str] | None, seen: list[int]) -> int:
     try:
         return call(function, program, argv)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; what is measured is kept, and the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
+        return code_of(seen)
     except (BackendError, ConfigError, PolicyError, ProfileError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -70,12 +76,13 @@ def _fail(message: str) -> int:
 
 @contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved by calls with the number done and of all."""
+    """A bar on stderr where that is a terminal, moved by calls with the number done and of all."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=console.quiet) as bar:
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, disable=console.quiet or not stderr.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -83,6 +83,8 @@ def test_every_preset_is_an_environment_that_its_learner_can_act_in():
         ("[8]", "[1000000]", "settings.hidden: expected widths up to 16,384, got 1000000"),
         ("qps = 2.0", "suite = 'paper'", "world.suite: stands above the tables"),
         ("n_steps = 4", "learning_rate = nan", "settings.learning_rate: expected a number, got nan"),
+        ("num_envs = 2", "num_envs = 1000000000000", "settings.num_envs: expected a whole number from -1 to 65,536"),
+        ("n_steps = 4", "n_steps = 1000000000000", "settings.n_steps: expected a whole number from -1 to 1,048,576"),
         ("n_steps = 4", "normalize_advantage = 'no'", "settings.normalize_advantage: expected true or false, got 'no'"),
     ],
 )
@@ -94,6 +96,53 @@ def test_a_wrong_preset_is_one_line_that_names_the_file_and_the_field(file, old,
 
 
 @pytest.mark.parametrize(
+    ("learner", "setting", "told"),
+    [
+        ("sac", "ent_coef = 'x'", "settings.ent_coef: expected a number, auto or auto_NUMBER, got 'x'"),
+        ("sac", "target_entropy = true", "settings.target_entropy: expected text or a number, got True"),
+        ("recurrent", "target_kl = 'x'", "settings.target_kl: expected a number, got 'x'"),
+        ("recurrent", "clip_range_vf = -1.0", "settings.clip_range_vf: expected a number from 0 to"),
+        ("dqn", "max_grad_norm = '5'", "settings.max_grad_norm: expected a number, got '5'"),
+    ],
+)
+def test_so_is_a_wrong_setting_of_other_algorithms(file, learner, setting, told):
+    kept = TINY.replace('"a2c"', f'"{learner}"').replace("n_steps = 4", setting)
+    file.write_text(kept)
+    with pytest.raises(ConfigError) as error:
+        read_preset(file)
+    assert str(file) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_of_sb3_may_be_of_any_of_their_kinds(file):
+    sac = TINY.replace('"a2c"', '"sac"').replace('"preset"', '"priority"')
+    for setting in ("ent_coef = 0.1", "ent_coef = 'auto_0.1'", "target_entropy = -3.0", "train_freq = [1, 'episode']"):
+        file.write_text(sac.replace("n_steps = 4", setting))
+        read_preset(file)
+    file.write_text(TINY.replace('"a2c"', '"dqn"').replace("n_steps = 4", "max_grad_norm = 0.5"))
+    read_preset(file)
+
+
+@pytest.mark.parametrize(
+    ("learner", "setting", "told"),
+    [
+        ("a2c", "use_sde = true", "settings: "),
+        ("own-ppo", "group = 3", "group: expected a divisor of the 2 environments, got 3"),
+        ("own-ppo", "prior = 'nope'", "policy 'nope' is unknown"),
+        ("own-ppo", "warm_start = 'FILE'", "warm_start: .*expected a run"),
+    ],
+)
+def test_what_no_training_of_a_preset_could_have_is_refused_before_there_is_a_folder(
+    learner, setting, told, file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(benchmark, "check", lambda *_: None)
+    setting = setting.replace("FILE", str(file))
+    file.write_text(TINY.replace('"a2c"', f'"{learner}"').replace("n_steps = 4", setting))
+    with pytest.raises(ConfigError, match=f"^presets: tiny: {told}") as error:
+        benchmark.benchmark(benchmark.Config(presets=str(file), out=str(tmp_path / "out")))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("setting", "told"),
     [
         ("activation = 'gelu'", "settings.activation: expected one of tanh, relu, got 'gelu'"),
@@ -102,10 +151,13 @@ def test_a_wrong_preset_is_one_line_that_names_the_file_and_the_field(file, old,
         ("learning_rate = nan", "settings.learning-rate: expected a number >= 0, got nan"),
         ("hidden = '8'", "settings.hidden: expected a list of whole numbers, got '8'"),
         ("eval_every = 5", "settings.eval_every: expected one of"),
+        ("warm_start = '/nope'", "settings.warm_start: /nope: no such file or folder"),
+        ("num_envs = 1000000000000", "settings.num-envs: expected a whole number <= 65,536, got"),
     ],
 )
 def test_so_is_a_wrong_setting_of_our_learners(file, setting, told):
-    file.write_text(TINY.replace('"a2c"', '"own-ppo"').replace("hidden = [8]", setting))
+    kept = TINY.replace('"a2c"', '"own-ppo"').replace("num_envs = 2", "")
+    file.write_text(kept.replace("hidden = [8]", setting))
     with pytest.raises(ConfigError) as error:
         read_preset(file)
     assert str(file) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)

@@ -6,15 +6,21 @@ import os
 import sys
 
 import gymnasium as gym
+import numpy as np
 import pytest
 
 import llmsched_gym  # noqa: F401  registers the environments
-from llmsched_gym.agents import headroom, route_headroom
+from llmsched_gym.agents import headroom, route_headroom, training_run
+from llmsched_gym.agents.options import fail_in_one_line, parse
+from llmsched_gym.agents.tune import Config
 from llmsched_gym.cli import main
 from llmsched_gym.cli.entry import typer_group
+from llmsched_gym.cli.options import Clients, World
+from llmsched_gym.cli.values import scenario_of
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.cost import ProfileError, check_reach, load_profile
 from llmsched_gym.engine import Engine
+from llmsched_gym.real_backend.command import progress_bar as measuring
 from llmsched_gym.report import console
 
 for module in ("stable_baselines3", "sb3_contrib", "tensorboard", "cma"):
@@ -68,6 +74,18 @@ def test_rates_next_to_0_are_refused_by_every_environment():
         for id in ("LLMSched-v0", "LLMSched-Drift-v0", "LLMRoute-v0"):
             with pytest.raises(ConfigError, match=message):
                 make(id, qps=1e-300)
+
+
+# Values of --set, which may be written as in JSON, TOML or Python
+
+
+def test_every_command_reads_values_alike():
+    texts = ("true", "True", "false", "False", "null", "None", "inf", "1e-3", "[1, 2]", "none", "'x'", "x", '"')
+    values = [True, True, False, False, None, None, float("inf"), 1e-3, [1, 2], "none", "x", "x", '"']
+    words = [word for i, text in enumerate(texts) for word in ("--set", f"f{i}={text}")]
+    assert list(parse(Config, words, None).set.values()) == values
+    world = World(set_=["async_lag=True", "num_requests=None", "qps_range=(1, 2)"])
+    assert scenario_of(world, Clients(), None) == scenario(async_lag=True, num_requests=None, qps_range=(1, 2))
 
 
 # Empty text, which as a path is the folder that one is in
@@ -133,7 +151,7 @@ def test_nor_is_one_of_a_module(module, here, capsys):
         (["--hidden", ","], "--hidden: expected whole numbers separated by commas, got ','"),
         (["--hidden", "64,,64"], "--hidden: expected whole numbers separated by commas, got '64,,64'"),
         (["--hidden", "999999999"], "--hidden: expected whole numbers from 1 to 16,384, got 999999999"),
-        (["--num-envs", "1e18"], "--num-envs: expected a whole number <= 1,000,000,000,000, got"),
+        (["--num-envs", "1e12"], "--num-envs: expected a whole number <= 65,536, got 1000000000000"),
         (["--set", "nope=1"], "set: the scenario has no field 'nope'"),
         (["--set", "qpss=1"], "set: the scenario has no field 'qpss'; did you mean 'qps'?"),
         (["--set", "suite=paper"], "--set: suite is no field of the scenario; use the option of that name"),
@@ -150,6 +168,9 @@ def test_what_no_training_can_have(command, options, words, here, capsys):
     assert words in refused(["llmsched", command, *options], capsys, here)
 
 
+CLUSTER = ["--policy", "slai", "--suite", "cluster", "--seeds", "1", "--out", "o"]
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -160,6 +181,13 @@ def test_what_no_training_can_have(command, options, words, here, capsys):
         (["tune", "--set", "observation=slots"], "observation: expected 'features' where knobs are tuned, got 'slots'"),
         (["tune", "--set", "profile=nope"], "profile: expected one of"),
         (["tune", "--set", "scheduler_profile=nope"], "profile: expected one of"),
+        (["ppo", "--n-steps", "1e12"], "--n-steps: expected a whole number <= 1,048,576, got"),
+        (["train", "--env", "route", "--num-envs", "1e12"], "--num-envs: expected a whole number <= 65,536, got"),
+        (["train", "--env", "route", "--set", "replica_scheduler=nope"], "replica_scheduler: policy 'nope' is unknown"),
+        (["train", "--env", "route", "--set", "decode_router=nope"], "decode_router: router 'nope' is unknown"),
+        (["train", "--env", "route", "--warm-start", "nope"], "warm_start: nope: no such file or folder"),
+        (["evaluate", *CLUSTER, "--set", "replica_scheduler=nope"], "replica_scheduler: policy 'nope' is unknown"),
+        (["evaluate", *CLUSTER, "--set", "decode_router=nope"], "decode_router: router 'nope' is unknown"),
         (["train", "--gamma", "2"], "--gamma: expected a number <= 1, got 2"),
         (["train", "--width", "1e9"], "--width: expected a whole number <= 16,384, got"),
     ],
@@ -294,6 +322,11 @@ def test_an_error_of_the_system_is_one_line(here, capsys, monkeypatch):
     assert capsys.readouterr() == ("", "error: [Errno 28] No space left on device\n")
 
 
+def test_what_there_is_no_memory_for_is_said_in_few_words(capsys):
+    assert fail_in_one_line(lambda: np.zeros(1 << 50, [(f"field{i}", "f8") for i in range(99)])) == 1
+    assert len(capsys.readouterr().err) < 120
+
+
 # What goes wrong, or is to be quiet, among runs
 
 
@@ -306,6 +339,17 @@ def test_an_error_among_runs_leaves_no_bar(module, here, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module.__name__, "--workers", "1"])
     assert module.main() == 2
     assert capsys.readouterr() == ("", "error: qps: too much\n")
+
+
+def test_a_bar_of_a_training_or_a_model_stands_on_terminals_alone(capsys, monkeypatch):
+    for shown in (False, True):
+        if shown:
+            monkeypatch.setenv("FORCE_COLOR", "1")  # stderr counts as a terminal
+        with training_run._bar(True) as bar:
+            bar.add_task("training", total=1, best="-")
+        with measuring("batches") as progress:
+            progress(1, 1)
+        assert bool(capsys.readouterr().err) == shown
 
 
 def test_who_wants_quiet_gets_no_bar(here, capsys, monkeypatch):

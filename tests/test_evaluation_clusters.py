@@ -142,6 +142,11 @@ def test_the_matrix_has_routers_in_lines_and_schedulers_in_columns():
     assert [line[0].text for line in tables[0].rows] == ["jsq", "random"]
     mean = 100 * rows[rows.policy == "jsq+slai"]["slo_attainment"].mean()
     assert math.isclose(float(tables[0].rows[0][1].text), mean, abs_tol=0.06)
+    one = report.matrices(rows[rows.scheduler == "slai"])  # one column each would say no more in tables of their own
+    assert len(one) == 1 and one[0].labels[:3] == ["router", "SLO attainment (%)", "Mean utility"]
+    assert [[cell.text for cell in line[:2]] for line in one[0].rows] == [
+        [line[0].text, line[1].text] for line in tables[0].rows
+    ]
     assert report.matrices(pd.DataFrame([row(simulate(ONE, "slai", 0))])) == []
     busy, *_ = batch_charts.replicas(rows)
     assert [len(trace["y"]) for trace in busy.traces] == [2] * 4

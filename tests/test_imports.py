@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import its own package and packages of lower levels; of a package in a package the longer name counts.
 ORDER = (
-    ("config", "sources", "text", "help_text", "paper.constants"),
+    ("config", "sources", "text", "help_text", "interrupts", "paper.constants"),
     ("files",),
     ("workload", "cost"),
     ("fluid",),

@@ -1,5 +1,6 @@
 """Ctrl-C in the middle of long commands: they end at once, say how to go on, and go on to the same result."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -8,11 +9,13 @@ import time
 
 import pytest
 
+from llmsched_gym.agents.options import fail_in_one_line
 from llmsched_gym.cli import main
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation import cells
 from llmsched_gym.evaluation.capacity import capacity
 from llmsched_gym.evaluation.cluster_capacity import searched_rates
+from llmsched_gym.serving.running import run_to_end
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -71,6 +74,18 @@ def test_an_interrupted_capacity_goes_on_to_the_same_result(tmp_path, monkeypatc
     assert not kept.exists()
     found, whole = (json.loads((tmp_path / name / "capacity-ttft-median.json").read_text()) for name in ("a", "b"))
     assert found == whole
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_modules_and_loops_of_events_end_at_either_signal(number, code, capsys):
+    async def wait():
+        asyncio.get_running_loop().call_soon(signal.raise_signal, number)
+        await asyncio.sleep(60)
+
+    for ended in (lambda: signal.raise_signal(number), lambda: run_to_end(wait())):
+        usual = signal.getsignal(number)
+        assert fail_in_one_line(ended, "interrupted") == code and capsys.readouterr() == ("", "interrupted\n")
+        assert signal.getsignal(number) is usual
 
 
 @pytest.mark.parametrize("command", ["train", "ppo", "tune"])

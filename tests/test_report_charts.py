@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +20,7 @@ from llmsched_gym.report import (
     request_charts,
     statistics,
 )
+from llmsched_gym.report.results import read_results
 from llmsched_gym.report.write import ReportError, write_report
 from tests.report_folders import attainment, itl_of, make_folder, requests_of, row, steps_of
 
@@ -100,6 +103,24 @@ def test_batches_are_averaged_over_busy_time():
     steps = pd.DataFrame({"start_s": [0.0, 1.5], "duration_s": [1.0, 0.5], "decode_tokens": [10, 30]})
     assert batch_charts.averaged(steps, "decode_tokens", np.array([0.0, 1.0, 2.0, 3.0])) == pytest.approx([10, 30, 0])
     assert batch_charts.averaged(steps, "decode_tokens", np.array([0.0, 2.0])) == pytest.approx([(10 + 15) / 1.5])
+
+
+def test_the_axis_of_kv_use_goes_from_0_to_what_was_used():
+    steps = steps_of(["a"], 1.0, 40)
+    both = pd.concat([steps.assign(replica=i) for i in range(2)])
+    for chart in (batch_charts.replicas_over_time(both, ["a"]), batch_charts.timeline(steps, ["a"])):
+        assert "range" not in chart.layout["yaxis3"] and chart.layout["yaxis3"]["rangemode"] == "tozero"
+
+
+def test_a_limit_is_the_paper_s_only_where_it_is(tmp_path):
+    for i, (suite, slo_s, is_papers) in enumerate([("paper", 0.5, True), ("mine", 0.5, False)]):
+        folder = make_folder(tmp_path / str(i), [row("slai", 1.0, 0, suite=suite)])
+        config = json.loads((folder / "config.json").read_text())
+        config["scenario"]["ttft_slo_s"] = slo_s
+        (folder / "config.json").write_text(json.dumps(config))
+        charts = load_section.against_all_loads(read_results(folder)).shown
+        (caption,) = [chart.caption for chart in charts if chart.name == "ttft-median"]
+        assert ("the paper's limit" in caption) == is_papers and "in this scenario" in caption
 
 
 @pytest.mark.parametrize("missing", ["runs.parquet", "requests.parquet", "config.json"])

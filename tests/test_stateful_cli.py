@@ -15,11 +15,11 @@ from test_evaluation import timeless
 from test_out_folders import held
 
 from llmsched_gym import cli
-from llmsched_gym.cli.endings import INTERRUPTED
 from llmsched_gym.config import scenario
 from llmsched_gym.evaluation import cells
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.store import read_rows
+from llmsched_gym.interrupts import INTERRUPTED
 
 WORLD = ["--suite", "paper", "--qps", "1,2", "--seeds", "2", "--num-requests", "4", "--workers", "1", "--no-bound"]
 POLICIES = ("sarathi", "sarathi,slai")

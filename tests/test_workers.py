@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +31,24 @@ if __name__ == "__main__":
     function = {"sleep": sleep, "compute": compute}[sys.argv[1]]
     run_cells(function, [(sys.argv[2],)] * 2, 2, print)
 '''
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+def test_a_command_that_is_asked_to_end_ends_its_workers_and_says_how_to_go_on(tmp_path):
+    """Without what multiprocessing says of semaphores that nobody freed."""
+    words = "evaluate --policy slai --suite paper --num-requests 1000000 --seeds 4 --workers 2 --out out"
+    command = [sys.executable, "-m", "llmsched_gym.cli", *words.split()]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        started = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        assert wait_for(lambda: len(started.read_text().split()) >= 3, 60)  # the tracker of semaphores, too
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    lines = [line for line in said.splitlines() if "compiling" not in line]
+    assert lines == ["llmsched: interrupted: the same command goes on where it stopped"]
+    assert process.returncode == 143
 
 
 def alive(pid):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llmsched_gym.config import ConfigError, UnknownField
+from llmsched_gym.interrupts import INTERRUPTED, TERMINATED
 from llmsched_gym.report import console
+from llmsched_gym.text import no_memory
 
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+USAGE, FAILURE = 2, 1
 
 ENV_PREFIX = "LLMSCHED"  # of variables that stand for options
 
@@ -64,32 +65,6 @@ def remarks() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def interrupts() -> Iterator[list[int]]:
-    """The interrupts that came; numba turns one that comes while it compiles into whatever error it causes there."""
-    seen: list[int] = []
-
-    def interrupt(number: int, frame: Any) -> None:
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    def unraisable(ignored: Any) -> None:
-        if not issubclass(ignored.exc_type, KeyboardInterrupt):
-            sys.__unraisablehook__(ignored)
-
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield seen
-        return
-    hook = sys.unraisablehook
-    signal.signal(signal.SIGINT, interrupt)
-    sys.unraisablehook = unraisable
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.unraisablehook = hook
-
-
 def explain(error: Exception) -> int:
     """Say in one line what was wrong; an error that nobody foresaw goes on as it is."""
     if hasattr(error, "format_message"):  # of the command line itself
@@ -98,7 +73,7 @@ def explain(error: Exception) -> int:
     if not isinstance(error, (*usage, *failure)):
         raise error
     what = f"set: {error.told}" if isinstance(error, UnknownField) else str(error)
-    what = f"not enough memory: {error}" if isinstance(error, MemoryError) else what
+    what = no_memory(error) if isinstance(error, MemoryError) else what
     return fail(what, USAGE if isinstance(error, usage) else FAILURE)
 
 
@@ -129,7 +104,7 @@ def fail(message: str, code: int) -> int:
 
 def leave(code: int) -> NoReturn:
     """End the process; after an interrupt at once, as Python takes seconds to free compiled kernels one by one."""
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, TERMINATED):
         atexit._run_exitfuncs()
         with suppress(OSError, ValueError):
             for stream in filter(None, (sys.stdout, sys.stderr)):

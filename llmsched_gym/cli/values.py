@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from llmsched_gym.cli import options as opt
 from llmsched_gym.config import ConfigError, Scenario, UnknownField, scenario, split_names
+from llmsched_gym.text import read_value
 
 
 def split_policies(texts: Sequence[str], what: str = "policy") -> list[str]:
@@ -63,12 +63,7 @@ def _parsed_fields(texts: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"set: expected FIELD=VALUE, got {text!r}")
         if name == "suite":
             raise ConfigError("set: suite is no field of the scenario; use --suite")
-        try:
-            fields[name] = json.loads(value)
-        except ValueError:
-            fields[name] = float(value) if value == "inf" else value
-        if isinstance(fields[name], list):
-            fields[name] = tuple(fields[name])
+        fields[name] = read_value(value)
     return fields
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from llmsched_gym.cluster import Cluster
-from llmsched_gym.config import ClusterScenario
+from llmsched_gym.cluster.router import CompiledRouter
+from llmsched_gym.config import ClusterScenario, ConfigError
 from llmsched_gym.engine.records import REPLICA
 from llmsched_gym.engine.rows import rows_of
 from llmsched_gym.evaluation.run import Episode, check_arrivals, scenario_for
 from llmsched_gym.registry import make_router, make_scheduler
+from llmsched_gym.scheduler import PolicyError
 from llmsched_gym.workload import RequestTable, make_table
 
 SUMS = (
@@ -35,8 +38,22 @@ def split_policy(policy: str, router: str) -> tuple[str, str]:
 def check_policy(scenario: ClusterScenario, policy: str) -> Any:
     """The scheduler of a policy, when both halves can be made; else a :class:`PolicyError` of one line."""
     router, scheduler = split_policy(policy, scenario.router)
+    check_inside(scenario)
     make_router(router)
     return make_scheduler(scheduler)
+
+
+def check_inside(scenario: ClusterScenario) -> None:
+    """Raise :class:`ConfigError` where a field names a router or a scheduler that there is none of."""
+    makers: dict[str, Callable[[str], Any]] = {"decode_router": make_router, "replica_scheduler": make_scheduler}
+    for field, make in makers.items():
+        name = getattr(scenario, field)
+        try:
+            made = make(name)
+        except PolicyError as error:
+            raise ConfigError(f"{field}: {error}") from None
+        if field == "decode_router" and not isinstance(made, CompiledRouter):
+            raise ConfigError(f"decode_router: expected a compiled router, got {name!r}")
 
 
 def simulate_cluster(

@@ -11,6 +11,8 @@ PAPER_TTFT_REDUCTION = 0.53
 """Of the median, by SLAI against Sarathi-Serve."""
 PAPER_CAPACITY_GAIN = 0.26
 """Of the largest rate with a median TTFT below 0.5 s."""
+PAPER_MEDIAN_TTFT_S = 0.5
+"""The median TTFT that the paper's capacities are for."""
 
 # What the authors' own scheduler classes give on a virtual clock (1,500 requests, 2 seeds).
 REFERENCE_TTFT_REDUCTION = {1.0: 0.18, 1.36: 0.35, 1.6: 0.44, 1.73: 0.53, 1.8: 0.64}

@@ -54,7 +54,7 @@ def timeline(
         "xaxis": axis("Time (s)", range=[0, float(window_s)], anchor="y3"),
         "yaxis": axis("Tokens per batch", domain=[0.5, 1.0], rangemode="tozero"),
         "yaxis2": axis("Requests", domain=[0.25, 0.45], rangemode="tozero"),
-        "yaxis3": axis("KV used (%)", domain=[0.0, 0.2], range=[0, 101.5]),
+        "yaxis3": axis("KV used (%)", domain=[0.0, 0.2], rangemode="tozero"),
         "height": 520,
         "showlegend": True,
     }
@@ -117,7 +117,7 @@ def replicas_over_time(
         "xaxis": axis("Time (s)", range=[0, float(window_s)], anchor="y3"),
         "yaxis": axis("Waiting", domain=[0.7, 1.0], rangemode="tozero"),
         "yaxis2": axis("Running", domain=[0.35, 0.65], rangemode="tozero"),
-        "yaxis3": axis("KV used (%)", domain=[0.0, 0.3], range=[0, 101.5]),
+        "yaxis3": axis("KV used (%)", domain=[0.0, 0.3], rangemode="tozero"),
         "height": 520,
         "showlegend": True,
     }

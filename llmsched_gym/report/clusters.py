@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ MATRICES = (
     Shown("mean_utility", "Mean utility", 1.0, 3),
     Shown("ttft_p99_s", "p99 of TTFT (s)", 1.0, 2),
     Shown("prefix_hit_rate", "Prefix hit rate (%)", 100.0, 1),
-    Shown("imbalance", "Busy time of the busiest replica over the mean", 1.0, 2),
+    Shown("imbalance", "Busiest replica over the mean (busy time)", 1.0, 2),
 )
 
 
@@ -36,16 +37,21 @@ def has_replicas(rows: pd.DataFrame) -> bool:
 
 
 def matrices(rows: pd.DataFrame) -> list[Table]:
-    """Routers in lines, schedulers in columns, a table for each figure and load; none for rows of one engine."""
+    """What routers and schedulers came to; none for rows of one engine.
+
+    Routers in lines, schedulers in columns, a table for each figure and load. With one scheduler those would have one
+    column each: the figures are the columns then, a table for each load.
+    """
     if not has_replicas(rows):
         return []
     tidy = rows if "load" in rows else statistics.tidy(rows)
     binned, found = statistics.binned_loads(tidy), []
     pairs = rows.drop_duplicates("policy").set_index("policy")[["router", "scheduler"]]
     routers, schedulers = (list(dict.fromkeys(pairs[name])) for name in ("router", "scheduler"))
-    for shown in MATRICES:
-        if not statistics.has(binned, shown.column):
-            continue
+    present = [shown for shown in MATRICES if statistics.has(binned, shown.column)]
+    if len(schedulers) == 1:
+        return _figures_of_routers(binned, tidy, pairs["router"], present, schedulers[0])
+    for shown in present:
         values = statistics.over_seeds(binned, shown.column)
         for load, group in values.groupby("load"):
             by_pair = {tuple(pairs.loc[str(line.policy)]): line for line in group.itertuples()}
@@ -55,6 +61,26 @@ def matrices(rows: pd.DataFrame) -> list[Table]:
             ]
             title = f"{shown.title} at {load:.3g} {statistics.load_unit(tidy)}"
             found.append(Table(title, [], ["router", *schedulers], lines))
+    return found
+
+
+def _figures_of_routers(
+    binned: pd.DataFrame, tidy: pd.DataFrame, routers: pd.Series, present: Sequence[Shown], scheduler: str
+) -> list[Table]:
+    """Routers, by policy, in lines and figures in columns, a table for each load."""
+    cells: dict[Any, Any] = {
+        (shown, line.load, line.policy): line
+        for shown in present
+        for line in statistics.over_seeds(binned, shown.column).itertuples()
+    }
+    found = []
+    for load in sorted(binned["load"].unique()):
+        lines = [
+            [Cell(str(router), kind=HEAD), *(_cell(cells.get((shown, load, policy)), shown) for shown in present)]
+            for policy, router in routers.items()
+        ]
+        title = f"Routers with {scheduler} at {load:.3g} {statistics.load_unit(tidy)}"
+        found.append(Table(title, [], ["router", *(shown.title for shown in present)], lines))
     return found
 
 

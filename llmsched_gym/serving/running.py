@@ -17,28 +17,31 @@ def run_to_end(coroutine: Coroutine[Any, Any, T]) -> T:
     An interrupt raised inside a callback of aiohttp would become the failure of one request, so that none is raised
     there: the loop is told.
     """
-    previous = signal.getsignal(signal.SIGINT)
-    interrupted = False
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: handler for number, handler in usual.items() if callable(handler)}
+    interrupted: list[int] = []
 
     async def main() -> T:
         task = asyncio.current_task()
         assert task is not None
 
-        def interrupt() -> None:
-            nonlocal interrupted
-            interrupted = True
+        def interrupt(number: int) -> None:
+            interrupted.append(number)
             task.cancel()
 
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # on Windows, or in a thread
-            asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
+            for number in usual:
+                asyncio.get_running_loop().add_signal_handler(number, interrupt, number)
         return await coroutine
 
     try:
         return asyncio.run(main())
     except asyncio.CancelledError:
-        if interrupted:
-            raise KeyboardInterrupt from None
-        raise
+        if not interrupted:
+            raise
     finally:
-        if signal.getsignal(signal.SIGINT) != previous and previous is not None:
-            signal.signal(signal.SIGINT, previous)
+        for number, handler in usual.items():
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+    signal.raise_signal(interrupted[0])  # for whoever counts interrupts
+    raise KeyboardInterrupt
