@@ -67,6 +67,7 @@ class Trial(ppo.Config):
     n_steps: int = option(32, "decisions per environment and iteration")
     batch_size: int = option(512, "of a minibatch")
     learning_rate: float = option(1e-3, "at the start")
+    eval_every: int = option(32_768, "decisions between looks on selection seeds, at least")
     threads: int = option(1, "threads of a training")
 
 

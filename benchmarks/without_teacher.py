@@ -1,9 +1,9 @@
 """What our own PPO learns from scratch: ``python -m benchmarks.without_teacher --steps 400000 --seeds 5``.
 
 For each training seed, from the uniform policy on: since when greedy and sampled actions both stay above SLAI, and what
-they earn at the end, on four selection seeds (2000 to 2003): requests that nobody trained on, but on which settings
-were chosen, so that this shows how learning goes and tests no agent. Presets or knobs at 1.8 requests/s, as in
-``examples/learning_curve.py``, whose runs these are: 500 requests each.
+they earn at the end, on selection seeds (2000 to 2003, 500 requests each, unless told otherwise): requests that nobody
+trained on, but on which settings were chosen, so that this shows how learning goes and tests no agent. Presets or knobs
+at 1.8 requests/s, as in ``examples/learning_curve.py``.
 """
 
 from __future__ import annotations
@@ -16,30 +16,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.learning_curve import TEST_SEEDS
-from llmsched_gym import env_config
 from llmsched_gym.agents import ppo
 from llmsched_gym.agents.collect import networks_of
 from llmsched_gym.agents.export import export
 from llmsched_gym.agents.options import option, parse
+from llmsched_gym.agents.seeds import SELECTION_SEEDS, evaluation_of
 from llmsched_gym.env.policy import PolicyScheduler
 from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.policies import LoadedPolicy
 from llmsched_gym.text import table
 
-EVERY = 32_768  # decisions between two evaluations, at least
-
 
 @dataclasses.dataclass(frozen=True)
 class Trial(ppo.Config):
     seeds: int = option(5, "training seeds, from --seed on")
+    eval_every: int = option(32_768, "decisions between looks on selection seeds, at least")
 
 
 def utility(scheduler: Any, config: ppo.Config) -> float:
     """Mean utility of a scheduler, by name or as an object."""
-    world = env_config(config.suite, **{**config.world(), "num_requests": 500})
-    return float(np.mean([row(simulate(world, scheduler, seed=seed))["mean_utility"] for seed in TEST_SEEDS]))
+    world, seeds = evaluation_of(config), SELECTION_SEEDS[: config.eval_seeds]
+    return float(np.mean([row(simulate(world, scheduler, seed=seed))["mean_utility"] for seed in seeds]))
 
 
 def both(policy: Any, config: ppo.Config, world: Any) -> tuple[float, float]:
@@ -68,7 +66,7 @@ def learn(config: ppo.Config) -> tuple[np.ndarray, float]:
         figures = learner.learn(collector.rollout, step)
         spent_s += time.perf_counter() - start
         step += config.num_envs * config.n_steps
-        if step - rows[-1][0] >= EVERY or step >= config.steps:
+        if step - rows[-1][0] >= config.eval_every or step >= config.steps:
             rows.append((step, *both(policy, config, collector.config), figures["train/entropy"]))
     collector.close()
     learner.close()
