@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmsched_gym.agents.options import check_values
-from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError, find_suite
+from llmsched_gym.config import CLUSTER_SUITES, SUITES, ConfigError, find_suite, plain
 from llmsched_gym.files import check_place, claim_folder, digest_of, make_folder, write_text
 
 Settings = TypeVar("Settings")
@@ -67,7 +67,7 @@ def open_run(config: Settings) -> Settings:
     kept = type(given)(**{**own, **settings, **tuples, "resume": True})
     for field in dataclasses.fields(given):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        asked, held = (getattr(one, field.name) for one in (given, kept))
+        asked, held = (_plain(getattr(one, field.name)) for one in (given, kept))
         if asked not in (default, held):
             flag = field.name.replace("_", "-")
             raise ConfigError(f"--{flag}: the run in {given.out} has {held}, got {asked}; a run goes on as it began")
@@ -76,6 +76,11 @@ def open_run(config: Settings) -> Settings:
             f"suite: {kept.suite} is not what the run in {given.out} began with; a run goes on as it began"
         )
     return kept
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a file gives it back: a pair may have been written as (1, 2) or [1, 2]."""
+    return {name: plain(each) for name, each in value.items()} if isinstance(value, dict) else plain(value)
 
 
 def check_source(warm_start: str) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -145,6 +145,15 @@ class Training:
     suite: str
     out: str
     resume: bool = False
+    set: dict = field(default_factory=dict)
+
+
+def test_a_training_goes_on_by_the_words_it_began_with(tmp_path):
+    began = Training("default", str(tmp_path / "run"), set={"qps_range": (1.6, 2.2)})  # a list in config.json
+    start_run(began)
+    assert open_run(replace(began, resume=True)).set == {"qps_range": [1.6, 2.2]}
+    with pytest.raises(ConfigError, match="--set: the run in .* goes on as it began"):
+        open_run(replace(began, resume=True, set={"qps_range": (1.6, 2.0)}))
 
 
 def test_a_training_does_not_go_on_with_a_changed_file(tmp_path):
@@ -155,4 +164,4 @@ def test_a_training_does_not_go_on_with_a_changed_file(tmp_path):
     with pytest.raises(ConfigError, match=r"my.toml is not what the run in .* began with"):
         open_run(Training(path, str(tmp_path / "run"), True))
     start_run(Training("default", str(tmp_path / "other")))
-    assert json.loads((tmp_path / "other" / "config.json").read_text()) == {"suite": "default"}
+    assert json.loads((tmp_path / "other" / "config.json").read_text()) == {"suite": "default", "set": {}}
