@@ -152,7 +152,7 @@ def test_a_training_goes_on_by_the_words_it_began_with(tmp_path):
     began = Training("default", str(tmp_path / "run"), set={"qps_range": (1.6, 2.2)})  # a list in config.json
     start_run(began)
     assert open_run(replace(began, resume=True)).set == {"qps_range": [1.6, 2.2]}
-    with pytest.raises(ConfigError, match="--set: the run in .* goes on as it began"):
+    with pytest.raises(ConfigError, match=r"--set: the run in .* goes on as it began"):
         open_run(replace(began, resume=True, set={"qps_range": (1.6, 2.0)}))
 
 
