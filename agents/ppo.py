@@ -112,14 +112,14 @@ def fit_normaliser(policy: Any, config: Config) -> None:
     normaliser_of(policy).fit(typical_features(env, config.seed))
 
 
-def prepared(config: Config) -> tuple[Collector, Any]:
-    """The environments of a training and its policy, as it starts; ConfigError for what they cannot have."""
+def prepared(config: Config, starts: bool = True) -> tuple[Collector, Any]:
+    """The environments of a training and its policy, as it `starts`; ConfigError for what they cannot have."""
     check_evaluations(evaluation_of(config), config.eval_seeds)
     if config.prior and config.warm_start:
         raise ConfigError("prior: expected no --warm-start, which decides where the actor starts")
     collector = make_collector(config)
     policy = make_policy(config, collector)
-    if config.warm_start and not config.resume:
+    if config.warm_start and starts:
         warm_start(policy, collector.config, Path(config.warm_start))
         if config.work_conserving:
             close_last(policy, collector.config)
@@ -240,12 +240,12 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
     out = Path(config.out)
     config = open_run(config)
     torch.set_num_threads(1)  # several wait for each other without sleeping; whole shards are shared out instead
-    collector, policy = prepared(config)
+    saved = load_checkpoint(out) if config.resume else None
+    collector, policy = prepared(config, starts=saved is None)
     world = collector.config
     learner = Learner(config, policy, collector.rollout.widths)
     episodes: deque[dict[str, float]] = deque(maxlen=100)
 
-    saved = load_checkpoint(out) if config.resume else None
     if saved is None:
         if not config.warm_start:
             fit_normaliser(policy, config)

@@ -131,12 +131,12 @@ def make_model(config: Config, env: TrainingEnv) -> PPO | MaskablePPO:
     )
 
 
-def prepared(config: Config) -> tuple[TrainingEnv, PPO | MaskablePPO]:
-    """The environments of a training and its model, as it starts; ConfigError for what they cannot have."""
+def prepared(config: Config, starts: bool = True) -> tuple[TrainingEnv, PPO | MaskablePPO]:
+    """The environments of a training and its model, as it `starts`; ConfigError for what they cannot have."""
     _check(config)
     env = TrainingEnv(1 if config.is_real else config.num_envs, config.suite, config.seed, **config.world())
     model = make_model(config, env)
-    if config.warm_start and not config.resume:
+    if config.warm_start and starts:
         warm_start(model.policy, env.env.config, Path(config.warm_start))
     return env, model
 
@@ -198,12 +198,12 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
     torch.set_num_threads(config.threads)
     torch.distributions.Distribution.set_default_validate_args(False)  # a tenth of the time
 
-    env, model = prepared(config)
+    saved = load_checkpoint(out) if config.resume else None
+    env, model = prepared(config, starts=saved is None)
     world = env.env.config
     model.set_logger(Logger(folder=None, output_formats=[]))
     callback: Any = Discounts(per_second=config.discount == "second")
 
-    saved = load_checkpoint(out) if config.resume else None
     if saved is None:
         if not config.warm_start:
             normaliser_of(model.policy).fit(typical_features(env, config.seed))
@@ -258,6 +258,9 @@ def _check(config: Config) -> None:
     action = action_of(env_config(config.suite, **config.world()))
     if action.mask is not None and config.algorithm != "maskable":
         raise ConfigError(f"algorithm: expected maskable for {action.name} actions, got {config.algorithm}")
+    for size, what in ((config.batch_size, "batch_size"), (config.num_envs * config.n_steps, "num_envs * n_steps")):
+        if size < 2:
+            raise ConfigError(f"{what}: expected 2 or more, as advantages are normalised, got {size}")
     check_evaluations(evaluation_of(config), config.eval_seeds)
 
 

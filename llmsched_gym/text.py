@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,18 +32,20 @@ def counted(count: int, thing: str) -> str:
 
 
 def read_value(text: str) -> Any:
-    """The value that a text is as JSON has it, or TOML, or Python; what none of them knows stays text.
+    """The value that a text is as JSON has it, or else Python; what neither knows stays text, and so do other kinds.
 
-    ``true``, ``True``, ``null``, ``None``, ``inf``, numbers, lists and tuples of such.
+    ``true``, ``True``, ``null``, ``None``, ``inf``, numbers, words in quotes, lists, tuples and tables of such.
     """
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:
-        return float(text) if text in ("inf", "-inf") else ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        with warnings.catch_warnings(action="ignore"):  # of escapes in words
+            value = float(text) if text in ("inf", "-inf", "+inf") else ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
+    return value if isinstance(value, bool | int | float | str | list | tuple | dict | None) else text
 
 
 def no_memory(error: MemoryError) -> str:

@@ -19,6 +19,7 @@ from llmsched_gym.agents.collect import networks_of
 from llmsched_gym.agents.options import parse
 from llmsched_gym.agents.ppo import Config, Learner, make_collector, make_policy, train
 from llmsched_gym.agents.priors import NEVER, rule_action
+from llmsched_gym.agents.run_folder import start_run
 from llmsched_gym.config import ConfigError
 from llmsched_gym.env.actions.preset import PRESETS
 from llmsched_gym.env.actions.request import CLOSE
@@ -237,6 +238,17 @@ def test_interrupted_trainings_and_more_threads_change_no_figure(name, tmp_path)
     train(replace(broken, resume=True))
     whole = curve(tmp_path / "whole")
     assert curve(tmp_path / "broken") == whole and len(whole) == 4
+    (_, mine), (_, theirs) = (read_folder(tmp_path / run / "policy") for run in ("whole", "broken"))
+    assert all(np.array_equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_a_warm_start_that_was_interrupted_before_its_first_checkpoint_is_one_still(tmp_path):
+    train(replace(TINY, out=str(tmp_path / "source")))
+    going_on = replace(TINY, learning_rate=1e-9, warm_start=str(tmp_path / "source"))
+    train(replace(going_on, out=str(tmp_path / "whole")))
+    broken = replace(going_on, out=str(tmp_path / "broken"))
+    start_run(broken)  # and no more
+    train(replace(broken, resume=True))
     (_, mine), (_, theirs) = (read_folder(tmp_path / run / "policy") for run in ("whole", "broken"))
     assert all(np.array_equal(mine[key], theirs[key]) for key in mine)
 

@@ -82,6 +82,8 @@ def test_rates_next_to_0_are_refused_by_every_environment():
 def test_every_command_reads_values_alike():
     texts = ("true", "True", "false", "False", "null", "None", "inf", "1e-3", "[1, 2]", "none", "'x'", "x", '"')
     values = [True, True, False, False, None, None, float("inf"), 1e-3, [1, 2], "none", "x", "x", '"']
+    others = ("{[1]}", "{{}}", "...", "b'x'", "{1, 2}", "1+2j", "[1, inf]")  # what no field can be stays text
+    texts, values = (*texts, *others), [*values, *others]
     words = [word for i, text in enumerate(texts) for word in ("--set", f"f{i}={text}")]
     assert list(parse(Config, words, None).set.values()) == values
     world = World(set_=["async_lag=True", "num_requests=None", "qps_range=(1, 2)"])
@@ -188,6 +190,8 @@ CLUSTER = ["--policy", "slai", "--suite", "cluster", "--seeds", "1", "--out", "o
         (["train", "--env", "route", "--warm-start", "nope"], "warm_start: nope: no such file or folder"),
         (["evaluate", *CLUSTER, "--set", "replica_scheduler=nope"], "replica_scheduler: policy 'nope' is unknown"),
         (["evaluate", *CLUSTER, "--set", "decode_router=nope"], "decode_router: router 'nope' is unknown"),
+        (["train", "--batch-size", "1"], "batch_size: expected 2 or more, as advantages are normalised, got 1"),
+        (["train", "--num-envs", "1", "--n-steps", "1"], "num_envs * n_steps: expected 2 or more"),
         (["train", "--gamma", "2"], "--gamma: expected a number <= 1, got 2"),
         (["train", "--width", "1e9"], "--width: expected a whole number <= 16,384, got"),
     ],
