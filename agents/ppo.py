@@ -35,7 +35,7 @@ from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.loss_kernels import FIGURES, loss_gradient
 from llmsched_gym.agents.networks import normaliser_of, policy_class, policy_kwargs, through
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
-from llmsched_gym.agents.priors import close_last, prefer
+from llmsched_gym.agents.priors import close_last, start_from
 from llmsched_gym.agents.rollout import episode_figures
 from llmsched_gym.agents.run_folder import open_run, start_run
 from llmsched_gym.agents.seeds import check_evaluations, evaluation_of
@@ -64,7 +64,7 @@ class Config(Looks, Network, Proximal, Decisions, World, Run):
     )
     average: bool = option(False, "rewards less their mean per second, instead of a discount", group=NOISE)
     prior: str = option(
-        "", "knobs, presets: a rule with fixed settings to start from, such as tuned-constant", group=NOISE
+        "", "knobs, presets: a rule to start from, such as tuned-constant or, with relu, tuned-linear", group=NOISE
     )
     prior_share: float = option(0.5, "its probability at the start, in each entry of an action", group=NOISE)
     work_conserving: bool = option(False, "request actions: a batch ends when nothing more can be added", group=NOISE)
@@ -99,17 +99,17 @@ def make_policy(config: Config, collector: Collector) -> Any:
     core = collector.core
     policy = cls(core.observation_space, core.action_space, lambda _: config.learning_rate, **settings)
     policy.optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate, eps=1e-5, fused=True)
-    if config.prior:
-        prefer(policy, collector.config, config.prior, config.prior_share)
     if config.work_conserving:
         close_last(policy, collector.config)
     return policy
 
 
-def fit_normaliser(policy: Any, config: Config) -> None:
-    """Let a fresh policy see features by their means and spreads in the training's world."""
+def begin(policy: Any, config: Config) -> None:
+    """Let a fresh policy see features by their means and spreads in the training's world, and start from its prior."""
     env = TrainingEnv(config.num_envs, config.suite, config.seed, **config.world())
     normaliser_of(policy).fit(typical_features(env, config.seed))
+    if config.prior:
+        start_from(policy, env.env.config, config.prior, config.prior_share)
 
 
 def prepared(config: Config, starts: bool = True) -> tuple[Collector, Any]:
@@ -119,6 +119,8 @@ def prepared(config: Config, starts: bool = True) -> tuple[Collector, Any]:
         raise ConfigError("prior: expected no --warm-start, which decides where the actor starts")
     collector = make_collector(config)
     policy = make_policy(config, collector)
+    if config.prior:  # to see whether it can; begin() does it
+        start_from(policy, collector.config, config.prior, config.prior_share)
     if config.warm_start and starts:
         warm_start(policy, collector.config, Path(config.warm_start))
         if config.work_conserving:
@@ -248,7 +250,7 @@ def train(config: Config, evaluated: Callable[[int, float], None] | None = None)
 
     if saved is None:
         if not config.warm_start:
-            fit_normaliser(policy, config)
+            begin(policy, config)
         start_run(config)
         collector.start()
     else:

@@ -47,7 +47,7 @@ def own(config: ppo.Config) -> Iteration:
     """Iterations of agents.ppo."""
     collector = ppo.make_collector(config)
     policy = ppo.make_policy(config, collector)
-    ppo.fit_normaliser(policy, config)
+    ppo.begin(policy, config)
     learner = ppo.Learner(config, policy, collector.rollout.widths)
     collector.start()
     step = 0

@@ -65,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(1)
     alone = ppo.make_collector(config)
     policy = ppo.make_policy(config, alone)
-    ppo.fit_normaliser(policy, config)
+    ppo.begin(policy, config)
     learner = ppo.Learner(config, policy, alone.rollout.widths)
     alone.start()
     warm = Part(dataclasses.replace(config, n_steps=1), 0, 1)  # compiled once here, not by every actor

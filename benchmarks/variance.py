@@ -199,7 +199,7 @@ def benchmark(config: Trial, tell: Callable[[str], None]) -> str:
         for name in chosen(config)
     ]
     for job in jobs[: len(suites) * len(chosen(config))]:  # what makes no sense fails before anything is trained
-        ppo.make_policy(config_of(job, config), ppo.make_collector(config_of(job, config)))
+        ppo.prepared(config_of(job, config))
     path = out / "results.jsonl"
     done = read(path, config)
     left = [job for job in jobs if job not in done]

@@ -56,7 +56,7 @@ def learn(config: ppo.Config) -> tuple[np.ndarray, float]:
     """Rows (decisions, greedy, sampled, entropy in nats) of one training, and the seconds that it took."""
     collector = ppo.make_collector(config)
     policy = ppo.make_policy(config, collector)
-    ppo.fit_normaliser(policy, config)
+    ppo.begin(policy, config)
     learner = ppo.Learner(config, policy, collector.rollout.widths)
     collector.start()
     rows, step, spent_s = [(0, *both(policy, config, collector.config), np.nan)], 0, 0.0

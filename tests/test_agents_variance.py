@@ -18,10 +18,9 @@ from llmsched_gym.agents.advantages import Advantages, Variant, others_mean
 from llmsched_gym.agents.collect import networks_of
 from llmsched_gym.agents.options import parse
 from llmsched_gym.agents.ppo import Config, Learner, make_collector, make_policy, train
-from llmsched_gym.agents.priors import NEVER, rule_action
+from llmsched_gym.agents.priors import NEVER
 from llmsched_gym.agents.run_folder import start_run
 from llmsched_gym.config import ConfigError
-from llmsched_gym.env.actions.preset import PRESETS
 from llmsched_gym.env.actions.request import CLOSE
 from llmsched_gym.env.features import AT
 from llmsched_gym.policies import read_folder
@@ -34,6 +33,7 @@ OPTIONS = {
     "shaping": {"shaping": 0.5},
     "average": {"average": True},
     "prior": {"prior": "tuned-constant"},
+    "linear prior": {"prior": "tuned-linear", "action": "knobs", "activation": "relu", "hidden": (32,)},
     "work-conserving": {"work_conserving": True, "action": "request"},
     "together": {"group": 2, "shaping": 0.5, "average": True, "prior": "slai"},
 }
@@ -179,22 +179,6 @@ def test_average_rewards_are_less_their_mean_per_second():
     assert np.allclose(again(collector, Variant(average=True), 1.0)[0], before, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("action", "rule"), [("preset", "tuned-constant"), ("knobs", "tuned-constant"), ("preset", "slai")]
-)
-def test_an_actor_starts_from_a_rule(action, rule):
-    config = replace(TINY, action=action, prior=rule, prior_share=0.4)
-    collector = make_collector(config)
-    policy, chosen = make_policy(config, collector), rule_action(rule, collector.config)
-    seen = torch.rand(5, collector.core.arrays.features.shape[1])
-    with torch.no_grad():
-        scores = policy.action_net(policy.mlp_extractor.forward_actor(seen))
-        parts = torch.split(scores, collector.rollout.widths.tolist(), 1)
-    for part, index in zip(parts, chosen, strict=True):
-        assert torch.allclose(part.softmax(1)[:, index], torch.tensor(0.4), atol=0.03)
-    assert action == "knobs" or list(PRESETS)[chosen[0]] == rule
-
-
 def test_a_work_conserving_agent_closes_last():
     config = replace(TINY, action="request", work_conserving=True, entropy=0.1)
     collector, policy = collected(config, 2)
@@ -262,7 +246,7 @@ def test_a_warm_start_that_was_interrupted_before_its_first_checkpoint_is_one_st
         ({"prior": "slai", "action": "request"}, "prior: expected --action knobs or preset, got request"),
         (
             {"prior": "on-time"},
-            "prior: expected a rule with fixed settings, such as tuned-constant or slai, got 'on-time'",
+            "prior: expected a rule with fixed settings, .* such as tuned-linear, got 'on-time'",
         ),
         ({"prior": "sarathi[budget=300]"}, "prior: no preset action does what sarathi.budget=300. does: no preset has"),
         ({"prior": "sarathi[budget=300]", "action": "knobs"}, "no setting of the knob 'token_budget' is 300"),

@@ -39,7 +39,7 @@ class LoadedPolicy(PolicyScheduler):
     def __init__(
         self, spec: PolicySpec, tensors: dict[str, np.ndarray], name: str = "", decision_s: float | None = None
     ) -> None:
-        self.spec, self.name, self._tensors = spec, name, tensors
+        self.spec, self.name, self.tensors = spec, name, tensors
         self._make()
         # as many on every profile, so that the layout of the policy's arrays is its own
         seen = width_of(spec.observation)
@@ -47,7 +47,7 @@ class LoadedPolicy(PolicyScheduler):
         self.what: str = f"a learned policy ({spec.architecture['kind']}, {spec.action['kind']} action)"
 
     def _make(self) -> None:
-        self.policy = make_policy(self.spec, self._tensors)
+        self.policy = make_policy(self.spec, self.tensors)
         self.network = self.policy.network if isinstance(self.policy, Knobs) and JIT_ENABLED else None
 
     def __getstate__(self) -> dict[str, Any]:
