@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from llmsched_gym.evaluation.grid import check
 from llmsched_gym.evaluation.spread import opened, spread
 from llmsched_gym.evaluation.store import lock_folder
 from llmsched_gym.files import claim_folder, make_folder, write_text
+from llmsched_gym.interrupts import leave
 from llmsched_gym.report import console
 from llmsched_gym.workload import TraceError
 
@@ -243,4 +243,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import benchmark as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

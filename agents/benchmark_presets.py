@@ -154,7 +154,7 @@ def read_preset(path: Path) -> Preset:
     try:
         _check_settings(learner, settings)
     except ConfigError as error:
-        raise ConfigError(f"presets: {path}: settings.{str(error).removeprefix('--')}") from None
+        raise ConfigError(f"presets: {path}: settings.{error}") from None
     preset = Preset(path.stem, learner, data.get("suite", "default"), world, settings)
     try:
         action = preset.config.action

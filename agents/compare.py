@@ -11,7 +11,6 @@ table.md and table.json.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from llmsched_gym.agents.settings import RUN, WORLD, Spread, World
 from llmsched_gym.config import ConfigError, scenario, split_names
 from llmsched_gym.evaluation.grid import evaluate
 from llmsched_gym.evaluation.spread import choose
+from llmsched_gym.interrupts import leave
 from llmsched_gym.report import console, intervals
 from llmsched_gym.text import between
 from llmsched_gym.text import table as markdown_table
@@ -149,4 +149,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import compare as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

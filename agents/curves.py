@@ -6,7 +6,6 @@ Left: mean utility on selection seeds, what the best policy is chosen by. Right:
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 
 from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError
+from llmsched_gym.interrupts import leave
 from llmsched_gym.report import draw
 
 SMOOTH = 10  # iterations of a moving average of returns
@@ -67,4 +67,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import curves as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

@@ -6,7 +6,6 @@ And back: :func:`load_actor` lets a training go on from a folder.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from llmsched_gym.agents.options import fail_in_one_line
 from llmsched_gym.config import EnvConfig
 from llmsched_gym.env.features import MIXING
 from llmsched_gym.help_text import OneLineParser
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies import PolicySpec
 from llmsched_gym.policies.folder import read_folder, spec_for
 from llmsched_gym.policies.sb3_zip import as_it_is, num_features, read_zip, zip_config, zip_normaliser
@@ -169,4 +169,4 @@ def command() -> None:
 if __name__ == "__main__":
     from llmsched_gym.agents import export as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

@@ -35,6 +35,7 @@ from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, run_cells
 from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
+from llmsched_gym.interrupts import leave
 from llmsched_gym.report import console, intervals
 from llmsched_gym.workload import make_table
 
@@ -140,4 +141,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import headroom as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

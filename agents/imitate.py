@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from llmsched_gym.agents.train import make_model
 from llmsched_gym.agents.training_run import evaluate
 from llmsched_gym.config import ConfigError
 from llmsched_gym.env.actions.knobs import CAP, KNOBS, knobs_action
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies.bridge import knobs_now, sets_knobs
 from llmsched_gym.registry import make_scheduler
 from llmsched_gym.report import console
@@ -230,4 +230,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import imitate as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

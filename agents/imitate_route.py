@@ -29,6 +29,7 @@ from llmsched_gym.agents.train_route import evaluate, evaluation_of, make_model
 from llmsched_gym.cluster.kernels import look_again
 from llmsched_gym.config import ConfigError
 from llmsched_gym.env.route.policy import choosing
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies.routers import write_router
 
 
@@ -159,4 +160,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import imitate_route as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

@@ -102,7 +102,7 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(headings.values()) if title}
     for field in dataclasses.fields(cls):
         group = groups.get(headings[field.name], parser)
-        flag, kind = "--" + field.name.replace("_", "-"), hints[field.name]
+        flag, kind = flag_of(field.name), hints[field.name]
         help = field.metadata["help"]
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=help)
@@ -123,52 +123,60 @@ def parse(cls: type, argv: Sequence[str] | None, doc: str | None, program: str |
                 raise ConfigError("--set: suite is no field of the scenario; use the option of that name")
             for own in OF_AGENTS:
                 if name == "set" and own in values["set"] and own in hints:
-                    raise ConfigError(f"--set: {own} has an option of its own, --{own.replace('_', '-')}")
-    check_numbers(cls, values)
+                    raise ConfigError(f"--set: {own} has an option of its own, {flag_of(own)}")
+    check_numbers(cls, values, flag_of)
     return cls(**values)
 
 
-def check_numbers(cls: type, values: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` where a number of `values`, by field of the dataclass, is none of its option."""
+def flag_of(name: str) -> str:
+    """The option of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def check_numbers(cls: type, values: Mapping[str, Any], called: Callable[[str], str] = str) -> None:
+    """Raise :class:`ConfigError` where a number of `values`, by field of the dataclass, is none of its option.
+
+    The message names the field as it is `called`: by its own name, as files have it, or by its :func:`flag_of`.
+    """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name not in values:
             continue
-        name, value, kind = field.name.replace("_", "-"), values[field.name], hints[field.name]
+        name, value, kind = called(field.name), values[field.name], hints[field.name]
         if kind is int and isinstance(field.default, int):
             is_seed = field.name.endswith("seed")
             low = field.metadata.get("low", 0 if is_seed or field.default == 0 else 1)
             if value < low:
-                raise ConfigError(f"--{name}: expected a whole number >= {low}, got {value}")
+                raise ConfigError(f"{name}: expected a whole number >= {low}, got {value}")
             usual = MOST_SEED if is_seed else MOST_WORKERS if field.name == "workers" else int(MOST)
             most = field.metadata.get("most", usual)
             if value > most:
-                raise ConfigError(f"--{name}: expected a whole number <= {most:,}, got {value}")
+                raise ConfigError(f"{name}: expected a whole number <= {most:,}, got {value}")
         if kind is float and not value >= 0.0:  # nan, too
-            raise ConfigError(f"--{name}: expected a number >= 0, got {value}")
+            raise ConfigError(f"{name}: expected a number >= 0, got {value}")
         if kind is float and field.metadata.get("positive") and value == 0.0:
-            raise ConfigError(f"--{name}: expected a number above 0, got {value:g}")
+            raise ConfigError(f"{name}: expected a number above 0, got {value:g}")
         if kind is float and value > (most := field.metadata.get("most", MOST)):
-            raise ConfigError(f"--{name}: expected a number <= {most:g}, got {value}")
+            raise ConfigError(f"{name}: expected a number <= {most:g}, got {value}")
         if kind is str and value == "" and field.default != "":
-            raise ConfigError(f"--{name}: {NO_TEXT}")
+            raise ConfigError(f"{name}: {NO_TEXT}")
         if kind == tuple[int, ...] and any(not 1 <= number <= MOST_WIDTH for number in value):
             given = ",".join(map(str, value))
-            raise ConfigError(f"--{name}: expected whole numbers from 1 to {MOST_WIDTH:,}, got {given}")
+            raise ConfigError(f"{name}: expected whole numbers from 1 to {MOST_WIDTH:,}, got {given}")
 
 
 def check_values(cls: type, values: Mapping[str, Any]) -> None:
-    """Raise :class:`ConfigError` where a value of `values` is none that :func:`parse` could have made of its option."""
+    """Raise :class:`ConfigError` where a value of `values`, a file's, is none that :func:`parse` could have made."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name not in values:
             continue
-        name, value, kind = field.name.replace("_", "-"), values[field.name], hints[field.name]
+        name, value, kind = field.name, values[field.name], hints[field.name]
         if kind in KINDS and not is_of_kind(value, kind):
-            raise ConfigError(f"--{name}: expected {KINDS[kind]}, got {value!r}")
+            raise ConfigError(f"{name}: expected {KINDS[kind]}, got {value!r}")
         choices = field.metadata.get("choices")
         if choices is not None and value not in choices:
-            raise ConfigError(f"--{name}: expected one of {', '.join(choices)}, got {value!r}")
+            raise ConfigError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     check_numbers(cls, values)
 
 
@@ -199,16 +207,16 @@ def command_line(cls: type, config: Any) -> list[str]:
     found = []
     for field in dataclasses.fields(cls):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        flag, value = field.name.replace("_", "-"), getattr(config, field.name)
+        flag, value = flag_of(field.name), getattr(config, field.name)
         if value == default:
             continue
         if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
+            found.append(flag if value else f"--no-{flag.removeprefix('--')}")
         elif isinstance(value, dict):
-            found += [part for name, v in value.items() for part in (f"--{flag}", f"{name}={v!r}")]
+            found += [part for name, v in value.items() for part in (flag, f"{name}={v!r}")]
         else:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            found += [f"--{flag}", text]
+            found += [flag, text]
     return found
 
 

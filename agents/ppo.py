@@ -13,7 +13,6 @@ What takes noise out of advantages is :mod:`llmsched_gym.agents.advantages`, whe
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +42,7 @@ from llmsched_gym.agents.settings import LEARNER, MOST_THREADS, Decisions, Looks
 from llmsched_gym.agents.train import set_actor_learning, typical_features, warm_start
 from llmsched_gym.agents.training_run import TrainingRun
 from llmsched_gym.config import ACTIONS, ConfigError
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies import read_folder
 
 MINIBATCHES = 5  # what these random numbers are for; see agents.collect for others
@@ -296,4 +296,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import ppo as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

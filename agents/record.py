@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from llmsched_gym.config import SUITES, ConfigError, env_config, split_names
 from llmsched_gym.env import LLMSchedEnv
 from llmsched_gym.evaluation.spread import choose, opened, spread
 from llmsched_gym.files import check_place, claim_folder, json_with
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies.bridge import SchedulerPolicy
 from llmsched_gym.report import console
 from llmsched_gym.text import counted
@@ -212,4 +212,4 @@ def command(argv: Sequence[str] | None = None, program: str | None = None) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(fail_in_one_line(lambda: command(), "interrupted"))
+    leave(fail_in_one_line(lambda: command(), "interrupted"))

@@ -35,6 +35,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.ray_pool import RayPool
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.files import write_text
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
 
 KEPT = 2  # checkpoints
@@ -265,4 +266,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import rllib as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

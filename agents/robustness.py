@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from llmsched_gym.evaluation.spread import choose, run_cells
 from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
 from llmsched_gym.fluid import fluid_capacity
+from llmsched_gym.interrupts import leave
 from llmsched_gym.report import console, intervals
 from llmsched_gym.text import table
 
@@ -166,4 +166,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import robustness as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

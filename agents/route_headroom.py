@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import choose, opened, run_cells
 from llmsched_gym.evaluation.warm import warm
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
+from llmsched_gym.interrupts import leave
 from llmsched_gym.registry import routers
 from llmsched_gym.report import console, intervals
 
@@ -158,4 +158,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import route_headroom as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

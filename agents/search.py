@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import Pool, opened, run_cells
 from llmsched_gym.files import dumps, json_with, write_text
+from llmsched_gym.interrupts import leave
 from llmsched_gym.report import console, intervals
 
 GIVEN = "given"  # the settings that the search was given, among the finals
@@ -199,4 +199,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import search as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

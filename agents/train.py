@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +56,7 @@ from llmsched_gym.agents.settings import (
 from llmsched_gym.agents.training_run import TrainingRun
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies import read_folder
 
 
@@ -281,4 +281,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import train as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

@@ -17,7 +17,6 @@ import dataclasses
 import json
 import pickle
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +39,7 @@ from llmsched_gym.evaluation.metrics import row
 from llmsched_gym.evaluation.run import simulate
 from llmsched_gym.evaluation.spread import Here, Places, Pool, choose, count_of, opened, run_cells
 from llmsched_gym.evaluation.warm import once, warm
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies import read_folder, write_folder
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.policies.knob_rules import KnobScores
@@ -324,4 +324,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import tune as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

@@ -25,6 +25,7 @@ from llmsched_gym.agents.seeds import SELECTION_SEEDS, TRAINING_SEEDS, check_see
 from llmsched_gym.config import CLUSTER_SUITES, ClusterScenario, ConfigError, scenario
 from llmsched_gym.evaluation.grid import check
 from llmsched_gym.files import claim_file, json_with, make_folder, write_text
+from llmsched_gym.interrupts import leave
 
 ROUTER = "prefix-affinity"  # whose weights are the start
 
@@ -135,4 +136,4 @@ def main() -> int:
 if __name__ == "__main__":
     from llmsched_gym.agents import tune_route as module  # under its one name, not this copy of it
 
-    sys.exit(module.main())
+    leave(module.main())

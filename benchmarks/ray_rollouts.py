@@ -24,6 +24,7 @@ from llmsched_gym.agents.options import fail_in_one_line, option, parse
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation.ray_pool import NO_CLUSTER
 from llmsched_gym.evaluation.spread import choose
+from llmsched_gym.interrupts import leave
 from llmsched_gym.policies.network import Network
 
 
@@ -106,4 +107,4 @@ def main() -> None:
 if __name__ == "__main__":
     from benchmarks import ray_rollouts as module  # under its one name: actors unpickle its classes
 
-    sys.exit(fail_in_one_line(module.main))
+    leave(fail_in_one_line(module.main))

@@ -29,6 +29,7 @@ from llmsched_gym.agents.options import MOST_ENVS, fail_in_one_line, option, par
 from llmsched_gym.config import ConfigError
 from llmsched_gym.evaluation.workers import Workers
 from llmsched_gym.files import digest_of, make_folder, write_text
+from llmsched_gym.interrupts import leave
 from llmsched_gym.text import table
 
 BASELINE = "baseline"
@@ -228,4 +229,4 @@ def command() -> None:
 if __name__ == "__main__":
     from benchmarks import variance as module  # under its one name, which other processes know
 
-    sys.exit(fail_in_one_line(module.command))
+    leave(fail_in_one_line(module.command))

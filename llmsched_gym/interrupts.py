@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes, as shells have them
 
@@ -49,3 +52,34 @@ def interrupts() -> Iterator[list[int]]:
 def code_of(seen: list[int]) -> int:
     """The exit code after the interrupts that came; INTERRUPTED where somebody else heard of it."""
     return 128 + seen[-1] if seen else int(INTERRUPTED)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process; after an interrupt at once, as Python takes seconds to free compiled kernels one by one.
+
+    A second Ctrl-C changes nothing of that, though it may have kept a pool from ending its workers.
+    """
+    if code in (INTERRUPTED, TERMINATED):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for child in multiprocessing.active_children():
+            child.terminate()
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Processes that start meanwhile do not hear SIGINT, which a terminal sends to all, before they let it through."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -31,10 +31,18 @@ def counted(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
+class _NotFinite(ast.NodeTransformer):
+    """Numbers for the names that TOML has of them, which Python's literals lack."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(float(node.id)) if node.id in ("inf", "nan") else node
+
+
 def read_value(text: str) -> Any:
     """The value that a text is as JSON has it, or else Python; what neither knows stays text, and so do other kinds.
 
-    ``true``, ``True``, ``null``, ``None``, ``inf``, numbers, words in quotes, lists, tuples and tables of such.
+    ``true``, ``True``, ``null``, ``None``, numbers, ``inf`` and ``nan`` too, words in quotes, lists, tuples and tables
+    of such.
     """
     try:
         return json.loads(text)
@@ -42,7 +50,7 @@ def read_value(text: str) -> Any:
         pass
     try:
         with warnings.catch_warnings(action="ignore"):  # of escapes in words
-            value = float(text) if text in ("inf", "-inf", "+inf") else ast.literal_eval(text)
+            value = ast.literal_eval(_NotFinite().visit(ast.parse(text.lstrip(" \t"), mode="eval")))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return text
     return value if isinstance(value, bool | int | float | str | list | tuple | dict | None) else text

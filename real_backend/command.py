@@ -48,15 +48,18 @@ def call(
 def run(function: Callable[..., None], program: str, argv: Sequence[str] | None = None) -> int:
     """Run one typer command and say in one line what is wrong; returns its exit code."""
     with interrupts() as seen:
-        return _run(function, program, argv, seen)
-
-
-def _run(function: Callable[..., None], program: str, argv: Sequence[str] | None, seen: list[int]) -> int:
-    try:
-        return call(function, program, argv)
-    except (KeyboardInterrupt, typer.Abort):
+        try:
+            return _run(function, program, argv)
+        except BaseException as error:
+            if not seen and not isinstance(error, KeyboardInterrupt | typer.Abort):
+                raise
         print("interrupted; what is measured is kept, and the same command goes on from there", file=sys.stderr)
         return code_of(seen)
+
+
+def _run(function: Callable[..., None], program: str, argv: Sequence[str] | None) -> int:
+    try:
+        return call(function, program, argv)
     except (BackendError, ConfigError, PolicyError, ProfileError) as error:
         return _fail(str(error))
     except OSError as error:

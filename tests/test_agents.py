@@ -30,7 +30,7 @@ from llmsched_gym.agents.envs import TrainingEnv
 from llmsched_gym.agents.export import export
 from llmsched_gym.agents.options import parse
 from llmsched_gym.agents.rollout import Discounts, Rollouts
-from llmsched_gym.agents.run_folder import checkpoints
+from llmsched_gym.agents.run_folder import checkpoints, start_run
 from llmsched_gym.agents.seeds import TRAINING_SEEDS
 from llmsched_gym.agents.train import Config, make_model, normaliser_of, train, typical_features
 from llmsched_gym.config import ConfigError, env_config
@@ -276,6 +276,19 @@ def test_killed_and_resumed_is_the_unbroken_run(tmp_path, observation, action, m
         if isinstance(ours, dict):
             assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     assert isinstance(load_policy(out / "policy"), LoadedPolicy)
+
+
+def test_a_warm_start_that_was_interrupted_before_its_first_checkpoint_is_one_still(tmp_path):
+    config = replace(TINY, steps=128, eval_every=128)
+    train(replace(config, out=str(tmp_path / "source")))
+    whole, broken = (
+        replace(config, warm_start=str(tmp_path / "source"), out=str(tmp_path / name)) for name in ("whole", "broken")
+    )
+    train(whole)
+    start_run(broken)  # and no more
+    train(replace(broken, resume=True))
+    (_, mine), (_, theirs) = (read_folder(tmp_path / name / "policy") for name in ("whole", "broken"))
+    assert all(np.array_equal(mine[name], theirs[name]) for name in theirs)
 
 
 def test_what_a_user_gets_wrong(tmp_path):

@@ -147,12 +147,12 @@ def test_what_no_training_of_a_preset_could_have_is_refused_before_there_is_a_fo
     [
         ("activation = 'gelu'", "settings.activation: expected one of tanh, relu, got 'gelu'"),
         ("anneal = 'no'", "settings.anneal: expected true or false, got 'no'"),
-        ("batch_size = 0", "settings.batch-size: expected a whole number >= 1, got 0"),
-        ("learning_rate = nan", "settings.learning-rate: expected a number >= 0, got nan"),
+        ("batch_size = 0", "settings.batch_size: expected a whole number >= 1, got 0"),
+        ("learning_rate = nan", "settings.learning_rate: expected a number >= 0, got nan"),
         ("hidden = '8'", "settings.hidden: expected a list of whole numbers, got '8'"),
         ("eval_every = 5", "settings.eval_every: expected one of"),
         ("warm_start = '/nope'", "settings.warm_start: /nope: no such file or folder"),
-        ("num_envs = 1000000000000", "settings.num-envs: expected a whole number <= 65,536, got"),
+        ("num_envs = 1000000000000", "settings.num_envs: expected a whole number <= 65,536, got"),
     ],
 )
 def test_so_is_a_wrong_setting_of_our_learners(file, setting, told):

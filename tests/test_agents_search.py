@@ -183,7 +183,7 @@ def test_every_setting_has_a_range_and_training_takes_its_values():
         (["--space", "clip=0.3..0.1"], "space: clip: expected a lower and a higher number, got '0.3..0.1'"),
         (["--space", "entropy=log:0..0.1"], "space: entropy: a range in logarithms begins above 0, got 'log:0..0.1'"),
         (["--space", "epochs=1.5..3"], "space: epochs: expected LOW..HIGH, log:LOW..HIGH or A/B/... of its values"),
-        (["--space", "epochs=0..3"], "space: --epochs: expected a whole number >= 1, got 0"),
+        (["--space", "epochs=0..3"], "space: epochs: expected a whole number >= 1, got 0"),
         (["--space", "epochs=3"], "space: epochs: expected two or more different values, got '3'"),
         (["--space", "hidden=64,x/32"], "space: hidden: expected A/B/... of its values, got '64,x/32'"),
         (["--space", "hidden=64/0"], "space: hidden: expected values widths such as 64,64, got '0'"),

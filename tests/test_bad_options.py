@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import math
 import os
 import sys
 
@@ -22,6 +23,7 @@ from llmsched_gym.cost import ProfileError, check_reach, load_profile
 from llmsched_gym.engine import Engine
 from llmsched_gym.real_backend.command import progress_bar as measuring
 from llmsched_gym.report import console
+from llmsched_gym.text import read_value
 
 for module in ("stable_baselines3", "sb3_contrib", "tensorboard", "cma"):
     pytest.importorskip(module, reason=f"{module} is not installed")
@@ -81,11 +83,13 @@ def test_rates_next_to_0_are_refused_by_every_environment():
 
 def test_every_command_reads_values_alike():
     texts = ("true", "True", "false", "False", "null", "None", "inf", "1e-3", "[1, 2]", "none", "'x'", "x", '"')
-    values = [True, True, False, False, None, None, float("inf"), 1e-3, [1, 2], "none", "x", "x", '"']
-    others = ("{[1]}", "{{}}", "...", "b'x'", "{1, 2}", "1+2j", "[1, inf]")  # what no field can be stays text
+    values = [True, True, False, False, None, None, math.inf, 1e-3, [1, 2], "none", "x", "x", '"']
+    texts, values = (*texts, "[1, -inf]", "(+inf, 'inf')"), [*values, [1, -math.inf], (math.inf, "inf")]
+    others = ("{[1]}", "{{}}", "...", "b'x'", "{1, 2}", "1+2j", "[1, infinite]")  # what no field can be stays text
     texts, values = (*texts, *others), [*values, *others]
     words = [word for i, text in enumerate(texts) for word in ("--set", f"f{i}={text}")]
     assert list(parse(Config, words, None).set.values()) == values
+    assert math.isnan(read_value("nan")) and math.isnan(read_value("[nan]")[0])
     world = World(set_=["async_lag=True", "num_requests=None", "qps_range=(1, 2)"])
     assert scenario_of(world, Clients(), None) == scenario(async_lag=True, num_requests=None, qps_range=(1, 2))
 
@@ -225,10 +229,11 @@ def test_a_folder_that_may_not_be_written_to(here, capsys):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ('{"steps": "x"}', "--steps: expected a whole number, got 'x'"),
-        ('{"seed": null}', "--seed: expected a whole number, got None"),
-        ('{"set": [1]}', "--set: expected a table, got [1]"),
-        ('{"steps": -5}', "--steps: expected a whole number >= 1, got -5"),
+        ('{"steps": "x"}', "steps: expected a whole number, got 'x'"),
+        ('{"seed": null}', "seed: expected a whole number, got None"),
+        ('{"set": [1]}', "set: expected a table, got [1]"),
+        ('{"eval_every": 0}', "eval_every: expected a whole number >= 1, got 0"),
+        ('{"steps": -5}', "steps: expected a whole number >= 1, got -5"),
     ],
 )
 def test_settings_that_no_run_has_are_not_gone_on_with(command, settings, words, here, capsys):

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -105,3 +107,26 @@ def test_an_interrupted_training_goes_on_to_the_same_result(command, tmp_path):
     assert lines["a"] == lines["b"] and steps < lines["b"][-1]["step"]
     tensors = [(tmp_path / name / "policy" / "policy.safetensors").read_bytes() for name in ("a", "b")]
     assert tensors[0] == tensors[1]
+
+
+def test_loops_of_events_wait_neither_for_look_ups_of_names_nor_lose_an_interrupt_to_another_end(monkeypatch):
+    async def looks_up():
+        asyncio.get_running_loop().call_later(0.1, signal.raise_signal, signal.SIGINT)
+        await asyncio.get_running_loop().getaddrinfo("nowhere.invalid", 80)
+
+    async def ends():
+        try:
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            raise OSError("closed") from None
+
+    released = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: released.wait(30) and [])
+    try:
+        for coroutine in (looks_up, ends):
+            begun = time.monotonic()
+            assert fail_in_one_line(lambda coroutine=coroutine: run_to_end(coroutine()), "interrupted") == 130
+            assert time.monotonic() - begun < 10.0
+    finally:
+        released.set()

@@ -1,5 +1,6 @@
 """Worker processes end with the process that started them, killed or interrupted, whatever they are at."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from llmsched_gym.evaluation.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("interruptible")
 
@@ -33,22 +36,44 @@ if __name__ == "__main__":
 '''
 
 
+def terminate(process):
+    process.send_signal(signal.SIGTERM)
+
+
+def press_ctrl_c_twice(process):
+    """As a terminal tells of it: all processes."""
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+
+
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-def test_a_command_that_is_asked_to_end_ends_its_workers_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(("ask", "code"), [(terminate, 143), (press_ctrl_c_twice, 130)])
+def test_a_command_that_is_asked_to_end_ends_its_workers_and_says_how_to_go_on(ask, code, tmp_path):
     """Without what multiprocessing says of semaphores that nobody freed."""
-    words = "evaluate --policy slai --suite paper --num-requests 1000000 --seeds 4 --workers 2 --out out"
+    words = "--quiet evaluate --policy slai --suite paper --num-requests 1000000 --seeds 4 --workers 2 --out out"
     command = [sys.executable, "-m", "llmsched_gym.cli", *words.split()]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         started = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         assert wait_for(lambda: len(started.read_text().split()) >= 3, 60)  # the tracker of semaphores, too
-        process.send_signal(signal.SIGTERM)
+        pids = [int(pid) for pid in started.read_text().split()]
+        ask(process)
         _, said = process.communicate(timeout=20)
+        assert wait_for(lambda: not any(map(alive, pids)), 5)
     finally:
         process.kill()
-    lines = [line for line in said.splitlines() if "compiling" not in line]
+    lines = said.splitlines()
     assert lines == ["llmsched: interrupted: the same command goes on where it stopped"]
-    assert process.returncode == 143
+    assert process.returncode == code
+
+
+def test_a_worker_that_starts_does_not_hear_ctrl_c():
+    with Workers(1) as pool:
+        answer = pool.submit(abs, -3)
+        (process,) = set(multiprocessing.active_children())
+        os.kill(process.pid, signal.SIGINT)
+        assert answer.result(60) == 3
 
 
 def alive(pid):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from llmsched_gym.config import ConfigError, UnknownField
-from llmsched_gym.interrupts import INTERRUPTED, TERMINATED
 from llmsched_gym.report import console
 from llmsched_gym.text import no_memory
 
@@ -100,14 +98,3 @@ def fail(message: str, code: int) -> int:
     """Say on one line what went wrong; returns the code."""
     print("llmsched:", " ".join(message.split()), file=sys.stderr)
     return code
-
-
-def leave(code: int) -> NoReturn:
-    """End the process; after an interrupt at once, as Python takes seconds to free compiled kernels one by one."""
-    if code in (INTERRUPTED, TERMINATED):
-        atexit._run_exitfuncs()
-        with suppress(OSError, ValueError):
-            for stream in filter(None, (sys.stdout, sys.stderr)):
-                stream.flush()
-        os._exit(code)
-    sys.exit(code)

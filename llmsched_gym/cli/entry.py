@@ -10,10 +10,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from llmsched_gym.cli import capacity, evaluate, lists, replay, reports, serve_bench, traces
-from llmsched_gym.cli.endings import ENV_PREFIX, explain, fail, interrupted, leave, remarks
+from llmsched_gym.cli.endings import ENV_PREFIX, explain, fail, interrupted, remarks
 from llmsched_gym.cli.passed_on import add_commands
 from llmsched_gym.help_text import GroupedCommand, epilog, grouped
-from llmsched_gym.interrupts import INTERRUPTED, code_of, interrupts
+from llmsched_gym.interrupts import INTERRUPTED, code_of, interrupts, leave
 from llmsched_gym.report import console
 
 app = typer.Typer(

@@ -15,6 +15,7 @@ from multiprocessing import connection
 from typing import Any
 
 from llmsched_gym.engine.compiling import speak_if_first
+from llmsched_gym.interrupts import unheard
 from llmsched_gym.workload import TraceWarning
 
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux' prctl(2)
@@ -41,7 +42,8 @@ class Workers:
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
         """Call it with `args` in one of the processes."""
         self.started = True
-        return self._executor.submit(function, *args)
+        with unheard():  # until `start_worker` is imported and called
+            return self._executor.submit(function, *args)
 
     def where(self) -> str:
         """Nothing: it is this machine."""
@@ -64,6 +66,8 @@ def start_worker(speaker: Any, signalled: bool) -> None:
     speak_if_first(speaker)
     warnings.simplefilter("ignore", TraceWarning)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     if parent is None:
         return

@@ -1,7 +1,6 @@
 """`python -m llmsched_gym.real_backend.calibration`."""
 
-import sys
-
+from llmsched_gym.interrupts import leave
 from llmsched_gym.real_backend.calibration.calibrate import main
 
-sys.exit(main())
+leave(main())

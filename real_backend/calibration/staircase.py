@@ -6,7 +6,6 @@ python -m llmsched_gym.real_backend.calibration.staircase sweep.csv --profile pr
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ from llmsched_gym.config import ConfigError
 from llmsched_gym.cost import Profile, load_profile
 from llmsched_gym.cost.measured_batches import read_batches
 from llmsched_gym.cost.tiles import steps
+from llmsched_gym.interrupts import leave
 from llmsched_gym.real_backend import command
 from llmsched_gym.real_backend.calibration.measurements import Sheet
 from llmsched_gym.report.draw import styled
@@ -80,4 +80,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
