@@ -95,6 +95,7 @@ def _config(preset: Preset, training: Training) -> Any:
     names = {field.name for field in dataclasses.fields(place.Config)}
     own = {name: value for name, value in preset.world.items() if name in names}
     others = {name: value for name, value in preset.world.items() if name not in names}
+    own.setdefault("action_repeat", EnvConfig().action_repeat)  # a preset's world is the environment's, not a command's
     settings = {"threads": 1, **learner.fixed, **preset.settings, **own, "set": others, "suite": preset.suite}
     looks = {"eval_seeds": SELECTION, "eval_requests": training.eval_requests, "eval_every": training.eval_every}
     return place.Config(

@@ -66,7 +66,7 @@ class Config(Looks, Network, Proximal, Decisions, World, Run):
     prior: str = option(
         "", "knobs, presets: a rule to start from, such as tuned-constant or, with relu, tuned-linear", group=NOISE
     )
-    prior_share: float = option(0.5, "its probability at the start, in each entry of an action", group=NOISE)
+    prior_share: float = option(0.5, "how probable it is at the start, in each entry of an action", group=NOISE)
     work_conserving: bool = option(False, "request actions: a batch ends when nothing more can be added", group=NOISE)
     threads: int = option(2, "threads of rollouts; two of them share an update", most=MOST_THREADS)
 
@@ -119,7 +119,7 @@ def prepared(config: Config, starts: bool = True) -> tuple[Collector, Any]:
         raise ConfigError("prior: expected no --warm-start, which decides where the actor starts")
     collector = make_collector(config)
     policy = make_policy(config, collector)
-    if config.prior:  # to see whether it can; begin() does it
+    if config.prior and starts:  # to see whether it can; begin() does it
         start_from(policy, collector.config, config.prior, config.prior_share)
     if config.warm_start and starts:
         warm_start(policy, collector.config, Path(config.warm_start))

@@ -18,12 +18,12 @@ from llmsched_gym.env.actions import action_of
 from llmsched_gym.env.actions.knobs import Knob, knobs_action, knobs_for
 from llmsched_gym.env.actions.preset import preset_action
 from llmsched_gym.env.actions.request import CLOSE
-from llmsched_gym.env.features import ALL_FEATURES
+from llmsched_gym.env.features import features_of
 from llmsched_gym.policies import LoadedPolicy
 from llmsched_gym.policies.knob_rules import KnobScores
 from llmsched_gym.policies.load import folder_knobs
 from llmsched_gym.registry import make_scheduler
-from llmsched_gym.scheduler import Compiled, pack_with_knobs, settings_of
+from llmsched_gym.scheduler import Compiled, PolicyError, pack_with_knobs, settings_of
 
 NEVER = -1e4  # a score no other comes near to; not as low as what masks make of illegal actions
 RULES = "a rule with fixed settings, such as tuned-constant or slai, or a linear one, such as tuned-linear"
@@ -45,16 +45,17 @@ def start_from(policy: Any, world: EnvConfig, name: str, share: float) -> None:
 
     A linear rule's score s says how far along a knob's ordered values x_0 = 0, ..., x_n = 1 to go. The softmax of
     -T n^2 (s - x)^2 is likeliest at the value next to s, and linear in s, as s^2 is the same for all: so a linear rule
-    is a layer of scores, too, and values beside its own are likelier than those far away. `share` is the probability
-    of a value that s is just at. The largest of its scores for orders wins, one of 1 above others of 0 by `share`. The
-    rule's features pass through the hidden layers unchanged, as relu(x) - relu(-x), by two units each; what these
-    give and take is learnt like everything else.
+    is a layer of scores, too, and values beside its own are likelier than those far away. T is such that a value that
+    s is just at would have the probability `share` if there were only the two beside it: less where there are more,
+    and more where s is beyond 0 or 1. The largest of its scores for orders wins, one of 1 above others of 0 by
+    `share`. The rule's features pass through the hidden layers unchanged, as relu(x) - relu(-x), by two units each;
+    what these give and take is learnt like everything else.
 
     To be called when the features' normalisation is known, and as often as one likes. ConfigError where there is no
     such rule, where its settings are none of the action's values, or where it does not fit through the network.
     """
     if not 0.0 < share < 1.0:
-        raise ConfigError(f"--prior-share: expected a number between 0 and 1, got {share:g}")
+        raise ConfigError(f"prior_share: expected a number between 0 and 1, got {share:g}")
     layer = layer_of(name, world, share)
     bias = layer.bias
     with torch.no_grad():
@@ -63,7 +64,9 @@ def start_from(policy: Any, world: EnvConfig, name: str, share: float) -> None:
             mean, scale = (part.numpy().astype(np.float64)[at] for part in (normaliser.mean, normaliser.scale))
             bias = bias + layer.weight @ mean
             _pass_through(policy, at)
-            weight = torch.from_numpy(layer.weight / scale)
+            weight = torch.from_numpy(layer.weight / scale).float()
+            if not (weight.isfinite().all() and torch.from_numpy(bias).float().isfinite().all()):
+                raise ConfigError(f"prior: {name} has weights that are too large for float32")
             policy.action_net.weight.zero_()
             policy.action_net.weight[:, : 2 * len(at) : 2] = weight
             policy.action_net.weight[:, 1 : 2 * len(at) : 2] = -weight
@@ -91,7 +94,7 @@ def _pass_through(policy: Any, columns: list[int]) -> None:
 
 def layer_of(name: str, world: EnvConfig, share: float) -> Layer:
     """A rule's scores of the world's actions; see :func:`start_from`."""
-    rule = make_scheduler(name)
+    rule = _rule(name)
     if isinstance(rule, LoadedPolicy) and rule.spec.architecture["kind"] == "linear":
         if world.action != "knobs":
             raise ConfigError(f"prior: expected --action knobs for the linear rule {name}, got {world.action}")
@@ -103,6 +106,13 @@ def layer_of(name: str, world: EnvConfig, share: float) -> Layer:
     return Layer(np.zeros((sum(map(len, scores)), 0)), np.concatenate(scores))
 
 
+def _rule(name: str) -> Any:
+    try:
+        return make_scheduler(name)
+    except PolicyError as error:
+        raise ConfigError(f"prior: {error}") from None
+
+
 def rule_action(name: str, world: EnvConfig) -> np.ndarray:
     """The action that does what a rule always does, int64 (entries,); its dynamic offset is that of little KV in use.
 
@@ -110,7 +120,7 @@ def rule_action(name: str, world: EnvConfig) -> np.ndarray:
     """
     if world.action not in ("knobs", "preset"):
         raise ConfigError(f"prior: expected --action knobs or preset, got {world.action}")
-    rule = make_scheduler(name)
+    rule = _rule(name)
     if not isinstance(rule, Compiled) or rule.function is not pack_with_knobs or rule.plan is not None:
         raise ConfigError(f"prior: expected {RULES}, got {name!r}")
     settings = settings_of(rule.knobs)
@@ -135,7 +145,7 @@ def _lead(share: float, num_others: int) -> float:
 
 def _linear(name: str, rule: LoadedPolicy, world: EnvConfig, share: float) -> Layer:
     if share <= 1 / 3:  # of a value and the two beside it
-        raise ConfigError(f"--prior-share: expected more than 1/3 for a linear rule, got {share:g}")
+        raise ConfigError(f"prior_share: expected more than 1/3 for a linear rule, got {share:g}")
     theirs, ours = KnobScores(folder_knobs(rule.spec)), KnobScores(knobs_for(world))
     table = np.column_stack([rule.tensors["bias"], rule.tensors["weight"]]).astype(np.float64)
     parts = np.split(table, np.cumsum(theirs.widths)[:-1])
@@ -162,8 +172,11 @@ def _linear(name: str, rule: LoadedPolicy, world: EnvConfig, share: float) -> La
         found.append(rows)
     if given:
         raise ConfigError(f"prior: {name} sets {', '.join(given)}, and actions of this world do not")
-    names = [feature.name for feature in ALL_FEATURES]
-    columns = tuple(names.index(feature) for feature in rule.spec.observation["features"])
+    names = [feature.name for feature in features_of(world)]
+    seen = rule.spec.observation["features"]
+    if absent := [feature for feature in seen if feature not in names]:
+        raise ConfigError(f"prior: {name} looks at {absent[0]}, and observations of this world have no such feature")
+    columns = tuple(names.index(feature) for feature in seen)
     stacked = np.concatenate(found)
     return Layer(stacked[:, 1:], stacked[:, 0], columns)
 

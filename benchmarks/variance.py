@@ -229,4 +229,4 @@ def command() -> None:
 if __name__ == "__main__":
     from benchmarks import variance as module  # under its one name, which other processes know
 
-    leave(fail_in_one_line(module.command))
+    leave(fail_in_one_line(module.command, "interrupted: the same command goes on where it stopped"))

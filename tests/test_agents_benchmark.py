@@ -19,6 +19,7 @@ from llmsched_gym.agents.benchmark_learners import Training, learn, utilities
 from llmsched_gym.agents.benchmark_presets import FOLDER, LEARNERS, find_presets, read_preset
 from llmsched_gym.agents.benchmark_scores import Reference, estimate, lines_of, markdown, score
 from llmsched_gym.evaluation.store import lock_folder
+from llmsched_gym.policies import read_folder
 
 TINY = """
 learner = "a2c"
@@ -127,7 +128,7 @@ def test_settings_of_sb3_may_be_of_any_of_their_kinds(file):
     [
         ("a2c", "use_sde = true", "settings: "),
         ("own-ppo", "group = 3", "group: expected a divisor of the 2 environments, got 3"),
-        ("own-ppo", "prior = 'nope'", "policy 'nope' is unknown"),
+        ("own-ppo", "prior = 'nope'", "prior: policy 'nope' is unknown"),
         ("own-ppo", "warm_start = 'FILE'", "warm_start: .*expected a run"),
     ],
 )
@@ -175,6 +176,13 @@ def test_presets_of_two_worlds_under_one_name_are_not_scored_together(file, tmp_
 def test_a_world_may_say_how_long_a_training_s_episodes_are(file):
     file.write_text(TINY.replace("qps = 2.0", "num_requests = 5"))
     assert read_preset(file).scenario(8).num_requests == 8
+
+
+def test_a_preset_without_a_rhythm_decides_at_every_batch_whoever_learns(file, tmp_path):
+    lines = TINY.replace('"a2c"', '"own-ppo"').replace("n_steps = 4", "n_steps = 8").splitlines()
+    file.write_text("\n".join(line for line in lines if "action_repeat" not in line))
+    trained = learn(read_preset(file), Training(16, 0, tmp_path / "out", eval_requests=1, eval_every=16))
+    assert read_folder(tmp_path / "out" / "policy")[0].action["repeat"] == 1 and trained.greedy is not None
 
 
 def test_an_unfinished_training_is_not_gone_on_with_under_other_settings(file, tmp_path, monkeypatch):

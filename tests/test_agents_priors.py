@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from llmsched_gym.config import ConfigError, EnvConfig, env_config
 from llmsched_gym.env.actions import action_of
 from llmsched_gym.env.actions.knobs import knobs_for
 from llmsched_gym.env.actions.preset import PRESETS
-from llmsched_gym.env.features import FEATURES, features_of
+from llmsched_gym.env.features import FEATURES, MIXING, features_of
 from llmsched_gym.policies import LoadedPolicy, read_folder, write_folder
 from llmsched_gym.policies.folder import spec_for
 from llmsched_gym.policies.knob_rules import KnobScores
@@ -123,12 +124,40 @@ def test_a_linear_rule_starts_where_there_are_more_knobs():
         ({"activation": "tanh"}, "prior: a linear rule needs --activation relu, .* got tanh"),
         ({"hidden": (64, 29)}, "prior: this linear rule needs hidden layers of at least 30, got 29"),
         ({"action": "preset"}, "prior: expected --action knobs for the linear rule tuned-linear, got preset"),
-        ({"prior_share": 0.3}, "--prior-share: expected more than 1/3 for a linear rule, got 0.3"),
+        ({"prior_share": 0.3}, "prior_share: expected more than 1/3 for a linear rule, got 0.3"),
     ],
 )
 def test_where_a_linear_rule_does_not_fit_one_line_says_so(changes, message):
     with pytest.raises(ConfigError, match=message):
         prepared(replace(TINY, prior="tuned-linear", **changes))
+
+
+def test_what_a_rule_cannot_be_is_one_line(tmp_path):
+    spec, tensors = make_scheduler("tuned-linear").spec, make_scheduler("tuned-linear").tensors
+    seen = [*spec.observation["features"][1:], MIXING.name]
+    elsewhere = write_folder(
+        tmp_path / "mixing", replace(spec, observation={**spec.observation, "features": seen}), tensors
+    )
+    steep = write_folder(tmp_path / "steep", spec, {**tensors, "weight": np.float32(3e37) * np.sign(tensors["weight"])})
+    for rule, message in (
+        (elsewhere, f"prior: .*mixing looks at {MIXING.name}, and observations of this world have no such"),
+        (steep, "prior: .*steep has weights that are too large for float32"),
+        (tmp_path / "none", "prior: policy '.*none': no such policy folder"),
+        ("learned", "prior: expected a rule with fixed settings"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepared(replace(TINY, prior=str(rule)))
+
+
+def test_a_training_goes_on_without_its_rule(tmp_path):
+    world = env_config("default", action="knobs", **WORLD)
+    config = replace(TINY, prior=linear_rule(tmp_path / "rule", world))
+    _, whole = prepared(config)
+    shutil.rmtree(tmp_path / "rule")
+    with pytest.raises(ConfigError, match="no such policy folder"):
+        prepared(config)
+    _, bare = prepared(config, starts=False)  # its weights come from a checkpoint
+    assert {*bare.state_dict()} == {*whole.state_dict()}
 
 
 def test_a_rule_with_knobs_that_the_world_lacks_is_refused(tmp_path):

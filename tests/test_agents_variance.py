@@ -250,7 +250,7 @@ def test_a_warm_start_that_was_interrupted_before_its_first_checkpoint_is_one_st
         ),
         ({"prior": "sarathi[budget=300]"}, "prior: no preset action does what sarathi.budget=300. does: no preset has"),
         ({"prior": "sarathi[budget=300]", "action": "knobs"}, "no setting of the knob 'token_budget' is 300"),
-        ({"prior": "slai", "prior_share": 1.0}, "--prior-share: expected a number between 0 and 1, got 1"),
+        ({"prior": "slai", "prior_share": 1.0}, "prior_share: expected a number between 0 and 1, got 1"),
         ({"prior": "slai", "warm_start": "."}, "prior: expected no --warm-start"),
     ],
 )
