@@ -59,7 +59,7 @@ SLOW_INTERPRETED = compiled or interpreted or rules_hold or crowded or drains or
 	or without_prefix_caching or than_a_block or outside_an_array or as_it_acts or together_equals \
 	or is_the_scheduler or vector_of_them or held_throughout or whatever_the_number or aging or beats_what \
 	or can_be_promised or plan_as_knobs or run_of_the_cluster or after_evictions or surface_says \
-	or knows_the_price or additive or other_actions_have_them or is_the_router
+	or knows_the_price or additive or other_actions_have_them or is_the_router or reward_threshold
 COVERAGE = $(VENV)/bin/python -m coverage
 
 coverage: install
