@@ -42,7 +42,7 @@ format: install
 
 # Lines of llmsched_gym/engine, env and evaluation that tests run. Coverage does not see compiled code, so kernels count as
 # plain Python, a thousand times as slow, in those tests of COVERED_INTERPRETED that take seconds then; all other lines
-# count in COVERED_COMPILED. More than an hour of two cores with Python 3.12 or later (PYTHON=python3.13), whose sys.monitoring costs next to
+# count in COVERED_COMPILED. Measured with Python 3.12 or later (PYTHON=python3.13), whose sys.monitoring costs next to
 # nothing, and not in CI, whose time is used up. The lines count of a test that fails, too: some have seconds for something,
 # and measured everything takes longer.
 COVERED_COMPILED = $(addprefix tests/test_,arena*.py bench.py cli*.py cluster*.py columns.py capacities.py compiling.py docs.py env_*.py \
@@ -65,7 +65,7 @@ COVERAGE = $(VENV)/bin/python -m coverage
 coverage: install
 	$(COVERAGE) erase
 	-$(COVERAGE) run -m pytest $(PYTEST) $(COVERED_COMPILED)
-	-NUMBA_DISABLE_JIT=1 $(COVERAGE) run -m pytest -n 2 --durations 60 $(COVERED_INTERPRETED) -k "not ($(SLOW_INTERPRETED))"
+	-NUMBA_DISABLE_JIT=1 $(COVERAGE) run -m pytest -n 2 --timeout 60 $(COVERED_INTERPRETED) -k "not ($(SLOW_INTERPRETED))"
 	$(COVERAGE) combine -q
 	$(COVERAGE) report --fail-under=95
 

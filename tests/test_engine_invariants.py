@@ -77,6 +77,13 @@ def cached():
     return found
 
 
+def looked_up():
+    """0 runs with five of nine blocks; 1 waits for memory, and has found the two that it shares."""
+    found = sharing("vllm-v1", (0, "abcde", 80, 9), (0, "abuvwxyz", 128, 1), num_kv_blocks=9)
+    found.steps(2)
+    return found
+
+
 def names(p):
     """Blocks that the table of identities names."""
     named = p.blocks[: p.sim.table_mask + 1, NAMED]
@@ -262,6 +269,8 @@ BROKEN = [
         cached,
         lambda p: put(p.blocks[:, NAMED], p.blocks[:, NAMED] == first_alone(p), NONE),
     ),
+    Case("cached blocks in use were looked up wrongly", looked_up, lambda p: puts(p.prefixes[1], "found_in_use", 1)),
+    Case("a block that was evicted is taken for cached", looked_up, lambda p: puts(p.prefixes[1], "found_blocks", 3)),
 ]
 
 

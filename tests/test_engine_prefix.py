@@ -10,7 +10,7 @@ import pytest
 from helpers import Run, request, table
 
 from llmsched_gym.config import ConfigError
-from llmsched_gym.engine import Batch, check
+from llmsched_gym.engine import Batch, IllegalBatch, check
 from llmsched_gym.workload import Request, shares_of_ids, shares_of_turns
 
 
@@ -93,7 +93,20 @@ def test_generated_tokens_can_be_found():
     assert cached(found) == [0, 48]  # 49 of 50 tokens were computed: three blocks
 
 
-@pytest.mark.parametrize("policy", ["vllm-v1", "sarathi", "slai", "rad", "orca", "on-time", "random", "srpt-capped"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "vllm-v1",
+        "sarathi",
+        "slai",
+        "rad",
+        "orca",
+        "on-time",
+        "random",
+        "srpt-capped",
+        "sarathi[order=spf,evict=session]",
+    ],
+)
 def test_the_rules_hold_where_memory_is_short(policy):
     rng = np.random.default_rng(1)
     rows = [
@@ -115,6 +128,52 @@ def test_a_batch_that_is_formed_and_not_run_gives_its_blocks_back():
     found.engine.execute()
     check(found.engine.state)
     assert found.requests["num_computed_tokens"].tolist() == [0, 64]
+
+
+def test_what_was_found_in_use_may_be_left_and_evicted_before_its_turn():
+    # 2 shares a and b with 0 and waits behind 3, which finds no memory; 0 ends, and 1, which goes on, evicts b
+    waiting = (0, "abcdefghijk", 176, 1), (0, "klmnopqrs", 130, 1)
+    found = run("sarathi[order=spf]", (0, "abyz", 64, 8), (0, "xyz", 48, 110), *waiting, num_kv_blocks=12)
+    batches = found.drain()
+    assert cached(found) == [0, 0, 0, 0]
+    assert [r for batch in batches for r in batch if r > 1] == [3, 2]
+
+
+def test_blocks_that_are_left_cost_again():
+    # 2 finds a and b, which 0 holds, and needs seven others; when 0 has left them it needs nine, and eight are free
+    found = run("vllm-v1", (0, "abcd", 64, 8), (0, "xyz", 48, 20), (0, "abuvwxyzq", 144, 1), num_kv_blocks=12)
+    found.steps(8)
+    assert found.sim.free_blocks == 8
+    assert found.steps(12) == [{1: 1}] * 12
+    assert found.step() == {2: 112}
+
+
+def test_a_batch_by_hand_pays_for_blocks_of_whom_it_preempts():
+    # 2 needs nine blocks: five besides those of 0, where three are free, or nine when 0 is preempted, and eight
+    found = run("vllm-v1", (0, "abcd", 64, 9), (0, "mn", 31, 9), (0, "abcduvwxy", 144, 1), num_kv_blocks=10)
+    found.steps(3)
+    for batch in (Batch({2: 80}, preempt=(0,)), Batch({2: 80})):
+        with pytest.raises(IllegalBatch, match="blocks"):
+            found.engine.submit(batch)
+
+
+def test_what_a_batch_would_have_computed_is_not_found_when_it_does_not_run():
+    # 1 has found the four blocks of 0, two of which a batch that is formed would compute: but 0 gets 15 tokens only
+    rows = (0, "mn", 31, 9), (0, "abcd", 64, 2), (0, "abcduvwxy", 144, 1)
+    found = run("vllm-v1", *rows, num_kv_blocks=10, max_num_batched_tokens=64)
+    assert found.step() == {0: 31, 1: 33}
+    assert found.decide() == {0: 1, 1: 31}
+    found.engine.submit(Batch({1: 15}))
+    found.engine.execute()
+    check(found.engine.state)
+
+
+def test_what_a_request_would_have_computed_is_not_found_when_it_does_not_enter():
+    found = run("vllm-v1", (0, "abcd", 64, 2), (0, "abuvwxyzq", 144, 1), num_kv_blocks=10)
+    assert found.decide() == {0: 64}
+    found.engine.submit(Batch({0: 16}))
+    found.engine.execute()
+    check(found.engine.state)
 
 
 def test_requests_that_enter_may_share_with_those_who_came():

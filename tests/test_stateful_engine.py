@@ -12,9 +12,13 @@ from test_engine_properties import DEVICE, REQUESTS, SMALL_WORLDS, rows_of
 
 from llmsched_gym.config import ConfigError, scenario
 from llmsched_gym.engine import Batch, Engine, IllegalBatch, check
+from llmsched_gym.engine.blocks import NUM_COLUMNS, USERS
 from llmsched_gym.engine.records import FLYING, PREFIX, REPLICA, REQUEST
 from llmsched_gym.scheduler import install, make_scheduler
 from llmsched_gym.workload import Request
+
+REMEMBERED = ("blocks_version", "users_version", "num_releases", "last_evicted", "last_to_find")
+"""Of a lane: what tells whether blocks that were found are still there."""
 
 FORMED = ("batches", "items", "preempt", "refuse")
 """Of a lane: a batch that is formed and not run, which the next one replaces."""
@@ -45,15 +49,19 @@ def living(engine):
     """The state without the batch that may be formed, its marks, and what is remembered of looking for blocks."""
     saved = taken(engine)
     lane = {name: taken for name, taken in saved.lanes[0].items() if name not in FORMED}
-    lane["sims"] = zeroed(lane["sims"], REPLICA, "blocks_version", "last_to_find")
+    lane["sims"] = zeroed(lane["sims"], REPLICA, *REMEMBERED)
     if lane["flying"]:
         lane["flying"] = zeroed(lane["flying"], FLYING, "last_token_s")  # as it was before it was foreseen
     requests = zeroed(saved.begun["requests"], REQUEST, "num_scheduled_tokens", "lst_s")
     begun = saved.begun | {"requests": requests}
     if "prefixes" in begun:
         places = int(engine.state.sims[0].table_mask) + 1  # behind them is what was found when it was looked for
-        lane["blocks"] = lane["blocks"][: places * engine.state.blocks[0, 0].nbytes]
-        begun["prefixes"] = zeroed(begun["prefixes"], PREFIX, "found_version", "found_blocks", "found_in_use")
+        blocks = np.frombuffer(lane["blocks"], np.int32).reshape(-1, NUM_COLUMNS)[:places].copy()
+        blocks[:, USERS] = np.maximum(blocks[:, USERS], 0)  # without the number of the release that left it
+        lane["blocks"] = blocks.tobytes()
+        begun["prefixes"] = zeroed(
+            begun["prefixes"], PREFIX, *(f for f in PREFIX.names if f.startswith("found_") or f == "users_version")
+        )
     return saved._replace(lanes=(lane,), begun=begun)
 
 

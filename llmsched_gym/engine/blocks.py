@@ -30,12 +30,12 @@ _OWNERS, _POSITIONS = 1_640_531_527, 1_540_483_477  # below 2**31, so that no su
 # Columns of a lane's array of blocks: one place a row, and behind them the lists of what requests hold.
 NUM_COLUMNS = 8
 OWNER, POSITION = 0, 1  # the request whose own token is the block's last, and where: NONE, it cannot be found
-USERS = 2  # requests that hold it
+USERS = 2  # requests that hold it; below 0, nobody: less the number of the release that left it
 NEXT, PREVIOUS = 3, 4  # in the line of free blocks
 SAME = 5  # the next oldest block of the same identity; NONE
 LAST = 6  # of the oldest: the newest of the same identity; NONE for the others
 NAMED = 7  # a slot of the table of identities, not of the block here: the oldest block of one; NONE
-_MOST_VERSIONS = 0x7FFFFFFF
+_MOST = 0x7FFFFFFF
 
 
 # --- numbers of blocks
@@ -81,6 +81,8 @@ def blocks_to_take(lane, r, num_tokens):
 def _unshared(sim, prompt, prefixes, blocks, r, num_tokens, whole):
     """Free KV blocks of the first `num_tokens` that waiting request `r` has to compute, or of its `whole` prompt."""
     found = find(sim, prompt, prefixes, blocks, r)
+    if prefixes[r].users_version != sim.users_version:
+        found = _look_up(sim, prompt, prefixes, blocks, r)
     tokens = prompt if whole else min((found << sim.block_bits) + num_tokens, prompt)
     return blocks_for(sim, tokens) - prefixes[r].found_in_use
 
@@ -110,8 +112,9 @@ def owner_of(prefixes, r, position, block_bits):
 
 @kernel()
 def _home(mask, owner, position):
-    mixed = int(owner) * _OWNERS + int(position) * _POSITIONS
-    return (mixed ^ (mixed >> 29)) & int(mask)
+    """Eight neighbours of a chain lie side by side in the table, as they are looked for one after the other."""
+    mixed = int(owner) * _OWNERS + int(position >> 3) * _POSITIONS
+    return (((mixed ^ (mixed >> 29)) << 3) + int(position & 7)) & int(mask)
 
 
 @kernel()
@@ -143,9 +146,7 @@ def _name(blocks, mask, b, owner, position):
 
 @kernel()
 def _forget(blocks, mask, b):
-    """Take the identity of block `b`, if it has one."""
-    if blocks[b, OWNER] == NONE:
-        return
+    """Take the identity of block `b`."""
     slot = slot_of(blocks, mask, blocks[b, OWNER], blocks[b, POSITION])
     first = blocks[slot, NAMED]
     if first != b:
@@ -193,38 +194,58 @@ def _behind(blocks, mask, before, owner, position):
     return blocks[slot_of(blocks, mask, owner, position), NAMED]
 
 
-@kernel(outline=True)
+@kernel()
 def find(sim, prompt, prefixes, blocks, r):
     """Number of cached blocks that waiting request `r`, of `prompt` tokens, would share, from its first one on.
 
-    Of these ``prefixes[r].found_in_use`` are held by somebody, and cost no free block. Both are looked up once for
-    each state of the cache. All found but the first are noted in the list that nobody has, for who looked last.
+    What was found is kept while it is still true: none of these blocks may have been evicted since (the release that
+    left it, or would leave it, is later than those that left evicted blocks), and the one that was missing still is.
+    So in most batches a long prompt that waits is not looked up block by block.
+    """
+    prefix, mask = prefixes[r], sim.table_mask
+    if prefix.found_version != sim.blocks_version or prefix.found_left <= sim.last_evicted:
+        return _look_up(sim, prompt, prefixes, blocks, r)
+    found = prefix.found_blocks
+    if found == (prompt - 1) >> sim.block_bits:
+        return found
+    missing = slot_of(blocks, mask, owner_of(prefixes, r, found, sim.block_bits), found)
+    return found if blocks[missing, NAMED] == NONE else _look_up(sim, prompt, prefixes, blocks, r)
+
+
+@kernel(outline=True)
+def _look_up(sim, prompt, prefixes, blocks, r):
+    """What :func:`find` returns; of these ``prefixes[r].found_in_use`` are held by somebody, and cost no free block.
+
+    All found but the first are noted in the list that nobody has, for who looked last.
     """
     prefix = prefixes[r]
-    if prefix.found_version == sim.blocks_version:
-        return prefix.found_blocks
     found = stop = (prompt - 1) >> sim.block_bits
-    owner, in_use = r, 0
+    later = sim.num_releases + 1  # the release that leaves what is held now, at the earliest
+    owner, in_use, left = r, 0, later
     for _ in range(r + 1):  # from its own tokens back to those of the root: the first block that is missing counts
         first = prefixes[owner].shared_tokens >> sim.block_bits
-        used = 0
+        used, earliest = 0, later
         b = sim.total_blocks
         for position in range(first, stop):
             b = _behind(blocks, sim.table_mask, b, owner, position)
             if b == NONE:
-                found, in_use = position, 0
+                found, in_use, left = position, 0, later
                 break
-            used += blocks[b, USERS] > 0
+            if blocks[b, USERS] > 0:
+                used += 1
+            else:
+                earliest = min(earliest, -blocks[b, USERS])
             if position > 0:
                 _list(sim, blocks, sim.free_row, position, b)
         in_use += used
+        left = min(left, earliest)
         stop = min(stop, first)
         if stop == 0:
             break
         owner = prefixes[owner].shares_with
     sim.last_to_find = r
-    prefix.found_version = sim.blocks_version
-    prefix.found_blocks, prefix.found_in_use = found, in_use
+    prefix.found_version, prefix.users_version = sim.blocks_version, sim.users_version
+    prefix.found_blocks, prefix.found_in_use, prefix.found_left = found, in_use, left
     return found
 
 
@@ -260,9 +281,17 @@ def unlink(blocks, b):
 
 
 @kernel()
-def _changed(sim):
-    """What was found before may no longer be there."""
-    sim.blocks_version = sim.blocks_version % _MOST_VERSIONS + 1
+def users_changed(sim):
+    """Others hold blocks now: how many of those that were found are in use is to be counted again."""
+    sim.users_version = sim.users_version % _MOST + 1
+
+
+@kernel()
+def _disown(sim, blocks, b):
+    """Take the identity of a block that somebody may have found, and nobody is to compute: all is looked up again."""
+    if blocks[b, OWNER] != NONE:
+        _forget(blocks, sim.table_mask, b)
+        sim.blocks_version = sim.blocks_version % _MOST + 1
 
 
 @kernel()
@@ -270,7 +299,7 @@ def _share(sim, requests, prefixes, blocks, r):
     """Give request `r`, which holds nothing, a row and the cached blocks that it finds."""
     request, prefix, row = requests[r], prefixes[r], sim.free_row
     found = find(sim, request.prefill_tokens, prefixes, blocks, r)
-    is_noted = sim.last_to_find == r
+    is_noted = sim.last_to_find == r and prefix.users_version == sim.users_version  # in the row that is free still
     sim.free_row = listed(sim, blocks, row, 0)
     prefix.row = row
     owner, stop = r, found
@@ -281,15 +310,17 @@ def _share(sim, requests, prefixes, blocks, r):
                 b = listed(sim, blocks, row, position)
             else:
                 b = blocks[slot_of(blocks, sim.table_mask, owner, position), NAMED]
-            if blocks[b, USERS] == 0:
+            if blocks[b, USERS] <= 0:
                 unlink(blocks, b)
                 sim.free_blocks -= 1
+                blocks[b, USERS] = 0
             blocks[b, USERS] += 1
             _list(sim, blocks, row, position, b)
         stop = min(stop, first)
         if stop == 0:
             break
         owner = prefixes[owner].shares_with
+    users_changed(sim)
     request.num_blocks = found
     request.num_computed_tokens = found << sim.block_bits
     if request.num_preemptions == 0:
@@ -314,23 +345,22 @@ def _allocate(sim, requests, prefixes, blocks, r, num_tokens):
     if prefix.row == NONE:
         _share(sim, requests, prefixes, blocks, r)
         num_tokens = min(num_tokens, request.prefill_tokens - request.num_computed_tokens)
-        _changed(sim)
     row = prefix.row
     for position in range(request.num_blocks, blocks_to_hold(sim, request, num_tokens)):
         b = blocks[sim.total_blocks, NEXT]
         unlink(blocks, b)
-        _forget(blocks, sim.table_mask, b)
+        if blocks[b, OWNER] != NONE:
+            sim.last_evicted = max(sim.last_evicted, -blocks[b, USERS])
+            _forget(blocks, sim.table_mask, b)
         blocks[b, USERS] = 1
         _list(sim, blocks, row, position, b)
         request.num_blocks = position + 1
         sim.free_blocks -= 1
-        _changed(sim)
     computed = request.num_computed_tokens
     for position in range(computed >> sim.block_bits, (computed + num_tokens) >> sim.block_bits):
         b = listed(sim, blocks, row, position)
         if blocks[b, OWNER] == NONE:
             _name(blocks, sim.table_mask, b, owner_of(prefixes, r, position, sim.block_bits), position)
-            _changed(sim)
 
 
 @kernel()
@@ -356,20 +386,22 @@ def _release(sim, requests, prefixes, blocks, r, keep):
     request, row = requests[r], prefixes[r].row
     computed = request.num_computed_tokens >> sim.block_bits
     first = end = sim.total_blocks  # the head of the line of free blocks, and its end
+    sim.num_releases += 1
     for position in range(request.num_blocks - 1, keep - 1, -1):
         b = listed(sim, blocks, row, position)
         if position >= computed:
-            _forget(blocks, sim.table_mask, b)
+            _disown(sim, blocks, b)
         blocks[b, USERS] -= 1
         if blocks[b, USERS] == 0:
             sim.free_blocks += 1
+            blocks[b, USERS] = -sim.num_releases
             if blocks[b, OWNER] == NONE:
                 link(blocks, b, first)
                 first = b
             else:
                 link(blocks, b, blocks[end, PREVIOUS])
     request.num_blocks = min(request.num_blocks, keep)
-    _changed(sim)
+    users_changed(sim)
 
 
 @kernel()
@@ -408,7 +440,7 @@ def _give_back(sim, requests, prefixes, blocks, r):
         return
     if request.phase == RUNNING:
         for position in range(request.num_computed_tokens >> sim.block_bits, request.num_blocks):
-            _forget(blocks, sim.table_mask, listed(sim, blocks, prefix.row, position))
+            _disown(sim, blocks, listed(sim, blocks, prefix.row, position))
         _release(sim, requests, prefixes, blocks, r, blocks_to_hold(sim, request, 0))
         return
     _leave(sim, requests, prefixes, blocks, r)

@@ -49,6 +49,7 @@ def _move(sim, requests, prefixes, blocks, r, to_front):
                 link(blocks, b, first)
                 first = b
             else:
+                blocks[b, USERS] = -sim.num_releases  # as if the last one had left it
                 link(blocks, b, blocks[end, PREVIOUS])
         stop = min(stop, start)
         if stop == 0:

@@ -5,6 +5,7 @@ Columns are read element by element with ``item``, which is ten times as fast as
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def check_places(state: State, env: int, k: int, sim: Any, executing: bool, requ
     own_rows, num_blocks = prefixes["row"][running].tolist(), requests["num_blocks"][running].tolist()
     held = [listed(sim, places, row, np.arange(n)) for row, n in zip(own_rows, num_blocks, strict=True)]
     users = np.bincount(np.concatenate([np.zeros(0, np.int32), *held]), minlength=total)
-    require(users == places[:total, USERS], "users of a block != its holders")
+    require(users == np.maximum(places[:total, USERS], 0), "users of a block != its holders")
     require(len(set(own_rows)) == len(own_rows), "two requests have one row of blocks")
     count = int(state.worlds["num_requests"][env])
     rows = prefixes["row"][:count][requests["phase"][:count] != RUNNING]
@@ -74,9 +75,11 @@ def check_places(state: State, env: int, k: int, sim: Any, executing: bool, requ
         require(owner[own[full:]] == NONE, "a block that is not full has an identity")
 
     seen: list[int] = []
+    oldest: dict[tuple[int, int], int] = {}
     named = places[: sim.table_mask + 1, NAMED]
     for first in named[named != NONE].tolist():
         identity = owner.item(first), position_of.item(first)
+        oldest[identity] = first
         b, last = first, first
         while b != NONE and len(seen) <= total:
             require((owner.item(b), position_of.item(b)) == identity, "equal blocks have two identities")
@@ -85,6 +88,19 @@ def check_places(state: State, env: int, k: int, sim: Any, executing: bool, requ
             last, b = b, same.item(b)
         require(last_of.item(first) == last, "the newest of equal blocks is not the last")
     require(sorted(seen) == np.flatnonzero(owner != NONE).tolist(), "a cached block cannot be found")
+
+    for r in state.waiting[k][: sim.num_waiting].tolist():
+        known = prefixes[r]
+        if known["found_version"] != sim.blocks_version or known["found_left"] <= sim.last_evicted:
+            continue  # it will be looked up again
+        names = [(owner_of(shared, r, i, bits), i) for i in range(int(requests[r]["prefill_tokens"] - 1) >> bits)]
+        places_found = [oldest[name] for name in itertools.takewhile(oldest.__contains__, names)]
+        if known["found_blocks"] == len(places_found) and known["users_version"] == sim.users_version:
+            require(
+                known["found_in_use"] == np.sum(users[places_found] > 0), "cached blocks in use were looked up wrongly"
+            )
+        # where more came to be there, the first of them will be noticed
+        require(known["found_blocks"] <= len(places_found), "a block that was evicted is taken for cached")
 
 
 def check_index(requests: np.ndarray, waiting: np.ndarray, sim: Any, may_lag: bool, require: Require) -> None:

@@ -31,7 +31,7 @@ def _to_come() -> np.ndarray:
 
 
 TO_COME = _to_come()
-NOTHING_SHARED = np.array((NONE, 0, NONE, 0, 0, 0, 0, 0), PREFIX)
+NOTHING_SHARED = np.array((NONE, 0, NONE, *[0] * (len(PREFIX.fields or ()) - 3)), PREFIX)
 
 
 def load_table(
@@ -119,7 +119,7 @@ def load_replica(state: State, k: int, scenario: Scenario, replica: Replica) -> 
     sim.prefix_caching = scenario.prefix_caching
     sim.async_lag = scenario.async_lag
     if scenario.prefix_caching:
-        sim.blocks_version = 1  # 0 is that of requests that have not been looked up
+        sim.blocks_version = sim.users_version = 1  # 0 is that of requests that have not been looked up
         sim.table_mask = table_size(num_kv_blocks) - 1
         sim.row_blocks = row_blocks(scenario, num_kv_blocks)
         load_blocks(state.blocks[k], num_kv_blocks, int(sim.max_num_seqs), int(sim.row_blocks))

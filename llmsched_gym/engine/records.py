@@ -77,9 +77,12 @@ PREFIX = record_dtype(
         ("row", "i4"),  # where the blocks that it holds are listed; NONE
         ("turn", "i4"),  # how many requests of its session came before it
         ("num_recached_tokens", "i4"),  # found in the cache at admissions after a preemption
-        ("found_version", "i4"),  # of the lane's blocks, when it was last looked up what is cached
-        ("found_blocks", "i4"),  # what was found
-        ("found_in_use", "i4"),  # of that, what somebody holds
+        # what was found cached when it was last looked up, see engine.blocks
+        ("found_version", "i4"),  # the lane's blocks_version then; 0: never
+        ("found_blocks", "i4"),
+        ("found_left", "i4"),  # the first release that left some of it, or could
+        ("found_in_use", "i4"),  # of it, what somebody held
+        ("users_version", "i4"),  # the lane's then
     ]
 )
 
@@ -171,7 +174,10 @@ REPLICA = record_dtype(
         ("profile", "i4"),  # which row of the cost arrays it runs on
         ("block_size", "i4"),  # tokens in a KV block, a power of two
         ("block_bits", "i4"),  # its logarithm: a division takes longer than all else that a decode costs
-        ("blocks_version", "i4"),  # with prefix caching: changes with every block that is taken, left or named
+        ("blocks_version", "i4"),  # with prefix caching: changes when blocks are lost that nobody evicted
+        ("users_version", "i4"),  # likewise: when somebody begins or ceases to hold blocks
+        ("num_releases", "i4"),  # likewise: how often somebody ceased to
+        ("last_evicted", "i4"),  # likewise: the latest of the releases that left blocks that were evicted since
         ("free_row", "i4"),  # likewise: the first list of held blocks that nobody has
         ("last_to_find", "i4"),  # likewise: the request whose cached blocks were looked up last
         ("table_mask", "i4"),  # likewise: slots of the table of identities, less one

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_gym.engine.batch import batch_s, uncached_prefill
-from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed
+from llmsched_gym.engine.blocks import BY_PROMPT, USERS, blocks_to_admit, blocks_to_take, listed, users_changed
 from llmsched_gym.engine.predict import can_make_ttft_env
 from llmsched_gym.engine.records import PENDING, REQUEST, RUNNING, WAITING
 from llmsched_gym.engine.state import State, env_of, lane_of
@@ -174,10 +174,12 @@ def _without(state: State, k: int, preempted: list[int]) -> Iterator[int]:
         for position in range(requests[r].num_blocks):
             gone[listed(sim, blocks, prefixes[r].row, position)] += 1
     users -= gone
+    users_changed(sim)
     try:
         yield int(sim.free_blocks) + int(np.sum((gone > 0) & (users == 0)))
     finally:
         users += gone
+        users_changed(sim)
 
 
 def submit(state: State, batch: Batch, k: int = 0) -> None:
