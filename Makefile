@@ -65,7 +65,7 @@ COVERAGE = $(VENV)/bin/python -m coverage
 coverage: install
 	$(COVERAGE) erase
 	-$(COVERAGE) run -m pytest $(PYTEST) $(COVERED_COMPILED)
-	-NUMBA_DISABLE_JIT=1 $(COVERAGE) run -m pytest -n 2 --timeout 60 $(COVERED_INTERPRETED) -k "not ($(SLOW_INTERPRETED))"
+	-NUMBA_DISABLE_JIT=1 $(COVERAGE) run -m pytest -n 2 --timeout 30 $(COVERED_INTERPRETED) -k "not ($(SLOW_INTERPRETED))"
 	$(COVERAGE) combine -q
 	$(COVERAGE) report --fail-under=95
 
