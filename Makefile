@@ -41,10 +41,10 @@ format: install
 	$(VENV)/bin/ruff format .
 
 # Lines of llmsched_gym/engine, env and evaluation that tests run. Coverage does not see compiled code, so kernels count as
-# plain Python, a thousand times as slow, in those tests of COVERED_INTERPRETED that take seconds then; all other lines
-# count in COVERED_COMPILED. Measured with Python 3.12 or later (PYTHON=python3.13), whose sys.monitoring costs next to
-# nothing, and not in CI, whose time is used up. The lines count of a test that fails, too: some have seconds for something,
-# and measured everything takes longer.
+# plain Python, a thousand times as slow, in tests of COVERED_INTERPRETED, which are cut off after 30 s then; all other
+# lines count in COVERED_COMPILED. Half an hour of two cores with Python 3.12 or later (PYTHON=python3.13), whose
+# sys.monitoring costs next to nothing, and not in CI, whose time is used up. The lines count of a test that fails, too: some
+# have seconds for something, and measured everything takes longer.
 COVERED_COMPILED = $(addprefix tests/test_,arena*.py bench.py cli*.py cluster*.py columns.py capacities.py compiling.py docs.py env_*.py \
 	engine_determinism.py evaluation*.py hostile_files.py interrupts.py long_run.py metrics*.py out_folders.py policies.py \
 	record*.py render.py replay.py robustness.py route_policy.py sessions.py spread.py stateful_env.py suites.py \
@@ -52,7 +52,7 @@ COVERED_COMPILED = $(addprefix tests/test_,arena*.py bench.py cli*.py cluster*.p
 COVERED_INTERPRETED = $(addprefix tests/test_,cluster.py cluster_reports.py cluster_routers.py cluster_transfers.py \
 	engine_[a-l]*.py engine_prefix.py engine_[q-s]*.py env_[abmop]*.py env_infos.py env_route.py env_states.py env_threads.py \
 	mixing_feature.py route_policy.py schedulers_on_time.py schedulers_slai.py stateful_found.py surface.py)
-# parts of the names of tests that take longer than 15 s as plain Python
+# parts of the names of tests that are not worth their time as plain Python
 SLOW_INTERPRETED = compiled or interpreted or rules_hold or crowded or drains or random_legal or random_knob \
 	or tree_stays or promises_are or noise_goes or accounted or closed_form or never_come or learns or example_runs \
 	or checker or library_finds or stable_baselines or gymnasium or single_engine or side_by_side or every_block \
