@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmsched_gym.agents.options import MOST_ENVS, MOST_N_STEPS, option
-from llmsched_gym.config import ACTIONS
+from llmsched_gym.config import ACTIONS, ConfigError
 
 MOST_THREADS = 1024  # torch does not survive very many
 
@@ -95,3 +95,10 @@ class Spread:
     workers: int = option(2, "processes; no figure depends on it")
     ray: bool = option(False, "run on a Ray started here, of so many processes")
     ray_address: str = option("", "run on the Ray cluster at this address")
+
+
+def check_sizes(batch_size: int, num_envs: int, n_steps: int) -> None:
+    """ConfigError for minibatches or rollouts of a single decision: advantages are normalised."""
+    for size, what in ((batch_size, "batch_size"), (num_envs * n_steps, "num_envs * n_steps")):
+        if size < 2:
+            raise ConfigError(f"{what}: expected 2 or more, as advantages are normalised, got {size}")

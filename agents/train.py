@@ -52,6 +52,7 @@ from llmsched_gym.agents.settings import (
     Proximal,
     Run,
     World,
+    check_sizes,
 )
 from llmsched_gym.agents.training_run import TrainingRun
 from llmsched_gym.config import ACTIONS, ConfigError, EnvConfig, env_config
@@ -258,9 +259,7 @@ def _check(config: Config) -> None:
     action = action_of(env_config(config.suite, **config.world()))
     if action.mask is not None and config.algorithm != "maskable":
         raise ConfigError(f"algorithm: expected maskable for {action.name} actions, got {config.algorithm}")
-    for size, what in ((config.batch_size, "batch_size"), (config.num_envs * config.n_steps, "num_envs * n_steps")):
-        if size < 2:
-            raise ConfigError(f"{what}: expected 2 or more, as advantages are normalised, got {size}")
+    check_sizes(config.batch_size, config.num_envs, config.n_steps)
     check_evaluations(evaluation_of(config), config.eval_seeds)
 
 

@@ -40,7 +40,7 @@ from llmsched_gym.agents.route_networks import (
 from llmsched_gym.agents.routing import DiscountedReplay, RouteTrainingEnv, typical_observations
 from llmsched_gym.agents.run_folder import cut_progress, open_run, settings_of, start_run
 from llmsched_gym.agents.seeds import SELECTION_SEEDS, check_evaluations
-from llmsched_gym.agents.settings import LEARNER, RUN, WORLD, Looks, Network, Proximal, Run, World
+from llmsched_gym.agents.settings import LEARNER, RUN, WORLD, Looks, Network, Proximal, Run, World, check_sizes
 from llmsched_gym.config import ClusterScenario, ConfigError, route_config
 from llmsched_gym.evaluation.clusters import simulate_cluster
 from llmsched_gym.evaluation.metrics import row
@@ -218,6 +218,8 @@ def train(config: Config) -> Path:
     out = Path(config.out)
     config = open_run(config)
     check_evaluations(evaluation_of(config), config.eval_seeds)
+    if config.algorithm != "dqn":
+        check_sizes(config.batch_size, config.num_envs, config.n_steps)
     torch.set_num_threads(config.threads)
     torch.distributions.Distribution.set_default_validate_args(False)
     env = RouteTrainingEnv(config.num_envs, config.suite, config.seed, **config.world())

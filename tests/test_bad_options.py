@@ -196,6 +196,11 @@ CLUSTER = ["--policy", "slai", "--suite", "cluster", "--seeds", "1", "--out", "o
         (["evaluate", *CLUSTER, "--set", "decode_router=nope"], "decode_router: router 'nope' is unknown"),
         (["train", "--batch-size", "1"], "batch_size: expected 2 or more, as advantages are normalised, got 1"),
         (["train", "--num-envs", "1", "--n-steps", "1"], "num_envs * n_steps: expected 2 or more"),
+        (
+            ["train", "--env", "route", "--batch-size", "1"],
+            "batch_size: expected 2 or more, as advantages are normalised",
+        ),
+        (["train", "--env", "route", "--num-envs", "1", "--n-steps", "1"], "num_envs * n_steps: expected 2 or more"),
         (["train", "--gamma", "2"], "--gamma: expected a number <= 1, got 2"),
         (["train", "--width", "1e9"], "--width: expected a whole number <= 16,384, got"),
     ],
