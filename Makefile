@@ -9,7 +9,7 @@ DOCS_VENV ?= .venv-docs
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 export LLMSCHED_DATA_DIR ?= $(abspath ../shared)
 
-.PHONY: demo test check coverage install format paper docs libraries ray vllm clean
+.PHONY: demo test check coverage install format paper docs docs-version libraries ray vllm clean
 
 demo: $(DEMO_VENV)/.installed
 	$(DEMO_VENV)/bin/python -m benchmarks.demo --out out/demo
@@ -122,9 +122,15 @@ $(RAY_VENV)/.installed: pyproject.toml
 docs: $(DOCS_VENV)/.installed
 	$(DOCS_VENV)/bin/mkdocs build
 
+# the site of this version beside those of earlier ones, as a commit of the local branch gh-pages; push it to publish
+docs-version: $(DOCS_VENV)/.installed
+	PATH="$(abspath $(DOCS_VENV))/bin:$$PATH" DOCS_VERSIONS=mike $(DOCS_VENV)/bin/mike deploy --update-aliases \
+		$$($(PYTHON) -c 'import tomllib; print(tomllib.load(open("pyproject.toml", "rb"))["project"]["version"])') latest
+	PATH="$(abspath $(DOCS_VENV))/bin:$$PATH" $(DOCS_VENV)/bin/mike set-default latest
+
 $(DOCS_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(DOCS_VENV)
-	$(DOCS_VENV)/bin/pip install -q "mkdocs-material==9.8.*" "mkdocstrings[python]==1.*" ruff
+	$(DOCS_VENV)/bin/pip install -q "mkdocs-material==9.8.*" "mkdocstrings[python]==1.*" "mike==2.2.*" ruff
 	touch $@
 
 paper: $(DEMO_VENV)/.installed
