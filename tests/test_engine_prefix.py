@@ -130,15 +130,6 @@ def test_a_batch_that_is_formed_and_not_run_gives_its_blocks_back():
     assert found.requests["num_computed_tokens"].tolist() == [0, 64]
 
 
-def test_what_was_found_in_use_may_be_left_and_evicted_before_its_turn():
-    # 2 shares a and b with 0 and waits behind 3, which finds no memory; 0 ends, and 1, which goes on, evicts b
-    waiting = (0, "abcdefghijk", 176, 1), (0, "klmnopqrs", 130, 1)
-    found = run("sarathi[order=spf]", (0, "abyz", 64, 8), (0, "xyz", 48, 110), *waiting, num_kv_blocks=12)
-    batches = found.drain()
-    assert cached(found) == [0, 0, 0, 0]
-    assert [r for batch in batches for r in batch if r > 1] == [3, 2]
-
-
 def test_blocks_that_are_left_cost_again():
     # 2 finds a and b, which 0 holds, and needs seven others; when 0 has left them it needs nine, and eight are free
     found = run("vllm-v1", (0, "abcd", 64, 8), (0, "xyz", 48, 20), (0, "abuvwxyzq", 144, 1), num_kv_blocks=12)
